@@ -1,0 +1,1 @@
+"""Pruning, quantization and knowledge distillation for PyTorch Lightning."""

@@ -1,0 +1,58 @@
+"""The package's errors, and the one grammar that all of them follow.
+
+Grammar: what the argument must be, what was received, then the remedy::
+
+    `sparsity` must lie in [0, 1). Received: sparsity=1.5. Give a fraction, not a percentage.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CompressionError(ValueError):
+    """Raised for user input that can't be honoured, before anything is changed."""
+
+
+class MissingExtraError(CompressionError, ImportError):
+    """Raised when a feature needs an optional dependency that isn't installed."""
+
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs `{package}`, which isn't installed. "
+            f'Install it: pip install "lightning_compress[{extra}]"'
+        )
+
+
+class NoEffectWarning(UserWarning):
+    """Something was asked for that made nothing smaller, faster or sparser."""
+
+
+def invalid(name: str, must: str, received: object, remedy: str = "") -> CompressionError:
+    """Build the error for argument ``name``, which ``must`` be something else than what was ``received``.
+
+    Example:
+        >>> str(invalid("sparsity", "lie in [0, 1)", 1.5))
+        '`sparsity` must lie in [0, 1). Received: sparsity=1.5.'
+    """
+    message = f"`{name}` must {must}. Received: {name}={received!r}."
+    return CompressionError(f"{message} {remedy}" if remedy else message)
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Name the ``known`` names that are nearest to a mistyped ``name``, as the remedy of an error.
+
+    Example:
+        >>> nearest("int8_statik", ["int8_static", "int8_dynamic", "nf4"])
+        'Nearest: int8_static, int8_dynamic.'
+    """
+    candidates = list(dict.fromkeys(known))
+    # A layer is often right in its last part and wrong in its prefix, so both whole names and tails are compared.
+    close = difflib.get_close_matches(name, candidates, n=count, cutoff=0.5)
+    tail = name.rpartition(".")[2]
+    close += [known for known in candidates if known.rpartition(".")[2] == tail and known not in close]
+    if close:
+        return f"Nearest: {', '.join(close[:count])}."
+    shown = ", ".join(candidates[:8]) + (", ..." if len(candidates) > 8 else "")
+    return f"Known: {shown}." if shown else "There are none."
