@@ -1,1 +1,1 @@
-"""Pruning, quantization and knowledge distillation for PyTorch Lightning."""
+"""Pruning, quantization and knowledge distillation as callbacks of a PyTorch Lightning Trainer."""

@@ -1,0 +1,194 @@
+"""What all callbacks share: the count of optimizer steps, hooks into checkpoints, and cleaning up.
+
+The order of a fit, with what a callback of ours does in each hook::
+
+    setup                    refuse what can't work, hook into checkpoints
+    (checkpoint is loaded)   structure first, then weights, then `load_state_dict`
+    on_fit_start             `begin`: find the targets, check everything
+    on_train_start           fix the window's bounds, watch the optimizers; `act` where the window starts at 0
+      on_train_batch_start
+        optimizer step       `after_optimizer_step`
+      on_train_batch_end     count the step; `act` where the window says so
+      validation, saving     see the weights as `act` left them
+    on_train_end, on_fit_end
+    teardown, on_exception   `close`: no hook stays
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.hooks import RemovableHandle
+
+from lightning_compress import structure
+from lightning_compress.errors import CompressionError
+from lightning_compress.window import Bounds, Window, fit_length
+
+STATE_VERSION = 1
+
+
+class CompressionCallback(Callback):
+    """Base of the callbacks that change a model while it trains.
+
+    A subclass overrides `begin` (find targets, check), `act` (a step of the window), `after_optimizer_step` and
+    `close`; the base counts steps and keeps the state that a checkpoint needs.
+
+    Args:
+        window: when to act.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self._step = 0
+        self._bounds: Bounds | None = None
+        self._stepped = False
+        self._handles: list[RemovableHandle] = []
+
+    # What a subclass decides.
+
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find what to work on and check it; nothing is changed yet."""
+
+    def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
+        """One step of the window, at ``progress`` in [0, 1]."""
+
+    def after_optimizer_step(self) -> None:
+        """Called after each step of each optimizer."""
+
+    def refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring the module and its averaged copies in line, before they are validated or saved."""
+
+    # Lightning's hooks.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_strategy(trainer, type(self).__name__)
+        if is_overridden("configure_model", pl_module):
+            pl_module.configure_model()
+        structure.attach(pl_module)
+        if stage == "fit":
+            self._step, self._bounds = 0, None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._bounds is None:
+            self._bounds = self.window.bounds(*fit_length(trainer))
+        self._stepped = False
+        self._handles = [
+            optimizer.register_step_post_hook(lambda *_: self._on_optimizer_step()) for optimizer in trainer.optimizers
+        ]
+        if self._step == 0 and self._bounds.start == 0:
+            self.act(trainer, pl_module, 0.0)
+        self.refresh(trainer, pl_module)
+
+    def _on_optimizer_step(self) -> None:
+        self._stepped = True
+        self.after_optimizer_step()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._stepped:
+            self._stepped = False
+            self._step += 1
+            progress = self.bounds.progress(self._step)
+            if progress is not None and self.bounds.is_due(self._step, self.window.every_n_steps):
+                self.act(trainer, pl_module, progress)
+        if any(True for _ in structure.averaged_copies(trainer)):
+            self.refresh(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.refresh(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.refresh(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.refresh(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.refresh(trainer, pl_module)
+        if self._step < self.bounds.end:
+            rank_zero_warn(
+                f"{type(self).__name__}: training stopped at optimizer step {self._step}, before its window's end at "
+                f"{self.bounds.end}: {self.unfinished()}"
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.refresh(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.close(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.close(pl_module)
+
+    def close(self, pl_module: pl.LightningModule) -> None:
+        """Take all hooks away; may be called twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        structure.detach(pl_module)
+
+    # State: plain, versioned.
+
+    @property
+    def bounds(self) -> Bounds:
+        """The window in optimizer steps, known from the start of training on."""
+        if self._bounds is None:
+            raise CompressionError(f"{type(self).__name__}'s window has no bounds before training starts.")
+        return self._bounds
+
+    def unfinished(self) -> str:
+        """What it means that the window's end wasn't reached."""
+        return "its work isn't complete. Shorten the window, or train longer."
+
+    def report_notes(self) -> list[str]:
+        """Lines for the report: what was skipped, and why; what made nothing smaller or faster."""
+        if self._bounds is not None and self._step < self._bounds.end:
+            return [f"{type(self).__name__} stopped at step {self._step} of {self._bounds.end}: {self.unfinished()}"]
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        bounds = None if self._bounds is None else [self._bounds.start, self._bounds.end]
+        return {"version": STATE_VERSION, "step": self._step, "bounds": bounds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version(state_dict, type(self).__name__)
+        self._step = state_dict["step"]
+        self._bounds = None if state_dict["bounds"] is None else Bounds(*state_dict["bounds"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": []}
+
+
+def check_version(state: dict[str, Any], owner: str) -> None:
+    """Raise if a saved state was written by a newer version of the package."""
+    version = state.get("version")
+    if version != STATE_VERSION:
+        raise CompressionError(
+            f"The checkpoint's state of {owner} must have version {STATE_VERSION}. Received: version={version}. "
+            "Update lightning_compress, or resume with the version that wrote it."
+        )
+
+
+def refuse_strategy(trainer: pl.Trainer, name: str) -> None:
+    """Raise where a strategy would lose or shard the structure that a technique changes."""
+    strategy = trainer.strategy
+    kind = type(strategy).__name__
+    launcher = getattr(strategy, "_start_method", None) or getattr(getattr(strategy, "launcher", None), "_start_method", None)
+    if any(word in kind for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+        reason = "shards parameters, so neither masks nor structure can follow"
+    elif "DDP" in kind and launcher in ("spawn", "fork", "forkserver"):
+        reason = "returns weights from its processes without structure or callback state"
+    else:
+        return
+    raise CompressionError(
+        f"`strategy` must be one that keeps whole parameters in this process. Received: strategy={kind!r}, which {reason}. "
+        f"Use strategy='ddp' or a single device with {name}."
+    )

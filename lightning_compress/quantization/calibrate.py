@@ -1,0 +1,64 @@
+"""Calibration: runs batches through a prepared model so that its observers see the activations' ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.inputs import run_step
+from lightning_compress.quantization.calls import quiet_random_state
+from lightning_compress.quantization.traced import Traced
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    limit: int,
+    run: Callable[[nn.Module, Any], Any] = run_step,
+) -> int:
+    """Run up to ``limit`` ``batches`` through a prepared model in evaluation mode; returns how many there were.
+
+    Nothing but observers changes: no gradients, no BatchNorm statistics, no global random state.
+
+    Raises:
+        CompressionError: there wasn't a single batch.
+    """
+    count = 0
+    with torch.inference_mode(False), torch.no_grad(), quiet_random_state(), evaluating(model), _observing(model):
+        for batch in batches:
+            if count == limit:
+                break
+            run(model, batch)
+            count += 1
+    if count == 0:
+        raise CompressionError("`calibration` must give at least one batch. Received: an empty loader.")
+    return count
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with every module's own mode put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _observing(model: nn.Module) -> Iterator[None]:
+    traced = [module for module in model.modules() if isinstance(module, Traced)]
+    for module in traced:
+        module.calibrating = True
+    try:
+        yield
+    finally:
+        for module in traced:
+            module.calibrating = False

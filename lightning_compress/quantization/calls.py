@@ -1,0 +1,91 @@
+"""Watches one run of a model: which modules are called, by whom, and with what.
+
+From this follow the cut points: a module that is called from outside its parent can't vanish into the
+parent's traced form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass
+class CallLog:
+    """What a run called.
+
+    Attributes:
+        inputs: path to the ``(args, kwargs)`` of its first call, tensors detached and cloned.
+        callers: path to the paths of the modules that called it; None is code outside of all modules.
+    """
+
+    inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    callers: dict[str, set[str | None]] = field(default_factory=dict)
+
+    def entered_below(self, path: str) -> str | None:
+        """A module below ``path`` that something outside of ``path`` calls directly; None if there is none."""
+        for inner, callers in self.callers.items():
+            if is_below(inner, path) and any(caller is None or not is_at_or_below(caller, path) for caller in callers):
+                return inner
+        return None
+
+
+def is_below(inner: str, path: str) -> bool:
+    """Whether ``inner`` is a strict descendant of ``path``; the root is ``""``.
+
+    Example:
+        >>> is_below("net.conv", "net"), is_below("net2", "net"), is_below("net", "")
+        (True, False, True)
+    """
+    return inner != path and (path == "" or inner.startswith(path + "."))
+
+
+def is_at_or_below(inner: str, path: str) -> bool:
+    return inner == path or is_below(inner, path)
+
+
+def record_calls(model: nn.Module, run: Callable[[], Any]) -> CallLog:
+    """Call ``run`` and log every module call in ``model``. Hooks are gone afterwards, also after an error."""
+    log, stack, handles = CallLog(), list[str](), []
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            log.callers.setdefault(path, set()).add(stack[-1] if stack else None)
+            if path not in log.inputs:
+                log.inputs[path] = copy_tensors((args, kwargs))
+            stack.append(path)
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        # Compiled submodules run as written, so that the calls inside them are seen.
+        with torch.compiler.set_stance("force_eager"):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return log
+
+
+def copy_tensors(tree: Any) -> Any:
+    """The same nest with every tensor detached and cloned."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+@contextmanager
+def quiet_random_state() -> Iterator[None]:
+    """Runs that are only looks: the global random state is put back afterwards."""
+    with torch.random.fork_rng():
+        yield

@@ -1,0 +1,218 @@
+"""The fx flow: `torch.ao.quantization` in graph mode, int8 kernels in eager mode with no compiler.
+
+Everything that upstream is to remove in torch 2.15 is imported in this file and in `traced.py` alone. What
+replaces it is one more file with the same four functions: `trace`, `prepare`, `convert`, `quantized_layers`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import QConfig, QConfigMapping, get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+from torch.ao.quantization.fx.tracer import QuantizationTracer
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
+from torch.fx import GraphModule, Proxy
+
+from lightning_compress.quantization.schemes import StaticInt8, needs_reduced_range
+from lightning_compress.quantization.traced import Signature
+
+FLOAT_TYPES = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+"""Layers that static int8 leaves in float: torch has no static kernel for them, or it loses accuracy for nothing."""
+
+
+class Opaque(nn.Module):
+    """A layer with children of its own that is called as it is; hidden, as upstream would swap the children in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["module"] = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["module"](*args, **kwargs)
+
+
+class _Tracer(QuantizationTracer):
+    """Traces the forward of one module for calls of one signature."""
+
+    def __init__(self, signature: Signature, hooked: Collection[str]) -> None:
+        super().__init__([], [Opaque])
+        self._signature = signature
+        self._hooked = set(hooked)
+        self._inserted: dict[str, nn.Module] = {}
+        self.used: set[str] = set()
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        proxies = [self.create_proxy("placeholder", f"input_{index}", (), {}) for index in range(self._signature.slots)]
+        args, kwargs = self._signature.rebuild(proxies)
+        return (lambda root, *_: type(root).forward(root, *args, **kwargs)), [self.root, *proxies]
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = self.path_of_module(m)
+        self.used.add(path.partition(".")[0])
+        if self.is_leaf_module(m, path) and next(m.children(), None) is not None:
+            output = self._insert(f"opaque_{len(self._inserted)}", Opaque(m), args, kwargs)
+        else:
+            output = super().call_module(m, forward, args, kwargs)
+        if path in self._hooked and isinstance(output, Proxy):
+            # The traced form calls no module that it inlined; an identity passes its output on to its hooks.
+            output = self._insert(f"hooked_{len(self._inserted)}", _hook_point(m), (output,), {})
+        return output
+
+    def _insert(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._inserted[name] = module
+        return self.create_proxy("call_module", name, args, kwargs)
+
+    def graph_module(self, module: nn.Module) -> GraphModule:
+        graph = self.trace(module)
+        leaves = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
+        found = {name: self._inserted.get(name) or _attribute(module, name) for name in leaves}
+        self.used.update(str(node.target).partition(".")[0] for node in graph.nodes if node.op == "get_attr")
+        traced = GraphModule(found, graph)  # type: ignore[arg-type]
+        traced.train(module.training)
+        return traced
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
+
+
+class _ReplayHooks:
+    """Calls the forward hooks that a module has at that moment, with the module's output."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, point: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for key, hook in list(self.module._forward_hooks.items()):
+            if key in self.module._forward_hooks_with_kwargs:
+                hook(self.module, (), {}, output)
+            else:
+                hook(self.module, (), output)
+
+
+def _hook_point(module: nn.Module) -> nn.Identity:
+    point = nn.Identity()
+    point.register_forward_hook(_ReplayHooks(module))
+    return point
+
+
+def trace(
+    module: nn.Module, signature: Signature, hooked: Collection[str] = ()
+) -> tuple[GraphModule, frozenset[str]]:
+    """The traced form of ``module``, sharing its leaves, and the names of its children and tensors that went into it.
+
+    Inner modules in ``hooked`` keep calling their forward hooks. Raises whatever `torch.fx` raises where control flow depends
+    on data.
+    """
+    tracer = _Tracer(signature, hooked)
+    return tracer.graph_module(module), frozenset(tracer.used)
+
+
+def prepare(
+    graph: GraphModule, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()
+) -> GraphModule:
+    """``graph`` with fake-quantizers (training) or observers (calibration); Parameters are kept as they are.
+
+    Args:
+        graph: what `trace` returned.
+        scheme: the numbers.
+        training: fuse and fake-quantize for training, else only observe.
+        floats: paths in the graph that stay float.
+    """
+    mapping = _qconfig_mapping(scheme, training)
+    for path in floats:
+        mapping.set_module_name(path, None)
+    config = PrepareCustomConfig().set_non_traceable_module_classes([Opaque])
+    example = tuple(torch.zeros(1) for node in graph.graph.nodes if node.op == "placeholder")
+    with upstream_quiet(), _engine(scheme.engine):
+        graph.train(training)
+        return (prepare_qat_fx if training else prepare_fx)(graph, mapping, example, config)
+
+
+def convert(prepared: GraphModule, scheme: StaticInt8) -> GraphModule:
+    """A new int8 graph on the CPU; ``prepared`` is left as it is."""
+    with upstream_quiet(), _engine(scheme.engine), torch.no_grad():
+        graph = copy.deepcopy(prepared).cpu().eval()
+        for name, module in list(graph.named_modules()):
+            if isinstance(module, Opaque):
+                parent, _, leaf = name.rpartition(".")
+                setattr(graph.get_submodule(parent), leaf, module.__dict__["module"].cpu().eval())
+            module._forward_hooks.clear()
+        return convert_fx(graph)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer of a converted graph computes in int8."""
+    return type(module).__module__.startswith("torch.ao.nn") and "quantized" in type(module).__module__
+
+
+def float_layers(graph: GraphModule) -> list[str]:
+    """Paths of layers with weights in a prepared graph that stay float."""
+    return [
+        str(node.target)
+        for node in graph.graph.nodes
+        if node.op == "call_module" and _stays_float(graph.get_submodule(str(node.target)))
+    ]
+
+
+def _stays_float(module: nn.Module) -> bool:
+    if isinstance(module, Opaque):
+        return True
+    has_weights = next(module.parameters(), None) is not None
+    return has_weights and getattr(module, "qconfig", None) is None and not hasattr(module, "weight_fake_quant")
+
+
+def _qconfig_mapping(scheme: StaticInt8, training: bool) -> QConfigMapping:
+    """Upstream's mapping for the engine, with the scheme's range in place of its own."""
+    mapping = (get_default_qat_qconfig_mapping if training else get_default_qconfig_mapping)(scheme.engine)
+    reduce_range = needs_reduced_range() if scheme.reduce_range is None else scheme.reduce_range
+    default = mapping.global_qconfig
+    activation = default.activation.with_args(reduce_range=reduce_range)
+    for kind, qconfig in mapping.object_type_qconfigs.items():
+        if qconfig.activation is default.activation:
+            mapping.set_object_type(kind, QConfig(activation, qconfig.weight))
+    mapping.set_global(QConfig(activation, default.weight))
+    for kind in FLOAT_TYPES:
+        for leaf in (kind, *kind.__subclasses__()):
+            mapping.set_object_type(leaf, None)
+    return mapping
+
+
+@contextmanager
+def upstream_quiet() -> Iterator[None]:
+    """Upstream announces its deprecation at each call; what follows from it is ours to carry, not the user's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*(observer|quantize|reduce_range|must run observer|TypedStorage).*")
+        yield
+
+
+@contextmanager
+def _engine(name: str) -> Iterator[None]:
+    """Run under one of torch's int8 engines, and put the old one back."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def observe_weights_(prepared: GraphModule) -> None:
+    """Let every weight's observer see its weight once, so that it has its final shape before anything copies it."""
+    with torch.no_grad():
+        for module in prepared.modules():
+            fake_quantize = getattr(module, "weight_fake_quant", None)
+            if isinstance(fake_quantize, nn.Module) and isinstance(getattr(module, "weight", None), Tensor):
+                fake_quantize(module.weight)
+

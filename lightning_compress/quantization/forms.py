@@ -1,0 +1,206 @@
+"""The forms of a quantized model, and the ways between them: float, prepared (fake-quantized) and converted (int8).
+
+The changes are made to any module that holds the units, and written down on it as plain data, so that a deep copy is as
+convertible as the original and a checkpoint can rebuild the form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.quantization.dynamic import DynamicLinear, quiet_fast_path_, restore_fast_path_
+from lightning_compress.quantization.flows import fx
+from lightning_compress.quantization.schemes import DynamicInt8, Scheme, StaticInt8, describe, from_description
+from lightning_compress.quantization.traced import (
+    CHILD,
+    Traced,
+    forget_aside_,
+    restore_aside_,
+    route_,
+    set_aside_,
+    share_buffers,
+    unroute_,
+)
+from lightning_compress.quantization.units import Plan, Unit, prepared_form
+from lightning_compress.targets import clean_name
+
+_RECORD = "_quantization"
+
+
+def record_of(model: nn.Module) -> dict[str, Any] | None:
+    """What was done to ``model``: ``{"form", "scheme", "training", "units", "floats"}``, plain data; None if nothing was."""
+    return model.__dict__.get(_RECORD)
+
+
+def form_of(model: nn.Module) -> str:
+    """``float``, ``prepared`` or ``converted``."""
+    record = record_of(model)
+    return "float" if record is None else str(record["form"])
+
+
+def _unit_module(model: nn.Module, path: str) -> nn.Module:
+    for name, module in model.named_modules():
+        if clean_name(name) == path:
+            return module
+    raise CompressionError(f"The model must have the module {path!r} that the checkpoint quantized. Received: no such module.")
+
+
+def prepare_(model: nn.Module, plan: Plan, scheme: StaticInt8, *, training: bool) -> None:
+    """Put observers (and, for training, fake-quantizers) into the units of ``plan``. Parameters stay the same objects."""
+    built = []
+    for unit in plan.units:
+        module = _unit_module(model, unit.path)
+        modes = {inner: inner.training for inner in module.modules()}
+        module.train(training)
+        try:
+            traced = prepared_form(module, unit, scheme, training=training)
+        finally:
+            for inner, mode in modes.items():
+                inner.training = mode
+        share_buffers(traced, module)
+        built.append((module, traced))
+    for module, traced in built:
+        route_(module, traced)
+        traced.keep_frozen_batchnorm_()
+    model.__dict__[_RECORD] = {
+        "form": "prepared",
+        "scheme": describe(scheme),
+        "training": training,
+        "units": [unit.describe() for unit in plan.units],
+        "floats": dict(plan.floats),
+    }
+
+
+def convert_(model: nn.Module) -> None:
+    """Turn a prepared model into int8, on the CPU; what it was stays aside, for `revert_`."""
+    record = record_of(model)
+    assert record is not None and record["form"] == "prepared"
+    scheme = from_description(record["scheme"])
+    assert isinstance(scheme, StaticInt8)
+    modules = [_unit_module(model, unit["path"]) for unit in record["units"]]
+    converted = []
+    for module in modules:
+        traced = module._modules[CHILD]
+        assert isinstance(traced, Traced)
+        converted.append(Traced(fx.convert(traced.graph, scheme), traced.signature, traced.used))
+    for module, traced in zip(modules, converted, strict=True):
+        _swap_in_(module, traced, traced.used)
+    record["form"] = "converted"
+
+
+def _swap_in_(module: nn.Module, converted: nn.Module, used: frozenset[str]) -> None:
+    """Replace a prepared (or plain) unit by its converted form and set the rest aside."""
+    prepared = module._modules.pop(CHILD, None)
+    route_(module, converted.eval())
+    set_aside_(module, used, prepared)
+
+
+def revert_(model: nn.Module, form: str = "prepared") -> None:
+    """Back to the ``prepared`` or ``float`` form, with the values that it had."""
+    record = record_of(model)
+    if record is None:
+        return
+    for unit in record["units"]:
+        module = _unit_module(model, unit["path"])
+        prepared = restore_aside_(module)
+        if prepared is not None:
+            route_(module, prepared)
+        if form == "float" or prepared is None:
+            unroute_(module)
+    restore_fast_path_(model)
+    if form == "float" or record["scheme"]["name"] == DynamicInt8.name:
+        del model.__dict__[_RECORD]
+    else:
+        record["form"] = "prepared"
+
+
+def forget_(model: nn.Module) -> None:
+    """Let go of what a converted model was; it can't be reverted any more."""
+    for module in model.modules():
+        forget_aside_(module)
+
+
+def make_dynamic_(model: nn.Module, paths: list[str], scheme: DynamicInt8, floats: Mapping[str, str]) -> None:
+    """Turn the linear layers at ``paths`` into dynamic int8."""
+    for path in paths:
+        module = _unit_module(model, path)
+        assert isinstance(module, nn.Linear)
+        _swap_in_(module, DynamicLinear.from_float(module, scheme), frozenset(("weight", "bias")))
+    quiet_fast_path_(model)
+    model.__dict__[_RECORD] = {
+        "form": "converted",
+        "scheme": describe(scheme),
+        "training": False,
+        "units": [{"path": path} for path in paths],
+        "floats": dict(floats),
+    }
+
+
+def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give a model the form that ``record`` tells of; its weights are loaded afterwards.
+
+    Raises:
+        CompressionError: the model hasn't the modules that the record names.
+    """
+    revert_(model, "float")
+    scheme: Scheme = from_description(record["scheme"])
+    for unit in record["units"]:
+        _unit_module(model, unit["path"])
+    if isinstance(scheme, DynamicInt8):
+        make_dynamic_(model, [unit["path"] for unit in record["units"]], scheme, record["floats"])
+        return
+    assert isinstance(scheme, StaticInt8)
+    plan = Plan([Unit.from_description(unit) for unit in record["units"]], dict(record["floats"]))
+    prepare_(model, plan, scheme, training=record["training"])
+    if record["form"] == "converted":
+        convert_(model)
+
+
+# Checkpoints: what a prepared model adds to the user's keys, and how it comes back.
+
+
+def added_keys(model: nn.Module) -> dict[str, str | None]:
+    """Keys of ``model``'s state that aren't the user's, each with the user's key that holds the same tensor, or None."""
+    state = model.state_dict(keep_vars=True)
+    own = {id(value): key for key, value in state.items() if CHILD not in key.split(".")}
+    return {key: own.get(id(value)) for key, value in state.items() if CHILD in key.split(".")}
+
+
+def take_added_(state: dict[str, Any], added: Mapping[str, str | None]) -> dict[str, Tensor]:
+    """Take what isn't the user's out of a state dict; returns what must be kept of it (observers)."""
+    taken = {key: state.pop(key) for key in added if key in state}
+    return {key: value for key, value in taken.items() if added[key] is None}
+
+
+def put_added_(state: dict[str, Any], added: Mapping[str, str | None], observers: Mapping[str, Tensor]) -> None:
+    """Put back into a state dict of the user's keys what `take_added_` took."""
+    for key, source in added.items():
+        value = observers.get(key) if source is None else state.get(source)
+        if value is not None:
+            state[key] = value
+
+
+def quantized_like_(copy: nn.Module, model: nn.Module) -> None:
+    """Give an averaged copy the form of ``model``, and its observers' values, which are copied and never averaged."""
+    record = record_of(model)
+    if record is None:
+        revert_(copy, "float")
+        return
+    if form_of(copy) != record["form"]:
+        rebuild_(copy, record)
+    if record["form"] == "prepared":
+        _copy_observers_(copy, model)
+
+
+@torch.no_grad()
+def _copy_observers_(copy: nn.Module, model: nn.Module) -> None:
+    added = added_keys(model)
+    source, target = model.state_dict(keep_vars=True), copy.state_dict(keep_vars=True)
+    for key, alias in added.items():
+        if alias is None and key in target and target[key].shape == source[key].shape:
+            target[key].copy_(source[key])

@@ -1,0 +1,140 @@
+"""`PostTrainingQuantization`: decides when a trained model is calibrated, converted, and float again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_compress import structure
+from lightning_compress.callback import refuse_strategy
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.quantization import forms
+from lightning_compress.quantization.calibrate import evaluating
+from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator
+from lightning_compress.quantization.quantize import check_batches, quantize_
+from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
+from lightning_compress.targets import Targets
+
+
+class PostTrainingQuantization(Callback):
+    """Quantizes a trained model when `test` (or `predict`) starts, so that the test metric is that of the int8 model.
+
+    Afterwards the float model is back. Static int8 is calibrated on ``datamodule.calibration_dataloader()`` if there is one, else on
+    its train loader, in evaluation mode; never on test data. Without a datamodule, the module's own ``calibration_dataloader`` or
+    ``train_dataloader`` is asked.
+
+    Args:
+        scheme: ``int8_static``, ``int8_dynamic`` or a scheme object.
+        flow: ``fx``; ``auto`` is the same.
+        calibration_batches: how many batches calibrate at most.
+        targets: which layers; by default all that the scheme has kernels for.
+
+    Raises:
+        CompressionError: in the constructor for bad arguments; on test start if there is nothing to calibrate on, or no layer can be
+            quantized. The model is unchanged then.
+
+    Hooks: `on_test_start` and `on_predict_start` quantize, `teardown` and `on_exception` put the float model back.
+
+    Example:
+        >>> ptq = PostTrainingQuantization("int8_static", calibration_batches=32)
+        >>> # Trainer(callbacks=[ptq]).test(model, datamodule)
+    """
+
+    def __init__(
+        self,
+        scheme: str | Scheme = "int8_static",
+        flow: Literal["auto", "fx"] = "auto",
+        calibration_batches: int = 32,
+        targets: Targets | None = None,
+    ) -> None:
+        self.scheme = resolve(scheme)
+        if flow not in ("auto", "fx"):
+            raise invalid("flow", "be 'auto' or 'fx'", flow)
+        check_batches(calibration_batches)
+        self.flow = flow
+        self.calibration_batches = calibration_batches
+        self.targets = targets
+        self._ours = False
+        self._floats: dict[str, str] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_strategy(trainer, type(self).__name__)
+        if stage in ("test", "predict"):
+            refuse_accelerator(trainer)
+        structure.attach(pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._quantize(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._quantize(trainer, pl_module)
+
+    def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if forms.form_of(pl_module) == "converted":
+            return
+        if forms.form_of(pl_module) == "prepared":
+            convert_prepared_(pl_module)
+            return
+        with torch.inference_mode(False), torch.random.fork_rng():
+            batches: Iterator[Any] = iter(())
+            if isinstance(self.scheme, StaticInt8):
+                batches = _calibration_batches(trainer, pl_module)
+                rank_zero_info(f"Calibrating on up to {self.calibration_batches} batches ...")
+            first = next(batches, None)
+            try:
+                with evaluating(pl_module):
+                    quantize_(pl_module, self.scheme, first, batches, self.calibration_batches, self.targets)
+            except BaseException:
+                forms.revert_(pl_module, "float")
+                raise
+        self._ours = True
+        self._floats = dict((forms.record_of(pl_module) or {})["floats"])
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._restore(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore(pl_module)
+
+    def _restore(self, pl_module: pl.LightningModule) -> None:
+        if self._ours:
+            self._ours = False
+            forms.revert_(pl_module, "float")
+        structure.detach(pl_module)
+
+    def report_notes(self) -> list[str]:
+        """Lines for the report: which layers stay float, and why."""
+        return [f"{path or 'the module itself'} stays float: {reason}" for path, reason in self._floats.items()]
+
+
+def _calibration_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
+    """Batches on the module's device from the loader that may be calibrated on."""
+    loader = _calibration_loader(trainer, pl_module)
+    for index, batch in enumerate(loader):
+        yield trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0) if index >= 0 else batch
+
+
+def _calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+    source: Any = getattr(trainer, "datamodule", None) or pl_module
+    if isinstance(source, pl.LightningDataModule):
+        # Under `test` only setup("test") has run, so what it knows of the training data comes now.
+        source.setup("fit")
+    own = getattr(source, "calibration_dataloader", None)
+    if own is not None:
+        return own()
+    loader = source.train_dataloader
+    if getattr(type(source), "train_dataloader", None) not in (
+        pl.LightningDataModule.train_dataloader,
+        pl.LightningModule.train_dataloader,
+    ) or not inspect.ismethod(loader):
+        return loader()
+    raise CompressionError(
+        "`calibration_dataloader` must be there to calibrate on. Received: bare test loaders, with which nothing is calibrated. "
+        "Pass a datamodule (its train loader serves), or define `calibration_dataloader()` on the module or datamodule."
+    )

@@ -1,0 +1,219 @@
+"""`QuantizationAwareTraining`: decides when a model is prepared, frozen and converted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_compress import structure
+from lightning_compress.callback import CompressionCallback
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.inputs import run_step
+from lightning_compress.quantization import forms
+from lightning_compress.quantization.calls import CallLog, quiet_random_state, record_calls
+from lightning_compress.quantization.quantize import nothing_to_quantize
+from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
+from lightning_compress.quantization.traced import Traced
+from lightning_compress.quantization.units import plan_units
+from lightning_compress.targets import Targets
+from lightning_compress.window import Window
+
+
+class QuantizationAwareTraining(CompressionCallback):
+    """Trains with fake-quantized weights and activations, and converts the model to int8 when `fit` ends.
+
+    At the window's start the largest sub-modules whose traced form computes what they computed are given fake-quantizers (BatchNorm
+    folded); the rest stays float and is listed with its reason. Parameters stay the same objects, so optimizers go on. After the
+    fit the model computes in int8 on the CPU: ``trainer.test(model)`` measures just that. The next `fit` trains the float weights on.
+
+    Args:
+        scheme: ``int8_static`` or a `StaticInt8`.
+        flow: ``fx``; ``auto`` is the same for training.
+        window: prepared at its start, by default before training.
+        targets: which layers; by default all that int8 has kernels for.
+        freeze_observers: fraction of the window after which activation ranges no longer move; 1 is never.
+        freeze_batchnorm: fraction of the window after which BatchNorm statistics no longer move; 1 is never.
+        convert: convert when the fit ends; False leaves the model fake-quantized.
+
+    Raises:
+        CompressionError: in the constructor for bad arguments; beside `PostTrainingQuantization`; at the window's start when no layer
+            can be quantized. Nothing is changed then.
+
+    Hooks: `on_train_batch_start` prepares (the batch is its example, nothing is taken from a loader), `on_train_batch_end` freezes,
+    `on_fit_end` converts, as do `on_test_start` and `on_predict_start` for a prepared checkpoint; `validate` stays fake-quantized.
+
+    Example:
+        >>> qat = QuantizationAwareTraining(window=Window(start=0.5))
+        >>> # Trainer(callbacks=[qat]).fit(model, datamodule)
+
+    References:
+        Jacob et al., 2018 (arXiv:1712.05877), section 3; Krishnamoorthi, 2018 (arXiv:1806.08342), for freezing BatchNorm.
+    """
+
+    def __init__(
+        self,
+        scheme: str | Scheme = "int8_static",
+        flow: Literal["auto", "fx"] = "auto",
+        window: Window = Window(),  # noqa: B008  frozen
+        targets: Targets | None = None,
+        freeze_observers: float = 0.9,
+        freeze_batchnorm: float = 0.9,
+        convert: bool = True,
+    ) -> None:
+        super().__init__(window)
+        resolved = resolve(scheme)
+        if not isinstance(resolved, StaticInt8):
+            raise invalid("scheme", "be static int8 for training", scheme, "Use 'int8_static'.")
+        if flow not in ("auto", "fx"):
+            raise invalid("flow", "be 'auto' or 'fx' for training", flow)
+        for name, value in (("freeze_observers", freeze_observers), ("freeze_batchnorm", freeze_batchnorm)):
+            if not 0.0 < value <= 1.0:
+                raise invalid(name, "lie in (0, 1]", value, "It is a fraction of the window; 1 never freezes.")
+        self.scheme = resolved
+        self.flow = flow
+        self.targets = targets
+        self.freeze_observers = freeze_observers
+        self.freeze_batchnorm = freeze_batchnorm
+        self.convert = convert
+        self._floats: dict[str, str] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        from lightning_compress.quantization.ptq import PostTrainingQuantization
+
+        if any(isinstance(callback, PostTrainingQuantization) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise CompressionError(
+                "`callbacks` must hold QuantizationAwareTraining or PostTrainingQuantization. Received: both. Remove one."
+            )
+        if stage in ("test", "predict"):
+            refuse_accelerator(trainer)
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and forms.form_of(pl_module) == "converted":
+            forms.revert_(pl_module)
+            pl_module.train()
+
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.targets is not None:
+            self.targets.check_patterns(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._step >= self.bounds.start and forms.form_of(pl_module) == "float":
+            self._prepare(trainer, pl_module, batch, batch_idx)
+        self._freeze(pl_module)
+
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        log = _look(trainer, pl_module, batch, batch_idx)
+        plan = plan_units(pl_module, log, self.scheme, self.targets, training=True)
+        if not plan.units:
+            raise nothing_to_quantize(plan.floats)
+        forms.prepare_(pl_module, plan, self.scheme, training=True)
+        self.refresh(trainer, pl_module)
+        rebuild_ddp(trainer, pl_module)
+        self._floats = dict(plan.floats)
+        rank_zero_info(_summary([unit.path for unit in plan.units], plan.floats))
+
+    def _freeze(self, pl_module: pl.LightningModule) -> None:
+        progress = self.bounds.progress(self._step)
+        for module in pl_module.modules():
+            if isinstance(module, Traced) and progress is not None:
+                module.observers_frozen = progress >= self.freeze_observers < 1.0
+                module.batchnorm_frozen = progress >= self.freeze_batchnorm < 1.0
+
+    def refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for averaged in structure.averaged_copies(trainer):
+            forms.quantized_like_(averaged, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        if self.convert:
+            convert_prepared_(pl_module)
+        if forms.form_of(pl_module) == "float":
+            rank_zero_warn("QuantizationAwareTraining: the fit ended before the window began; the model is still float.")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._convert_loaded(pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._convert_loaded(pl_module)
+
+    def _convert_loaded(self, pl_module: pl.LightningModule) -> None:
+        if forms.form_of(pl_module) == "float":
+            rank_zero_warn("QuantizationAwareTraining: these weights were saved before quantization began; they run as float.")
+        elif self.convert:
+            convert_prepared_(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn == "fit":
+            forms.revert_(pl_module, "float")
+        super().on_exception(trainer, pl_module, exception)
+
+    def unfinished(self) -> str:
+        return "observers and BatchNorm may not have been frozen. Shorten the window, or train longer."
+
+    def report_notes(self) -> list[str]:
+        stayed = [f"{path or 'the module itself'} stays float: {reason}" for path, reason in self._floats.items()]
+        return [*super().report_notes(), *stayed]
+
+
+def convert_prepared_(pl_module: pl.LightningModule) -> None:
+    """Convert a prepared module, also under `torch.inference_mode`."""
+    if forms.form_of(pl_module) == "prepared":
+        with torch.inference_mode(False), torch.no_grad():
+            forms.convert_(pl_module)
+
+
+def refuse_accelerator(trainer: pl.Trainer) -> None:
+    """Raise where int8 is to run on a device that has no kernels for it."""
+    device = trainer.strategy.root_device
+    if device.type != "cpu":
+        raise CompressionError(
+            f"`accelerator` must be 'cpu' to run int8. Received: a Trainer on {device}. "
+            "Training may run on it; test and predict with Trainer(accelerator='cpu')."
+        )
+
+
+def rebuild_ddp(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let the DDP wrapper find the buffers that came, on all ranks at the same batch."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = pl_module
+        strategy.configure_ddp()
+
+
+def _look(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> CallLog:
+    """What forward and the module's own training step call, seen on a deep copy: the module, its metrics and its logs stay."""
+    probe = copy.deepcopy(pl_module)
+    probe.__dict__["log"] = probe.__dict__["log_dict"] = lambda *args, **kwargs: None
+    probe._trainer = trainer
+    errors: list[str] = []
+
+    def run() -> None:
+        # forward may not be what the step calls, and a manual step can't be tried: what fails here is looked at by the other.
+        looks = [lambda: run_step(probe, batch)]
+        if pl_module.automatic_optimization:
+            looks.append(lambda: probe.training_step(batch, batch_idx))
+        for look in looks:
+            try:
+                look()
+            except Exception as error:
+                errors.append(f"{type(error).__name__}: {error}")
+        if len(errors) == len(looks):
+            raise CompressionError(
+                f"The module must run one batch for a look at what it calls. Received: {'; '.join(errors)}. "
+                "Set `example_input_array`, or define `calibration_step(batch)` on the module."
+            )
+
+    with quiet_random_state(), trainer.precision_plugin.train_step_context():
+        return record_calls(probe, run)
+
+
+def _summary(units: list[str], floats: dict[str, str]) -> str:
+    lines = [f"QuantizationAwareTraining: fake-quantizes {', '.join(path or 'the whole module' for path in units)}."]
+    return "\n".join([*lines, *(f"  {path or 'the module'} stays float: {reason}" for path, reason in floats.items())])

@@ -1,0 +1,220 @@
+"""One module's forward, replaced by a traced form that lives beside its own parameters.
+
+The module object, its children, names and attributes stay; only its ``forward`` is routed into a child that holds the
+traced form. So the keys and the order of the user's parameters never change, and going back is removing one child.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.nn.intrinsic.qat import freeze_bn_stats
+from torch.ao.quantization import disable_observer, enable_observer
+from torch.utils import _pytree as pytree
+
+from lightning_compress.errors import CompressionError
+
+CHILD = "_traced_forward"
+"""Name of the child that holds a module's traced form; in a checkpoint no key has it but in a converted one."""
+
+_ASIDE = "_aside"
+
+PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
+
+
+class Signature:
+    """The shape of a call: where its tensors stand, and the values of everything else.
+
+    The traced form holds for calls of this shape only: a flag that steers control flow is baked in. Immutable and
+    plain: ``example`` is what a checkpoint keeps of it.
+
+    Raises:
+        CompressionError: the call holds something that is neither tensor nor plain data.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        for leaf in leaves:
+            if not isinstance(leaf, (Tensor, *PLAIN)):
+                raise CompressionError(f"its input holds a {type(leaf).__name__}")
+        self.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+
+    @property
+    def example(self) -> list[Any]:
+        """``[args, kwargs]`` with an empty tensor in the place of each tensor."""
+        args, kwargs = self.rebuild([torch.zeros(0) for _ in range(self.slots)])
+        return [args, kwargs]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Signature, tuple(self.example)
+
+    def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
+        """The tensors of a call that has this shape; None if it hasn't."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.spec:
+            return None
+        found = []
+        for leaf, constant in zip(leaves, self.constants, strict=True):
+            if constant is None and isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif constant is None or isinstance(leaf, Tensor) or leaf != constant[0]:
+                return None
+        return found
+
+    def rebuild(self, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` with ``tensors`` in their places."""
+        rest = iter(tensors)
+        leaves = [next(rest) if constant is None else constant[0] for constant in self.constants]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return tuple(args), dict(kwargs)
+
+    @property
+    def slots(self) -> int:
+        return sum(constant is None for constant in self.constants)
+
+
+class Traced(nn.Module):
+    """Holds the traced form of its parent module: fake-quantized while it trains, int8 once converted.
+
+    Args:
+        graph: takes the tensors of a call, in order.
+        signature: the calls that it is right for.
+        used: names of the parent's own children and tensors that the graph took the place of.
+    """
+
+    def __init__(self, graph: nn.Module, signature: Signature, used: frozenset[str]) -> None:
+        super().__init__()
+        self.graph = graph
+        self.signature = signature
+        self.used = used
+        self.calibrating = False
+        self.observers_frozen = False
+        self.batchnorm_frozen = False
+        self._observing: bool | None = None
+        # (module in the graph, buffer, module in the parent, buffer): the same tensor, seen from both.
+        self.shared_buffers: list[tuple[nn.Module, str, nn.Module, str]] = []
+
+    def forward(self, *tensors: Tensor) -> Any:
+        observe = self.calibrating or (self.training and not self.observers_frozen)
+        if observe != self._observing:
+            # Evaluation never moves an observer, whoever runs it.
+            self.graph.apply(enable_observer if observe else disable_observer)
+            self._observing = observe
+        if self.batchnorm_frozen and self.training:
+            self.graph.apply(freeze_bn_stats)
+        with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
+            return self.graph(*[tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors])
+
+    def keep_frozen_batchnorm_(self) -> None:
+        """A BatchNorm that the user had put into evaluation mode stays so when it was fused."""
+        for inner, name, outer, _ in self.shared_buffers:
+            if name == "running_mean" and not outer.training:
+                for module in self.graph.modules():
+                    if getattr(module, "bn", None) is inner:
+                        module.apply(freeze_bn_stats)
+                inner.eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        # Moving a module gives it new buffers; the parent's were moved before, so they are taken from there.
+        for inner, name, outer, outer_name in self.shared_buffers:
+            inner._buffers[name] = outer._buffers[outer_name]
+        return self
+
+
+def share_buffers(traced: Traced, parent: nn.Module) -> None:
+    """Note which buffers of the graph are the parent's own, so that they stay so."""
+    owned = {
+        id(buffer): (module, name)
+        for path, module in parent.named_modules()
+        if CHILD not in path.split(".")
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
+    traced.shared_buffers = [
+        (module, name, *owned[id(buffer)])
+        for module in traced.graph.modules()
+        for name, buffer in module._buffers.items()
+        if id(buffer) in owned
+    ]
+
+
+@torch.compiler.disable
+def _routed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module whose traced form stands in ``CHILD``."""
+    traced = module._modules[CHILD]
+    assert traced is not None
+    if not isinstance(traced, Traced):
+        return traced(*args, **kwargs)
+    tensors = traced.signature.tensors(args, kwargs)
+    if tensors is not None:
+        return traced(*tensors)
+    if _ASIDE not in vars(module):
+        return type(module).forward(module, *args, **kwargs)
+    raise CompressionError(
+        f"The int8 form of {type(module).__name__} must be called as it was traced. Received: other arguments or flags. "
+        "Call it with the arguments of the calibration or training step, or exclude it from `targets`."
+    )
+
+
+def route_(module: nn.Module, child: nn.Module) -> None:
+    """Let ``child`` compute the forward of ``module``; `unroute_` takes it back."""
+    module.add_module(CHILD, child)
+    module.__dict__["forward"] = partial(_routed, module)
+    child.train(module.training)
+
+
+def unroute_(module: nn.Module) -> None:
+    """Take the traced form away again; the module computes as it was written."""
+    restore_aside_(module)
+    module.__dict__.pop("forward", None)
+    for inner in module.modules():
+        inner.__dict__.pop("qconfig", None)
+
+
+def is_routed(module: nn.Module) -> bool:
+    return CHILD in module._modules
+
+
+def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | None) -> None:
+    """Take what the traced form replaces (``used``) out of the module's tree: the module is as small as it looks.
+
+    It is kept aside, with the form that was ``prepared``, for `restore_aside_`.
+    """
+    aside: dict[str, Any] = {"prepared": prepared}
+    for kind in ("_parameters", "_buffers", "_modules"):
+        values: dict[str, Any] = getattr(module, kind)
+        aside[kind] = {name: value for name, value in values.items() if name != CHILD}
+        for name in used & values.keys():
+            del values[name]
+    module.__dict__[_ASIDE] = aside
+
+
+def restore_aside_(module: nn.Module) -> nn.Module | None:
+    """Put back what `set_aside_` took, without any traced form; returns the form that was prepared before."""
+    if _ASIDE in vars(module) and vars(module)[_ASIDE] is None:
+        raise CompressionError(f"{type(module).__name__} must be float to go on. Received: an int8 form whose float weights are gone.")
+    aside = module.__dict__.pop(_ASIDE, None)
+    if aside is None:
+        return module._modules.pop(CHILD, None)
+    module._modules.pop(CHILD, None)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        values = getattr(module, kind)
+        # In their old order; what came since (a metric, say) stays as it is.
+        merged = {**aside[kind], **values}
+        values.clear()
+        values.update(merged)
+    prepared: nn.Module | None = aside["prepared"]
+    return prepared
+
+
+def forget_aside_(module: nn.Module) -> None:
+    """Drop what `set_aside_` kept."""
+    if _ASIDE in vars(module):
+        module.__dict__[_ASIDE] = None

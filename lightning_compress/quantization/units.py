@@ -1,0 +1,253 @@
+"""Finds the largest sub-modules whose traced form computes what they computed; the rest stays float, with its reason."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import disable_fake_quant
+from torch.utils import _pytree as pytree
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.quantization.calls import CallLog, copy_tensors, is_below, quiet_random_state
+from lightning_compress.quantization.flows import fx
+from lightning_compress.quantization.schemes import StaticInt8
+from lightning_compress.quantization.traced import Signature, Traced
+from lightning_compress.targets import Targets, clean_name
+
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One module to be traced and quantized as a whole.
+
+    Attributes:
+        path: where it stands, without ``_orig_mod``.
+        signature: the calls that it is traced for.
+        hooked: inner modules (paths in the unit) whose forward hooks must go on firing.
+        floats: inner modules (paths in the unit) that stay float by the user's choice.
+    """
+
+    path: str
+    signature: Signature
+    hooked: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {
+            "path": self.path,
+            "example": self.signature.example,
+            "hooked": list(self.hooked),
+            "floats": list(self.floats),
+        }
+
+    @classmethod
+    def from_description(cls, plain: dict[str, Any]) -> Unit:
+        args, kwargs = plain["example"]
+        return cls(plain["path"], Signature(tuple(args), kwargs), tuple(plain["hooked"]), tuple(plain["floats"]))
+
+
+@dataclass
+class Plan:
+    """What would be quantized, and what stays float and why."""
+
+    units: list[Unit] = field(default_factory=list)
+    floats: dict[str, str] = field(default_factory=dict)
+
+
+def plan_units(model: nn.Module, log: CallLog, scheme: StaticInt8, targets: Targets | None, *, training: bool) -> Plan:
+    """The largest units of ``model`` that can be quantized. Changes nothing.
+
+    A module is accepted if nothing outside calls into it, it traces, and its prepared form, with fake-quantization off,
+    gives the outputs that it gave, in training (same random state) and in evaluation. Else its children are tried.
+
+    Args:
+        model: the root.
+        log: what a run of the model called.
+        scheme: the numbers.
+        targets: which layers may be quantized; None is all.
+        training: for quantization-aware training, else for calibration.
+    """
+    plan = Plan()
+    excluded = _excluded(model, targets)
+    modules = {clean_name(path): module for path, module in model.named_modules()}
+    calls = CallLog(
+        {clean_name(path): inputs for path, inputs in log.inputs.items()},
+        {
+            clean_name(path): {caller if caller is None else clean_name(caller) for caller in callers}
+            for path, callers in log.callers.items()
+        },
+    )
+    _visit("", modules, calls, scheme, excluded, plan, training)
+    return plan
+
+
+def _visit(
+    path: str,
+    modules: dict[str, nn.Module],
+    calls: CallLog,
+    scheme: StaticInt8,
+    excluded: set[str],
+    plan: Plan,
+    training: bool,
+) -> None:
+    module = modules[path]
+    wanted = [inner for inner in _quantizable(path, modules) if inner not in excluded]
+    if not wanted:
+        return
+    reason = "it wasn't called in the dry run"
+    if _is_shell(path, module):
+        reason = ""
+    elif path in calls.inputs:
+        unit, reason = _try_unit(path, module, modules, calls, scheme, excluded, training)
+        if unit is not None:
+            plan.units.append(unit)
+            return
+    children = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
+    children = [clean_name(child) for child in children]
+    if path in wanted or not children:
+        plan.floats[path] = reason
+    elif reason and path in calls.inputs and path:
+        plan.floats[path] = f"not as a whole: {reason}"
+    for child in dict.fromkeys(children):
+        if child != path:
+            _visit(child, modules, calls, scheme, excluded, plan, training)
+
+
+def _is_shell(path: str, module: nn.Module) -> bool:
+    """Whether the root is a LightningModule around the networks, which keep their names, rather than a network itself."""
+    return path == "" and hasattr(module, "training_step") and not any(type(child) in QUANTIZABLE for child in module.children())
+
+
+def _quantizable(path: str, modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Paths at or below ``path`` of layers that int8 has kernels for."""
+    for inner, module in modules.items():
+        if (inner == path or is_below(inner, path)) and type(module) in QUANTIZABLE:
+            yield inner
+
+
+def _excluded(model: nn.Module, targets: Targets | None) -> set[str]:
+    """Paths of quantizable layers that the user's targets leave out."""
+    layers = {clean_name(path): module for path, module in model.named_modules() if type(module) in QUANTIZABLE}
+    if targets is None:
+        return set()
+    targets.check_patterns(model)
+    chosen = {
+        path
+        for path, module in layers.items()
+        if not targets.leaves_out(path) and (targets.types is None or isinstance(module, tuple(targets.types)))
+    }
+    if not chosen:
+        raise CompressionError(
+            f"`targets` must leave a convolution or linear layer to quantize. Received: {targets}. "
+            f"The model has {', '.join(list(layers)[:8]) or 'none'}."
+        )
+    return set(layers) - chosen
+
+
+def _try_unit(
+    path: str,
+    module: nn.Module,
+    modules: dict[str, nn.Module],
+    calls: CallLog,
+    scheme: StaticInt8,
+    excluded: set[str],
+    training: bool,
+) -> tuple[Unit | None, str]:
+    """The unit, or why it can't be one."""
+    entered = calls.entered_below(path)
+    if entered is not None:
+        return None, f"its `{entered}` is called from outside of it"
+    if "forward" in vars(module):
+        return None, "its forward was replaced on the instance"
+    if any(type(inner).get_extra_state is not nn.Module.get_extra_state for inner in module.modules()):
+        return None, "it keeps extra state"
+    args, kwargs = calls.inputs[path]
+    prefix = f"{path}." if path else ""
+    inner = {clean_name(name): child for name, child in module.named_modules() if name}
+    hooked = tuple(name for name, child in inner.items() if child._forward_hooks)
+    floats = tuple(name for name in inner if prefix + name in excluded)
+    try:
+        unit = Unit(path, Signature(args, kwargs), hooked, floats)
+        reason = verify(module, unit, args, kwargs, scheme, training)
+    except CompressionError as error:
+        return None, str(error)
+    except Exception as error:  # whatever tracing meets in a user's forward is the reason why it stays float
+        return None, f"it can't be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return (None, reason) if reason else (unit, "")
+
+
+def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:
+    """The traced, prepared form of ``module``; sharing its parameters, not yet in its place."""
+    graph, used = fx.trace(module, unit.signature, unit.hooked)
+    prepared = fx.prepare(graph, scheme, training=training, floats=unit.floats)
+    fx.observe_weights_(prepared)
+    return Traced(prepared, unit.signature, used)
+
+
+def verify(
+    module: nn.Module, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], scheme: StaticInt8, training: bool
+) -> str:
+    """Why the prepared form can't stand for ``module``: empty if it gives the same outputs. Works on copies."""
+    for mode in (True, False) if training else (False,):
+        original, twin = copy.deepcopy(module), copy.deepcopy(module)
+        for model in (original, twin):
+            for inner in model.modules():
+                inner._forward_hooks.clear()
+        twin.train(training)
+        traced = prepared_form(twin, unit, scheme, training=training)
+        if not _quantizes_something(traced.graph):
+            return "no layer in it can be quantized"
+        traced.graph.apply(disable_fake_quant)
+        original.train(mode)
+        traced.train(mode)
+        for inner in twin.modules():
+            inner.train(mode)
+        expected = _run(original, args, kwargs)
+        tensors = unit.signature.tensors(*copy_tensors((args, kwargs)))
+        assert tensors is not None
+        got = _run(traced, tuple(tensors), {})
+        if not same_outputs(expected, got):
+            return f"its traced form computes something else in {'training' if mode else 'evaluation'}"
+    return ""
+
+
+def _quantizes_something(graph: nn.Module) -> bool:
+    return any(getattr(inner, "qconfig", None) is not None and isinstance(inner, QUANTIZABLE) for inner in graph.modules())
+
+
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = copy_tensors((args, kwargs))
+    device = next((leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
+    with torch.no_grad(), quiet_random_state(), torch.autocast(device, enabled=False):
+        torch.manual_seed(0)
+        return module(*args, **kwargs)
+
+
+def same_outputs(expected: Any, got: Any, tolerance: float = 1e-3) -> bool:
+    """Whether two nests of outputs agree; floats within ``tolerance`` of their magnitude (folded BatchNorm rounds otherwise)."""
+    leaves, spec = pytree.tree_flatten(expected)
+    others, other_spec = pytree.tree_flatten(got)
+    if spec != other_spec or len(leaves) != len(others):
+        return False
+    for leaf, other in zip(leaves, others, strict=True):
+        if isinstance(leaf, Tensor) != isinstance(other, Tensor):
+            return False
+        if not isinstance(leaf, Tensor):
+            if leaf != other:
+                return False
+        elif leaf.shape != other.shape or leaf.dtype.is_floating_point != other.dtype.is_floating_point:
+            return False
+        elif leaf.is_floating_point():
+            scale = leaf.float().abs().amax().nan_to_num(1.0, 1.0, 1.0).item() if leaf.numel() else 0.0
+            if not torch.allclose(leaf.float(), other.float(), rtol=tolerance, atol=tolerance * max(scale, 1e-3), equal_nan=True):
+                return False
+        elif not torch.equal(leaf, other):
+            return False
+    return True

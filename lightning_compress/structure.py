@@ -1,0 +1,208 @@
+"""Makes a module's structure match the checkpoint that is being loaded, and keeps ours out of the user's keys.
+
+While a callback of ours is at work, the instance's ``on_save_checkpoint`` and ``on_load_checkpoint`` are wrapped: they run for
+weights-only saves too, and on load before the weights, with the whole checkpoint in hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.quantization import forms
+
+ENTRY = "lightning_compress"
+VERSION = 1
+STATES = ("state_dict", "current_model_state")
+"""Where a checkpoint holds weights; the second is what averaging callbacks add."""
+
+_RESTORED = "_restored_callback_states"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def attach(module: nn.Module) -> None:
+    """Wrap the instance's checkpoint hooks; may be called again."""
+    if not _is_wrapped(module):
+        # Partials of plain functions: a deep copy of the module gets wrappers of its own, and no callback with its Trainer.
+        module.__dict__["on_save_checkpoint"] = partial(_on_save, module)
+        module.__dict__["on_load_checkpoint"] = partial(_on_load, module)
+
+
+def detach(module: nn.Module) -> None:
+    """Unwrap, unless the module is int8: then what is saved later must still say so."""
+    if _is_wrapped(module) and forms.form_of(module) == "float":
+        del module.__dict__["on_save_checkpoint"], module.__dict__["on_load_checkpoint"]
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    return getattr(module.__dict__.get("on_save_checkpoint"), "func", None) is _on_save
+
+
+def _callbacks(module: Any) -> dict[str, Any]:
+    """Our callbacks in the module's Trainer by their keys, found anew each time: a hook that held them would be copied with them."""
+    trainer = getattr(module, "_trainer", None)
+    callbacks = trainer.callbacks if trainer is not None else ()
+    return {callback.state_key: callback for callback in callbacks if hasattr(callback, "refresh")}
+
+
+def averaged_copies(trainer: Any) -> Iterator[nn.Module]:
+    """The averaged copies of the module that callbacks hold (`WeightAveraging`, SWA): every change is made to them too."""
+    for callback in trainer.callbacks:
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            yield average.module if isinstance(average, AveragedModel) else average
+
+
+def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
+    callbacks = _callbacks(module)
+    for callback in callbacks.values():
+        callback.refresh(module.trainer, module)
+    type(module).on_save_checkpoint(module, checkpoint)
+    entry: dict[str, Any] = {"version": VERSION}
+    record = forms.record_of(module)
+    if record is not None:
+        entry["quantization"] = copy.deepcopy(record)
+        if record["form"] == "prepared":
+            added = forms.added_keys(module)
+            taken = [forms.take_added_(checkpoint[name], added) for name in STATES if name in checkpoint]
+            entry["observers"] = taken[0]
+        elif "current_model_state" in checkpoint:
+            # The fit is over: the int8 model is the average, and the float average that a callback still holds isn't wanted.
+            checkpoint["state_dict"] = checkpoint.pop("current_model_state")
+            checkpoint.pop("averaging_state", None)
+    if "callbacks" not in checkpoint:
+        entry["callbacks"] = {key: callback.state_dict() for key, callback in callbacks.items()}
+    checkpoint[ENTRY] = entry
+
+
+def _on_load(module: Any, checkpoint: dict[str, Any]) -> None:
+    entry = read_entry(checkpoint)
+    trainer = module.trainer
+    if trainer.state.fn == "fit" and entry.get("quantization", {}).get("form") == "converted":
+        raise CompressionError(
+            "`ckpt_path` must be a float or a prepared checkpoint to train from. Received: one of a converted int8 model, "
+            "whose float weights are gone. Resume from a checkpoint that was saved during training."
+        )
+    type(module).on_load_checkpoint(module, checkpoint)
+    states = _editable(checkpoint)
+    _load_on_copy(module, entry, copy.copy(states[0]), strict=module.strict_loading)
+    restore_structure_(module, entry, states, copies=averaged_copies(trainer))
+    for key, state in entry.get("callbacks", {}).items():
+        if key in _callbacks(module):
+            _callbacks(module)[key].load_state_dict(state)
+
+
+def read_entry(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Our entry of a checkpoint, empty if it has none.
+
+    Raises:
+        CompressionError: a newer version wrote it.
+    """
+    entry = checkpoint.get(ENTRY, {"version": VERSION})
+    if entry.get("version") != VERSION:
+        raise CompressionError(
+            f"The checkpoint's `{ENTRY}` entry must have version {VERSION}. Received: version={entry.get('version')!r}. "
+            "Update lightning_compress."
+        )
+    return dict(entry)
+
+
+def _editable(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checkpoint's states, made dicts of a kind that can carry the versions of its modules."""
+    for name in STATES:
+        if name in checkpoint and not isinstance(checkpoint[name], OrderedDict):
+            checkpoint[name] = OrderedDict(checkpoint[name])
+    return [checkpoint[name] for name in STATES if name in checkpoint]
+
+
+def restore_structure_(
+    module: nn.Module, entry: Mapping[str, Any], states: list[dict[str, Any]], copies: Iterable[nn.Module] = ()
+) -> None:
+    """Give ``module`` (and averaged copies of it) the structure that ``entry`` tells of, and ``states`` its keys."""
+    record = entry.get("quantization")
+    if record is None:
+        forms.revert_(module, "float")
+    elif not _already(module, record):
+        forms.rebuild_(module, record)
+    for copied in copies:
+        forms.quantized_like_(copied, module)
+    if record is not None:
+        added = forms.added_keys(module) if record["form"] == "prepared" else {}
+        for state in states:
+            forms.put_added_(state, added, entry.get("observers", {}))
+            if not hasattr(state, "_metadata"):
+                # Without their versions, torch reads quantized layers as if they were saved by its first release.
+                state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+
+
+def _load_on_copy(module: nn.Module, entry: Mapping[str, Any], state: dict[str, Any], strict: bool = True) -> None:
+    """Try the whole load on a copy, so that one that fails leaves the module as it was."""
+    trial = copy.deepcopy(module)
+    restore_structure_(trial, entry, [state])
+    trial.load_state_dict(state, strict=strict)
+
+
+def _already(module: nn.Module, record: Mapping[str, Any]) -> bool:
+    """Whether a prepared module has just the units that the checkpoint has."""
+    mine = forms.record_of(module)
+    return mine is not None and mine["form"] == record["form"] == "prepared" and _plain(mine) == _plain(record)
+
+
+def _plain(record: Mapping[str, Any]) -> list[Any]:
+    return [record["scheme"], *[[unit["path"], unit.get("hooked"), unit.get("floats")] for unit in record["units"]]]
+
+
+def load_compressed(path: str, model: Model) -> Model:
+    """Load any checkpoint of ours, or of plain Lightning, into a freshly built float ``model``.
+
+    Everything comes back: masked weights, fake-quantizers with their observers, an int8 form. What a fit needs of our callbacks'
+    state (masks) waits on the model for the next fit with such a callback.
+
+    Args:
+        path: a Lightning checkpoint, ``save_weights_only`` included; read with ``weights_only=True``.
+        model: the module as its constructor makes it. It is changed in place and returned.
+
+    Raises:
+        CompressionError: the file can't be read, or doesn't fit; the model is unchanged then.
+    """
+    try:
+        with warnings.catch_warnings():
+            # torch warns of its own storages whenever it reads a quantized tensor.
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen types, by file format
+        raise invalid("path", "be a readable checkpoint", str(path), f"{type(error).__name__}: {error}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise invalid("path", "be a checkpoint with a `state_dict`", str(path))
+    entry = read_entry(checkpoint)
+    [state] = _editable({"state_dict": checkpoint["state_dict"]})
+    try:
+        _load_on_copy(model, entry, copy.copy(state))
+    except RuntimeError as error:  # torch names every missing and unexpected key and every other shape
+        raise invalid(
+            "path", "hold a checkpoint of this model", str(path), f"{str(error)[:600]} Build the model as for training."
+        ) from error
+    restore_structure_(model, entry, [state])
+    model.load_state_dict(state)
+    if entry.get("quantization", {}).get("form") == "converted":
+        forms.forget_(model)
+    if hasattr(model, "on_save_checkpoint") and "quantization" in entry:
+        attach(model)
+    model.__dict__[_RESTORED] = {**checkpoint.get("callbacks", {}), **entry.get("callbacks", {})}
+    return model
+
+
+def restored_state(module: nn.Module, key: str) -> dict[str, Any] | None:
+    """The state of the callback with ``key`` that `load_compressed` left on the module; given once."""
+    states: dict[str, Any] = module.__dict__.get(_RESTORED, {})
+    return states.pop(key, None)

@@ -1,0 +1,154 @@
+"""WHEN: turns a Trainer's position into a window's progress.
+
+Position is counted in training batches that made an optimizer step, never in ``global_step``, which counts
+several optimizers several times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+
+from lightning_compress.errors import CompressionError, invalid
+
+Unit = Literal["fit", "epoch", "step"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a fit in which a technique acts.
+
+    Args:
+        start: where it begins, in ``unit``.
+        end: where it ends; None is the end of the fit.
+        unit: ``fit`` (fraction of all optimizer steps), ``epoch`` or ``step`` (optimizer steps).
+        every_n_steps: within the window, act at every n-th optimizer step; the end always acts.
+
+    Raises:
+        CompressionError: the window is empty or leaves its unit's range; in `bounds`, the fit's length isn't known
+            but the unit needs it.
+
+    Example:
+        >>> Window(start=0.1, end=0.75).bounds(total=200, per_epoch=20)
+        Bounds(start=20, end=150)
+        >>> Window(start=2, unit="epoch").bounds(total=200, per_epoch=20)
+        Bounds(start=40, end=200)
+    """
+
+    start: float = 0.0
+    end: float | None = None
+    unit: Unit = "fit"
+    every_n_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("fit", "epoch", "step"):
+            raise invalid("unit", "be 'fit', 'epoch' or 'step'", self.unit)
+        if not (math.isfinite(self.start) and self.start >= 0):
+            raise invalid("start", "be at least 0", self.start)
+        if self.end is not None and not self.end > self.start:
+            raise invalid("end", f"lie after start={self.start}, or the window is empty", self.end)
+        if self.unit == "fit" and (self.start >= 1 or (self.end is not None and self.end > 1)):
+            received = self.start if self.start >= 1 else self.end
+            name = "start" if self.start >= 1 else "end"
+            raise invalid(
+                name, "lie in [0, 1] for unit='fit'", received, "For absolute bounds use unit='step' or unit='epoch'."
+            )
+        if self.every_n_steps < 1:
+            raise invalid("every_n_steps", "be at least 1", self.every_n_steps)
+
+    def bounds(self, total: float, per_epoch: float) -> Bounds:
+        """The window in optimizer steps: ``floor(start)`` to ``ceil(end)``, so it is never empty.
+
+        Args:
+            total: optimizer steps of the whole fit; inf if unknown.
+            per_epoch: optimizer steps of one epoch; inf if unknown.
+        """
+        scale = {"fit": total, "epoch": per_epoch, "step": 1.0}[self.unit]
+        if math.isinf(scale):
+            raise CompressionError(
+                f"`window` with unit={self.unit!r} must have a fit of known length. Received: a train loader without "
+                "length or a Trainer without max_epochs and max_steps. Use Window(start, end, unit='step')."
+            )
+        end = total if self.end is None else self.end * scale
+        if math.isinf(end):
+            raise CompressionError(
+                "`window` must have an end where the fit's length is unknown. Received: end=None. "
+                "Use Window(start, end, unit='step')."
+            )
+        # Rounded first, as 0.7 * 10 is a hair above 7.
+        bounds = Bounds(math.floor(round(self.start * scale, 6)), math.ceil(round(end, 6)))
+        if bounds.start >= bounds.end or bounds.start >= total:
+            raise CompressionError(
+                f"`window` must begin before the fit ends. Received: start at optimizer step {bounds.start}, "
+                f"end at {bounds.end}, in a fit of {total:g} optimizer steps."
+            )
+        return bounds
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A window's absolute bounds in optimizer steps; fixed once when the fit starts."""
+
+    start: int
+    end: int
+
+    def progress(self, step: int) -> float | None:
+        """Progress in [0, 1] after ``step`` optimizer steps; None before the window.
+
+        Example:
+            >>> bounds = Bounds(20, 150)
+            >>> bounds.progress(19), bounds.progress(85), bounds.progress(200)
+            (None, 0.5, 1.0)
+        """
+        if step < self.start:
+            return None
+        return min((step - self.start) / (self.end - self.start), 1.0)
+
+    def is_due(self, step: int, every_n_steps: int) -> bool:
+        """Whether to act after ``step`` optimizer steps: at the start, at every n-th step and at the end."""
+        inside = self.start <= step <= self.end
+        return inside and ((step - self.start) % every_n_steps == 0 or step == self.end)
+
+
+def fit_length(trainer: pl.Trainer) -> tuple[float, float]:
+    """Optimizer steps of the whole fit and of one epoch, as batches that make a step; inf where unknown.
+
+    The extra epoch in which stochastic weight averaging renews BatchNorm statistics makes no steps and isn't counted.
+    """
+    batches = trainer.num_training_batches
+    epochs = _epochs(trainer)
+    accumulate = _accumulation(trainer)
+    per_epoch = _steps(batches, accumulate(0))
+    total = math.inf if math.isinf(epochs) else sum(_steps(batches, accumulate(epoch)) for epoch in range(int(epochs)))
+    if trainer.max_steps != -1:
+        # max_steps counts the steps of every optimizer; with manual optimization each normally makes one a batch.
+        manual = not trainer.lightning_module.automatic_optimization
+        total = min(total, math.ceil(trainer.max_steps / max(len(trainer.optimizers) if manual else 1, 1)))
+    return total, per_epoch
+
+
+def _steps(batches: float, accumulate: int) -> float:
+    return math.ceil(batches / accumulate) if math.isfinite(batches) else math.inf
+
+
+def _accumulation(trainer: pl.Trainer) -> Callable[[int], int]:
+    """How many batches an epoch's optimizer steps accumulate."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches
+    return lambda epoch: trainer.accumulate_grad_batches
+
+
+def _epochs(trainer: pl.Trainer) -> float:
+    epochs = trainer.max_epochs
+    if epochs is None or epochs == -1:
+        return math.inf
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging) and isinstance(getattr(callback, "_max_epochs", None), int):
+            epochs = min(epochs, callback._max_epochs)
+    return epochs
