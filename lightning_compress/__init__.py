@@ -1,1 +1,53 @@
 """Pruning, quantization and knowledge distillation as callbacks of a PyTorch Lightning Trainer."""
+
+from lightning_compress.distillation import (
+    DistillationModule,
+    FeatureCosine,
+    FeatureMSE,
+    HardTarget,
+    SoftTarget,
+)
+from lightning_compress.errors import CompressionError, MissingExtraError, NoEffectWarning
+from lightning_compress.pruning import ScheduledPruning, prune_
+from lightning_compress.quantization import (
+    DynamicInt8,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    StaticInt8,
+    quantize,
+)
+from lightning_compress.report import CompressionReport, compare, measure
+from lightning_compress.schedules import Cosine, Exponential, Linear, OneShot, Polynomial, Steps
+from lightning_compress.structure import load_compressed
+from lightning_compress.targets import Targets
+from lightning_compress.window import Window
+
+__all__ = [
+    "CompressionError",
+    "CompressionReport",
+    "Cosine",
+    "DistillationModule",
+    "DynamicInt8",
+    "Exponential",
+    "FeatureCosine",
+    "FeatureMSE",
+    "HardTarget",
+    "Linear",
+    "MissingExtraError",
+    "NoEffectWarning",
+    "OneShot",
+    "Polynomial",
+    "PostTrainingQuantization",
+    "QuantizationAwareTraining",
+    "ScheduledPruning",
+    "SoftTarget",
+    "StaticInt8",
+    "Steps",
+    "Targets",
+    "Window",
+    "compare",
+    "load_compressed",
+    "measure",
+    "prune_",
+    "quantize",
+]

@@ -28,6 +28,12 @@ class CallLog:
     inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     callers: dict[str, set[str | None]] = field(default_factory=dict)
 
+    def merge(self, other: CallLog) -> None:
+        """Add what another run called; inputs that are known already stay."""
+        self.inputs = {**other.inputs, **self.inputs}
+        for path, callers in other.callers.items():
+            self.callers.setdefault(path, set()).update(callers)
+
     def entered_below(self, path: str) -> str | None:
         """A module below ``path`` that something outside of ``path`` calls directly; None if there is none."""
         for inner, callers in self.callers.items():

@@ -23,6 +23,9 @@ class DynamicLinear(nn.Module):
         reduce_range: 7-bit activations, for CPUs without VNNI.
     """
 
+    used = frozenset(("weight", "bias"))
+    """Names of the float layer's tensors that it takes the place of."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None, reduce_range: bool) -> None:
         super().__init__()
         scale = weight.detach().float().abs().amax(dim=1).clamp_min(1e-12) / 127

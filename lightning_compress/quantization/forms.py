@@ -119,6 +119,19 @@ def revert_(model: nn.Module, form: str = "prepared") -> None:
         record["form"] = "prepared"
 
 
+def transplant_(model: nn.Module, twin: nn.Module) -> None:
+    """Give a float ``model`` the converted form of its copy ``twin``; what the model was stays aside."""
+    record = record_of(twin)
+    assert record is not None and record["form"] == "converted"
+    modules = [_unit_module(model, unit["path"]) for unit in record["units"]]
+    for module, unit in zip(modules, record["units"], strict=True):
+        child = _unit_module(twin, unit["path"])._modules[CHILD]
+        assert child is not None
+        _swap_in_(module, child, child.used if isinstance(child, Traced) else DynamicLinear.used)
+    quiet_fast_path_(model)
+    model.__dict__[_RECORD] = record
+
+
 def forget_(model: nn.Module) -> None:
     """Let go of what a converted model was; it can't be reverted any more."""
     for module in model.modules():
@@ -130,7 +143,7 @@ def make_dynamic_(model: nn.Module, paths: list[str], scheme: DynamicInt8, float
     for path in paths:
         module = _unit_module(model, path)
         assert isinstance(module, nn.Linear)
-        _swap_in_(module, DynamicLinear.from_float(module, scheme), frozenset(("weight", "bias")))
+        _swap_in_(module, DynamicLinear.from_float(module, scheme), DynamicLinear.used)
     quiet_fast_path_(model)
     model.__dict__[_RECORD] = {
         "form": "converted",

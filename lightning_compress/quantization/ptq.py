@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,10 +14,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_compress import structure
 from lightning_compress.callback import refuse_strategy
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.inputs import run_step
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calibrate import evaluating
-from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator
-from lightning_compress.quantization.quantize import check_batches, quantize_
+from lightning_compress.quantization.qat import convert_prepared_, make_probe, refuse_accelerator
+from lightning_compress.quantization.quantize import check_batches, dry_run, quantize_
 from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
 from lightning_compress.targets import Targets
 
@@ -85,14 +86,14 @@ class PostTrainingQuantization(Callback):
             batches: Iterator[Any] = iter(())
             if isinstance(self.scheme, StaticInt8):
                 batches = _calibration_batches(trainer, pl_module)
-                rank_zero_info(f"Calibrating on up to {self.calibration_batches} batches ...")
+                rank_zero_info(f"PostTrainingQuantization: calibrating on up to {self.calibration_batches} batches ...")
+            # All is done on a copy, so that an error leaves the module as it was.
+            probe = make_probe(trainer, pl_module)
             first = next(batches, None)
-            try:
-                with evaluating(pl_module):
-                    quantize_(pl_module, self.scheme, first, batches, self.calibration_batches, self.targets)
-            except BaseException:
-                forms.revert_(pl_module, "float")
-                raise
+            with evaluating(probe):
+                run = _way_to_run(probe, first)
+                quantize_(probe, self.scheme, first, batches, self.calibration_batches, self.targets, run)
+            forms.transplant_(pl_module, probe)
         self._ours = True
         self._floats = dict((forms.record_of(pl_module) or {})["floats"])
 
@@ -113,11 +114,28 @@ class PostTrainingQuantization(Callback):
         return [f"{path or 'the module itself'} stays float: {reason}" for path, reason in self._floats.items()]
 
 
+def _way_to_run(probe: pl.LightningModule, batch: Any) -> Callable[[Any, Any], Any]:
+    """How a batch goes through the module: ``calibration_step`` or ``forward``; a step of its own where that can't be."""
+    ways = [run_step, lambda module, batch: module.validation_step(batch, 0), lambda module, batch: module.test_step(batch, 0)]
+    errors = []
+    for run in ways if batch is not None else ():
+        try:
+            dry_run(probe, batch, run)
+            return run
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    if errors:
+        raise CompressionError(
+            f"The module must run a calibration batch. Received: {errors[0]}. "
+            "Set `example_input_array`, or define `calibration_step(batch)` on the module."
+        )
+    return run_step
+
+
 def _calibration_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
     """Batches on the module's device from the loader that may be calibrated on."""
-    loader = _calibration_loader(trainer, pl_module)
-    for index, batch in enumerate(loader):
-        yield trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0) if index >= 0 else batch
+    for batch in _calibration_loader(trainer, pl_module):
+        yield trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
 
 
 def _calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -188,30 +189,33 @@ def rebuild_ddp(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def _look(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> CallLog:
-    """What forward and the module's own training step call, seen on a deep copy: the module, its metrics and its logs stay."""
+    """What the module's own training step and forward call, seen on a deep copy: the module, its metrics and its logs stay."""
+    probe = make_probe(trainer, pl_module)
+    looks: list[Callable[[], Any]] = [lambda: run_step(probe, batch)]
+    if pl_module.automatic_optimization:
+        looks.insert(0, lambda: probe.training_step(batch, batch_idx))
+    log, errors = CallLog(), []
+    with quiet_random_state(), trainer.precision_plugin.train_step_context():
+        for look in looks:
+            # Forward need not be what the step calls, and a manual step can't be tried: one of the two is enough.
+            try:
+                log.merge(record_calls(probe, look))
+            except Exception as error:
+                errors.append(f"{type(error).__name__}: {error}")
+    if len(errors) == len(looks):
+        raise CompressionError(
+            f"The module must run one batch for a look at what it calls. Received: {'; '.join(errors)}. "
+            "Set `example_input_array`, or define `calibration_step(batch)` on the module."
+        )
+    return log
+
+
+def make_probe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
+    """A deep copy whose steps can be run without a trace: it logs nothing, and its metrics are its own."""
     probe = copy.deepcopy(pl_module)
     probe.__dict__["log"] = probe.__dict__["log_dict"] = lambda *args, **kwargs: None
     probe._trainer = trainer
-    errors: list[str] = []
-
-    def run() -> None:
-        # forward may not be what the step calls, and a manual step can't be tried: what fails here is looked at by the other.
-        looks = [lambda: run_step(probe, batch)]
-        if pl_module.automatic_optimization:
-            looks.append(lambda: probe.training_step(batch, batch_idx))
-        for look in looks:
-            try:
-                look()
-            except Exception as error:
-                errors.append(f"{type(error).__name__}: {error}")
-        if len(errors) == len(looks):
-            raise CompressionError(
-                f"The module must run one batch for a look at what it calls. Received: {'; '.join(errors)}. "
-                "Set `example_input_array`, or define `calibration_step(batch)` on the module."
-            )
-
-    with quiet_random_state(), trainer.precision_plugin.train_step_context():
-        return record_calls(probe, run)
+    return probe
 
 
 def _summary(units: list[str], floats: dict[str, str]) -> str:

@@ -105,7 +105,7 @@ def _visit(
     if _is_shell(path, module):
         reason = ""
     elif path in calls.inputs:
-        unit, reason = _try_unit(path, module, modules, calls, scheme, excluded, training)
+        unit, reason = _try_unit(path, module, modules, calls, scheme, excluded, plan, training)
         if unit is not None:
             plan.units.append(unit)
             return
@@ -158,6 +158,7 @@ def _try_unit(
     calls: CallLog,
     scheme: StaticInt8,
     excluded: set[str],
+    plan: Plan,
     training: bool,
 ) -> tuple[Unit | None, str]:
     """The unit, or why it can't be one."""
@@ -175,12 +176,16 @@ def _try_unit(
     floats = tuple(name for name in inner if prefix + name in excluded)
     try:
         unit = Unit(path, Signature(args, kwargs), hooked, floats)
-        reason = verify(module, unit, args, kwargs, scheme, training)
+        reason, left = verify(module, unit, args, kwargs, scheme, training)
     except CompressionError as error:
         return None, str(error)
     except Exception as error:  # whatever tracing meets in a user's forward is the reason why it stays float
         return None, f"it can't be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return (None, reason) if reason else (unit, "")
+    if reason:
+        return None, reason
+    plan.floats |= {prefix + name: "excluded" for name in floats}
+    plan.floats |= {prefix + name: f"no static int8 kernel for {kind}" for name, kind in left.items() if name not in floats}
+    return unit, ""
 
 
 def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:
@@ -193,29 +198,48 @@ def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training
 
 def verify(
     module: nn.Module, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], scheme: StaticInt8, training: bool
-) -> str:
-    """Why the prepared form can't stand for ``module``: empty if it gives the same outputs. Works on copies."""
+) -> tuple[str, dict[str, str]]:
+    """Why the prepared form can't stand for ``module`` (empty if it can), and which layers in it stay float.
+
+    It can if, with fake-quantization off, it gives the outputs that ``module`` gives in each mode, and then converts and runs.
+    Works on copies.
+    """
+    left: dict[str, str] = {}
     for mode in (True, False) if training else (False,):
-        original, twin = copy.deepcopy(module), copy.deepcopy(module)
-        for model in (original, twin):
-            for inner in model.modules():
-                inner._forward_hooks.clear()
+        original, twin = _without_hooks(module), _without_hooks(module)
         twin.train(training)
         traced = prepared_form(twin, unit, scheme, training=training)
         if not _quantizes_something(traced.graph):
-            return "no layer in it can be quantized"
+            return "no layer in it can be quantized", {}
         traced.graph.apply(disable_fake_quant)
-        original.train(mode)
-        traced.train(mode)
-        for inner in twin.modules():
-            inner.train(mode)
+        for model in (original, twin, traced):
+            model.train(mode)
         expected = _run(original, args, kwargs)
         tensors = unit.signature.tensors(*copy_tensors((args, kwargs)))
         assert tensors is not None
-        got = _run(traced, tuple(tensors), {})
-        if not same_outputs(expected, got):
-            return f"its traced form computes something else in {'training' if mode else 'evaluation'}"
-    return ""
+        if not same_outputs(expected, _run(traced, tuple(tensors), {})):
+            return f"its traced form computes something else in {'training' if mode else 'evaluation'}", {}
+        names = {id(child): name for name, child in twin.named_modules()}
+        left = {
+            clean_name(names.get(id(child), name)): type(child).__name__
+            for name, child in fx.float_layers(traced.graph).items()  # type: ignore[arg-type]
+        }
+    # Found out now, not when hours of training end.
+    int8 = fx.convert(traced.graph, scheme)  # type: ignore[arg-type]
+    if not same_structure(_on_cpu(expected), _run(int8, tuple(_on_cpu(tensors)), {})):
+        return "its int8 form gives outputs of another structure", {}
+    return "", left
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(module)
+    for inner in twin.modules():
+        inner._forward_hooks.clear()
+    return twin
+
+
+def _on_cpu(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.float().cpu() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree)
 
 
 def _quantizes_something(graph: nn.Module) -> bool:
@@ -230,24 +254,27 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return module(*args, **kwargs)
 
 
-def same_outputs(expected: Any, got: Any, tolerance: float = 1e-3) -> bool:
-    """Whether two nests of outputs agree; floats within ``tolerance`` of their magnitude (folded BatchNorm rounds otherwise)."""
+def same_structure(expected: Any, got: Any) -> bool:
+    """Whether two nests of outputs have the same containers, shapes and kinds of numbers."""
     leaves, spec = pytree.tree_flatten(expected)
     others, other_spec = pytree.tree_flatten(got)
-    if spec != other_spec or len(leaves) != len(others):
-        return False
-    for leaf, other in zip(leaves, others, strict=True):
-        if isinstance(leaf, Tensor) != isinstance(other, Tensor):
-            return False
-        if not isinstance(leaf, Tensor):
-            if leaf != other:
-                return False
-        elif leaf.shape != other.shape or leaf.dtype.is_floating_point != other.dtype.is_floating_point:
-            return False
-        elif leaf.is_floating_point():
-            scale = leaf.float().abs().amax().nan_to_num(1.0, 1.0, 1.0).item() if leaf.numel() else 0.0
-            if not torch.allclose(leaf.float(), other.float(), rtol=tolerance, atol=tolerance * max(scale, 1e-3), equal_nan=True):
-                return False
-        elif not torch.equal(leaf, other):
-            return False
-    return True
+    return spec == other_spec and all(
+        leaf.shape == other.shape and leaf.is_floating_point() == other.is_floating_point()
+        if isinstance(leaf, Tensor) and isinstance(other, Tensor)
+        else type(leaf) is type(other) and leaf == other
+        for leaf, other in zip(leaves, others, strict=True)
+    )
+
+
+def same_outputs(expected: Any, got: Any, tolerance: float = 1e-3) -> bool:
+    """Whether two nests of outputs agree; floats within ``tolerance`` of their magnitude (folded BatchNorm rounds otherwise)."""
+    return same_structure(expected, got) and all(
+        _close(leaf.float(), other.float(), tolerance)
+        for leaf, other in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True)
+        if isinstance(leaf, Tensor)
+    )
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    scale = a.abs().nan_to_num(0.0, 0.0, 0.0).amax().item() if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(scale, 1e-3), equal_nan=True)

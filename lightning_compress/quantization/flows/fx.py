@@ -1,7 +1,7 @@
 """The fx flow: `torch.ao.quantization` in graph mode, int8 kernels in eager mode with no compiler.
 
 Everything that upstream is to remove in torch 2.15 is imported in this file and in `traced.py` alone. What
-replaces it is one more file with the same four functions: `trace`, `prepare`, `convert`, `quantized_layers`.
+replaces it is one more file with the same functions: `trace`, `prepare`, `convert`, `float_layers`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 from torch.fx import GraphModule, Proxy
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.quantization.schemes import StaticInt8, needs_reduced_range
 from lightning_compress.quantization.traced import Signature
@@ -114,7 +115,35 @@ def trace(
     on data.
     """
     tracer = _Tracer(signature, hooked)
-    return tracer.graph_module(module), frozenset(tracer.used)
+    if not _is_layer(module):
+        return tracer.graph_module(module), frozenset(tracer.used)
+    own = frozenset((*module._parameters, *module._buffers))
+    return tracer.graph_module(_Holder(_shallow_copy(module)).train(module.training)), own
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+
+
+class _Holder(nn.Module):
+    """Holds one layer of torch, which is called in its traced form and never traced itself."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """A second module around the same tensors, as the first one's forward will be routed to where this one stands."""
+    twin = copy.copy(module)
+    for kind in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
+        twin.__dict__[kind] = type(getattr(module, kind))()
+    for kind in ("_parameters", "_buffers", "_modules"):
+        getattr(twin, kind).update(getattr(module, kind))
+    return twin
 
 
 def prepare(
@@ -129,7 +158,7 @@ def prepare(
         floats: paths in the graph that stay float.
     """
     mapping = _qconfig_mapping(scheme, training)
-    for path in floats:
+    for path in (*floats, *(name for name, module in graph.named_modules() if is_parametrized(module))):
         mapping.set_module_name(path, None)
     config = PrepareCustomConfig().set_non_traceable_module_classes([Opaque])
     example = tuple(torch.zeros(1) for node in graph.graph.nodes if node.op == "placeholder")
@@ -150,25 +179,18 @@ def convert(prepared: GraphModule, scheme: StaticInt8) -> GraphModule:
         return convert_fx(graph)
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer of a converted graph computes in int8."""
-    return type(module).__module__.startswith("torch.ao.nn") and "quantized" in type(module).__module__
+def float_layers(prepared: GraphModule) -> dict[str, nn.Module]:
+    """The layers with weights that a prepared graph leaves in float, by their names in the graph."""
+    called = {str(node.target): prepared.get_submodule(str(node.target)) for node in prepared.graph.nodes if node.op == "call_module"}
+    return {
+        name: module.__dict__["module"] if isinstance(module, Opaque) else module
+        for name, module in called.items()
+        if isinstance(module, Opaque) or (next(module.parameters(), None) is not None and not _has_kernel(module))
+    }
 
 
-def float_layers(graph: GraphModule) -> list[str]:
-    """Paths of layers with weights in a prepared graph that stay float."""
-    return [
-        str(node.target)
-        for node in graph.graph.nodes
-        if node.op == "call_module" and _stays_float(graph.get_submodule(str(node.target)))
-    ]
-
-
-def _stays_float(module: nn.Module) -> bool:
-    if isinstance(module, Opaque):
-        return True
-    has_weights = next(module.parameters(), None) is not None
-    return has_weights and getattr(module, "qconfig", None) is None and not hasattr(module, "weight_fake_quant")
+def _has_kernel(module: nn.Module) -> bool:
+    return getattr(module, "qconfig", None) is not None or hasattr(module, "weight_fake_quant")
 
 
 def _qconfig_mapping(scheme: StaticInt8, training: bool) -> QConfigMapping:
