@@ -181,7 +181,9 @@ def refuse_strategy(trainer: pl.Trainer, name: str) -> None:
     """Raise where a strategy would lose or shard the structure that a technique changes."""
     strategy = trainer.strategy
     kind = type(strategy).__name__
-    launcher = getattr(strategy, "_start_method", None) or getattr(getattr(strategy, "launcher", None), "_start_method", None)
+    launcher = getattr(strategy, "_start_method", None) or getattr(
+        getattr(strategy, "launcher", None), "_start_method", None
+    )
     if any(word in kind for word in ("FSDP", "DeepSpeed", "ModelParallel")):
         reason = "shards parameters, so neither masks nor structure can follow"
     elif "DDP" in kind and launcher in ("spawn", "fork", "forkserver"):
@@ -189,6 +191,6 @@ def refuse_strategy(trainer: pl.Trainer, name: str) -> None:
     else:
         return
     raise CompressionError(
-        f"`strategy` must be one that keeps whole parameters in this process. Received: strategy={kind!r}, which {reason}. "
-        f"Use strategy='ddp' or a single device with {name}."
+        f"`strategy` must be one that keeps whole parameters in this process. Received: strategy={kind!r}, "
+        f"which {reason}. Use strategy='ddp' or a single device with {name}."
     )

@@ -17,8 +17,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def example_call(model: nn.Module, batch: Any = None) -> Call:
     """``(args, kwargs)`` for ``model.forward``: its ``example_input_array``, else ``batch`` bound to the signature.
 
-    A mapping gives the keys that name parameters of ``forward``; a tuple or list gives its first element (by the same rule);
-    anything else is the first argument.
+    A mapping gives the keys that name parameters of ``forward``; a tuple or list gives its first element (by the same
+    rule); anything else is the first argument.
 
     Raises:
         CompressionError: there is neither, or the batch doesn't bind.
@@ -34,7 +34,7 @@ def example_call(model: nn.Module, batch: Any = None) -> Call:
         return bind_example(example, next((parameter.device for parameter in model.parameters()), None))
     if batch is None:
         raise CompressionError(
-            f"{type(model).__name__} must have example inputs. Received: no batch and no `example_input_array`. "
+            f"`{type(model).__name__}` must have example inputs. Received: no batch, no `example_input_array`. "
             "Set `self.example_input_array` on the module, or pass a batch."
         )
     parameters = inspect.signature(model.forward).parameters
@@ -45,14 +45,14 @@ def example_call(model: nn.Module, batch: Any = None) -> Call:
         inspect.signature(model.forward).bind(*call[0], **call[1])
     except TypeError as error:
         raise CompressionError(
-            f"The batch must bind to {type(model).__name__}.forward{inspect.signature(model.forward)}. Received: {error}. "
-            "Set `example_input_array`, or define `calibration_step(batch)` on the module."
+            f"The batch must bind to {type(model).__name__}.forward{inspect.signature(model.forward)}. "
+            f"Received: {error}. Set `example_input_array`, or define `calibration_step(batch)` on the module."
         ) from error
     return call
 
 
 def bind_example(example: Any, device: Any = None) -> Call:
-    """An `example_input_array` as Lightning reads it: a tuple is the arguments, a dict the keyword arguments."""
+    """An `example_input_array` as Lightning reads it: a tuple is the arguments, a dict the keywords."""
     if device is not None:
         example = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example)
     if isinstance(example, dict):

@@ -1,7 +1,7 @@
 """Makes a module's structure match the checkpoint that is being loaded, and keeps ours out of the user's keys.
 
-While a callback of ours is at work, the instance's ``on_save_checkpoint`` and ``on_load_checkpoint`` are wrapped: they run for
-weights-only saves too, and on load before the weights, with the whole checkpoint in hand.
+While a callback of ours is at work, the instance's ``on_save_checkpoint`` and ``on_load_checkpoint`` are wrapped: they
+run for weights-only saves too, and on load before the weights, with the whole checkpoint in hand.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def attach(module: nn.Module) -> None:
     """Wrap the instance's checkpoint hooks; may be called again."""
     if not _is_wrapped(module):
-        # Partials of plain functions: a deep copy of the module gets wrappers of its own, and no callback with its Trainer.
+        # Partials of plain functions: a deep copy of the module gets wrappers of its own, and no callback with its
+        # Trainer.
         module.__dict__["on_save_checkpoint"] = partial(_on_save, module)
         module.__dict__["on_load_checkpoint"] = partial(_on_load, module)
 
@@ -49,14 +50,14 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 
 def _callbacks(module: Any) -> dict[str, Any]:
-    """Our callbacks in the module's Trainer by their keys, found anew each time: a hook that held them would be copied with them."""
+    """Our callbacks by their keys, found anew each time: a hook that held them would copy them with the module."""
     trainer = getattr(module, "_trainer", None)
     callbacks = trainer.callbacks if trainer is not None else ()
     return {callback.state_key: callback for callback in callbacks if hasattr(callback, "refresh")}
 
 
 def averaged_copies(trainer: Any) -> Iterator[nn.Module]:
-    """The averaged copies of the module that callbacks hold (`WeightAveraging`, SWA): every change is made to them too."""
+    """The averaged copies that callbacks hold (`WeightAveraging`, SWA): every change is made to them too."""
     for callback in trainer.callbacks:
         average = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
@@ -77,7 +78,8 @@ def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
             taken = [forms.take_added_(checkpoint[name], added) for name in STATES if name in checkpoint]
             entry["observers"] = taken[0]
         elif "current_model_state" in checkpoint:
-            # The fit is over: the int8 model is the average, and the float average that a callback still holds isn't wanted.
+            # The fit is over: the int8 model is the average, and the float average that a callback still holds isn't
+            # wanted.
             checkpoint["state_dict"] = checkpoint.pop("current_model_state")
             checkpoint.pop("averaging_state", None)
     if "callbacks" not in checkpoint:
@@ -90,8 +92,8 @@ def _on_load(module: Any, checkpoint: dict[str, Any]) -> None:
     trainer = module.trainer
     if trainer.state.fn == "fit" and entry.get("quantization", {}).get("form") == "converted":
         raise CompressionError(
-            "`ckpt_path` must be a float or a prepared checkpoint to train from. Received: one of a converted int8 model, "
-            "whose float weights are gone. Resume from a checkpoint that was saved during training."
+            "`ckpt_path` must be a float or a prepared checkpoint to train from. Received: one of a converted int8 "
+            "model, whose float weights are gone. Resume from a checkpoint that was saved during training."
         )
     type(module).on_load_checkpoint(module, checkpoint)
     states = _editable(checkpoint)
@@ -111,8 +113,8 @@ def read_entry(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     entry = checkpoint.get(ENTRY, {"version": VERSION})
     if entry.get("version") != VERSION:
         raise CompressionError(
-            f"The checkpoint's `{ENTRY}` entry must have version {VERSION}. Received: version={entry.get('version')!r}. "
-            "Update lightning_compress."
+            f"The checkpoint's `{ENTRY}` entry must have version {VERSION}. "
+            f"Received: version={entry.get('version')!r}. Update lightning_compress."
         )
     return dict(entry)
 
@@ -165,8 +167,8 @@ def _plain(record: Mapping[str, Any]) -> list[Any]:
 def load_compressed(path: str, model: Model) -> Model:
     """Load any checkpoint of ours, or of plain Lightning, into a freshly built float ``model``.
 
-    Everything comes back: masked weights, fake-quantizers with their observers, an int8 form. What a fit needs of our callbacks'
-    state (masks) waits on the model for the next fit with such a callback.
+    Everything comes back: masked weights, fake-quantizers with their observers, an int8 form. What a fit needs of our
+    callbacks' state (masks) waits on the model for the next fit with such a callback.
 
     Args:
         path: a Lightning checkpoint, ``save_weights_only`` included; read with ``weights_only=True``.
@@ -205,4 +207,5 @@ def load_compressed(path: str, model: Model) -> Model:
 def restored_state(module: nn.Module, key: str) -> dict[str, Any] | None:
     """The state of the callback with ``key`` that `load_compressed` left on the module; given once."""
     states: dict[str, Any] = module.__dict__.get(_RESTORED, {})
-    return states.pop(key, None)
+    state: dict[str, Any] | None = states.pop(key, None)
+    return state

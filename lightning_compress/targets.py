@@ -138,7 +138,8 @@ class Targets:
                 skipped[f"{path}.{name}"] = reason
         if not targets:
             raise CompressionError(
-                f"`targets` must select at least one trainable weight. Received: {self}. {_why_nothing(skipped, layers)}"
+                f"`targets` must select at least one trainable weight. Received: {self}. "
+                + _why_nothing(skipped, layers)
             )
         return Selection(tuple(targets), skipped)
 
@@ -195,7 +196,8 @@ def _weights(module: nn.Module, types: Sequence[type[nn.Module]] | None) -> Iter
         if "weight" in name and not name.endswith("_g") and (is_lazy(parameter) or parameter.dim() > 1):
             yield name, parameter
     for name, parametrized in getattr(module, "parametrizations", {}).items():
-        # Weight norm keeps (magnitude, direction), others one tensor of the weight's shape; zeros in it are the weight's.
+        # Weight norm keeps (magnitude, direction), others one tensor of the weight's shape; zeros in it are the
+        # weight's.
         for inner in ("original1", "original"):
             original = getattr(parametrized, inner, None)
             if "weight" in name and isinstance(original, nn.Parameter) and original.dim() > 1:

@@ -19,16 +19,17 @@ from lightning_compress.window import Window
 
 
 class ScheduledPruning(CompressionCallback):
-    """Zeroes weights on a schedule; when its window ends, exactly ``round(sparsity * N)`` of the N targeted weights are zero.
+    """Zeroes weights on a schedule; at its window's end exactly ``round(sparsity * N)`` of N weights are zero.
 
-    Masks only grow. They live in this callback (and in its checkpoint state), never in the model: after each optimizer step the
-    weights are multiplied by them in place, so a forward pass costs nothing extra and the keys of ``state_dict`` stay as they are.
-    Zeros alone make no dense kernel faster and no file smaller; the report says so.
+    Masks only grow. They live in this callback (and in its checkpoint state), never in the model: after each optimizer
+    step the weights are multiplied by them in place, so a forward pass costs nothing extra and the keys of
+    ``state_dict`` stay as they are. Zeros alone make no dense kernel faster and no file smaller; the report says so.
 
     Args:
-        method: ``l1_unstructured``, ``random_unstructured``, ``ln_structured``, ``random_structured``, ``custom_from_mask``, or the
-            import path of a `torch.nn.utils.prune.BasePruningMethod` subclass.
-        sparsity: the fraction of the original weights that is zero at the end, in [0, 1); left out where the method fixes it.
+        method: ``l1_unstructured``, ``random_unstructured``, ``ln_structured``, ``random_structured``,
+            ``custom_from_mask``, or the import path of a `torch.nn.utils.prune.BasePruningMethod` subclass.
+        sparsity: the fraction of the original weights that is zero at the end, in [0, 1); left out where the method
+            fixes it.
         scope: ``global`` ranks all targeted weights together, ``layer`` each tensor by itself.
         schedule: how sparsity grows over the window.
         window: when.
@@ -41,7 +42,8 @@ class ScheduledPruning(CompressionCallback):
     Raises:
         CompressionError: in the constructor for bad arguments, at fit start for targets that match nothing.
 
-    Hooks: `on_fit_start` finds the targets, each optimizer step applies the masks, `on_train_batch_end` grows them (before
+    Hooks: `on_fit_start` finds the targets, each optimizer step applies the masks, `on_train_batch_end` grows them
+        (before
     validation and saving, so a monitored metric belongs to the weights that are saved).
 
     Example:
@@ -134,8 +136,8 @@ class ScheduledPruning(CompressionCallback):
         notes = super().report_notes()
         if self._masks and not self.rule.structured:
             notes.append(
-                f"ScheduledPruning: {sparsity_of(self._masks):.1%} of the targeted weights are zero; zeros alone make dense kernels "
-                "no faster and plain files no smaller."
+                f"ScheduledPruning: {sparsity_of(self._masks):.1%} of the targeted weights are zero; zeros alone make "
+                "dense kernels no faster and plain files no smaller."
             )
         return notes
 

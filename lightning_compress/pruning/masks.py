@@ -16,11 +16,14 @@ Masks = dict[str, Tensor]
 """Parameter name to a bool tensor of the parameter's shape; False is pruned."""
 
 
-def grow(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: float, rule: Rule, scope: Scope) -> Masks:
+def grow(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: float, rule: Rule, scope: Scope
+) -> Masks:
     """Masks at ``sparsity`` in which everything that ``masks`` prune stays pruned.
 
-    ``global`` prunes round(sparsity * N) of all N elements, ``layer`` the same of each tensor; structured rules take whole
-    units, the nearest number, and leave every tensor at least one. Where ``masks`` already prune more, they stay as they are.
+    ``global`` prunes round(sparsity * N) of all N elements, ``layer`` the same of each tensor; structured rules take
+    whole units, the nearest number, and leave every tensor at least one. Where ``masks`` already prune more, they stay
+    as they are.
 
     Args:
         weights: name to weight tensor.
@@ -34,7 +37,11 @@ def grow(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: f
     if scope == "layer":
         step = _grow_units if rule.structured else _grow_elements
         return {name: step(weight, masks[name], sparsity, rule) for name, weight in weights.items()}
-    return _grow_global_units(weights, masks, sparsity, rule) if rule.structured else _grow_global(weights, masks, sparsity, rule)
+    return (
+        _grow_global_units(weights, masks, sparsity, rule)
+        if rule.structured
+        else _grow_global(weights, masks, sparsity, rule)
+    )
 
 
 def _missing(mask: Tensor, sparsity: float) -> int:
@@ -74,7 +81,9 @@ def _grow_global(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], spa
     return grown
 
 
-def _grow_global_units(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: float, rule: Rule) -> Masks:
+def _grow_global_units(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: float, rule: Rule
+) -> Masks:
     """Takes the lowest units of all layers until the masked elements are nearest to the goal."""
     names = list(weights)
     kept = [_kept_units(masks[name], rule.dim).cpu() for name in names]

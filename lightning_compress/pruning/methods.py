@@ -1,6 +1,7 @@
 """Pruning rules: a name or an import path becomes a rule that decides which elements or units go next.
 
-All rules run through `torch.nn.utils.prune.BasePruningMethod.compute_mask`, so that a user's subclass is a rule like any other.
+All rules run through `torch.nn.utils.prune.BasePruningMethod.compute_mask`, so that a user's subclass is a rule like
+any other.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Rule:
 
     @property
     def structured(self) -> bool:
-        return self.cls.PRUNING_TYPE == "structured"
+        return bool(self.cls.PRUNING_TYPE == "structured")  # type: ignore[attr-defined]
 
     @property
     def fixes_sparsity(self) -> bool:
@@ -65,15 +66,17 @@ class Rule:
         container = prune.PruningContainer()
         container._tensor_name = method._tensor_name = "weight"
         container.add_pruning_method(method)
-        return container.compute_mask(tensor, mask.to(tensor.dtype)).bool() & mask
+        grown: Tensor = container.compute_mask(tensor, mask.to(tensor.dtype))
+        return grown.bool() & mask
 
     def unit_scores(self, tensor: Tensor) -> Tensor:
         """One score for each unit along ``dim``, comparable between layers: the norm over the unit's size."""
         units = tensor.movedim(self.dim, 0).flatten(1)
         if self.cls is prune.RandomStructured:
             return torch.rand(len(units), device=tensor.device)
+        norms: Tensor = torch.linalg.vector_norm(units.float(), ord=self.norm, dim=1)
         size = units.shape[1]
-        return torch.linalg.vector_norm(units.float(), ord=self.norm, dim=1) / (size ** (1 / self.norm) if self.norm else size)
+        return norms / (size ** (1 / self.norm) if self.norm else size)
 
 
 def resolve(method: str, dim: int = 0, norm: float = 2.0) -> Rule:

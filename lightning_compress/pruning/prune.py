@@ -34,8 +34,8 @@ def prune_(
     Args:
         model: any module.
         sparsity: the fraction to mask, in [0, 1); None for a method that fixes it itself.
-        method: ``random_unstructured``, ``l1_unstructured``, ``random_structured``, ``ln_structured``, ``custom_from_mask``, or
-            the import path of a `torch.nn.utils.prune.BasePruningMethod` subclass.
+        method: ``random_unstructured``, ``l1_unstructured``, ``random_structured``, ``ln_structured``,
+            ``custom_from_mask``, or the import path of a `torch.nn.utils.prune.BasePruningMethod` subclass.
         scope: rank all targeted weights together, or each tensor by itself.
         targets: which weights; by default those of all trainable conv, linear, recurrent and attention layers.
         dim: structured methods: the dimension whose slices are the units; 0 is filters and rows.

@@ -53,6 +53,7 @@ def is_below(inner: str, path: str) -> bool:
 
 
 def is_at_or_below(inner: str, path: str) -> bool:
+    """Whether ``inner`` is ``path`` or a descendant of it."""
     return inner == path or is_below(inner, path)
 
 

@@ -14,8 +14,8 @@ from lightning_compress.targets import Targets, clean_name
 class DynamicLinear(nn.Module):
     """``y = (Q(x / s) Q(W)^T) s + b`` with ``s = max|x|`` of each row of x and a weight scale for each output channel.
 
-    The kernel (`torch.ops.quantized.linear_dynamic`) quantizes activations per tensor; on rows that were divided by their own
-    largest magnitude first, per tensor is per row.
+    The kernel (`torch.ops.quantized.linear_dynamic`) quantizes activations per tensor; on rows that were divided by
+    their own largest magnitude first, per tensor is per row.
 
     Args:
         weight: float, ``(out_features, in_features)``.
@@ -23,6 +23,9 @@ class DynamicLinear(nn.Module):
         reduce_range: 7-bit activations, for CPUs without VNNI.
     """
 
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
     used = frozenset(("weight", "bias"))
     """Names of the float layer's tensors that it takes the place of."""
 
@@ -51,7 +54,7 @@ class DynamicLinear(nn.Module):
             self._packed = torch.ops.quantized.linear_prepack(quantized, None)
         rows = x.float()
         largest = rows.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        product = torch.ops.quantized.linear_dynamic(rows / largest, self._packed, self.reduce_range)
+        product: Tensor = torch.ops.quantized.linear_dynamic(rows / largest, self._packed, self.reduce_range)
         product = product.mul_(largest)
         return (product if self.bias is None else product.add_(self.bias)).to(x.dtype)
 
@@ -89,12 +92,13 @@ _FAST_PATH = "_fast_path_activation"
 
 
 def quiet_fast_path_(model: nn.Module) -> None:
-    """Keep `nn.TransformerEncoderLayer` from its fused evaluation path, which reads the weights instead of calling the layers."""
+    """Keep `nn.TransformerEncoderLayer` from its fused path in evaluation, which reads weights and calls no layers."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _FAST_PATH not in vars(module):
-            if any(isinstance(child, DynamicLinear) for child in module.modules()):
-                module.__dict__[_FAST_PATH] = module.activation_relu_or_gelu
-                module.activation_relu_or_gelu = 0
+        if not isinstance(module, nn.TransformerEncoderLayer) or _FAST_PATH in vars(module):
+            continue
+        if any(isinstance(child, DynamicLinear) for child in module.modules()):
+            module.__dict__[_FAST_PATH] = module.activation_relu_or_gelu
+            module.activation_relu_or_gelu = 0
 
 
 def restore_fast_path_(model: nn.Module) -> None:

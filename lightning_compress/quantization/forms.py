@@ -33,8 +33,9 @@ _RECORD = "_quantization"
 
 
 def record_of(model: nn.Module) -> dict[str, Any] | None:
-    """What was done to ``model``: ``{"form", "scheme", "training", "units", "floats"}``, plain data; None if nothing was."""
-    return model.__dict__.get(_RECORD)
+    """What was done to ``model``, as plain data: form, scheme, training, units, floats; None if nothing was."""
+    record: dict[str, Any] | None = model.__dict__.get(_RECORD)
+    return record
 
 
 def form_of(model: nn.Module) -> str:
@@ -44,14 +45,16 @@ def form_of(model: nn.Module) -> str:
 
 
 def _unit_module(model: nn.Module, path: str) -> nn.Module:
+    name: str
+    module: nn.Module
     for name, module in model.named_modules():
         if clean_name(name) == path:
             return module
-    raise CompressionError(f"The model must have the module {path!r} that the checkpoint quantized. Received: no such module.")
+    raise CompressionError(f"The model must have the module {path!r} that was quantized. Received: no such module.")
 
 
 def prepare_(model: nn.Module, plan: Plan, scheme: StaticInt8, *, training: bool) -> None:
-    """Put observers (and, for training, fake-quantizers) into the units of ``plan``. Parameters stay the same objects."""
+    """Put observers (for training, fake-quantizers) into the units of ``plan``. Parameters stay the same objects."""
     built = []
     for unit in plan.units:
         module = _unit_module(model, unit.path)
@@ -178,7 +181,7 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 
 def added_keys(model: nn.Module) -> dict[str, str | None]:
-    """Keys of ``model``'s state that aren't the user's, each with the user's key that holds the same tensor, or None."""
+    """Keys of the state that aren't the user's, each with the user's key that holds the same tensor, or None."""
     state = model.state_dict(keep_vars=True)
     own = {id(value): key for key, value in state.items() if CHILD not in key.split(".")}
     return {key: own.get(id(value)) for key, value in state.items() if CHILD in key.split(".")}

@@ -26,9 +26,9 @@ from lightning_compress.targets import Targets
 class PostTrainingQuantization(Callback):
     """Quantizes a trained model when `test` (or `predict`) starts, so that the test metric is that of the int8 model.
 
-    Afterwards the float model is back. Static int8 is calibrated on ``datamodule.calibration_dataloader()`` if there is one, else on
-    its train loader, in evaluation mode; never on test data. Without a datamodule, the module's own ``calibration_dataloader`` or
-    ``train_dataloader`` is asked.
+    Afterwards the float model is back. Static int8 is calibrated on ``datamodule.calibration_dataloader()`` if there
+    is one, else on its train loader, in evaluation mode; never on test data. Without a datamodule, the module's own
+    ``calibration_dataloader`` or ``train_dataloader`` is asked.
 
     Args:
         scheme: ``int8_static``, ``int8_dynamic`` or a scheme object.
@@ -37,8 +37,8 @@ class PostTrainingQuantization(Callback):
         targets: which layers; by default all that the scheme has kernels for.
 
     Raises:
-        CompressionError: in the constructor for bad arguments; on test start if there is nothing to calibrate on, or no layer can be
-            quantized. The model is unchanged then.
+        CompressionError: in the constructor for bad arguments; on test start if there is nothing to calibrate on, or
+            no layer can be quantized. The model is unchanged then.
 
     Hooks: `on_test_start` and `on_predict_start` quantize, `teardown` and `on_exception` put the float model back.
 
@@ -115,8 +115,12 @@ class PostTrainingQuantization(Callback):
 
 
 def _way_to_run(probe: pl.LightningModule, batch: Any) -> Callable[[Any, Any], Any]:
-    """How a batch goes through the module: ``calibration_step`` or ``forward``; a step of its own where that can't be."""
-    ways = [run_step, lambda module, batch: module.validation_step(batch, 0), lambda module, batch: module.test_step(batch, 0)]
+    """How a batch goes through: ``calibration_step`` or ``forward``; a step of the module's own where that fails."""
+    ways = [
+        run_step,
+        lambda module, batch: module.validation_step(batch, 0),
+        lambda module, batch: module.test_step(batch, 0),
+    ]
     errors = []
     for run in ways if batch is not None else ():
         try:
@@ -153,6 +157,7 @@ def _calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> A
     ) or not inspect.ismethod(loader):
         return loader()
     raise CompressionError(
-        "`calibration_dataloader` must be there to calibrate on. Received: bare test loaders, with which nothing is calibrated. "
-        "Pass a datamodule (its train loader serves), or define `calibration_dataloader()` on the module or datamodule."
+        "`calibration_dataloader` must be there to calibrate on. Received: bare test loaders. "
+        "Test data calibrates nothing. Pass a datamodule (its train loader serves), or define "
+        "`calibration_dataloader()` on the module or datamodule."
     )

@@ -29,9 +29,10 @@ from lightning_compress.window import Window
 class QuantizationAwareTraining(CompressionCallback):
     """Trains with fake-quantized weights and activations, and converts the model to int8 when `fit` ends.
 
-    At the window's start the largest sub-modules whose traced form computes what they computed are given fake-quantizers (BatchNorm
-    folded); the rest stays float and is listed with its reason. Parameters stay the same objects, so optimizers go on. After the
-    fit the model computes in int8 on the CPU: ``trainer.test(model)`` measures just that. The next `fit` trains the float weights on.
+    At the window's start the largest sub-modules whose traced form computes what they computed are given
+    fake-quantizers (BatchNorm folded); the rest stays float and is listed with its reason. Parameters stay the same
+    objects, so optimizers go on. After the fit the model computes in int8 on the CPU: ``trainer.test(model)`` measures
+    just that. The next `fit` trains the float weights on.
 
     Args:
         scheme: ``int8_static`` or a `StaticInt8`.
@@ -43,18 +44,21 @@ class QuantizationAwareTraining(CompressionCallback):
         convert: convert when the fit ends; False leaves the model fake-quantized.
 
     Raises:
-        CompressionError: in the constructor for bad arguments; beside `PostTrainingQuantization`; at the window's start when no layer
-            can be quantized. Nothing is changed then.
+        CompressionError: in the constructor for bad arguments; beside `PostTrainingQuantization`; at the window's
+            start when no layer can be quantized. Nothing is changed then.
 
-    Hooks: `on_train_batch_start` prepares (the batch is its example, nothing is taken from a loader), `on_train_batch_end` freezes,
-    `on_fit_end` converts, as do `on_test_start` and `on_predict_start` for a prepared checkpoint; `validate` stays fake-quantized.
+    Hooks: `on_train_batch_start` prepares (the batch is its example, nothing is taken from a loader),
+        `on_train_batch_end` freezes,
+    `on_fit_end` converts, as do `on_test_start` and `on_predict_start` for a prepared checkpoint; `validate` stays
+    fake-quantized.
 
     Example:
         >>> qat = QuantizationAwareTraining(window=Window(start=0.5))
         >>> # Trainer(callbacks=[qat]).fit(model, datamodule)
 
     References:
-        Jacob et al., 2018 (arXiv:1712.05877), section 3; Krishnamoorthi, 2018 (arXiv:1806.08342), for freezing BatchNorm.
+        Jacob et al., 2018 (arXiv:1712.05877), section 3; Krishnamoorthi, 2018 (arXiv:1806.08342), for freezing
+        BatchNorm.
     """
 
     def __init__(
@@ -87,9 +91,11 @@ class QuantizationAwareTraining(CompressionCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         from lightning_compress.quantization.ptq import PostTrainingQuantization
 
-        if any(isinstance(callback, PostTrainingQuantization) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, PostTrainingQuantization) for callback in callbacks):
             raise CompressionError(
-                "`callbacks` must hold QuantizationAwareTraining or PostTrainingQuantization. Received: both. Remove one."
+                "`callbacks` must hold either QuantizationAwareTraining or PostTrainingQuantization. Received: both. "
+                "Remove one."
             )
         if stage in ("test", "predict"):
             refuse_accelerator(trainer)
@@ -136,7 +142,9 @@ class QuantizationAwareTraining(CompressionCallback):
         if self.convert:
             convert_prepared_(pl_module)
         if forms.form_of(pl_module) == "float":
-            rank_zero_warn("QuantizationAwareTraining: the fit ended before the window began; the model is still float.")
+            rank_zero_warn(
+                "QuantizationAwareTraining: the fit ended before the window began; the model is still float."
+            )
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._convert_loaded(pl_module)
@@ -146,7 +154,9 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _convert_loaded(self, pl_module: pl.LightningModule) -> None:
         if forms.form_of(pl_module) == "float":
-            rank_zero_warn("QuantizationAwareTraining: these weights were saved before quantization began; they run as float.")
+            rank_zero_warn(
+                "QuantizationAwareTraining: these weights were saved before quantization began; they run as float."
+            )
         elif self.convert:
             convert_prepared_(pl_module)
 
@@ -189,7 +199,7 @@ def rebuild_ddp(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def _look(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> CallLog:
-    """What the module's own training step and forward call, seen on a deep copy: the module, its metrics and its logs stay."""
+    """What the module's own training step and forward call, seen on a deep copy, so that nothing is left behind."""
     probe = make_probe(trainer, pl_module)
     looks: list[Callable[[], Any]] = [lambda: run_step(probe, batch)]
     if pl_module.automatic_optimization:

@@ -15,7 +15,7 @@ from lightning_compress.inputs import run_step
 from lightning_compress.quantization.calibrate import calibrate, evaluating
 from lightning_compress.quantization.calls import CallLog, quiet_random_state, record_calls
 from lightning_compress.quantization.dynamic import linears
-from lightning_compress.quantization.forms import convert_, form_of, forget_, make_dynamic_, prepare_
+from lightning_compress.quantization.forms import convert_, forget_, form_of, make_dynamic_, prepare_
 from lightning_compress.quantization.schemes import DynamicInt8, Scheme, StaticInt8, resolve
 from lightning_compress.quantization.units import plan_units
 from lightning_compress.targets import Targets
@@ -33,10 +33,11 @@ def quantize(
     """A new model with the same interface whose layers compute in int8, on the CPU; ``model`` is left as it is.
 
     Args:
-        model: any float module; called as ``model(*args)`` by the rule of `example_call`, or by its own ``calibration_step(batch)``.
+        model: any float module; called as ``model(*args)`` by the rule of `example_call`, or by its own
+            ``calibration_step(batch)``.
         scheme: ``int8_static``, ``int8_dynamic``, or a scheme object.
-        calibration: batches, such as a DataLoader; needed by ``int8_static``. A batch is what ``forward`` takes, or a tuple whose
-            first element is, or a dict whose keys name the parameters of ``forward``.
+        calibration: batches, such as a DataLoader; needed by ``int8_static``. A batch is what ``forward`` takes, or a
+            tuple whose first element is, or a dict whose keys name the parameters of ``forward``.
         calibration_batches: how many of them at most.
         targets: which layers; by default all that the scheme has kernels for.
 
@@ -111,6 +112,7 @@ def dry_run(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] =
 
 
 def check_batches(calibration_batches: int) -> None:
+    """Raise unless at least one batch is to calibrate."""
     if calibration_batches < 1:
         raise invalid("calibration_batches", "be at least 1", calibration_batches)
 
@@ -119,5 +121,6 @@ def nothing_to_quantize(floats: dict[str, str]) -> CompressionError:
     """The error of a model in which no layer can be quantized, with the reasons."""
     reasons = "; ".join(f"{path or 'the module'}: {reason}" for path, reason in list(floats.items())[:5])
     return CompressionError(
-        f"The model must have a layer that the scheme can quantize. Received: none. {reasons or 'It has no such layers'}."
+        "The model must have a layer that the scheme can quantize. Received: none. "
+        f"{reasons or 'It has no convolution or linear layer'}."
     )

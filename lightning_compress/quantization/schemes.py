@@ -23,11 +23,13 @@ class Scheme(ABC):
 class StaticInt8(Scheme):
     """8-bit weights and activations, with the activations' ranges fixed by calibration or training.
 
-    ``Q = clamp(round(R / S) + Z)``: weights symmetric with a scale for each output channel, activations asymmetric per tensor.
+    ``Q = clamp(round(R / S) + Z)``: weights symmetric with a scale for each output channel, activations asymmetric per
+    tensor.
 
     Args:
         engine: the int8 kernels of torch: ``x86`` (the default), ``fbgemm``, ``onednn`` or ``qnnpack``.
-        reduce_range: 7-bit activations, without which CPUs that lack VNNI overflow in int8 products; None asks this CPU.
+        reduce_range: 7-bit activations, without which CPUs that lack VNNI overflow in int8 products; None asks this
+            CPU.
 
     References:
         Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",

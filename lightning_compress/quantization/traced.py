@@ -121,7 +121,7 @@ class Traced(nn.Module):
                 inner.eval()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Moving a module gives it new buffers; the parent's were moved before, so they are taken from there.
         for inner, name, outer, outer_name in self.shared_buffers:
             inner._buffers[name] = outer._buffers[outer_name]
@@ -145,7 +145,7 @@ def share_buffers(traced: Traced, parent: nn.Module) -> None:
     ]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _routed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module whose traced form stands in ``CHILD``."""
     traced = module._modules[CHILD]
@@ -158,8 +158,9 @@ def _routed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if _ASIDE not in vars(module):
         return type(module).forward(module, *args, **kwargs)
     raise CompressionError(
-        f"The int8 form of {type(module).__name__} must be called as it was traced. Received: other arguments or flags. "
-        "Call it with the arguments of the calibration or training step, or exclude it from `targets`."
+        f"The int8 form of {type(module).__name__} must be called as it was traced. "
+        "Received: other arguments or flags. Call it with the arguments of the calibration or training step, or "
+        "exclude it from `targets`."
     )
 
 
@@ -176,10 +177,6 @@ def unroute_(module: nn.Module) -> None:
     module.__dict__.pop("forward", None)
     for inner in module.modules():
         inner.__dict__.pop("qconfig", None)
-
-
-def is_routed(module: nn.Module) -> bool:
-    return CHILD in module._modules
 
 
 def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | None) -> None:
@@ -199,7 +196,9 @@ def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | No
 def restore_aside_(module: nn.Module) -> nn.Module | None:
     """Put back what `set_aside_` took, without any traced form; returns the form that was prepared before."""
     if _ASIDE in vars(module) and vars(module)[_ASIDE] is None:
-        raise CompressionError(f"{type(module).__name__} must be float to go on. Received: an int8 form whose float weights are gone.")
+        raise CompressionError(
+            f"{type(module).__name__} must be float to go on. Received: an int8 form whose float weights are gone."
+        )
     aside = module.__dict__.pop(_ASIDE, None)
     if aside is None:
         return module._modules.pop(CHILD, None)

@@ -1,4 +1,4 @@
-"""Finds the largest sub-modules whose traced form computes what they computed; the rest stays float, with its reason."""
+"""Finds the largest sub-modules whose traced form computes what they computed; the rest stays float, with reasons."""
 
 from __future__ import annotations
 
@@ -121,8 +121,12 @@ def _visit(
 
 
 def _is_shell(path: str, module: nn.Module) -> bool:
-    """Whether the root is a LightningModule around the networks, which keep their names, rather than a network itself."""
-    return path == "" and hasattr(module, "training_step") and not any(type(child) in QUANTIZABLE for child in module.children())
+    """Whether the root is a LightningModule around networks, which keep their names, and no network itself."""
+    return (
+        path == ""
+        and hasattr(module, "training_step")
+        and not any(type(child) in QUANTIZABLE for child in module.children())
+    )
 
 
 def _quantizable(path: str, modules: dict[str, nn.Module]) -> Iterator[str]:
@@ -184,7 +188,9 @@ def _try_unit(
     if reason:
         return None, reason
     plan.floats |= {prefix + name: "excluded" for name in floats}
-    plan.floats |= {prefix + name: f"no static int8 kernel for {kind}" for name, kind in left.items() if name not in floats}
+    plan.floats |= {
+        prefix + name: f"no static int8 kernel for {kind}" for name, kind in left.items() if name not in floats
+    }
     return unit, ""
 
 
@@ -201,8 +207,8 @@ def verify(
 ) -> tuple[str, dict[str, str]]:
     """Why the prepared form can't stand for ``module`` (empty if it can), and which layers in it stay float.
 
-    It can if, with fake-quantization off, it gives the outputs that ``module`` gives in each mode, and then converts and runs.
-    Works on copies.
+    It can if, with fake-quantization off, it gives the outputs that ``module`` gives in each mode, and then converts
+    and runs. Works on copies.
     """
     left: dict[str, str] = {}
     for mode in (True, False) if training else (False,):
@@ -222,10 +228,10 @@ def verify(
         names = {id(child): name for name, child in twin.named_modules()}
         left = {
             clean_name(names.get(id(child), name)): type(child).__name__
-            for name, child in fx.float_layers(traced.graph).items()  # type: ignore[arg-type]
+            for name, child in fx.float_layers(traced.graph).items()
         }
     # Found out now, not when hours of training end.
-    int8 = fx.convert(traced.graph, scheme)  # type: ignore[arg-type]
+    int8 = fx.convert(traced.graph, scheme)
     if not same_structure(_on_cpu(expected), _run(int8, tuple(_on_cpu(tensors)), {})):
         return "its int8 form gives outputs of another structure", {}
     return "", left
@@ -239,11 +245,15 @@ def _without_hooks(module: nn.Module) -> nn.Module:
 
 
 def _on_cpu(tree: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.float().cpu() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree)
+    return pytree.tree_map(
+        lambda leaf: leaf.float().cpu() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree
+    )
 
 
 def _quantizes_something(graph: nn.Module) -> bool:
-    return any(getattr(inner, "qconfig", None) is not None and isinstance(inner, QUANTIZABLE) for inner in graph.modules())
+    return any(
+        getattr(inner, "qconfig", None) is not None and isinstance(inner, QUANTIZABLE) for inner in graph.modules()
+    )
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -267,7 +277,7 @@ def same_structure(expected: Any, got: Any) -> bool:
 
 
 def same_outputs(expected: Any, got: Any, tolerance: float = 1e-3) -> bool:
-    """Whether two nests of outputs agree; floats within ``tolerance`` of their magnitude (folded BatchNorm rounds otherwise)."""
+    """Whether two nests of outputs agree, floats to a ``tolerance`` (folded BatchNorm rounds otherwise)."""
     return same_structure(expected, got) and all(
         _close(leaf.float(), other.float(), tolerance)
         for leaf, other in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True)

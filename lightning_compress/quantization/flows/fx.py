@@ -25,11 +25,11 @@ from lightning_compress.quantization.schemes import StaticInt8, needs_reduced_ra
 from lightning_compress.quantization.traced import Signature
 
 FLOAT_TYPES = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-"""Layers that static int8 leaves in float: torch has no static kernel for them, or it loses accuracy for nothing."""
+"""Layers that static int8 leaves in float: torch has no static kernel for them."""
 
 
 class Opaque(nn.Module):
-    """A layer with children of its own that is called as it is; hidden, as upstream would swap the children in place."""
+    """A layer with children of its own, called as it is; hidden, as upstream would swap its children in place."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -54,7 +54,9 @@ class _Tracer(QuantizationTracer):
         args, kwargs = self._signature.rebuild(proxies)
         return (lambda root, *_: type(root).forward(root, *args, **kwargs)), [self.root, *proxies]
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         path = self.path_of_module(m)
         self.used.add(path.partition(".")[0])
         if self.is_leaf_module(m, path) and next(m.children(), None) is not None:
@@ -75,7 +77,7 @@ class _Tracer(QuantizationTracer):
         leaves = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
         found = {name: self._inserted.get(name) or _attribute(module, name) for name in leaves}
         self.used.update(str(node.target).partition(".")[0] for node in graph.nodes if node.op == "get_attr")
-        traced = GraphModule(found, graph)  # type: ignore[arg-type]
+        traced = GraphModule(found, graph)
         traced.train(module.training)
         return traced
 
@@ -106,13 +108,11 @@ def _hook_point(module: nn.Module) -> nn.Identity:
     return point
 
 
-def trace(
-    module: nn.Module, signature: Signature, hooked: Collection[str] = ()
-) -> tuple[GraphModule, frozenset[str]]:
+def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> tuple[GraphModule, frozenset[str]]:
     """The traced form of ``module``, sharing its leaves, and the names of its children and tensors that went into it.
 
-    Inner modules in ``hooked`` keep calling their forward hooks. Raises whatever `torch.fx` raises where control flow depends
-    on data.
+    Inner modules in ``hooked`` keep calling their forward hooks. Raises whatever `torch.fx` raises where control flow
+    depends on data.
     """
     tracer = _Tracer(signature, hooked)
     if not _is_layer(module):
@@ -146,9 +146,7 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def prepare(
-    graph: GraphModule, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()
-) -> GraphModule:
+def prepare(graph: GraphModule, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()) -> GraphModule:
     """``graph`` with fake-quantizers (training) or observers (calibration); Parameters are kept as they are.
 
     Args:
@@ -167,8 +165,9 @@ def prepare(
         return (prepare_qat_fx if training else prepare_fx)(graph, mapping, example, config)
 
 
-def convert(prepared: GraphModule, scheme: StaticInt8) -> GraphModule:
+def convert(prepared: nn.Module, scheme: StaticInt8) -> GraphModule:
     """A new int8 graph on the CPU; ``prepared`` is left as it is."""
+    assert isinstance(prepared, GraphModule)
     with upstream_quiet(), _engine(scheme.engine), torch.no_grad():
         graph = copy.deepcopy(prepared).cpu().eval()
         for name, module in list(graph.named_modules()):
@@ -179,9 +178,14 @@ def convert(prepared: GraphModule, scheme: StaticInt8) -> GraphModule:
         return convert_fx(graph)
 
 
-def float_layers(prepared: GraphModule) -> dict[str, nn.Module]:
+def float_layers(prepared: nn.Module) -> dict[str, nn.Module]:
     """The layers with weights that a prepared graph leaves in float, by their names in the graph."""
-    called = {str(node.target): prepared.get_submodule(str(node.target)) for node in prepared.graph.nodes if node.op == "call_module"}
+    assert isinstance(prepared, GraphModule)
+    called = {
+        str(node.target): prepared.get_submodule(str(node.target))
+        for node in prepared.graph.nodes
+        if node.op == "call_module"
+    }
     return {
         name: module.__dict__["module"] if isinstance(module, Opaque) else module
         for name, module in called.items()
@@ -198,9 +202,10 @@ def _qconfig_mapping(scheme: StaticInt8, training: bool) -> QConfigMapping:
     mapping = (get_default_qat_qconfig_mapping if training else get_default_qconfig_mapping)(scheme.engine)
     reduce_range = needs_reduced_range() if scheme.reduce_range is None else scheme.reduce_range
     default = mapping.global_qconfig
+    assert default is not None
     activation = default.activation.with_args(reduce_range=reduce_range)
     for kind, qconfig in mapping.object_type_qconfigs.items():
-        if qconfig.activation is default.activation:
+        if qconfig is not None and qconfig.activation is default.activation:
             mapping.set_object_type(kind, QConfig(activation, qconfig.weight))
     mapping.set_global(QConfig(activation, default.weight))
     for kind in FLOAT_TYPES:
@@ -237,4 +242,3 @@ def observe_weights_(prepared: GraphModule) -> None:
             fake_quantize = getattr(module, "weight_fake_quant", None)
             if isinstance(fake_quantize, nn.Module) and isinstance(getattr(module, "weight", None), Tensor):
                 fake_quantize(module.weight)
-

@@ -1,0 +1,145 @@
+"""Counts multiply-accumulates by running a model and looking at every operator that reaches the kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lightning_compress.report.inputs import call
+from lightning_compress.report.storage import packed_weights
+from lightning_compress.report.undisturbed import undisturbed
+
+_TRANSPARENT = ("aten", "prim", "prims", "profiler", "quantized", "torchvision")
+# Fused operators of aten that multiply and have no formula here.
+_OPAQUE = ("_trilinear", "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_native_multi_head_attention",
+           "_transformer_encoder_layer_fwd")  # fmt: skip
+
+
+def count_macs(model: nn.Module, inputs: Any) -> tuple[int, tuple[str, ...]]:
+    """Run ``model`` once on ``inputs`` and count its multiply-accumulates.
+
+    Matrix products, convolutions (transposed and grouped too), attention and recurrent cells count, in float and in
+    int8: a convolution with ``out`` output elements does ``out * in_channels / groups * kH * kW`` of them. Additions of
+    a bias, norms and element-wise operators don't.
+
+    Returns:
+        The count, and the names of operators that may multiply but have no formula: the count is then a lower bound.
+
+    Example:
+        >>> count_macs(nn.Linear(10, 5), torch.ones(1, 10))
+        (50, ())
+    """
+    counter = _Counter()
+    with undisturbed(model), _plain_kernels(), counter:
+        call(model, inputs)
+    return counter.macs, tuple(sorted(counter.uncounted))
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Keep torch from fusing attention, encoder layers and recurrent layers into operators that can't be counted."""
+    # Single switches, because the `flags` of torch.backends also write settings of TF32, which can warn.
+    switches = (
+        (torch.backends.mha.get_fastpath_enabled(), torch.backends.mha.set_fastpath_enabled),
+        (torch._C._get_mkldnn_enabled(), torch._C._set_mkldnn_enabled),
+        (torch._C._get_cudnn_enabled(), torch._C._set_cudnn_enabled),
+    )
+    for _, switch in switches:
+        switch(False)
+    try:
+        with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for before, switch in switches:
+            switch(before)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+        self.uncounted: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            # Under inference mode a linear layer arrives here whole, and not as the product that it is made of.
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        namespace, name = func.namespace, func._schema.name.rpartition("::")[2]
+        if func._overloadpacket in flop_registry:
+            self.macs += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
+        elif (formula := _formula(namespace, name)) is not None:
+            self.macs += formula(args, out)
+        elif namespace not in _TRANSPARENT or name in _OPAQUE or _has_packed(args):
+            self.uncounted.add(f"{namespace}.{name}")
+        return out
+
+
+_Formula = Callable[[Any, Any], int]
+
+
+def _formula(namespace: str, name: str) -> _Formula | None:
+    if namespace == "aten":
+        return _ATEN.get(name)
+    if namespace != "quantized" or "prepack" in name or "unpack" in name:
+        return None
+    if name.startswith("linear"):
+        return _quantized_linear
+    if name.startswith("conv_transpose"):
+        return _quantized_conv_transpose
+    if name.startswith("conv"):
+        return _quantized_conv
+    return _matrix_product if name == "matmul" else None
+
+
+def _weight(args: Any) -> Tensor:
+    # The weight is the largest tensor in the packed object: the others are the bias and the convolution's settings.
+    packed = next(argument for argument in args if isinstance(argument, torch.ScriptObject))
+    return max(packed_weights(packed), key=lambda tensor: tensor.numel() * (tensor.ndim > 1))
+
+
+def _quantized_linear(args: Any, out: Tensor) -> int:
+    return out.numel() * int(args[0].shape[-1])
+
+
+def _quantized_conv(args: Any, out: Tensor) -> int:
+    return out.numel() * math.prod(_weight(args).shape[1:])
+
+
+def _quantized_conv_transpose(args: Any, out: Tensor) -> int:
+    return int(args[0].numel()) * math.prod(_weight(args).shape[1:])
+
+
+def _quantized_recurrent(args: Any, out: Any) -> int:
+    steps = args[0].numel() // args[0].shape[-1]
+    cells = [cell for argument in args if isinstance(argument, (list, tuple)) for cell in argument]
+    weights = [tensor for cell in cells if isinstance(cell, torch.ScriptObject) for tensor in packed_weights(cell)]
+    return int(steps * sum(weight.numel() for weight in weights if weight.ndim == 2))
+
+
+def _matrix_product(args: Any, out: Tensor) -> int:
+    return int(args[0].shape[-1]) * out.numel()
+
+
+_ATEN: dict[str, _Formula] = {
+    "_int_mm": _matrix_product,
+    "mv": lambda args, out: int(args[0].numel()),
+    "addmv": lambda args, out: int(args[1].numel()),
+    "dot": lambda args, out: int(args[0].numel()),
+    "quantized_lstm": _quantized_recurrent,
+    "quantized_gru": _quantized_recurrent,
+}
+
+
+def _has_packed(args: Any) -> bool:
+    return any(isinstance(argument, torch.ScriptObject) for argument in args)

@@ -1,0 +1,157 @@
+"""`measure`: what a model weighs and costs, counted and timed on the model itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.errors import invalid
+from lightning_compress.report.inputs import batch_size_of, resize_batch, to_device
+from lightning_compress.report.latency import Latency, measure_latency
+from lightning_compress.report.macs import count_macs
+from lightning_compress.report.storage import LayerMeasurement, file_bytes, measure_layers
+from lightning_compress.report.undisturbed import device_of
+
+BATCH_SIZES = (1, 32)
+MAX_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Numbers of one model, all measured: plain data that goes to JSON and back.
+
+    ``macs`` are multiply-accumulates for one sample. Where ``uncounted`` names operators they are a lower bound. They
+    are None, and ``latency`` is empty, if the model wasn't run. ``compressed_bytes`` is the size of the saved file
+    after zlib, where zeros weigh nothing.
+    """
+
+    parameters: int
+    nonzeros: int
+    size_bytes: int
+    compressed_bytes: int | None
+    macs: int | None
+    uncounted: tuple[str, ...]
+    latency: tuple[Latency, ...]
+    layers: tuple[LayerMeasurement, ...]
+    device: str
+    threads: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the parameters that are zero."""
+        return 1.0 - self.nonzeros / self.parameters if self.parameters else 0.0
+
+    @property
+    def latency_ms(self) -> dict[int, float]:
+        """Median latency of one call in milliseconds, by batch size."""
+        return {one.batch_size: one.median_ms for one in self.latency}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return numbers, strings, lists and dicts only."""
+        plain = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Measurement:
+        """Build the measurement that `as_dict` described."""
+        return cls(
+            **{
+                **plain,
+                "uncounted": tuple(plain["uncounted"]),
+                "latency": tuple(Latency(**one) for one in plain["latency"]),
+                "layers": tuple(LayerMeasurement(**one) for one in plain["layers"]),
+            }
+        )
+
+
+def measure(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    max_seconds: float = MAX_SECONDS,
+    threads: int | None = None,
+) -> Measurement:
+    """Measure a model: parameters, non-zeros, bytes on disk, multiply-accumulates and latency.
+
+    The model is run on its own device in evaluation mode under ``inference_mode`` and is left bit-identical: buffers,
+    training flags, attributes and the global random state are put back.
+
+    Args:
+        model: Any module, float or quantized. A parameter counts once however many names it has; packed int8 weights
+            count like the float ones that they came from.
+        example_inputs: A tensor, a tuple or list of positional arguments, or a dict of keyword arguments, with the
+            batch as dimension 0, of any size: samples are repeated to fill a batch. None: the model isn't run, and
+            ``macs`` and ``latency`` stay empty.
+        batch_sizes: Sizes at which latency is measured.
+        max_seconds: Time budget for each batch size.
+        threads: Threads of torch while latency is measured; those that are set now by default. One gives steadier
+            numbers on a machine that does other work.
+
+    Returns:
+        Plain numbers. Sizes are in bytes: ``size_bytes`` of the file that ``torch.save(model.state_dict())`` writes.
+
+    Raises:
+        CompressionError: a setting isn't positive, a parameter has no shape yet, or the inputs hold no batch.
+
+    Example:
+        >>> measurement = measure(nn.Linear(10, 5), torch.ones(1, 10), batch_sizes=[1], max_seconds=0.01)
+        >>> measurement.parameters, measurement.macs
+        (55, 50)
+    """
+    check_settings(batch_sizes, max_seconds, threads)
+    if example_inputs is not None:
+        batch_size_of(example_inputs)
+    layers = measure_layers(model)
+    size_bytes, compressed_bytes = file_bytes(model)
+    macs, uncounted, latency = _run(model, example_inputs, list(dict.fromkeys(batch_sizes)), max_seconds, threads)
+    return Measurement(
+        parameters=sum(layer.parameters for layer in layers),
+        nonzeros=sum(layer.nonzeros for layer in layers),
+        size_bytes=size_bytes,
+        compressed_bytes=compressed_bytes,
+        macs=macs,
+        uncounted=uncounted,
+        latency=latency,
+        layers=layers,
+        device=device_of(model).type,
+        threads=threads or torch.get_num_threads(),
+    )
+
+
+def check_settings(batch_sizes: Sequence[int], max_seconds: float, threads: int | None) -> None:
+    """Raise the error for settings that `measure` can't use.
+
+    Example:
+        >>> check_settings([0], 1.0, None)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        lightning_compress.errors.CompressionError: `batch_sizes` must hold positive integers. Received: ...
+    """
+    if not batch_sizes or not all(_is_count(size) for size in batch_sizes):
+        raise invalid("batch_sizes", "hold positive integers", batch_sizes)
+    if not 0 < max_seconds < math.inf:
+        raise invalid("max_seconds", "be positive", max_seconds)
+    if threads is not None and not _is_count(threads):
+        raise invalid("threads", "be a positive integer or None", threads)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _run(
+    model: nn.Module, example_inputs: Any, batch_sizes: list[int], max_seconds: float, threads: int | None
+) -> tuple[int | None, tuple[str, ...], tuple[Latency, ...]]:
+    if example_inputs is None:
+        return None, (), ()
+    inputs = to_device(example_inputs, device_of(model))
+    macs, uncounted = count_macs(model, resize_batch(inputs, 1))
+    latency = measure_latency(model, {size: resize_batch(inputs, size) for size in batch_sizes}, max_seconds, threads)
+    # Nothing that has a formula ran, but something that has none did: unknown, not zero.
+    return (None if uncounted and not macs else macs), uncounted, latency
