@@ -155,8 +155,9 @@ class CompressionReport(Callback):
         run = self._measure(_BEFORE, waiting)
         counted = self._rows.get(_BEFORE)
         if counted is not None:
-            # Zeros were counted when fit started; what ran is the same structure.
-            run = replace(counted, macs=run.macs, uncounted=run.uncounted, latency=run.latency, device=run.device)
+            # Zeros and bytes were counted when fit started; since then a callback may have pruned what both share.
+            held = ("parameters", "nonzeros", "size_bytes", "compressed_bytes", "layers")
+            run = replace(run, **{field: getattr(counted, field) for field in held})
         if run.parameters:
             self._rows[_BEFORE] = run
 
@@ -216,9 +217,8 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _first_samples(inputs: Any, most: int) -> Any:
-    # A copy: a step may change its batch in place.
-    inputs = to_device(copy.deepcopy(to_device(inputs, torch.device("cpu"))), torch.device("cpu"))
-    return resize_batch(inputs, min(most, batch_size_of(inputs)))
+    # A copy, as `resize_batch` makes one: a step may change its batch in place.
+    return resize_batch(to_device(inputs, torch.device("cpu")), min(most, batch_size_of(inputs)))
 
 
 def _logged(trainer: Trainer) -> dict[str, float]:

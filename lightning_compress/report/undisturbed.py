@@ -44,6 +44,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, before, flag in zip(modules, attributes, flags, strict=True):
             _restore(module, before)
+            # A scripted module keeps its flag in C++.
             module.training = flag
         _restore_buffers(buffers)
         random.setstate(python_state)

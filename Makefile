@@ -1,0 +1,67 @@
+# Every target sets up what it needs: a virtual environment in .venv with the tested versions of constraints.txt.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The first Python that is new enough for constraints.txt; `make PYTHON=...` overrides it.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PYTEST := $(BIN)/python -m pytest --quiet -n logical --maxprocesses 4 --dist worksteal
+
+.PHONY: help install demo test test-all lint types bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## create .venv and install the package with all that the demo and the tests need
+	@echo "$(VENV) is ready. Next: \`make demo\` or \`make test\`."
+
+$(STAMP): pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed. Name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
+	@echo "[1/3] creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/3] installing torch (this takes a few minutes)"
+	@$(PIP) torch
+	@echo "[3/3] installing lightning_compress, its dependencies and the tools of the tests (this takes a few minutes)"
+	@$(PIP) -e '.[test,examples,plots]'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## train, distil, prune and quantize on handwritten digits, then report
+	@echo "running examples/digits/demo.py"
+	@$(BIN)/python examples/digits/demo.py
+	@echo
+	@echo "Next: look at demo_output/report.png and demo_output/report.md, then read examples/digits/demo.py."
+
+test: lint types ## lint, types, doctests and tests; warnings are errors
+	@echo "pytest: doctests and tests"
+	@$(PYTEST)
+	@echo
+	@echo "All passed. Next: \`make demo\` shows the package at work; \`make test-all\` adds the slow tests."
+
+test-all: lint types ## the same with the slow tests
+	@echo "pytest: doctests and tests, the slow ones too"
+	@$(PYTEST) -m "slow or not slow"
+	@echo
+	@echo "All passed, the slow tests too. Next: \`make bench\` measures."
+
+lint: $(STAMP)
+	@echo "ruff: lint and format"
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet || { echo "Not formatted. Run: $(BIN)/ruff format"; exit 1; }
+
+types: $(STAMP)
+	@echo "mypy: strict, on the package"
+	@$(BIN)/mypy
+
+bench: $(STAMP) ## run every benchmark
+	@for script in benchmarks/*.py; do echo "running $$script"; $(BIN)/python "$$script"; done
+
+clean: ## remove .venv and everything that was generated
+	rm -rf $(VENV) build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs checkpoints
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,112 @@
+"""The public callbacks, found by scanning the package, each with the settings under which the contracts run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning.pytorch.callbacks import Callback
+
+import lightning_compress
+from lightning_compress import (
+    CompressionReport,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    ScheduledPruning,
+    Targets,
+    Window,
+)
+
+PUBLIC = [
+    value
+    for name in lightning_compress.__all__
+    if isinstance(value := getattr(lightning_compress, name), type) and issubclass(value, Callback)
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One callback under test.
+
+    Attributes:
+        name: of the test.
+        make: a new callback.
+        yaml: the same as LightningCLI reads it.
+        bad: settings that must be refused, and the words of the error.
+    """
+
+    name: str
+    make: Callable[[], Callback]
+    yaml: dict[str, object]
+    bad: tuple[tuple[dict[str, object], str], ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ROWS = (
+    Row(
+        "pruning",
+        lambda: ScheduledPruning(sparsity=0.7, window=Window(0.1, 0.8)),
+        {"class_path": "lightning_compress.ScheduledPruning", "init_args": {"sparsity": 0.7}},
+        (
+            ({"sparsity": 1.5}, r"`sparsity` must lie in \[0, 1\). Received: sparsity=1.5"),
+            ({"sparsity": -0.2}, "`sparsity` must lie in"),
+            ({}, "`sparsity` must be given"),
+            ({"sparsity": 0.5, "method": "l1_unstructred"}, "Nearest: l1_unstructured"),
+            ({"sparsity": 0.5, "method": "os.path.join"}, "BasePruningMethod"),
+            ({"sparsity": 0.5, "method": "no.such.module"}, "`method` must be"),
+            ({"sparsity": 0.5, "scope": "local"}, "`scope` must be"),
+            ({"sparsity": 0.5, "method": "custom_from_mask"}, "fixes it itself"),
+            ({"method": "custom_from_mask"}, "`mask_file` must be given"),
+        ),
+    ),
+    Row(
+        "structured pruning",
+        lambda: ScheduledPruning("ln_structured", 0.5, scope="layer", targets=Targets(include=["body"])),
+        {
+            "class_path": "lightning_compress.ScheduledPruning",
+            "init_args": {
+                "method": "ln_structured",
+                "sparsity": 0.5,
+                "scope": "layer",
+                "schedule": {"class_path": "lightning_compress.Polynomial", "init_args": {"power": 2.0}},
+                "window": {"start": 0.1, "end": 0.75, "every_n_steps": 2},
+                "targets": {"include": ["body"], "exclude": ["*.head"], "types": ["torch.nn.Linear"]},
+            },
+        },
+    ),
+    Row(
+        "qat",
+        lambda: QuantizationAwareTraining(),
+        {"class_path": "lightning_compress.QuantizationAwareTraining", "init_args": {"window": {"start": 0.5}}},
+        (
+            ({"scheme": "int8_statik"}, "Nearest: int8_static"),
+            ({"scheme": "int8_dynamic"}, "`scheme` must be static int8"),
+            ({"flow": "pt2"}, "`flow` must be"),
+            ({"freeze_observers": 0.0}, "`freeze_observers` must lie in"),
+        ),
+    ),
+    Row(
+        "ptq static",
+        lambda: PostTrainingQuantization("int8_static", calibration_batches=2),
+        {
+            "class_path": "lightning_compress.PostTrainingQuantization",
+            "init_args": {"scheme": {"class_path": "lightning_compress.StaticInt8", "init_args": {"engine": "fbgemm"}}},
+        },
+        (
+            ({"scheme": "int8_statik"}, "Nearest: int8_static"),
+            ({"calibration_batches": 0}, "`calibration_batches` must be at least 1"),
+        ),
+    ),
+    Row(
+        "ptq dynamic",
+        lambda: PostTrainingQuantization("int8_dynamic"),
+        {"class_path": "lightning_compress.PostTrainingQuantization", "init_args": {"scheme": "int8_dynamic"}},
+    ),
+    Row(
+        "report",
+        lambda: CompressionReport(directory="report"),
+        {"class_path": "lightning_compress.CompressionReport", "init_args": {"directory": "report"}},
+    ),
+)

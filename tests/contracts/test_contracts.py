@@ -1,0 +1,215 @@
+"""What every public callback promises, whatever it does."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from lightning_compress import CompressionError, QuantizationAwareTraining, load_compressed
+from lightning_compress.cli import main
+from tests.contracts.rows import PUBLIC, ROWS, Row
+from tests.support.data import TinyData
+from tests.support.modules import Classifier, ManualClassifier, quiet_trainer
+from tests.support.oracles import assert_different_state, assert_float_keys, assert_same_state, hooks, snapshot
+
+EPOCHS = 3
+each_row = pytest.mark.parametrize("row", ROWS, ids=str)
+
+
+def fit(
+    callbacks: list[Callback], folder: Path | None = None, module: Any = None, data: Any = None, **kwargs: Any
+) -> tuple[Any, Any]:
+    """A fit of the classifier, saved after each epoch if there is a ``folder``; ``ckpt_path`` resumes."""
+    ckpt_path = kwargs.pop("ckpt_path", None)
+    torch.manual_seed(1)
+    module = Classifier() if module is None else module
+    saves = [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)] if folder else []
+    options = {"max_epochs": EPOCHS, "enable_checkpointing": bool(folder), **kwargs}
+    trainer = quiet_trainer(callbacks=[*callbacks, *saves], **options)
+    trainer.fit(module, data or TinyData(), ckpt_path=ckpt_path)
+    return trainer, module
+
+
+def read(path: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    # Where files lie and how long the loops took is the one thing that may differ.
+    checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if "ModelCheckpoint" not in k}
+    return checkpoint
+
+
+def test_every_public_callback_has_a_row() -> None:
+    assert PUBLIC
+    assert {type(row.make()) for row in ROWS} == set(PUBLIC)
+
+
+@each_row
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_resumed_equals_uninterrupted(row: Row, epoch: int, tmp_path: Path) -> None:
+    fit([row.make()], tmp_path / "whole")
+    fit([row.make()], tmp_path / "resumed", ckpt_path=tmp_path / "whole" / f"epoch={epoch}.ckpt")
+    whole = read(tmp_path / "whole" / f"epoch={EPOCHS - 1}.ckpt")
+    resumed = read(tmp_path / "resumed" / f"epoch={EPOCHS - 1}.ckpt")
+    for part in ("state_dict", "optimizer_states", "callbacks", "lightning_compress"):
+        assert_same_state(whole.get(part, {}), resumed.get(part, {}))
+    assert_different_state(read(tmp_path / "whole" / f"epoch={epoch}.ckpt")["state_dict"], whole["state_dict"])
+
+
+@each_row
+@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
+def test_a_checkpoint_holds_just_the_users_keys(row: Row, weights_only: bool, tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, save_weights_only=weights_only, save_last=True, every_n_train_steps=4)
+    fit([row.make(), save], enable_checkpointing=True)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert_float_keys(checkpoint, Classifier())
+    Classifier().load_state_dict(checkpoint["state_dict"])
+    assert list(Classifier.load_from_checkpoint(tmp_path / "last.ckpt").state_dict()) == list(Classifier().state_dict())
+    load_compressed(tmp_path / "last.ckpt", Classifier())
+    for stage in ("validate", "test", "predict"):
+        getattr(quiet_trainer(callbacks=[row.make()]), stage)(Classifier(), TinyData(), ckpt_path=tmp_path / "last.ckpt")
+
+
+@each_row
+def test_draws_nothing_from_the_global_generators(row: Row) -> None:
+    fit([])
+    plain = torch.get_rng_state()
+    trainer, module = fit([row.make()])
+    assert torch.equal(torch.get_rng_state(), plain)
+    before = torch.get_rng_state()
+    trainer.test(module, TinyData(), verbose=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_row
+def test_leaves_nothing_behind(row: Row) -> None:
+    trainer, module = fit([row.make()])
+    plain = fit([])[1]
+    trainer.test(module, TinyData(), verbose=False)
+    if isinstance(row.make(), QuantizationAwareTraining):
+        return  # it leaves an int8 model, on purpose
+    assert hooks(module) == []
+    assert vars(module).keys() == vars(plain).keys()
+    assert list(module.state_dict()) == list(plain.state_dict())
+    assert all(not optimizer._optimizer_step_post_hooks for optimizer in trainer.optimizers)
+
+
+class Stop(Callback):
+    """Raises in the middle of a fit."""
+
+    def __init__(self, error: BaseException, step: int = 9) -> None:
+        self.error, self.step = error, step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise self.error
+
+
+@each_row
+@pytest.mark.parametrize("error", [RuntimeError("stopped"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_an_exception_leaves_a_plain_module(row: Row, error: BaseException) -> None:
+    module = Classifier()
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        fit([row.make(), Stop(error)], module=module)
+    assert hooks(module) == []
+    assert vars(module).keys() <= vars(fit([], max_epochs=1)[1]).keys()
+    assert list(module.state_dict()) == list(Classifier().state_dict())
+    fit([row.make()], module=module)
+
+
+@each_row
+def test_fits_twice_and_a_second_model(row: Row) -> None:
+    callback = row.make()
+    trainer, module = fit([callback])
+    fit([callback], module=module)
+    _, other = fit([callback])
+    trainer, fresh = fit([row.make()])
+    assert_same_state(other, fresh)
+    trainer.test(fresh, TinyData(), verbose=False)
+
+
+@each_row
+def test_non_targets_stay_bit_identical(row: Row) -> None:
+    module = Classifier(lr=0.0)
+    before = snapshot(module)
+    fit([row.make()], module=module)
+    if isinstance(row.make(), QuantizationAwareTraining):
+        return  # the int8 model has other tensors; that its parameters are the same objects is tested in its room
+    after = snapshot(module)
+    others = [key for key in before if key.endswith("bias") or key == "norm.weight"]
+    assert others
+    assert_same_state({key: before[key] for key in others}, {key: after[key] for key in others})
+
+
+@each_row
+def test_deepcopy_and_pickle(row: Row) -> None:
+    callback = row.make()
+    fit([callback])
+    for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert type(twin) is type(callback)
+        assert twin.state_key == callback.state_key
+        fit([twin])
+    fit([copy.deepcopy(row.make())])
+
+
+@each_row
+def test_trains_with_manual_optimization_and_bf16_and_accumulation(row: Row) -> None:
+    fit([row.make()], module=ManualClassifier())
+    fit([row.make()], precision="bf16-mixed")
+    fit([row.make()], accumulate_grad_batches=3)
+
+
+pairs = [
+    pair
+    for pair in itertools.permutations(ROWS, 2)
+    if not ("qat" in {row.name for row in pair} and any(row.name.startswith("ptq") for row in pair))
+    and not all(row.name.startswith("ptq") for row in pair)
+]
+
+
+@pytest.mark.parametrize("pair", pairs, ids=lambda pair: " then ".join(map(str, pair)))
+def test_pairs_compose_in_any_order(pair: tuple[Row, Row], tmp_path: Path) -> None:
+    trainer, module = fit([row.make() for row in pair], tmp_path)
+    trainer.test(module, TinyData(), verbose=False)
+    checkpoint = read(tmp_path / f"epoch={EPOCHS - 1}.ckpt")
+    assert_float_keys(checkpoint, Classifier())
+    trainer.test(module, TinyData(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "words"),
+    [pytest.param(row, *bad, id=f"{row}-{index}") for row in ROWS for index, bad in enumerate(row.bad)],
+)
+def test_bad_settings_are_refused_in_the_constructor(row: Row, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(CompressionError, match=words):
+        type(row.make())(**settings)
+
+
+@each_row
+def test_yaml_round_trip(row: Row, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"class_path": "tests.support.modules.Classifier"},
+                "data": {"class_path": "tests.support.data.TinyData"},
+                "trainer": {"max_epochs": 1, "accelerator": "cpu", "callbacks": [row.yaml], **quiet},
+            }
+        )
+    )
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config), "--print_config"])
+    printed = capsys.readouterr().out
+    assert str(row.yaml["class_path"]) in printed
+    (tmp_path / "again.yaml").write_text(printed)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(tmp_path / "again.yaml"), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed)
+    main(["fit", "--config", str(tmp_path / "again.yaml")])

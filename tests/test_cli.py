@@ -1,0 +1,152 @@
+"""The command line: what LightningCLI has to reach, from YAML and from arguments, and what a user sees who mistypes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+
+from lightning_compress.cli import main
+from lightning_compress.errors import invalid
+from tests.support.modules import Classifier
+
+ROOT = Path(__file__).parents[1]
+QUIET = [
+    *("--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"),
+    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_epochs=1"),
+]
+RUN = ["--data=tests.support.data.TinyData", *QUIET]
+
+
+class Seen(Callback):
+    """Remembers the last run, for the test to look at."""
+
+    last: tuple[Trainer, LightningModule]
+
+    def __init__(self, share: float = 0.5) -> None:
+        if not 0 <= share < 1:
+            raise invalid("share", "lie in [0, 1)", share, "Give a fraction, not a percentage.")
+        self.share = share
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        Seen.last = trainer, pl_module
+
+
+class Chooses(Classifier):
+    """Takes its optimizer from the configuration."""
+
+    def __init__(self, optimizer: OptimizerCallable = torch.optim.Adam) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters())
+
+
+class Grows(Classifier):
+    """Gets parameters in `setup`, as a distillation module does for its regressors."""
+
+    def setup(self, stage: str) -> None:
+        self.late = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.late(super().forward(x))
+
+
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def fit(*args: str, model: str = "tests.support.modules.Classifier") -> tuple[Trainer, LightningModule]:
+    main(["fit", f"--model={model}", *RUN, "--trainer.callbacks+=tests.test_cli.Seen", *args])
+    return Seen.last
+
+
+def test_callback_appended_and_configured_by_arguments() -> None:
+    trainer, _ = fit("--trainer.callbacks.share=0.25")
+    assert [callback.share for callback in trainer.callbacks if isinstance(callback, Seen)] == [0.25]
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_other_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([command, "--model=tests.support.modules.Classifier", *RUN])
+    assert ("loss" in capsys.readouterr().out) == (command != "predict")
+
+
+def test_modules_of_the_current_folder(own_folder: Path) -> None:
+    (own_folder / "my_project.py").write_text(
+        "from tests.support.modules import Classifier\nclass Mine(Classifier):\n    pass\n"
+    )
+    _, module = fit(model="my_project.Mine")
+    assert type(module).__module__ == "my_project"
+    assert sys.path[0] == str(own_folder)
+
+
+def test_optimizer_callable_from_yaml(own_folder: Path) -> None:
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.3, "momentum": 0.8}}
+    model = {"class_path": "tests.test_cli.Chooses", "init_args": {"optimizer": optimizer}}
+    (own_folder / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    main(["fit", "--config=config.yaml", *RUN, "--trainer.callbacks+=tests.test_cli.Seen"])
+    (made,) = Seen.last[0].optimizers
+    assert isinstance(made, torch.optim.SGD)
+    assert (made.defaults["lr"], made.defaults["momentum"]) == (0.3, 0.8)
+    assert yaml.safe_load((own_folder / "config.yaml").read_text()) == {"model": model}
+    assert "momentum: 0.8" in (own_folder / "resolved_config.yaml").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:`Grows.configure_optimizers` will be overridden:UserWarning")
+def test_optimizer_argument_reaches_parameters_born_in_setup() -> None:
+    scheduler = ["--lr_scheduler=StepLR", "--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.5"]
+    trainer, module = fit("--optimizer=SGD", "--optimizer.lr=0.1", *scheduler, model="tests.test_cli.Grows")
+    (group,) = trainer.optimizers[0].param_groups
+    assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in module.parameters()}
+    assert len(group["params"]) == len(list(module.parameters()))
+    assert group["lr"] == 0.05
+
+
+def test_input_that_cannot_be_honoured(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fit("--trainer.callbacks.share=50")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "lightning-compress: error: `share` must lie in [0, 1). Received: share=50.0. "
+        "Give a fraction, not a percentage.\n"
+    )
+
+
+def test_unknown_class(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--model=tests.support.modules.Clasifier", *RUN])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "Clasifier" in error
+    assert "--trainer.max_epochs" not in error
+
+
+def test_print_config_is_a_config(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*args: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *args, "--print_config"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    text = printed("--model=tests.support.modules.Classifier", *RUN, "--trainer.callbacks+=tests.test_cli.Seen")
+    callbacks = yaml.safe_load(text)["trainer"]["callbacks"]
+    assert callbacks == [{"class_path": "tests.test_cli.Seen", "init_args": {"share": 0.5}}]
+    (own_folder / "config.yaml").write_text(text)
+    assert printed("--config=config.yaml") == text
+
+
+def test_runs_as_a_program() -> None:
+    command = [sys.executable, "-m", "lightning_compress.cli", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage: lightning-compress" in done.stdout
+    assert all(name in done.stdout for name in ("fit", "validate", "test", "predict"))
