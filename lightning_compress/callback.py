@@ -164,7 +164,23 @@ class CompressionCallback(Callback):
         self._bounds = None if state_dict["bounds"] is None else Bounds(*state_dict["bounds"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": []}
+        return {**without_logging(self), "_handles": []}
+
+
+def training_modes(pl_module: pl.LightningModule) -> dict[Any, bool]:
+    """Every module's mode before evaluation: Lightning doesn't put back that of one which leaves the tree meanwhile."""
+    return {module: module.training for module in pl_module.modules()}
+
+
+def restore_modes_(modes: dict[Any, bool]) -> None:
+    """Put modules back into the modes that `training_modes` saw."""
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def without_logging(callback: Callback) -> dict[str, Any]:
+    """A callback's state for pickling: without the methods of its last module that Lightning puts on it for logging."""
+    return {key: value for key, value in vars(callback).items() if key not in ("log", "log_dict")}
 
 
 def check_version(state: dict[str, Any], owner: str) -> None:

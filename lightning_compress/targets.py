@@ -65,6 +65,18 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
+def compressible_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules below ``model`` by clean path, without those that only help in training (``training_only``)."""
+    modules: dict[str, nn.Module] = {}
+    helpers: list[str] = []
+    for name, module in model.named_modules():
+        if getattr(module, "training_only", False):
+            helpers.append(f"{name}.")
+        if name and not f"{name}.".startswith(tuple(helpers)):
+            modules[clean_name(name)] = module
+    return modules
+
+
 def matches(path: str, pattern: str) -> bool:
     """Whether a module path, or a container that it lies in, matches an `fnmatch` pattern.
 
@@ -144,12 +156,12 @@ class Targets:
         return Selection(tuple(targets), skipped)
 
     def check_patterns(self, model: nn.Module) -> dict[str, nn.Module]:
-        """All modules of ``model`` by clean path, once every pattern has matched one.
+        """The modules of ``model`` by clean path, once every pattern has matched one.
 
         Raises:
             CompressionError: a pattern matches nothing; the nearest paths are named.
         """
-        layers = {clean_name(path): module for path, module in model.named_modules() if path}
+        layers = compressible_modules(model)
         for pattern in (*(self.include or ()), *self.exclude):
             if not any(matches(path, pattern) for path in layers):
                 raise CompressionError(

@@ -28,7 +28,7 @@ class Residual(nn.Module):
 class Teacher(nn.Module):
     """Seven residual blocks, 17 convolutions."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 24) -> None:
         super().__init__()
         self.stem = nn.Sequential(*conv_bn(1, width), nn.ReLU())
         self.features = nn.Sequential(
@@ -57,7 +57,7 @@ class Student(nn.Module):
         self.head = nn.Linear(2 * width * 4, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x).flatten(1))
+        return self.head(torch.flatten(self.features(x), 1))
 
 
 class Classifier(L.LightningModule):

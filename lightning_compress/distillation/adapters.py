@@ -98,6 +98,9 @@ class Adapters(nn.ModuleDict):
         <All keys matched successfully>
     """
 
+    training_only = True
+    """No part of the compressed model: neither pruned nor quantized."""
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for key, weight in state_dict.items():
             name, _, rest = key.removeprefix(prefix).partition(".")

@@ -40,7 +40,7 @@ class DistillationSteps(Learner, _Base):
         task_loss: nn.Module | None = None,
         task_weight: float = 0.25,
         teacher_checkpoint: str | None = None,
-        optimizer: Callable[[Iterable[Any]], Optimizer] = torch.optim.AdamW,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
     ) -> None:
         super().__init__(student, teacher, losses, task_loss, task_weight, teacher_checkpoint)
@@ -51,7 +51,8 @@ class DistillationSteps(Learner, _Base):
 
     def configure_optimizers(self) -> Any:
         """``optimizer`` over the trainable parameters, and ``scheduler``, stepped each epoch."""
-        optimizer = self.optimizer(self.trainable_parameters())
+        # Not a default argument: LightningCLI would hand AdamW's settings on to the class that YAML names instead.
+        optimizer = (self.optimizer or torch.optim.AdamW)(self.trainable_parameters())
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "monitor": "val_loss"}}
@@ -153,7 +154,7 @@ class DistillationModule(DistillationSteps, L.LightningModule):
         task_loss: A module called with (logits, targets); None: cross-entropy.
         task_weight: Factor of the task loss. With 0, batches need no targets to train.
         teacher_checkpoint: File with the teacher's weights: see :func:`~.teacher.load_weights_`.
-        optimizer: Called with the trainable parameters.
+        optimizer: Called with the trainable parameters; None: `torch.optim.AdamW`.
         scheduler: Called with the optimizer; stepped each epoch.
 
     Raises:

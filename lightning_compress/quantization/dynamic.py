@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.quantization.schemes import DynamicInt8, needs_reduced_range
-from lightning_compress.targets import Targets, clean_name
+from lightning_compress.targets import Targets, compressible_modules
 
 
 class DynamicLinear(nn.Module):
@@ -71,8 +71,7 @@ def linears(model: nn.Module, targets: Targets | None) -> tuple[list[str], dict[
     chosen, floats = [], {}
     if targets is not None:
         targets.check_patterns(model)
-    for name, module in model.named_modules():
-        path = clean_name(name)
+    for path, module in {"": model, **compressible_modules(model)}.items():
         if type(module) is nn.Linear:
             reason = targets.leaves_out(path) if targets is not None else ""
             if targets is not None and targets.types is not None and not isinstance(module, tuple(targets.types)):

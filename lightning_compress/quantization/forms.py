@@ -104,22 +104,22 @@ def _swap_in_(module: nn.Module, converted: nn.Module, used: frozenset[str]) -> 
 
 
 def revert_(model: nn.Module, form: str = "prepared") -> None:
-    """Back to the ``prepared`` or ``float`` form, with the values that it had."""
+    """Back to the ``prepared`` form, where there was one, or the ``float`` form, with the values that it had."""
     record = record_of(model)
     if record is None:
         return
-    for unit in record["units"]:
-        module = _unit_module(model, unit["path"])
-        prepared = restore_aside_(module)
-        if prepared is not None:
-            route_(module, prepared)
-        if form == "float" or prepared is None:
-            unroute_(module)
+    modules = [_unit_module(model, unit["path"]) for unit in record["units"]]
+    prepared = [restore_aside_(module) for module in modules]
     restore_fast_path_(model)
-    if form == "float" or record["scheme"]["name"] == DynamicInt8.name:
+    if form == "float" or None in prepared:
+        for module in modules:
+            unroute_(module)
         del model.__dict__[_RECORD]
-    else:
-        record["form"] = "prepared"
+        return
+    for module, child in zip(modules, prepared, strict=True):
+        assert child is not None
+        route_(module, child)
+    record["form"] = "prepared"
 
 
 def transplant_(model: nn.Module, twin: nn.Module) -> None:

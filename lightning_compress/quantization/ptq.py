@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress import structure
-from lightning_compress.callback import refuse_strategy
+from lightning_compress.callback import refuse_strategy, restore_modes_, training_modes, without_logging
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization import forms
@@ -62,12 +62,14 @@ class PostTrainingQuantization(Callback):
         self.calibration_batches = calibration_batches
         self.targets = targets
         self._ours = False
+        self._modes: dict[Any, bool] = {}
         self._floats: dict[str, str] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_strategy(trainer, type(self).__name__)
         if stage in ("test", "predict"):
             refuse_accelerator(trainer)
+            self._modes = training_modes(pl_module)
         structure.attach(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -107,7 +109,12 @@ class PostTrainingQuantization(Callback):
         if self._ours:
             self._ours = False
             forms.revert_(pl_module, "float")
+            restore_modes_(self._modes)
+        self._modes = {}
         structure.detach(pl_module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**without_logging(self), "_modes": {}}
 
     def report_notes(self) -> list[str]:
         """Lines for the report: which layers stay float, and why."""

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_compress import structure
-from lightning_compress.callback import CompressionCallback
+from lightning_compress.callback import CompressionCallback, restore_modes_, training_modes
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization import forms
@@ -87,6 +87,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self.freeze_batchnorm = freeze_batchnorm
         self.convert = convert
         self._floats: dict[str, str] = {}
+        self._modes: dict[Any, bool] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         from lightning_compress.quantization.ptq import PostTrainingQuantization
@@ -99,10 +100,10 @@ class QuantizationAwareTraining(CompressionCallback):
             )
         if stage in ("test", "predict"):
             refuse_accelerator(trainer)
+        self._modes = training_modes(pl_module)
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and forms.form_of(pl_module) == "converted":
             forms.revert_(pl_module)
-            pl_module.train()
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.targets is not None:
@@ -159,11 +160,21 @@ class QuantizationAwareTraining(CompressionCallback):
             )
         elif self.convert:
             convert_prepared_(pl_module)
+            restore_modes_(
+                {module: mode for module, mode in self._modes.items() if module not in set(pl_module.modules())}
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == "fit":
             forms.revert_(pl_module, "float")
         super().on_exception(trainer, pl_module, exception)
+
+    def close(self, pl_module: pl.LightningModule) -> None:
+        super().close(pl_module)
+        self._modes = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_modes": {}}
 
     def unfinished(self) -> str:
         return "observers and BatchNorm may not have been frozen. Shorten the window, or train longer."

@@ -6,6 +6,7 @@ traced form. So the keys and the order of the user's parameters never change, an
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,7 @@ class Signature:
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise CompressionError(f"its input holds a {type(leaf).__name__}")
         self.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        self.is_one_tensor = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
 
     @property
     def example(self) -> list[Any]:
@@ -56,6 +58,8 @@ class Signature:
 
     def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
         """The tensors of a call that has this shape; None if it hasn't."""
+        if self.is_one_tensor and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return [args[0]]  # nearly every call, and flattening it would take longer than a small layer
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
             return None
@@ -108,7 +112,10 @@ class Traced(nn.Module):
             self._observing = observe
         if self.batchnorm_frozen and self.training:
             self.graph.apply(freeze_bn_stats)
-        with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
+        device = tensors[0].device.type if tensors else "cpu"
+        if not torch.is_autocast_enabled(device):
+            return self.graph(*tensors)
+        with torch.autocast(device, enabled=False):
             return self.graph(*[tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors])
 
     def keep_frozen_batchnorm_(self) -> None:
@@ -179,12 +186,22 @@ def unroute_(module: nn.Module) -> None:
         inner.__dict__.pop("qconfig", None)
 
 
+class _Aside(dict[str, Any]):
+    """What an int8 module was. Pickling keeps its float form alone: upstream's prepared one holds closures."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Aside, ({**self, "prepared": None},)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Aside:
+        return _Aside({key: copy.deepcopy(value, memo) for key, value in self.items()})
+
+
 def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | None) -> None:
     """Take what the traced form replaces (``used``) out of the module's tree: the module is as small as it looks.
 
     It is kept aside, with the form that was ``prepared``, for `restore_aside_`.
     """
-    aside: dict[str, Any] = {"prepared": prepared}
+    aside = _Aside({"prepared": prepared})
     for kind in ("_parameters", "_buffers", "_modules"):
         values: dict[str, Any] = getattr(module, kind)
         aside[kind] = {name: value for name, value in values.items() if name != CHILD}

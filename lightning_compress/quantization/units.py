@@ -17,7 +17,7 @@ from lightning_compress.quantization.calls import CallLog, copy_tensors, is_belo
 from lightning_compress.quantization.flows import fx
 from lightning_compress.quantization.schemes import StaticInt8
 from lightning_compress.quantization.traced import Signature, Traced
-from lightning_compress.targets import Targets, clean_name
+from lightning_compress.targets import Targets, clean_name, compressible_modules
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
@@ -76,7 +76,7 @@ def plan_units(model: nn.Module, log: CallLog, scheme: StaticInt8, targets: Targ
     """
     plan = Plan()
     excluded = _excluded(model, targets)
-    modules = {clean_name(path): module for path, module in model.named_modules()}
+    modules = {"": model, **compressible_modules(model)}
     calls = CallLog(
         {clean_name(path): inputs for path, inputs in log.inputs.items()},
         {
@@ -116,7 +116,7 @@ def _visit(
     elif reason and path in calls.inputs and path:
         plan.floats[path] = f"not as a whole: {reason}"
     for child in dict.fromkeys(children):
-        if child != path:
+        if child != path and child in modules:
             _visit(child, modules, calls, scheme, excluded, plan, training)
 
 
@@ -138,7 +138,7 @@ def _quantizable(path: str, modules: dict[str, nn.Module]) -> Iterator[str]:
 
 def _excluded(model: nn.Module, targets: Targets | None) -> set[str]:
     """Paths of quantizable layers that the user's targets leave out."""
-    layers = {clean_name(path): module for path, module in model.named_modules() if type(module) in QUANTIZABLE}
+    layers = {path: module for path, module in compressible_modules(model).items() if type(module) in QUANTIZABLE}
     if targets is None:
         return set()
     targets.check_patterns(model)

@@ -17,6 +17,8 @@ from lightning_compress.errors import invalid
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 # What quantized modules save beside their weights; it belongs to activations.
 _ACTIVATION_KEYS = ("scale", "zero_point")
+# Put around a module by `torch.compile` and by the traced form of quantization: a layer keeps its name inside of them.
+_WRAPPERS = ("_orig_mod.", "_traced_forward.graph.")
 _COMPRESS_AT_MOST = 512_000_000
 
 
@@ -127,7 +129,13 @@ def _held(model: nn.Module) -> Iterator[_Held]:
             parameters = [tensor for child in module.modules() for tensor in _packed(child)]
         else:
             parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
-        yield _Held(name.replace("_orig_mod.", ""), module, fresh(parameters), fresh(_persistent_buffers(module)))
+        yield _Held(_unwrapped(name), module, fresh(parameters), fresh(_persistent_buffers(module)))
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _is_quantized(module: nn.Module) -> bool:

@@ -72,7 +72,7 @@ ROWS = (
                 "scope": "layer",
                 "schedule": {"class_path": "lightning_compress.Polynomial", "init_args": {"power": 2.0}},
                 "window": {"start": 0.1, "end": 0.75, "every_n_steps": 2},
-                "targets": {"include": ["body"], "exclude": ["*.head"], "types": ["torch.nn.Linear"]},
+                "targets": {"include": ["body"], "exclude": ["head"], "types": ["torch.nn.Linear"]},
             },
         },
     ),

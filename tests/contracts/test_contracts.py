@@ -50,7 +50,14 @@ def test_every_public_callback_has_a_row() -> None:
     assert {type(row.make()) for row in ROWS} == set(PUBLIC)
 
 
+# The runs under comparison save in folders of their own, and are read by Trainers that save nothing.
+other_folder = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`"
+)
+
+
 @each_row
+@other_folder
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_resumed_equals_uninterrupted(row: Row, epoch: int, tmp_path: Path) -> None:
     fit([row.make()], tmp_path / "whole")
@@ -63,6 +70,7 @@ def test_resumed_equals_uninterrupted(row: Row, epoch: int, tmp_path: Path) -> N
 
 
 @each_row
+@other_folder
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
 def test_a_checkpoint_holds_just_the_users_keys(row: Row, weights_only: bool, tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, save_weights_only=weights_only, save_last=True, every_n_train_steps=4)
@@ -73,18 +81,22 @@ def test_a_checkpoint_holds_just_the_users_keys(row: Row, weights_only: bool, tm
     assert list(Classifier.load_from_checkpoint(tmp_path / "last.ckpt").state_dict()) == list(Classifier().state_dict())
     load_compressed(tmp_path / "last.ckpt", Classifier())
     for stage in ("validate", "test", "predict"):
-        getattr(quiet_trainer(callbacks=[row.make()]), stage)(Classifier(), TinyData(), ckpt_path=tmp_path / "last.ckpt")
+        getattr(quiet_trainer(callbacks=[row.make()]), stage)(
+            Classifier(), TinyData(), ckpt_path=tmp_path / "last.ckpt"
+        )
 
 
 @each_row
 def test_draws_nothing_from_the_global_generators(row: Row) -> None:
-    fit([])
-    plain = torch.get_rng_state()
-    trainer, module = fit([row.make()])
-    assert torch.equal(torch.get_rng_state(), plain)
-    before = torch.get_rng_state()
-    trainer.test(module, TinyData(), verbose=False)
-    assert torch.equal(torch.get_rng_state(), before)
+    states = []
+    for callbacks in ([], [row.make()]):
+        trainer, module = fit(callbacks)
+        states.append(torch.get_rng_state())
+        trainer.test(module, TinyData(), verbose=False)
+        states.append(torch.get_rng_state())
+    fit_plain, test_plain, fit_ours, test_ours = states
+    assert torch.equal(fit_plain, fit_ours)
+    assert torch.equal(test_plain, test_ours)
 
 
 @each_row
@@ -213,3 +225,24 @@ def test_yaml_round_trip(row: Row, capsys: pytest.CaptureFixture[str], tmp_path:
         main(["fit", "--config", str(tmp_path / "again.yaml"), "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed)
     main(["fit", "--config", str(tmp_path / "again.yaml")])
+
+
+class Modes(Callback):
+    """Notes which modules train when training starts."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen = {path: inner.training for path, inner in pl_module.named_modules()}
+
+
+@each_row
+@other_folder
+@pytest.mark.filterwarnings("ignore:Found 1 module")  # in eval mode: that is the test
+def test_evaluation_puts_every_modules_mode_back(row: Row, tmp_path: Path) -> None:
+    fit([row.make()], tmp_path)
+    module = Classifier()
+    module.norm.eval()
+    before = {path: inner.training for path, inner in module.named_modules()}
+    quiet_trainer(callbacks=[row.make()]).test(module, TinyData(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    modes = Modes()
+    fit([row.make(), modes], module=module)
+    assert {path: modes.seen[path] for path in before} == before

@@ -90,7 +90,7 @@ def test_before_is_float_and_after_is_converted(tmp_path, capsys, example: bool,
     assert before["macs"] == after["macs"] == CONV_NET_MACS
     assert [len(one["latency"]) for one in (before, after)] == [2, 2]
     assert [layer["name"] for layer in before["layers"]] == ["net.conv", "net.norm", "net.depthwise", "net.head"]
-    assert set(found["after"]["metrics"]) == {"train_loss", "val_acc"}
+    assert set(found["after"]["metrics"]) == {"train_loss", "train_loss_epoch", "val_acc"}
     printed = capsys.readouterr().out
     assert printed.count("Compression report") == 1
     assert "norm stayed float [just because]." in printed

@@ -130,6 +130,15 @@ def test_size_is_that_of_the_file(tmp_path) -> None:
     assert 0 < sum(layer.size_bytes for layer in measurement.layers) < measurement.size_bytes
 
 
+# The first torch.compile of a process imports parts of torch that script themselves.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_layers_keep_their_names_inside_of_wrappers() -> None:
+    inner = nn.Sequential(nn.Linear(2, 2))
+    traced = nn.ModuleDict({"net": nn.ModuleDict({"_traced_forward": nn.ModuleDict({"graph": inner})})})
+    compiled = nn.ModuleDict({"net": torch.compile(inner)})
+    assert [layer.name for model in (traced, compiled) for layer in measure(model).layers] == ["net.0", "net.0"]
+
+
 def test_zeros_pay_in_the_compressed_file_only() -> None:
     model = nn.Linear(200, 200)
     before = measure(model)

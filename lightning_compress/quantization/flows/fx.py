@@ -160,7 +160,8 @@ def prepare(graph: GraphModule, scheme: StaticInt8, *, training: bool, floats: C
         mapping.set_module_name(path, None)
     config = PrepareCustomConfig().set_non_traceable_module_classes([Opaque])
     example = tuple(torch.zeros(1) for node in graph.graph.nodes if node.op == "placeholder")
-    with upstream_quiet(), _engine(scheme.engine):
+    # Upstream makes new layers around the old parameters, and draws initial weights for them first.
+    with upstream_quiet(), _engine(scheme.engine), torch.random.fork_rng():
         graph.train(training)
         return (prepare_qat_fx if training else prepare_fx)(graph, mapping, example, config)
 
@@ -168,7 +169,7 @@ def prepare(graph: GraphModule, scheme: StaticInt8, *, training: bool, floats: C
 def convert(prepared: nn.Module, scheme: StaticInt8) -> GraphModule:
     """A new int8 graph on the CPU; ``prepared`` is left as it is."""
     assert isinstance(prepared, GraphModule)
-    with upstream_quiet(), _engine(scheme.engine), torch.no_grad():
+    with upstream_quiet(), _engine(scheme.engine), torch.no_grad(), torch.random.fork_rng():
         graph = copy.deepcopy(prepared).cpu().eval()
         for name, module in list(graph.named_modules()):
             if isinstance(module, Opaque):

@@ -1,0 +1,307 @@
+"""`quantize` without a Trainer."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_compress import CompressionError, DynamicInt8, StaticInt8, Targets, quantize
+from lightning_compress.quantization.schemes import needs_reduced_range
+from tests.support.modules import Classifier, float_leaves
+from tests.support.oracles import assert_same_state, hooks, same_random_state, snapshot
+from tests.support.zoo import ZOO, Row, row
+
+# How a batch is bound: `quantize` calls model(*args); rows with keywords take a dict of them.
+
+
+def batches(row: Row, count: int = 8) -> list[Any]:
+    """Calibration batches as a user's loader gives them: a tuple, or a dict of keywords."""
+    found = []
+    for seed in range(count):
+        args, kwargs = row.inputs(seed)
+        found.append({"a": args[0], **kwargs} if kwargs else (args[0],))
+    return found
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def agreement(a: Any, b: Any) -> float:
+    """The least cosine similarity of any float output."""
+    pairs = zip(float_leaves(a), float_leaves(b), strict=True)
+    return min(float(F.cosine_similarity(x.flatten().float(), y.flatten().float(), dim=0)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+@pytest.mark.parametrize("row", ZOO, ids=str)
+def test_over_the_zoo_close_to_float_and_the_original_stays(row: Row, scheme: str, training: bool) -> None:
+    model = row.build()
+    model.train(training)
+    next(iter(model.children())).train(not training)
+    before, had, mode = snapshot(model), [set(vars(m)) for m in model.modules()], modes(model)
+    calibration = batches(row)
+    with same_random_state():
+        int8 = quantize(model, scheme, calibration=calibration)
+    assert_same_state(before, model)
+    assert [set(vars(m)) for m in model.modules()] == had
+    assert modes(model) == mode
+    assert hooks(model) == hooks(row.build())
+    assert type(int8) is type(model) and int8 is not model
+    args, kwargs = row.inputs(0)
+    expected, got = copy.deepcopy(model).eval()(*args, **kwargs), int8.eval()(*args, **kwargs)
+    assert agreement(expected, got) > 0.98
+    different = [not torch.equal(x, y) for x, y in zip(float_leaves(expected), float_leaves(got), strict=True)]
+    assert any(different)  # else nothing was quantized
+
+
+def kernel_names(model: nn.Module) -> set[str]:
+    return {f"{type(module).__module__}.{type(module).__name__}" for module in model.modules()}
+
+
+def saved_bytes(model: nn.Module) -> int:
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.tell()
+
+
+def wide() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 16)).eval()
+
+
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_int8_is_int8_and_takes_about_a_quarter(scheme: str) -> None:
+    model = wide()
+    int8 = quantize(model, scheme, calibration=[torch.randn(32, 256) for _ in range(4)])
+    assert saved_bytes(int8) / saved_bytes(model) == pytest.approx(0.25, abs=0.02)
+    weights = []
+    for module in int8.modules():
+        weight = getattr(module, "weight", None)
+        weight = weight() if callable(weight) else weight
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            weights.append(weight.dtype)
+    assert len(weights) == 3
+    assert set(weights) <= {torch.qint8, torch.int8}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        int8(torch.randn(4, 256))
+    called = {event.key for event in profile.key_averages()}
+    assert any("quantized::linear" in name for name in called), called
+    assert not {"aten::addmm", "aten::linear", "aten::mm"} & called
+
+
+def test_static_convolutions_run_fused_int8_kernels() -> None:
+    int8 = quantize(row("conv_bn_relu").build().eval(), calibration=batches(row("conv_bn_relu")))
+    names = kernel_names(int8)
+    assert any("ConvReLU2d" in name and "quantized" in name for name in names), names
+    assert not any(name.endswith(("BatchNorm2d", ".Conv2d")) and "quantized" not in name for name in names)
+
+
+def test_static_against_the_formula_by_hand() -> None:
+    # Q = clamp(round(R / S) + Z): one linear layer, weights per channel, activations per tensor.
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 8)
+    x = torch.rand(64, 32) * 4 - 1
+    int8 = quantize(nn.Sequential(linear), StaticInt8(), calibration=[x])
+    scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127.5
+    weight = (linear.weight.detach() / scale).round().clamp(-128, 127) * scale
+    levels = 127 if needs_reduced_range() else 255
+    step = (x.max() - x.min()) / levels
+    zero = (-x.min() / step).round()
+    activation = (((x / step).round() + zero).clamp(0, levels) - zero) * step
+    expected = F.linear(activation, weight, linear.bias.detach())
+    out_step = (expected.max() - expected.min()) / levels
+    assert (int8(x) - expected).abs().max() < 2 * out_step
+
+
+def test_dynamic_against_the_formula_by_hand() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 8)
+    x = torch.randn(16, 32) * torch.logspace(-3, 3, 16)[:, None]
+    int8 = quantize(nn.Sequential(linear), DynamicInt8())
+    expected = F.linear(x, linear.weight, linear.bias).detach()
+    # Each token by itself is right, however different their magnitudes are.
+    for row_, want in zip(int8(x), expected, strict=True):
+        assert F.cosine_similarity(row_ - linear.bias, want - linear.bias, dim=0) > 0.999
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_dynamic_survives_outliers_that_destroy_torchs_own() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=256, dropout=0.0, batch_first=True)
+    model = nn.Sequential(layer, nn.Linear(64, 64)).eval()
+    with torch.no_grad():
+        # Outlier features, as large transformers have them: a few channels in some tokens.
+        layer.norm1.weight[:2] *= 60
+        layer.linear2.weight[:2] *= 20
+    x = torch.randn(8, 12, 64)
+    x[:, ::4, :3] *= 40
+    with torch.no_grad():
+        expected = model(x)
+        ours = quantize(model, "int8_dynamic", calibration=[x])(x)
+        # torch's own breaks the fused evaluation path, which reads weights that are functions by then.
+        torchs = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+        torchs[0].activation_relu_or_gelu = 0
+        theirs = torchs(x)
+
+    def cosine(got: Tensor) -> float:
+        return float(F.cosine_similarity(got.flatten(0, 1), expected.flatten(0, 1), dim=-1).min())
+
+    assert cosine(ours) >= 0.99
+    assert cosine(theirs) < cosine(ours)
+
+
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_an_int8_model_runs_under_inference_mode_and_in_any_batch_size(scheme: str) -> None:
+    # Q19.
+    model = wide()
+    x = torch.randn(32, 256)
+    with torch.inference_mode():
+        made_inside = quantize(model, scheme, calibration=[x])
+    int8 = quantize(model, scheme, calibration=[x])
+    expected = int8(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(int8(x), expected)
+        torch.testing.assert_close(made_inside(x), expected)
+    torch.testing.assert_close(made_inside(x[:1]), int8(x[:1]))
+    model(x).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_an_int8_model_can_be_copied(scheme: str) -> None:
+    model, x = wide(), torch.randn(8, 256)
+    int8 = quantize(model, scheme, calibration=[x])
+    torch.testing.assert_close(copy.deepcopy(int8)(x), int8(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_targets_choose_the_layers(scheme: str) -> None:
+    model, x = wide(), torch.randn(8, 256)
+    int8 = quantize(model, scheme, calibration=[x], targets=Targets(exclude=["4"]))
+    [left] = [module for module in int8.modules() if type(module) is nn.Linear and "weight" in module._parameters]
+    assert torch.equal(left.weight, model[4].weight)
+
+
+def test_rows_of_the_zoo_that_cannot_be_traced_whole_are_taken_layer_by_layer() -> None:
+    # Promise 13: an auxiliary head and a dropout bake `self.training` in.
+    for name in ("functional_dropout", "auxiliary_head"):
+        int8 = quantize(row(name).build(), calibration=batches(row(name)))
+        x = row(name).inputs(0)[0][0]
+        int8.eval()
+        assert torch.equal(int8(x), int8(x))
+        assert any("quantized" in kind for kind in kernel_names(int8))
+
+
+def test_data_dependent_control_flow_stays_float_and_the_layers_do_not() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x.relu() if x.sum() > 0 else -x)
+
+    model = Branches()
+    x = torch.randn(8, 16)
+    int8 = quantize(model, calibration=[x])
+    assert agreement(model(x), int8(x)) > 0.99
+    assert agreement(model(-x), int8(-x)) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scheme": "int8_statik"}, "Nearest: int8_static"),
+        ({}, "`calibration` must be given for a static scheme"),
+        ({"calibration": []}, "`calibration` must"),
+        ({"calibration": [torch.zeros(4, 16)], "calibration_batches": 0}, "`calibration_batches` must be at least 1"),
+        ({"calibration": [torch.zeros(4, 16)], "targets": Targets(include=["nope"])}, "'nope' must match a module"),
+        ({"calibration": [torch.zeros(4, 16)], "targets": Targets(exclude=["*"])}, "`targets` must leave"),
+        ({"scheme": "int8_dynamic", "targets": Targets(include=["nope"])}, "'nope' must match a module"),
+        ({"scheme": "int8_dynamic", "targets": Targets(exclude=["*"])}, "must have a layer that|`targets` must"),
+        ({"calibration": [{"wrong": torch.zeros(4, 16)}]}, "must bind to Sequential.forward"),
+    ],
+)
+def test_errors_change_nothing(arguments: dict[str, Any], message: str) -> None:
+    model = row("mlp").build()
+    before, mode = snapshot(model), modes(model)
+    with same_random_state(), pytest.raises(CompressionError, match=message):
+        quantize(model, **arguments)
+    assert_same_state(before, model)
+    assert modes(model) == mode and hooks(model) == []
+
+
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_nothing_to_quantize_is_an_error_that_says_why(scheme: str) -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4))
+    with pytest.raises(CompressionError, match="must have a layer that the scheme can quantize"):
+        quantize(model, scheme, calibration=[torch.zeros(2, 3, dtype=torch.long)])
+
+
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_quantizing_twice_is_refused(scheme: str) -> None:
+    x = torch.randn(4, 16)
+    int8 = quantize(row("mlp").build(), scheme, calibration=[x])
+    with pytest.raises(CompressionError, match="must be a float model. Received: one that is converted already"):
+        quantize(int8, scheme, calibration=[x])
+
+
+def test_calibration_takes_no_more_batches_than_it_may() -> None:
+    taken: list[int] = []
+
+    def endless() -> Any:
+        while True:
+            taken.append(1)
+            yield torch.randn(4, 16)
+
+    quantize(row("mlp").build(), calibration=endless(), calibration_batches=3)
+    assert len(taken) <= 4  # one that is looked at and not used may have been drawn
+
+
+def test_calibration_decides_the_range() -> None:
+    model = row("mlp").build().eval()
+    x = row("mlp").inputs(0)[0][0]
+    right = quantize(model, calibration=[x])
+    wrong = quantize(model, calibration=[x / 100])
+    assert (right(x) - model(x)).abs().max() < (wrong(x) - model(x)).abs().max()
+
+
+def test_a_lightning_module_on_its_own_is_quantized_as_it_is() -> None:
+    # P19: an unattached LightningModule raises at `hasattr(module, "trainer")`.
+    module = Classifier().eval()
+    x = torch.randn(32, 16)
+    int8 = quantize(module, calibration=[(x, torch.zeros(32))])
+    assert isinstance(int8, Classifier)
+    assert agreement(module(x), int8(x)) > 0.99
+
+
+def test_calibration_step_takes_the_place_of_forward() -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(8, 4)
+
+        def calibration_step(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.net(batch["deep"])
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("isn't what its steps call")
+
+    x = torch.randn(16, 8)
+    int8 = quantize(Step(), calibration=[{"deep": x}])
+    assert any("quantized" in kind for kind in kernel_names(int8))
+
+
+def test_dynamic_leaves_other_layers_float() -> None:
+    int8 = quantize(row("lstm").build(), "int8_dynamic", calibration=batches(row("lstm")))
+    assert any(type(module) is nn.LSTM for module in int8.modules())
+    assert not any(type(module) is nn.Linear and list(module.parameters()) for module in int8.modules())
