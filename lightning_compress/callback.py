@@ -10,7 +10,8 @@ The order of a fit, with what a callback of ours does in each hook::
         optimizer step       `after_optimizer_step`
       on_train_batch_end     count the step; `act` where the window says so
       validation, saving     see the weights as `act` left them
-    on_train_end, on_fit_end
+    on_train_end             warn if the window didn't end
+    on_fit_end               (the module is on the CPU again)
     teardown, on_exception   `close`: no hook stays
 """
 
@@ -118,9 +119,6 @@ class CompressionCallback(Callback):
                 f"{type(self).__name__}: training stopped at optimizer step {self._step}, before its window's end at "
                 f"{self.bounds.end}: {self.unfinished()}"
             )
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.refresh(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.close(pl_module)

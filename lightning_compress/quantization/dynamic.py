@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.quantization.schemes import DynamicInt8, needs_reduced_range
+from lightning_compress.quantization.traced import refuse_to_move
 from lightning_compress.targets import Targets, compressible_modules
 
 
@@ -57,6 +58,10 @@ class DynamicLinear(nn.Module):
         product: Tensor = torch.ops.quantized.linear_dynamic(rows / largest, self._packed, self.reduce_range)
         product = product.mul_(largest)
         return (product if self.bias is None else product.add_(self.bias)).to(x.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        refuse_to_move(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -92,6 +92,7 @@ def convert_(model: nn.Module) -> None:
         assert isinstance(traced, Traced)
         converted.append(Traced(fx.convert(traced.graph, scheme), traced.signature, traced.used))
     for module, traced in zip(modules, converted, strict=True):
+        traced.is_int8 = True
         _swap_in_(module, traced, traced.used)
     record["form"] = "converted"
 

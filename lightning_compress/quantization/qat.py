@@ -100,6 +100,8 @@ class QuantizationAwareTraining(CompressionCallback):
             )
         if stage in ("test", "predict"):
             refuse_accelerator(trainer)
+        if stage == "fit" and str(trainer.precision).endswith(("16-true", "64-true")):
+            raise invalid("precision", "keep weights in float32", trainer.precision, "Use 'bf16-mixed' or '32-true'.")
         self._modes = training_modes(pl_module)
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and forms.form_of(pl_module) == "converted":
@@ -139,7 +141,6 @@ class QuantizationAwareTraining(CompressionCallback):
             forms.quantized_like_(averaged, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_end(trainer, pl_module)
         if self.convert:
             convert_prepared_(pl_module)
         if forms.form_of(pl_module) == "float":

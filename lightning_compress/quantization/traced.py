@@ -7,6 +7,7 @@ traced form. So the keys and the order of the user's parameters never change, an
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -97,6 +98,7 @@ class Traced(nn.Module):
         self.graph = graph
         self.signature = signature
         self.used = used
+        self.is_int8 = False
         self.calibrating = False
         self.observers_frozen = False
         self.batchnorm_frozen = False
@@ -128,11 +130,23 @@ class Traced(nn.Module):
                 inner.eval()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.is_int8:
+            refuse_to_move(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Moving a module gives it new buffers; the parent's were moved before, so they are taken from there.
         for inner, name, outer, outer_name in self.shared_buffers:
             inner._buffers[name] = outer._buffers[outer_name]
         return self
+
+
+def refuse_to_move(fn: Callable[[Tensor], Tensor]) -> None:
+    """Raise if ``fn``, about to be applied to an int8 module, takes tensors off the CPU: nothing there runs them."""
+    moved = fn(torch.empty(0))
+    if moved.device.type != "cpu" or moved.dtype != torch.float32:
+        raise CompressionError(
+            f"An int8 model must stay on the CPU, with float32 around it. Received: a move to {moved.device}, "
+            f"{moved.dtype}. Use Trainer(accelerator='cpu'), or fit again to train the float model on."
+        )
 
 
 def share_buffers(traced: Traced, parent: nn.Module) -> None:

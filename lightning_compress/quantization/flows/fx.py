@@ -163,7 +163,9 @@ def prepare(graph: GraphModule, scheme: StaticInt8, *, training: bool, floats: C
     # Upstream makes new layers around the old parameters, and draws initial weights for them first.
     with upstream_quiet(), _engine(scheme.engine), torch.random.fork_rng():
         graph.train(training)
-        return (prepare_qat_fx if training else prepare_fx)(graph, mapping, example, config)
+        prepared = (prepare_qat_fx if training else prepare_fx)(graph, mapping, example, config)
+    # Upstream leaves some of the weights' observers on the CPU.
+    return prepared.to(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))
 
 
 def convert(prepared: nn.Module, scheme: StaticInt8) -> GraphModule:
