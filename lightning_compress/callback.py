@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress import structure
 from lightning_compress.errors import CompressionError
+from lightning_compress.quantization.traced import all_modules
 from lightning_compress.window import Bounds, Window, fit_length
 
 STATE_VERSION = 1
@@ -167,7 +168,7 @@ class CompressionCallback(Callback):
 
 def training_modes(pl_module: pl.LightningModule) -> dict[Any, bool]:
     """Every module's mode before evaluation: Lightning doesn't put back that of one which leaves the tree meanwhile."""
-    return {module: module.training for module in pl_module.modules()}
+    return {module: module.training for module in all_modules(pl_module)}
 
 
 def restore_modes_(modes: dict[Any, bool]) -> None:

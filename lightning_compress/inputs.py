@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,18 +38,36 @@ def example_call(model: nn.Module, batch: Any = None) -> Call:
             f"`{type(model).__name__}` must have example inputs. Received: no batch, no `example_input_array`. "
             "Set `self.example_input_array` on the module, or pass a batch."
         )
-    parameters = inspect.signature(model.forward).parameters
-    if not isinstance(batch, Mapping) and isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        batch = batch[0] if batch else batch
-    call: Call = ((), _matching(batch, parameters)) if isinstance(batch, Mapping) else ((batch,), {})
+    parameters = _signature(model).parameters
+    calls: list[Call] = []
+    first = batch
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        first = batch[0] if batch else batch
+    if isinstance(first, Mapping):
+        calls.append(((), _matching(first, parameters)))
+    if not isinstance(batch, Mapping):
+        calls.append(((first,), {}))
+    for call in calls:
+        if (error := _misfit(model, call)) is None:
+            return call
+    raise CompressionError(
+        f"The batch must bind to {type(model).__name__}.forward{_signature(model)}. "
+        f"Received: {error}. Set `example_input_array`, or define `calibration_step(batch)` on the module."
+    )
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    # Of the class: on the instance, forward may be routed into a traced form that takes anything.
+    return inspect.signature(MethodType(type(model).forward, model))
+
+
+def _misfit(model: nn.Module, call: Call) -> str | None:
+    """Why ``forward`` can't be called so; None if it can."""
     try:
-        inspect.signature(model.forward).bind(*call[0], **call[1])
+        _signature(model).bind(*call[0], **call[1])
     except TypeError as error:
-        raise CompressionError(
-            f"The batch must bind to {type(model).__name__}.forward{inspect.signature(model.forward)}. "
-            f"Received: {error}. Set `example_input_array`, or define `calibration_step(batch)` on the module."
-        ) from error
-    return call
+        return str(error)
+    return None
 
 
 def bind_example(example: Any, device: Any = None) -> Call:

@@ -142,6 +142,8 @@ class Steps(Schedule):
         points = list(self.points)
         if not points or points != sorted(set(points)) or points[0] < 0 or points[-1] > 1:
             raise invalid("points", "be strictly rising and lie in [0, 1]", self.points)
+        if not all(0 <= fraction <= 1 for fraction in self.fractions):
+            raise invalid("fractions", "lie in [0, 1]", self.fractions)
         if len(self.fractions) != len(points) or self.fractions[-1] != 1.0:
             raise invalid("fractions", "have one value for each point and end with 1.0", self.fractions)
 

@@ -150,8 +150,16 @@ def restore_structure_(
 def _load_on_copy(module: nn.Module, entry: Mapping[str, Any], state: dict[str, Any], strict: bool = True) -> None:
     """Try the whole load on a copy, so that one that fails leaves the module as it was."""
     trial = copy.deepcopy(module)
-    restore_structure_(trial, entry, [state])
-    trial.load_state_dict(state, strict=strict)
+    try:
+        restore_structure_(trial, entry, [state])
+        forms.check_shapes(trial, state)
+        trial.load_state_dict(state, strict=strict)
+    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+        # torch names every missing and unexpected key and every other shape; quantized layers only their own.
+        raise CompressionError(
+            f"The checkpoint must fit {type(module).__name__}. Received: {type(error).__name__}: {str(error)[:800]} "
+            "Build the model as it was built for training."
+        ) from error
 
 
 def _already(module: nn.Module, record: Mapping[str, Any]) -> bool:
@@ -190,10 +198,8 @@ def load_compressed(path: str, model: Model) -> Model:
     [state] = _editable({"state_dict": checkpoint["state_dict"]})
     try:
         _load_on_copy(model, entry, copy.copy(state))
-    except RuntimeError as error:  # torch names every missing and unexpected key and every other shape
-        raise invalid(
-            "path", "hold a checkpoint of this model", str(path), f"{str(error)[:600]} Build the model as for training."
-        ) from error
+    except CompressionError as error:
+        raise invalid("path", "hold a checkpoint of this model", str(path), str(error)) from error
     restore_structure_(model, entry, [state])
     model.load_state_dict(state)
     if entry.get("quantization", {}).get("form") == "converted":

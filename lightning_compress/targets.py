@@ -35,11 +35,13 @@ class Target:
         name: dotted name of the parameter, by its first owner.
         layer: the owning layer's dotted path.
         parameter: the parameter itself.
+        magnitude: name and parameter of a weight norm's magnitudes, if this is its direction.
     """
 
     name: str
     layer: str
     parameter: nn.Parameter
+    magnitude: tuple[str, nn.Parameter] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,17 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def compressible_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules below ``model`` by clean path, without those that only help in training (``training_only``)."""
+def compressible_modules(model: nn.Module, every_name: bool = False) -> dict[str, nn.Module]:
+    """The modules of ``model`` by clean path, without those that only help in training (``training_only``).
+
+    The root's path is empty. A module with several names stands under the first, or under ``every_name``.
+    """
     modules: dict[str, nn.Module] = {}
     helpers: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=not every_name):
         if getattr(module, "training_only", False):
             helpers.append(f"{name}.")
-        if name and not f"{name}.".startswith(tuple(helpers)):
+        if not f"{name}.".startswith(tuple(helpers)):
             modules[clean_name(name)] = module
     return modules
 
@@ -138,16 +143,17 @@ class Targets:
         targets, skipped = [], {}
         for key, found in owners.items():
             path, name, parameter = found[0]
+            full = f"{path}.{name}".lstrip(".")
             reason = refused.get(key, "")
             if not reason:
                 if is_lazy(parameter):
                     raise CompressionError(
-                        f"`{path}.{name}` must have its shape. Received: a lazy layer that hasn't run yet. "
+                        f"`{full}` must have its shape. Received: a lazy layer that hasn't run yet. "
                         "Run one forward pass before training, or build the layer with its sizes."
                     )
-                targets.append(Target(f"{path}.{name}", path, parameter))
+                targets.append(Target(full, path, parameter, _magnitude(layers[path], full, name)))
             elif reason != "not a weight":
-                skipped[f"{path}.{name}"] = reason
+                skipped[full] = reason
         if not targets:
             raise CompressionError(
                 f"`targets` must select at least one trainable weight. Received: {self}. "
@@ -161,9 +167,9 @@ class Targets:
         Raises:
             CompressionError: a pattern matches nothing; the nearest paths are named.
         """
-        layers = compressible_modules(model)
+        layers = compressible_modules(model, every_name=True)
         for pattern in (*(self.include or ()), *self.exclude):
-            if not any(matches(path, pattern) for path in layers):
+            if not any(matches(path, pattern) for path in layers if path):
                 raise CompressionError(
                     f"`targets` pattern {pattern!r} must match a module. Received: a model without such a path. "
                     + nearest(pattern, layers)
@@ -215,6 +221,17 @@ def _weights(module: nn.Module, types: Sequence[type[nn.Module]] | None) -> Iter
             if "weight" in name and isinstance(original, nn.Parameter) and original.dim() > 1:
                 yield f"parametrizations.{name}.{inner}", original
                 break
+
+
+def _magnitude(module: nn.Module, full: str, name: str) -> tuple[str, nn.Parameter] | None:
+    """Of a weight norm's direction, the magnitudes: of its parametrization, or of the older hook."""
+    for direction, magnitude in (("original1", "original0"), ("_v", "_g")):
+        if name.endswith(direction):
+            other = name[: -len(direction)] + magnitude
+            found = dict(_all_parameters(module)).get(other)
+            if found is not None:
+                return full[: -len(direction)] + magnitude, found
+    return None
 
 
 def _all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

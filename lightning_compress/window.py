@@ -116,19 +116,23 @@ class Bounds:
 
 
 def fit_length(trainer: pl.Trainer) -> tuple[float, float]:
-    """Optimizer steps of the whole fit and of one epoch, as batches that make a step; inf where unknown.
+    """Optimizer steps that lie ahead in this fit, and those of one epoch, as batches that make a step; inf where unknown.
 
+    All of them, unless the Trainer goes on from an earlier fit or from a checkpoint that knew nothing of the window.
     The extra epoch in which stochastic weight averaging renews BatchNorm statistics makes no steps and isn't counted.
     """
     batches = trainer.num_training_batches
     epochs = _epochs(trainer)
     accumulate = _accumulation(trainer)
-    per_epoch = _steps(batches, accumulate(0))
-    total = math.inf if math.isinf(epochs) else sum(_steps(batches, accumulate(epoch)) for epoch in range(int(epochs)))
+    first = trainer.current_epoch
+    per_epoch = _steps(batches, accumulate(first))
+    ahead = range(first, first if math.isinf(epochs) else int(epochs))
+    total = math.inf if math.isinf(epochs) else sum(_steps(batches, accumulate(epoch)) for epoch in ahead)
     if trainer.max_steps != -1:
         # max_steps counts the steps of every optimizer; with manual optimization each normally makes one a batch.
         manual = not trainer.lightning_module.automatic_optimization
-        total = min(total, math.ceil(trainer.max_steps / max(len(trainer.optimizers) if manual else 1, 1)))
+        steps = trainer.max_steps - trainer.global_step
+        total = min(total, math.ceil(steps / max(len(trainer.optimizers) if manual else 1, 1)))
     return total, per_epoch
 
 

@@ -47,7 +47,7 @@ class Teacher(nn.Module):
 class Student(nn.Module):
     """Three convolutions, each of which becomes one int8 kernel together with its BatchNorm and ReLU."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 24) -> None:
         super().__init__()
         self.features = nn.Sequential(
             *(*conv_bn(1, width), nn.ReLU()),

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_compress import structure
 from lightning_compress.callback import CompressionCallback
 from lightning_compress.errors import invalid
-from lightning_compress.pruning.masks import Masks, Scope, check_masks, pack, read_masks, sparsity_of, unpack
-from lightning_compress.pruning.prune import apply_masks_, check_arguments, check_dim, next_masks
+from lightning_compress.pruning.masks import Masks, Scope, applied, check_masks, pack, read_masks, sparsity_of, unpack
+from lightning_compress.pruning.prune import apply_masks_, check_arguments, check_dim, magnitudes_of, next_masks
 from lightning_compress.schedules import Polynomial, Schedule
 from lightning_compress.targets import Targets, clean_name
 from lightning_compress.window import Window
@@ -79,6 +79,8 @@ class ScheduledPruning(CompressionCallback):
         self.seed = seed
         self._masks: Masks = {}
         self._weights: dict[str, Tensor] = {}
+        self._magnitudes: dict[str, tuple[str, Tensor]] = {}
+        self._applied: Masks = {}
         self._given: Masks | None = None
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -98,11 +100,13 @@ class ScheduledPruning(CompressionCallback):
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         selection = self.targets.select(pl_module)
         weights: dict[str, Tensor] = {target.name: target.parameter for target in selection.targets}
+        self._magnitudes = magnitudes_of(selection.targets)
         check_dim(self.rule, weights)
         given = read_masks(self.mask_file) if self.mask_file is not None else None
         if given is not None:
             check_masks(given, weights)
         self._masks = check_masks(self._masks, weights)
+        self._applied = applied(self._masks, self._magnitudes)
         self._weights = weights
         self._given = given
 
@@ -112,22 +116,23 @@ class ScheduledPruning(CompressionCallback):
         grown = next_masks(self._weights, start, goal, self.rule, self.scope, self.seed + self._step)
         # All ranks hold the same weights and seed; a user's own rule may still draw from elsewhere.
         self._masks = trainer.strategy.broadcast(grown) if trainer.world_size > 1 else grown
+        self._applied = applied(self._masks, self._magnitudes)
         self.refresh(trainer, pl_module)
         if self._step:
             pl_module.log("sparsity", sparsity_of(self._masks))
 
     def after_optimizer_step(self) -> None:
-        apply_masks_(self._weights, self._masks)
+        apply_masks_({**self._weights, **dict(self._magnitudes.values())}, self._applied)
 
     def refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._weights:
-            apply_masks_(self._weights, self._masks)
+            self.after_optimizer_step()
             for copy in structure.averaged_copies(trainer):
-                apply_masks_(_named_weights(copy), self._masks)
+                apply_masks_(_named_weights(copy), self._applied)
 
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)
-        self._weights = {}
+        self._weights, self._magnitudes = {}, {}
 
     def unfinished(self) -> str:
         return f"sparsity is {sparsity_of(self._masks):.3f}, not {self.sparsity}. Shorten the window, or train longer."
@@ -153,7 +158,7 @@ class ScheduledPruning(CompressionCallback):
         self._masks = unpack(state_dict["masks"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_model": None, "_weights": {}}
+        return {**super().__getstate__(), "_model": None, "_weights": {}, "_magnitudes": {}}
 
 
 def _named_weights(module: nn.Module) -> dict[str, Tensor]:

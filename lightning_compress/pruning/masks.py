@@ -111,6 +111,28 @@ def _unit_mask(mask: Tensor, units: Tensor, dim: int) -> Tensor:
     return mask & units.to(mask.device).view(shape)
 
 
+def applied(masks: Mapping[str, Tensor], magnitudes: Mapping[str, tuple[str, Tensor]]) -> Masks:
+    """The masks as they are multiplied in: a unit of a weight norm that is pruned whole has its magnitude zeroed.
+
+    Its direction stays, as weight norm divides by the direction's length.
+
+    Args:
+        masks: name to bool mask.
+        magnitudes: name of a direction to name and tensor of its magnitudes, of size 1 along all dimensions but the
+            units'.
+    """
+    masks = dict(masks)
+    for name, (magnitude_name, magnitude) in magnitudes.items():
+        alive = masks[name]
+        for dim, size in enumerate(magnitude.shape):
+            alive = alive.any(dim=dim, keepdim=True) if size == 1 else alive
+        alive = alive if magnitude.dim() else alive.any()
+        if not bool(alive.all()):
+            masks[magnitude_name] = alive
+            masks[name] = masks[name] | ~alive
+    return masks
+
+
 def sparsity_of(masks: Mapping[str, Tensor]) -> float:
     """Masked elements over all elements.
 

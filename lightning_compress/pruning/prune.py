@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError, invalid
-from lightning_compress.pruning.masks import Masks, Scope, check_masks, grow
+from lightning_compress.pruning.masks import Masks, Scope, applied, check_masks, grow
 from lightning_compress.pruning.methods import Rule, resolve
-from lightning_compress.targets import Targets
+from lightning_compress.targets import Target, Targets
 
 
 def prune_(
@@ -58,11 +58,18 @@ def prune_(
     rule = check_arguments(method, sparsity, scope, dim, norm)
     if rule.name == "custom_from_mask" and masks is None:
         raise invalid("masks", "be given for method='custom_from_mask'", None, "Pass masks={name: mask}.")
-    weights = {target.name: target.parameter.detach() for target in (targets or Targets()).select(model).targets}
+    found = (targets or Targets()).select(model).targets
+    weights: dict[str, Tensor] = {target.name: target.parameter for target in found}
     check_dim(rule, weights)
     grown = next_masks(weights, check_masks(masks or {}, weights), sparsity, rule, scope, seed)
-    apply_masks_(weights, grown)
+    magnitudes = magnitudes_of(found)
+    apply_masks_({**weights, **dict(magnitudes.values())}, applied(grown, magnitudes))
     return grown
+
+
+def magnitudes_of(targets: Iterable[Target]) -> dict[str, tuple[str, Tensor]]:
+    """Names of the targets that are a weight norm's direction, each with name and tensor of its magnitudes."""
+    return {target.name: target.magnitude for target in targets if target.magnitude is not None}
 
 
 def next_masks(

@@ -76,7 +76,7 @@ def linears(model: nn.Module, targets: Targets | None) -> tuple[list[str], dict[
     chosen, floats = [], {}
     if targets is not None:
         targets.check_patterns(model)
-    for path, module in {"": model, **compressible_modules(model)}.items():
+    for path, module in compressible_modules(model).items():
         if type(module) is nn.Linear:
             reason = targets.leaves_out(path) if targets is not None else ""
             if targets is not None and targets.types is not None and not isinstance(module, tuple(targets.types)):

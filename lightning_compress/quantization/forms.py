@@ -202,6 +202,22 @@ def put_added_(state: dict[str, Any], added: Mapping[str, str | None], observers
             state[key] = value
 
 
+def check_shapes(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise `RuntimeError` where an int8 layer would take weights of another shape: it doesn't look at them itself."""
+    if form_of(model) != "converted":
+        return
+    for key, value in model.state_dict().items():
+        mine, other = _shapes(value), _shapes(state.get(key))
+        if key in state and mine != other:
+            raise RuntimeError(f"size mismatch for {key}: {other} in the checkpoint, {mine} in the model.")
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of a state entry; packed parameters are a tuple of them."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [tuple(tensor.shape) for tensor in values if isinstance(tensor, Tensor)]
+
+
 def quantized_like_(copy: nn.Module, model: nn.Module) -> None:
     """Give an averaged copy the form of ``model``, and its observers' values, which are copied and never averaged."""
     record = record_of(model)

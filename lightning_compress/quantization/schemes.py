@@ -78,8 +78,8 @@ def resolve(scheme: str | Scheme) -> Scheme:
     """
     if isinstance(scheme, Scheme):
         return scheme
-    if scheme not in SCHEMES:
-        raise invalid("scheme", "be the name of a scheme", scheme, nearest(scheme, SCHEMES))
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
+        raise invalid("scheme", "be the name of a scheme", scheme, nearest(str(scheme), SCHEMES))
     return SCHEMES[scheme]()
 
 

@@ -7,8 +7,9 @@ traced form. So the keys and the order of the user's parameters never change, an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
+import inspect
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -59,8 +60,6 @@ class Signature:
 
     def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
         """The tensors of a call that has this shape; None if it hasn't."""
-        if self.is_one_tensor and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            return [args[0]]  # nearly every call, and flattening it would take longer than a small layer
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
             return None
@@ -82,6 +81,21 @@ class Signature:
     @property
     def slots(self) -> int:
         return sum(constant is None for constant in self.constants)
+
+
+def canonical(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call in one form: by position where that can be, without what only repeats a default."""
+    bound = _signature(type(module).forward).bind(module, *args, **kwargs)
+    for name, parameter in bound.signature.parameters.items():
+        value = bound.arguments.get(name, parameter.empty)
+        if value is parameter.default or (isinstance(value, PLAIN) and value == parameter.default):
+            bound.arguments.pop(name, None)
+    return bound.args[1:], bound.kwargs
+
+
+_signature = lru_cache(maxsize=256)(inspect.signature)
 
 
 class Traced(nn.Module):
@@ -173,7 +187,9 @@ def _routed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     assert traced is not None
     if not isinstance(traced, Traced):
         return traced(*args, **kwargs)
-    tensors = traced.signature.tensors(args, kwargs)
+    if traced.signature.is_one_tensor and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return traced(args[0])  # nearly every call, and binding it would take longer than a small layer
+    tensors = traced.signature.tensors(*canonical(module, args, kwargs))
     if tensors is not None:
         return traced(*tensors)
     if _ASIDE not in vars(module):
@@ -215,33 +231,46 @@ def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | No
 
     It is kept aside, with the form that was ``prepared``, for `restore_aside_`.
     """
-    aside = _Aside({"prepared": prepared})
+    aside = _Aside({"prepared": prepared, "used": used})
     for kind in ("_parameters", "_buffers", "_modules"):
         values: dict[str, Any] = getattr(module, kind)
         aside[kind] = {name: value for name, value in values.items() if name != CHILD}
         for name in used & values.keys():
-            del values[name]
+            if kind == "_modules":
+                del values[name]
+            else:
+                values[name] = None  # as a layer without bias has it: the layer can still be printed
     module.__dict__[_ASIDE] = aside
 
 
 def restore_aside_(module: nn.Module) -> nn.Module | None:
     """Put back what `set_aside_` took, without any traced form; returns the form that was prepared before."""
-    if _ASIDE in vars(module) and vars(module)[_ASIDE] is None:
-        raise CompressionError(
-            f"{type(module).__name__} must be float to go on. Received: an int8 form whose float weights are gone."
-        )
-    aside = module.__dict__.pop(_ASIDE, None)
-    if aside is None:
+    if _ASIDE not in vars(module):
         return module._modules.pop(CHILD, None)
+    aside = module.__dict__[_ASIDE]
+    if aside is None:
+        raise CompressionError(
+            f"`{type(module).__name__}` must be float to go on. Received: an int8 form whose float weights are gone."
+        )
+    del module.__dict__[_ASIDE]
     module._modules.pop(CHILD, None)
     for kind in ("_parameters", "_buffers", "_modules"):
         values = getattr(module, kind)
-        # In their old order; what came since (a metric, say) stays as it is.
-        merged = {**aside[kind], **values}
+        # In their old order; what came or changed since (a metric, say) stays as it is.
+        since = {name: value for name, value in values.items() if name not in aside["used"]}
+        merged = {**aside[kind], **since}
         values.clear()
         values.update(merged)
     prepared: nn.Module | None = aside["prepared"]
     return prepared
+
+
+def all_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of the tree, and those that were set aside."""
+    for inner in module.modules():
+        yield inner
+        for child in (vars(inner).get(_ASIDE) or {}).get("_modules", {}).values():
+            yield from all_modules(child)
 
 
 def forget_aside_(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.calls import CallLog, copy_tensors, is_below, quiet_random_state
 from lightning_compress.quantization.flows import fx
 from lightning_compress.quantization.schemes import StaticInt8
-from lightning_compress.quantization.traced import Signature, Traced
+from lightning_compress.quantization.traced import Signature, Traced, canonical
 from lightning_compress.targets import Targets, clean_name, compressible_modules
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -76,7 +76,7 @@ def plan_units(model: nn.Module, log: CallLog, scheme: StaticInt8, targets: Targ
     """
     plan = Plan()
     excluded = _excluded(model, targets)
-    modules = {"": model, **compressible_modules(model)}
+    modules = compressible_modules(model)
     calls = CallLog(
         {clean_name(path): inputs for path, inputs in log.inputs.items()},
         {
@@ -173,12 +173,12 @@ def _try_unit(
         return None, "its forward was replaced on the instance"
     if any(type(inner).get_extra_state is not nn.Module.get_extra_state for inner in module.modules()):
         return None, "it keeps extra state"
-    args, kwargs = calls.inputs[path]
     prefix = f"{path}." if path else ""
     inner = {clean_name(name): child for name, child in module.named_modules() if name}
     hooked = tuple(name for name, child in inner.items() if child._forward_hooks)
     floats = tuple(name for name in inner if prefix + name in excluded)
     try:
+        args, kwargs = canonical(module, *calls.inputs[path])
         unit = Unit(path, Signature(args, kwargs), hooked, floats)
         reason, left = verify(module, unit, args, kwargs, scheme, training)
     except CompressionError as error:

@@ -106,23 +106,24 @@ class Resumable:
     """A loader that knows where it was; plain Lightning resumes in mid-epoch bit-equal with such a one only."""
 
     def __init__(self, batches: list[Any]) -> None:
-        self.batches, self.at = batches, 0
+        self.batches, self.at, self.resumed = batches, 0, False
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        start, self.at = self.at, 0
-        for at in range(start, len(self.batches)):
-            self.at = at + 1
-            yield self.batches[at]
-        self.at = 0
+        if not self.resumed:
+            self.at = 0
+        self.resumed = False
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
 
     def state_dict(self) -> dict[str, int]:
         return {"at": self.at}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
+        self.at, self.resumed = state["at"], True
 
 
 class ResumableData(TinyData):

@@ -36,7 +36,7 @@ def modes(model: nn.Module) -> list[bool]:
 def agreement(a: Any, b: Any) -> float:
     """The least cosine similarity of any float output."""
     pairs = zip(float_leaves(a), float_leaves(b), strict=True)
-    return min(float(F.cosine_similarity(x.flatten().float(), y.flatten().float(), dim=0)) for x, y in pairs)
+    return min(float(F.cosine_similarity(x.detach().flatten().float(), y.detach().flatten().float(), dim=0)) for x, y in pairs)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -176,6 +176,42 @@ def test_an_int8_model_runs_under_inference_mode_and_in_any_batch_size(scheme: s
 
 
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_an_int8_model_can_be_printed(scheme: str) -> None:
+    printed = repr(quantize(wide(), scheme, calibration=[torch.randn(8, 256)]))
+    assert "Linear" in printed
+
+
+@pytest.mark.parametrize("call", ["by position", "by keyword", "mixed"])
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_an_argument_may_be_given_by_position_or_by_keyword(scheme: str, call: str) -> None:
+    class TwoInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.head = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, a: Tensor, b: Tensor, softmax: bool = False) -> Tensor:
+            x = self.head((self.left(a) + self.right(b)).relu())
+            return x.softmax(-1) if softmax else x
+
+    model = TwoInputs()
+    a, b = torch.randn(2, 16, 8)
+    int8 = quantize(model, scheme, calibration=[{"a": a, "b": b}])
+    got = {
+        "by position": lambda: int8(a, b, False),
+        "by keyword": lambda: int8(b=b, a=a),
+        "mixed": lambda: int8(a, b=b),
+    }[call]()
+    assert agreement(model(a, b), got) > 0.98
+
+
+def test_a_batch_whose_first_element_is_a_dict_is_the_first_argument() -> None:
+    dictionaries = row("dict")
+    model = dictionaries.build()
+    inputs = dictionaries.inputs()[0][0]
+    assert agreement(model(inputs), quantize(model, calibration=[(inputs, torch.zeros(4))])(inputs)) > 0.98
+
+
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
 def test_an_int8_model_can_be_copied(scheme: str) -> None:
     model, x = wide(), torch.randn(8, 256)
     int8 = quantize(model, scheme, calibration=[x])
@@ -186,7 +222,7 @@ def test_an_int8_model_can_be_copied(scheme: str) -> None:
 def test_targets_choose_the_layers(scheme: str) -> None:
     model, x = wide(), torch.randn(8, 256)
     int8 = quantize(model, scheme, calibration=[x], targets=Targets(exclude=["4"]))
-    [left] = [module for module in int8.modules() if type(module) is nn.Linear and "weight" in module._parameters]
+    [left] = [module for module in int8.modules() if type(module) is nn.Linear and module._parameters["weight"] is not None]
     assert torch.equal(left.weight, model[4].weight)
 
 

@@ -14,11 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import QConfig, QConfigMapping, get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+from torch.ao.quantization import (
+    QConfig,
+    QConfigMapping,
+    enable_observer,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
+)
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.tracer import QuantizationTracer
+from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 from torch.fx import GraphModule, Proxy
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.quantization.schemes import StaticInt8, needs_reduced_range
@@ -76,6 +84,8 @@ class _Tracer(QuantizationTracer):
         graph = self.trace(module)
         leaves = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
         found = {name: self._inserted.get(name) or _attribute(module, name) for name in leaves}
+        for name in self._hooked & found.keys():
+            found[name] = _shallow_copy(found[name])  # without its hooks: the identity behind it calls them
         self.used.update(str(node.target).partition(".")[0] for node in graph.nodes if node.op == "get_attr")
         traced = GraphModule(found, graph)
         traced.train(module.training)
@@ -178,6 +188,7 @@ def convert(prepared: nn.Module, scheme: StaticInt8) -> GraphModule:
                 parent, _, leaf = name.rpartition(".")
                 setattr(graph.get_submodule(parent), leaf, module.__dict__["module"].cpu().eval())
             module._forward_hooks.clear()
+        observe_weights_(graph, anew=True)
         return convert_fx(graph)
 
 
@@ -207,10 +218,12 @@ def _qconfig_mapping(scheme: StaticInt8, training: bool) -> QConfigMapping:
     default = mapping.global_qconfig
     assert default is not None
     activation = default.activation.with_args(reduce_range=reduce_range)
+    # In training a weight's range is that of the weight as it is: one that follows slowly clips what grows.
+    weight = default.weight.with_args(averaging_constant=1.0) if training else default.weight
     for kind, qconfig in mapping.object_type_qconfigs.items():
         if qconfig is not None and qconfig.activation is default.activation:
             mapping.set_object_type(kind, QConfig(activation, qconfig.weight))
-    mapping.set_global(QConfig(activation, default.weight))
+    mapping.set_global(QConfig(activation, weight))
     for kind in FLOAT_TYPES:
         for leaf in (kind, *kind.__subclasses__()):
             mapping.set_object_type(leaf, None)
@@ -225,6 +238,8 @@ def upstream_quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*(observer|quantize|reduce_range|must run observer|TypedStorage).*")
         yield
+    # A cache of upstream's, without bound, holds every model that it has ever seen.
+    assert_and_get_unique_device.cache_clear()
 
 
 @contextmanager
@@ -238,10 +253,28 @@ def _engine(name: str) -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def observe_weights_(prepared: GraphModule) -> None:
-    """Let every weight's observer see its weight once, so that it has its final shape before anything copies it."""
+def observe_weights_(prepared: nn.Module, anew: bool = False) -> None:
+    """Let every weight's fake-quantizer see its weight once: its range has its shape before anything copies it.
+
+    ``anew`` forgets what it saw before, so that the range is that of the weight as it is now: averaged, frozen or
+    masked.
+    """
     with torch.no_grad():
         for module in prepared.modules():
             fake_quantize = getattr(module, "weight_fake_quant", None)
-            if isinstance(fake_quantize, nn.Module) and isinstance(getattr(module, "weight", None), Tensor):
-                fake_quantize(module.weight)
+            if not isinstance(fake_quantize, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
+                continue
+            if anew:
+                fake_quantize.activation_post_process.reset_min_max_vals()  # type: ignore[operator, union-attr]
+                fake_quantize.apply(enable_observer)
+            fake_quantize(_folded_weight(module))
+
+
+def _folded_weight(module: nn.Module) -> Tensor:
+    """The weight that will be quantized: with the BatchNorm that was fused into the layer."""
+    weight, bn = module.weight, getattr(module, "bn", None)
+    assert isinstance(weight, Tensor)
+    if not isinstance(bn, _BatchNorm) or bn.running_var is None:
+        return weight
+    scale = (bn.running_var + bn.eps).rsqrt() * (1.0 if bn.weight is None else bn.weight)
+    return weight * scale.view(-1, *[1] * (weight.dim() - 1))

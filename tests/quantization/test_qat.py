@@ -1,0 +1,721 @@
+"""`QuantizationAwareTraining` in real fits: the promises to the user's model and to the numbers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from lightning_compress import (
+    CompressionError,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    ScheduledPruning,
+    Targets,
+    Window,
+)
+from tests.support.data import TinyData, keyword_loader
+from tests.support.modules import (
+    Classifier,
+    KeywordClassifier,
+    ManualClassifier,
+    ZooModule,
+    float_leaves,
+    quiet_trainer,
+)
+from tests.support.oracles import (
+    assert_different_state,
+    assert_same_state,
+    differing,
+    hooks,
+    same_random_state,
+    snapshot,
+)
+from tests.support.zoo import ZOO, Row, row
+
+
+def attributes(module: nn.Module) -> dict[str, set[str]]:
+    """Names of everything on each module, but what Lightning itself leaves on the root."""
+    lightnings = {"_trainer", "_current_fx_name", "_metric_attributes", "_param_requires_grad_state", "_hparams"}
+    loaders = {f"{name}_dataloader" for name in ("train", "val", "test", "predict")}
+    return {path: set(vars(inner)) - lightnings - loaders for path, inner in module.named_modules()}
+
+
+def fake_quantizers(module: nn.Module) -> dict[str, nn.Module]:
+    from torch.ao.quantization import FakeQuantizeBase
+
+    return {path: inner for path, inner in module.named_modules() if isinstance(inner, FakeQuantizeBase)}
+
+
+def observers(module: nn.Module) -> dict[str, Any]:
+    """What the observers of activations have seen so far, without the switch that is off in evaluation."""
+    seen = {path: snapshot(inner) for path, inner in fake_quantizers(module).items() if "weight_fake_quant" not in path}
+    return {path: {key: value for key, value in state.items() if key != "observer_enabled"} for path, state in seen.items()}
+
+
+def int8_layers(module: nn.Module) -> list[str]:
+    """Paths of the layers that hold int8 weights."""
+    found = []
+    for path, inner in module.named_modules():
+        weight = getattr(inner, "weight", None)
+        if callable(weight) and getattr(weight(), "dtype", None) == torch.qint8:
+            found.append(path)
+    return found
+
+
+def int8_weights(module: nn.Module) -> dict[tuple[int, ...], Tensor]:
+    """The int8 weights of a converted model by their shape."""
+    return {
+        tuple(inner.weight().shape): inner.weight().int_repr()
+        for inner in module.modules()
+        if callable(getattr(inner, "weight", None)) and getattr(inner.weight(), "dtype", None) == torch.qint8
+    }
+
+
+class At(Callback):
+    """Calls back at a hook, with (trainer, module)."""
+
+    def __init__(self, **hooks: Callable[[L.Trainer, Any], Any]) -> None:
+        for name, function in hooks.items():
+            setattr(self, name, lambda trainer, module, *_, function=function, **__: function(trainer, module))
+
+
+@pytest.mark.parametrize("row", ZOO, ids=str)
+def test_over_the_zoo_trains_converts_tests_and_trains_again(row: Row) -> None:
+    module = ZooModule(row)
+    order, identities = list(module.state_dict()), [id(parameter) for parameter in module.parameters()]
+    before, seen = snapshot(module), {}
+
+    def during(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        own = [name for name, _ in pl_module.named_parameters()]
+        seen.update(quantizers=len(fake_quantizers(pl_module)), own=own, ids=[id(p) for p in pl_module.parameters()])
+
+    qat = QuantizationAwareTraining()
+    trainer = quiet_trainer(max_epochs=2, callbacks=[qat, At(on_train_epoch_end=during)])
+    trainer.fit(module)
+    assert seen["quantizers"] > 0
+    # The same Parameters, in the same order and under the same names.
+    assert seen["ids"] == identities
+    assert seen["own"] == [name for name, _ in ZooModule(row).named_parameters()]
+    assert int8_layers(module)
+    loss = trainer.test(module, verbose=False)[0]["test_loss"]
+    assert int8_layers(module)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[QuantizationAwareTraining(convert=False)])
+    trainer.fit(module)
+    assert not int8_layers(module)
+    assert [id(parameter) for parameter in module.parameters()] == identities
+    state = {key: value for key, value in module.state_dict().items() if "_traced_forward" not in key}
+    assert list(state) == order
+    assert_different_state(before, state)
+    assert torch.tensor(loss).isfinite()
+
+
+@pytest.mark.parametrize("row", ZOO, ids=str)
+def test_over_the_zoo_int8_computes_what_the_fake_quantized_model_computed(row: Row) -> None:
+    class Slow(ZooModule):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            # Ranges follow slowly, and fake-quantization clips to 7 bits where the kernels have 8.
+            return torch.optim.SGD(self.parameters(), lr=1e-5)
+
+    module = Slow(row)
+    quiet_trainer(max_epochs=2, callbacks=[QuantizationAwareTraining(convert=False)]).fit(module)
+    args, kwargs = row.inputs(0)
+    with torch.no_grad():
+        expected = list(float_leaves(module.eval()(*args, **kwargs)))
+        quiet_trainer(callbacks=[QuantizationAwareTraining()]).test(module, verbose=False)
+        got = list(float_leaves(module(*args, **kwargs)))
+    assert int8_layers(module)
+    for ours, fake in zip(got, expected, strict=True):
+        # A few roundings apart, each of a 127th of the range.
+        assert (ours - fake).abs().mean() < 0.02 * (fake.max() - fake.min()) + 1e-3
+
+
+def test_batchnorm_is_folded_and_its_statistics_still_move() -> None:
+    # Q8.
+    module = ZooModule(row("conv_bn_relu"))
+    statistics = module.net[1].running_mean.clone()
+    kinds: set[str] = set()
+
+    def during(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        graph = pl_module.net._modules["_traced_forward"].graph
+        kinds.update(type(child).__name__ for child in graph.modules())
+        assert not torch.equal(pl_module.net[1].running_mean, statistics)
+
+    quiet_trainer(callbacks=[QuantizationAwareTraining(), At(on_train_epoch_end=during)]).fit(module)
+    assert "ConvBnReLU2d" in kinds and not {"BatchNorm2d", "ReLU"} & {k for k in kinds if k == "ReLU"}
+
+
+def test_the_optimizer_goes_on_with_the_same_parameters() -> None:
+    module = Classifier()
+    values: list[dict[str, Any]] = []
+    record = At(on_train_batch_end=lambda t, m: values.append({n: p.detach().clone() for n, p in m.named_parameters()}))
+    quiet_trainer(max_epochs=1, callbacks=[QuantizationAwareTraining(window=Window(3, unit="step")), record]).fit(
+        module, TinyData()
+    )
+    for before, after in zip(values, values[1:], strict=False):
+        assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("evaluate", ["validate in fit", "validate", "test", "sanity"])
+def test_evaluation_never_moves_an_observer(evaluate: str, tmp_path: Path) -> None:
+    # Promise 13: validation batches a thousand times larger than the training batches.
+    class Loud(TinyData):
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+            for dataset in (self.val, self.test):
+                dataset.tensors = (dataset.tensors[0] * 1000, dataset.tensors[1])
+
+    data, module = Loud(), Classifier()
+    qat = QuantizationAwareTraining(convert=False, freeze_observers=1.0)
+    if evaluate == "validate in fit":
+        before: dict[str, Any] = {}
+
+        def check(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if not trainer.sanity_checking:
+                assert before and not differing(before, observers(pl_module))
+
+        watch = At(
+            on_validation_start=lambda t, m: before.update(observers(m)), on_validation_end=check
+        )
+        quiet_trainer(max_epochs=2, val_check_interval=3, callbacks=[qat, watch]).fit(module, data)
+    else:
+        trainer = quiet_trainer(max_epochs=1, limit_val_batches=0, callbacks=[qat])
+        trainer.fit(module, data)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        expected = observers(module)
+        if evaluate == "sanity":
+            again: dict[str, Any] = {}
+            watch = At(on_sanity_check_end=lambda t, m: again.update(observers(m)))
+            quiet_trainer(max_epochs=1, num_sanity_val_steps=2, callbacks=[qat, watch]).fit(module, data)
+            assert again and not differing(expected, again)
+            return
+        convert = quiet_trainer(callbacks=[qat])
+        getattr(convert, evaluate)(module, data, verbose=False)
+        assert expected and not differing(expected, observers(module))
+
+
+def test_observers_and_batchnorm_freeze_on_schedule() -> None:
+    module = ZooModule(row("conv_bn_relu"))
+    observed: list[Any] = []
+    statistics: list[Tensor] = []
+
+    def note(trainer: L.Trainer, pl_module: Any) -> None:
+        observed.append(observers(pl_module))
+        statistics.append(pl_module.net[1].running_mean.clone())
+
+    qat = QuantizationAwareTraining(freeze_observers=0.5, freeze_batchnorm=0.75)
+    quiet_trainer(max_epochs=3, callbacks=[qat, At(on_train_batch_end=note)]).fit(module)  # 12 steps
+    moved = [bool(differing(a, b)) for a, b in zip(observed, observed[1:], strict=False)]
+    assert moved == [True] * 5 + [False] * 6
+    moved = [not torch.equal(a, b) for a, b in zip(statistics, statistics[1:], strict=False)]
+    assert moved == [True] * 8 + [False] * 3
+
+
+def test_freezing_can_be_left_out() -> None:
+    module = ZooModule(row("conv_bn_relu"))
+    statistics: list[Tensor] = []
+    qat = QuantizationAwareTraining(freeze_observers=1.0, freeze_batchnorm=1.0)
+    note = At(on_train_batch_end=lambda t, m: statistics.append(m.net[1].running_mean.clone()))
+    quiet_trainer(max_epochs=2, callbacks=[qat, note]).fit(module)
+    assert all(not torch.equal(a, b) for a, b in zip(statistics, statistics[1:], strict=False))
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 9])
+def test_float_before_its_window_and_prepared_from_there_on(start: int) -> None:
+    forms: list[bool] = []
+    note = At(on_train_batch_end=lambda t, m: forms.append(bool(fake_quantizers(m))))
+    qat = QuantizationAwareTraining(window=Window(start, unit="step"))
+    module = Classifier()
+    quiet_trainer(max_epochs=2, callbacks=[qat, note]).fit(module, TinyData())
+    assert forms == [False] * start + [True] * (14 - start)
+    assert int8_layers(module)
+
+
+def test_before_its_window_training_is_that_of_plain_lightning() -> None:
+    ours, plain = Classifier(), Classifier()
+    plain.load_state_dict(ours.state_dict())
+    states: dict[str, Any] = {}
+    note = At(on_train_epoch_end=lambda t, m: states.setdefault(str(t.current_epoch), snapshot(m)))
+    qat = QuantizationAwareTraining(window=Window(1, unit="epoch"))
+    quiet_trainer(max_epochs=2, callbacks=[qat, note]).fit(ours, TinyData())
+    quiet_trainer(max_epochs=1).fit(plain, TinyData())
+    assert_same_state(states["0"], plain)
+    assert "_traced_forward" in str(list(states["1"]))
+
+
+def test_preparing_draws_nothing_from_the_global_generators() -> None:
+    module = Classifier()
+
+    class Data(TinyData):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(self.train, batch_size=8, generator=torch.Generator())
+
+    with same_random_state():
+        quiet_trainer(limit_val_batches=0, callbacks=[QuantizationAwareTraining()]).fit(module, Data())
+    assert int8_layers(module)
+
+
+# What can't be traced as a whole, and why it stays right.
+
+
+@pytest.mark.parametrize("name", ["functional_dropout", "auxiliary_head"])
+def test_a_trace_that_bakes_in_the_mode_is_refused_and_the_children_are_tried(name: str) -> None:
+    module = ZooModule(row(name))
+    outputs: dict[str, Any] = {}
+
+    def look(trainer: L.Trainer, pl_module: Any) -> None:
+        args, kwargs = row(name).inputs(0)
+        with torch.no_grad(), torch.random.fork_rng():
+            outputs["train"] = [pl_module.net.train()(*args, **kwargs) for _ in range(2)]
+            outputs["eval"] = [pl_module.net.eval()(*args, **kwargs) for _ in range(2)]
+            pl_module.net.train()
+
+    qat = QuantizationAwareTraining()
+    quiet_trainer(max_epochs=1, callbacks=[qat, At(on_train_epoch_end=look)]).fit(module)
+    assert torch.equal(*outputs["eval"])
+    if name == "functional_dropout":
+        assert not torch.equal(*outputs["train"])
+    else:
+        assert isinstance(outputs["train"][0], tuple) and isinstance(outputs["eval"][0], Tensor)
+    assert len(int8_layers(module)) == (2 if name == "functional_dropout" else 3)
+    assert any("not as a whole" in note or "stays float" in note for note in qat.report_notes())
+
+
+class CallsAPart(Classifier):
+    """The training step calls a part directly; so do users who share a backbone between losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32))
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        middle = self.backbone[0](batch[0])
+        return F.cross_entropy(self(batch[0]), batch[1]) + middle.square().mean()
+
+
+def test_a_module_that_the_step_calls_directly_is_a_cut_point() -> None:
+    module = CallsAPart()
+    ran: list[bool] = []
+
+    def during(trainer: L.Trainer, pl_module: Any) -> None:
+        x = torch.randn(4, 16)
+        part = pl_module.backbone[0]
+        with torch.no_grad():
+            # Fake-quantized weights round: the part itself is quantized, and called as such.
+            ran.append(not torch.equal(part(x), F.linear(x, part.weight, part.bias)))
+
+    quiet_trainer(callbacks=[QuantizationAwareTraining(), At(on_train_epoch_end=during)]).fit(module, TinyData())
+    assert ran == [True]
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        assert module.backbone[0](x).shape == (4, 32)
+    assert len(int8_layers(module)) == 3
+
+
+def test_keyword_forward_long_ids_and_a_flag_that_steers_control_flow() -> None:
+    # P12, Q1, Q2.
+    module = KeywordClassifier()
+    trainer = quiet_trainer(max_epochs=2, callbacks=[QuantizationAwareTraining()])
+    trainer.fit(module, keyword_loader(), keyword_loader())
+    assert len(int8_layers(module)) == 2
+    batch = next(iter(keyword_loader()))
+    assert module(ids=batch["ids"], mask=batch["mask"]).shape == (8, 4)
+    trainer.test(module, keyword_loader(), verbose=False)
+
+
+def test_arguments_may_be_given_otherwise_in_another_step() -> None:
+    # training_step calls by keyword, predict_step by position.
+    class Both(KeywordClassifier):
+        def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            return self(batch["ids"], batch["mask"])
+
+    module = Both()
+    trainer = quiet_trainer(callbacks=[QuantizationAwareTraining()])
+    trainer.fit(module, keyword_loader(), keyword_loader())
+    by_keyword = [module(ids=batch["ids"], mask=batch["mask"]) for batch in keyword_loader()]
+    by_position = trainer.predict(module, keyword_loader())
+    assert all(torch.equal(a, b) for a, b in zip(by_keyword, by_position, strict=True))
+
+
+@pytest.mark.parametrize("name", ["keyword_only", "dict", "tied"])
+def test_structures_in_and_out(name: str) -> None:
+    module = ZooModule(row(name))
+    quiet_trainer(callbacks=[QuantizationAwareTraining()]).fit(module)
+    args, kwargs = row(name).inputs()
+    expected, got = row(name).build().eval()(*args, **kwargs), module.eval()(*args, **kwargs)
+    assert type(expected) is type(got)
+    if name == "dict":
+        assert list(expected) == list(got)
+
+
+@pytest.mark.parametrize("inner", ["conv1", "bn1", "conv2", "bn2", "stem", "head"])
+def test_forward_hooks_of_inner_modules_keep_firing_once_a_call(inner: str) -> None:
+    module = ZooModule(row("residual"))
+    shapes: list[tuple[int, ...]] = []
+    module.net.get_submodule(inner).register_forward_hook(lambda m, i, o: shapes.append(tuple(o.shape)))
+    counts: list[int] = []
+    start = At(
+        on_train_batch_start=lambda t, m: shapes.clear(), on_train_batch_end=lambda t, m: counts.append(len(shapes))
+    )
+    quiet_trainer(num_sanity_val_steps=0, callbacks=[QuantizationAwareTraining(), start]).fit(module)
+    assert counts == [1] * 4
+    assert set(shapes) == {(4, 4) if inner == "head" else (4, 8, 8, 8)}
+
+
+def test_forward_hooks_of_a_container_keep_firing_once_a_call() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.head = nn.Sequential(nn.Linear(16, 8), nn.ReLU()), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.features(x))
+
+    module, calls, counts = ZooModule(row("mlp")), [], []
+    module.net = Net()
+    module.net.features.register_forward_hook(lambda m, i, o: calls.append(o.shape))
+    start = At(on_train_batch_start=lambda t, m: calls.clear(), on_train_batch_end=lambda t, m: counts.append(len(calls)))
+    quiet_trainer(callbacks=[QuantizationAwareTraining(), start]).fit(module)
+    assert counts == [1] * 4
+
+
+@pytest.mark.parametrize("inner", ["1", "2"], ids=["relu", "linear"])
+def test_a_hook_that_changes_the_output_changes_it_once(inner: str) -> None:
+    module = ZooModule(row("mlp"))
+    with torch.no_grad():
+        module.net[4].bias.zero_()
+    seen: list[Tensor] = []
+
+    def during(trainer: L.Trainer, pl_module: Any) -> None:
+        x = row("mlp").inputs(5)[0][0]
+        with torch.no_grad():
+            seen.append(pl_module.net(x))
+
+    # Zeroed in the middle, every row of the output is the same.
+    module.net.get_submodule(inner).register_forward_hook(lambda m, i, o: o * 0)
+    quiet_trainer(callbacks=[QuantizationAwareTraining(), At(on_train_epoch_end=during)]).fit(module)
+    assert torch.equal(seen[0], seen[0][:1].expand_as(seen[0]))
+
+
+def test_targets_choose_the_layers() -> None:
+    # Q3.
+    module = Classifier()
+    qat = QuantizationAwareTraining(targets=Targets(exclude=["head"]))
+    quiet_trainer(callbacks=[qat]).fit(module, TinyData())
+    assert len(int8_layers(module)) == 1
+    assert any("head stays float: excluded" in note for note in qat.report_notes())
+
+
+def test_only_a_submodule() -> None:
+    module = CallsAPart()
+    qat = QuantizationAwareTraining(targets=Targets(include=["backbone"]))
+    quiet_trainer(callbacks=[qat]).fit(module, TinyData())
+    assert len(int8_layers(module)) == 2
+
+
+# Systems.
+
+
+def test_manual_optimization_with_two_optimizers() -> None:
+    module = ManualClassifier()
+    trainer = quiet_trainer(max_epochs=2, callbacks=[QuantizationAwareTraining(window=Window(0.5))])
+    trainer.fit(module, TinyData())
+    assert len(int8_layers(module)) == 2
+    assert "test_acc" in trainer.test(module, TinyData(), verbose=False)[0]
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_bn_relu", "residual", "tied", "attention"])
+def test_q20_bf16_mixed(name: str) -> None:
+    module = ZooModule(row(name))
+    trainer = quiet_trainer(precision="bf16-mixed", callbacks=[QuantizationAwareTraining()])
+    trainer.fit(module)
+    assert int8_layers(module)
+    trainer.test(module, verbose=False)
+
+
+def test_gradient_accumulation() -> None:
+    module, forms = Classifier(), []
+    note = At(on_train_batch_end=lambda t, m: forms.append(bool(fake_quantizers(m))))
+    qat = QuantizationAwareTraining(window=Window(1, unit="step"))
+    quiet_trainer(max_epochs=1, accumulate_grad_batches=3, callbacks=[qat, note]).fit(module, TinyData())
+    assert forms == [False] * 3 + [True] * 4
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["exception", "ctrl-c"])
+def test_an_interruption_leaves_a_float_module_that_trains_again(error: BaseException) -> None:
+    def interrupt(trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.global_step == 4:
+            assert fake_quantizers(pl_module)
+            raise error
+
+    module = Classifier()
+    order, before = list(module.state_dict()), attributes(module)
+    trainer = quiet_trainer(callbacks=[QuantizationAwareTraining(), At(on_train_batch_end=interrupt)])
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        trainer.fit(module, TinyData())
+    assert list(module.state_dict()) == order
+    assert attributes(module) == before
+    assert hooks(module) == []
+    assert module(torch.zeros(2, 16)).shape == (2, 4)
+    quiet_trainer(callbacks=[QuantizationAwareTraining()]).fit(module, TinyData())
+    assert int8_layers(module)
+
+
+def test_an_error_in_the_step_leaves_a_float_module() -> None:
+    class Breaks(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 3:
+                raise ValueError("in the step")
+            return super().training_step(batch, batch_idx)
+
+    module = Breaks()
+    order = list(module.state_dict())
+    with pytest.raises(ValueError, match="in the step"):
+        quiet_trainer(callbacks=[QuantizationAwareTraining()]).fit(module, TinyData())
+    assert list(module.state_dict()) == order and not fake_quantizers(module)
+
+
+def test_nothing_to_quantize_is_an_error_and_changes_nothing() -> None:
+    class Only(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.norm, self.head = nn.Bilinear(16, 16, 32), nn.Identity(), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x, x)
+
+    module = Only()
+    before, had = snapshot(module), attributes(module)
+    with pytest.raises(CompressionError, match="must have a layer that the scheme can quantize"):
+        quiet_trainer(callbacks=[QuantizationAwareTraining()]).fit(module, TinyData())
+    assert_same_state(before, module)
+    assert attributes(module) == had
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(Targets(include=["bdy"]), "'bdy' must match a module.*Nearest: body"), (Targets(exclude=["*"]), "`targets` must leave")],
+    ids=["typo", "nothing left"],
+)
+def test_bad_targets_change_nothing(targets: Targets, message: str) -> None:
+    module = Classifier()
+    before, had = snapshot(module), attributes(module)
+    with pytest.raises(CompressionError, match=message):
+        quiet_trainer(callbacks=[QuantizationAwareTraining(targets=targets)]).fit(module, TinyData())
+    assert_same_state(before, module)
+    assert attributes(module) == had
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_beside_post_training_quantization_it_is_refused(order: int) -> None:
+    module = Classifier()
+    before = snapshot(module)
+    callbacks = [QuantizationAwareTraining(), PostTrainingQuantization()][::order]
+    for run in ("fit", "test"):
+        with pytest.raises(CompressionError, match="QuantizationAwareTraining or PostTrainingQuantization. Received: both"):
+            getattr(quiet_trainer(callbacks=list(callbacks)), run)(module, TinyData())
+    assert_same_state(before, module)
+
+
+@pytest.mark.parametrize("ours_first", [True, False], ids=["prune, qat", "qat, prune"])
+@pytest.mark.parametrize("starts", [(0.1, 0.0), (0.0, 0.5), (0.4, 0.4)], ids=str)
+def test_p8_the_zeros_of_the_int8_weight_contain_the_mask(ours_first: bool, starts: tuple[float, float]) -> None:
+    # P8, PL#11047.
+    module = Classifier()
+    pruning = ScheduledPruning(sparsity=0.8, window=Window(starts[0], 0.9))
+    callbacks = [pruning, QuantizationAwareTraining(window=Window(starts[1]))][:: 1 if ours_first else -1]
+    quiet_trainer(max_epochs=3, callbacks=callbacks).fit(module, TinyData())
+    weights = int8_weights(module)
+    assert len(weights) == 2
+    pruned = 0
+    for mask in pruning.masks.values():
+        assert not weights[tuple(mask.shape)][~mask].any()
+        pruned += int((~mask).sum())
+    assert pruned == round(0.8 * 640)
+
+
+def test_p8_on_folded_convolutions() -> None:
+    module = ZooModule(row("conv_bn_relu"))
+    pruning = ScheduledPruning(sparsity=0.5)
+    quiet_trainer(max_epochs=3, callbacks=[pruning, QuantizationAwareTraining()]).fit(module)
+    weights = int8_weights(module)
+    for name, mask in pruning.masks.items():
+        assert not weights[tuple(mask.shape)][~mask].any(), name
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_callback_can_be_copied(clone: Callable[[Any], Any], when: str) -> None:
+    qat = QuantizationAwareTraining(window=Window(0.5), freeze_observers=0.8)
+    if when == "after":
+        quiet_trainer(callbacks=[qat]).fit(Classifier(), TinyData())
+    twin, module = clone(qat), Classifier()
+    quiet_trainer(callbacks=[twin]).fit(module, TinyData())
+    assert int8_layers(module) and twin.freeze_observers == 0.8
+
+
+def test_a_prepared_module_can_be_copied_in_mid_training() -> None:
+    copies: list[Any] = []
+    look = At(on_train_batch_end=lambda t, m: copies.append(copy.deepcopy(m)))
+    quiet_trainer(max_steps=2, callbacks=[QuantizationAwareTraining(), look]).fit(Classifier(), TinyData())
+    for twin in copies:
+        assert fake_quantizers(twin)
+        twin(torch.zeros(3, 16)).sum().backward()
+        assert twin.body.weight.grad is not None
+
+
+def test_a_converted_module_can_be_copied_and_called_under_inference_mode() -> None:
+    module = Classifier()
+    quiet_trainer(callbacks=[QuantizationAwareTraining()]).fit(module, TinyData())
+    x = torch.randn(4, 16)
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(module).eval()(x), module.eval()(x))
+
+
+def test_a_frozen_submodule_stays_bit_identical_and_is_quantized() -> None:
+    module = Classifier()
+    module.body.requires_grad_(False)
+    frozen = module.body.weight.detach().clone()
+    quiet_trainer(callbacks=[QuantizationAwareTraining(convert=False)]).fit(module, TinyData())
+    assert torch.equal(module.body.weight, frozen) and not module.body.weight.requires_grad
+
+
+def test_a_batchnorm_that_the_user_holds_in_evaluation_mode_stays_so() -> None:
+    class Held(ZooModule):
+        def on_train_epoch_start(self) -> None:
+            self.net[1].eval()
+
+    module = Held(row("conv_bn_relu"))
+    statistics = module.net[1].running_mean.clone()
+    quiet_trainer(callbacks=[QuantizationAwareTraining(convert=False)]).fit(module)
+    assert torch.equal(module.net[1].running_mean, statistics)
+    assert module.net[4].running_mean.abs().sum() > 0
+
+
+def test_a_fit_that_ends_before_the_window_warns_and_stays_float() -> None:
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = True
+
+    module = Classifier()
+    before = list(module.state_dict())
+    with pytest.warns(UserWarning) as caught:
+        quiet_trainer(max_epochs=2, callbacks=[QuantizationAwareTraining(window=Window(0.5)), Stops()]).fit(
+            module, TinyData()
+        )
+    messages = [str(warning.message) for warning in caught]
+    assert any("the fit ended before the window began; the model is still float" in message for message in messages)
+    assert list(module.state_dict()) == before
+
+
+def test_convert_can_be_left_to_later() -> None:
+    # Q6.
+    module = Classifier()
+    quiet_trainer(callbacks=[QuantizationAwareTraining(convert=False)]).fit(module, TinyData())
+    assert fake_quantizers(module) and not int8_layers(module)
+    trainer = quiet_trainer(callbacks=[QuantizationAwareTraining()])
+    trainer.fit(module, TinyData())
+    assert int8_layers(module)
+
+
+def test_fit_three_times_with_one_callback_and_live_tensors_stay() -> None:
+    import gc
+
+    module, qat, counts = Classifier(), QuantizationAwareTraining(), []
+    for _ in range(4):
+        quiet_trainer(callbacks=[qat]).fit(module, TinyData())
+        assert int8_layers(module)
+        gc.collect()
+        counts.append(sum(1 for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)))
+    assert counts[1] == counts[2] == counts[3]
+
+
+def test_fit_on_a_second_model() -> None:
+    qat, first, second = QuantizationAwareTraining(), Classifier(), Classifier(hidden=8)
+    quiet_trainer(callbacks=[qat]).fit(first, TinyData())
+    before = snapshot(first)
+    quiet_trainer(callbacks=[qat]).fit(second, TinyData())
+    assert int8_layers(second)
+    assert_same_state(before, first)
+
+
+def test_int8_weights_are_within_one_step_of_the_float_weights() -> None:
+    # A range that follows a growing weight slowly clips it.
+    class Grows(ZooModule):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9)
+
+    module = Grows(row("mlp"))
+    floats: dict[tuple[int, ...], Tensor] = {}
+    note = At(on_train_end=lambda t, m: floats.update({tuple(p.shape): p.detach().clone() for p in m.parameters()}))
+    quiet_trainer(max_epochs=5, callbacks=[QuantizationAwareTraining(freeze_observers=1.0), note]).fit(module)
+    for inner in module.modules():
+        if callable(getattr(inner, "weight", None)) and inner.weight().dtype == torch.qint8:
+            weight = floats[tuple(inner.weight().shape)]
+            step = weight.abs().amax(1, keepdim=True) / 127
+            assert ((inner.weight().dequantize() - weight).abs() <= 1.01 * step).all()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["ours first", "ours last"])
+@pytest.mark.parametrize("average", [lambda: EMAWeightAveraging(decay=0.8), lambda: StochasticWeightAveraging(0.05, 1)], ids=["ema", "swa"])
+def test_with_averaged_weights_the_int8_model_is_the_averages(average: Any, first: bool, tmp_path: Path) -> None:
+    # P17.
+    module = ZooModule(row("mlp"))  # without BatchNorm, whose statistics SWA would renew in one more epoch
+    qat, other = QuantizationAwareTraining(window=Window(0.3)), average()
+    averages: dict[tuple[int, ...], Tensor] = {}
+    live: dict[tuple[int, ...], Tensor] = {}
+
+    def note(trainer: L.Trainer, pl_module: Any) -> None:
+        average = other._average_model
+        source = average.module if isinstance(average, AveragedModel) else average
+        for place, holder in ((averages, source), (live, pl_module)):
+            place.update({tuple(p.shape): p.detach().clone() for p in holder.parameters() if p.dim() > 1})
+
+    callbacks = [qat, other] if first else [other, qat]
+    quiet_trainer(max_epochs=4, callbacks=[*callbacks, At(on_train_batch_end=note)]).fit(module)
+    weights = {
+        tuple(inner.weight().shape): inner.weight().dequantize()
+        for inner in module.modules()
+        if callable(getattr(inner, "weight", None)) and getattr(inner.weight(), "dtype", None) == torch.qint8
+    }
+    assert len(weights) == 3
+    if isinstance(other, EMAWeightAveraging):
+        for shape, weight in weights.items():
+            assert (weight - averages[shape]).abs().mean() < 0.6 * (live[shape] - averages[shape]).abs().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_p16_a_compiled_submodule() -> None:
+    class Compiled(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.compile(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)))
+            del self.body, self.norm, self.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    module = Compiled()
+    order = list(module.state_dict())
+    trainer = quiet_trainer(enable_checkpointing=True, callbacks=[QuantizationAwareTraining(), ModelCheckpoint()])
+    trainer.fit(module, TinyData())
+    assert len(int8_layers(module)) == 2
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    assert list(saved["state_dict"]) == order
+    trainer.test(module, TinyData(), verbose=False)

@@ -1,0 +1,147 @@
+"""Every example runs as a newcomer runs it, with fewer epochs; and so does every Python block of the README."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress.cli import main
+from tests.support.data import TinyData
+from tests.support.modules import Classifier
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3"]
+
+# Examples show Trainers as a user writes them; Lightning's hints to such users are no failure.
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
+
+
+def run(script: str, *arguments: str) -> str:
+    """Run a script of the repository in the current folder; its output."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def as_in_the_clone(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that has the examples where the clone has them, so that what they write goes there."""
+    (own_folder / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.setattr(sys, "path", [str(own_folder), *sys.path])
+    return own_folder
+
+
+def test_add_callbacks(own_folder: Path) -> None:
+    assert "after" in run("examples/add_callbacks.py", "1")
+    assert (own_folder / "demo_output/add_callbacks/report.md").is_file()
+
+
+def test_subclass_distillation(own_folder: Path) -> None:
+    run("examples/subclass_distillation.py", "1")
+    checkpoint = torch.load(own_folder / "demo_output/subclass_distillation.ckpt", weights_only=True)
+    assert {key.partition(".")[0] for key in checkpoint["state_dict"]} == {"student"}
+
+
+def test_configure_by_yaml(as_in_the_clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["configure_by_yaml.py", *QUICK])
+    runpy.run_path("examples/configure_by_yaml.py", run_name="__main__")
+    assert (as_in_the_clone / "demo_output/yaml_example/report.json").is_file()
+
+
+def test_demo_as_yaml(as_in_the_clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = as_in_the_clone / "demo_output/yaml"
+    main(["fit", "--config=examples/digits/teacher.yaml", *QUICK])
+    main(["fit", "--config=examples/digits/demo.yaml", "--trainer.check_val_every_n_epoch=1", *QUICK])
+    saved = torch.load(output / "student.ckpt", weights_only=True)["state_dict"]
+    assert {key.partition(".")[0] for key in saved} == {"student", "adapters"}
+    capsys.readouterr()
+    main(["test", "--config=examples/digits/demo.yaml", f"--ckpt_path={output}/student.ckpt", *QUICK])
+    assert "test_acc" in capsys.readouterr().out
+
+
+def test_yaml_demo_is_the_python_demo() -> None:
+    """The two say the same epochs and the same weights of the losses."""
+    script, config = ((ROOT / "examples/digits" / name).read_text() for name in ("demo.py", "demo.yaml"))
+    epochs = re.search(r"TEACHER_EPOCHS, STUDENT_EPOCHS = (\d+), (\d+)", script)
+    assert epochs is not None
+    assert f"max_epochs: {epochs[1]}" in (ROOT / "examples/digits/teacher.yaml").read_text()
+    assert f"max_epochs: {epochs[2]}" in config
+    assert f"T_max: {epochs[2]}" in config
+    for name in ("temperature", "sparsity", "task_weight"):
+        [in_script] = re.findall(rf"{name}=([\d.]+)", script)
+        assert re.findall(rf"{name}: ([\d.]+)", config) == [in_script]
+
+
+def test_latency_benchmark(own_folder: Path) -> None:
+    lines = run("benchmarks/latency.py", "--rounds", "2").splitlines()
+    assert sum(line.startswith("| student, int8 |") for line in lines) == 2
+
+
+@pytest.mark.slow
+def test_cross_validation_benchmark(own_folder: Path) -> None:
+    output = run("benchmarks/digits_cross_validation.py", "--epochs", "1")
+    assert "| distilled, pruned, int8 |" in output
+
+
+# The README -------------------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """A student as the README means it."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.features = nn.Linear(16, width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x).relu())
+
+
+class Large(Small):
+    """A teacher as the README means it."""
+
+    def __init__(self) -> None:
+        super().__init__(64)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_readme_python(own_folder: Path) -> None:
+    torch.save(Large().state_dict(), "large.ckpt")
+    names: dict[str, Any] = {"model": Classifier(), "data": TinyData(), "Small": Small, "Large": Large}
+    found = blocks("python")
+    assert len(found) >= 3
+    for block in found:
+        exec(compile(block, "README.md", "exec"), names)
+    assert {"ScheduledPruning", "DistillationModule", "load_compressed"} <= names.keys()
+
+
+def test_readme_yaml(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [block] = blocks("yaml")
+    project = "from tests.test_examples import Large, Small\nfrom tests.support.data import TinyData as Data\n"
+    (own_folder / "my_project.py").write_text(project)
+    (own_folder / "config.yaml").write_text(block)
+    monkeypatch.setattr(sys, "path", [str(own_folder), *sys.path])
+    torch.save(Large().state_dict(), "large.ckpt")
+    main(["fit", "--config=config.yaml", "--trainer.max_epochs=2"])
+
+
+def test_readme_files() -> None:
+    """What the README links to is there."""
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
