@@ -39,7 +39,10 @@ def run_fold(fold: int, teacher_epochs: int, student_epochs: int) -> tuple[dict[
     alone = demo.train_alone(data, student_epochs, progress=False)
     distilled = demo.distil(teacher.network, data, student_epochs, progress=False)
     with tempfile.TemporaryDirectory() as folder:
-        callbacks = (*demo.compression(), ModelCheckpoint(folder, filename="last"))
+        callbacks = (
+            *demo.compression(),
+            ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False),
+        )
         int8 = demo.distil(teacher.network, data, student_epochs, callbacks, progress=False)
         pruned = Classifier(demo.float_form(Path(folder) / "last.ckpt"))
     models = {

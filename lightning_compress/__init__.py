@@ -9,13 +9,9 @@ from lightning_compress.distillation import (
 )
 from lightning_compress.errors import CompressionError, MissingExtraError, NoEffectWarning
 from lightning_compress.pruning import ScheduledPruning, prune_
-from lightning_compress.quantization import (
-    DynamicInt8,
-    PostTrainingQuantization,
-    QuantizationAwareTraining,
-    StaticInt8,
-    quantize,
-)
+from lightning_compress.quantization import DynamicInt8, StaticInt8, quantize
+from lightning_compress.quantization.ptq import PostTrainingQuantization
+from lightning_compress.quantization.qat import QuantizationAwareTraining
 from lightning_compress.report import CompressionReport, compare, measure
 from lightning_compress.schedules import Cosine, Exponential, Linear, OneShot, Polynomial, Steps
 from lightning_compress.structure import load_compressed

@@ -116,7 +116,7 @@ class Bounds:
 
 
 def fit_length(trainer: pl.Trainer) -> tuple[float, float]:
-    """Optimizer steps that lie ahead in this fit, and those of one epoch, as batches that make a step; inf where unknown.
+    """Optimizer steps that lie ahead in this fit, and those of one epoch, in batches that make one; inf where unknown.
 
     All of them, unless the Trainer goes on from an earlier fit or from a checkpoint that knew nothing of the window.
     The extra epoch in which stochastic weight averaging renews BatchNorm statistics makes no steps and isn't counted.

@@ -33,7 +33,9 @@ PROGRESS = st.floats(0, 1)
 
 def test_every_schedule_of_the_package_is_under_these_laws() -> None:
     leaves = {
-        cls for cls in vars(schedules).values() if isinstance(cls, type) and issubclass(cls, Schedule) and cls != Schedule
+        cls
+        for cls in vars(schedules).values()
+        if isinstance(cls, type) and issubclass(cls, Schedule) and cls != Schedule
     }
     assert leaves == set(ALL)
 

@@ -242,7 +242,9 @@ def test_training_that_stops_early_warns() -> None:
         def on_train_batch_end(self, *_: Any) -> None:
             self.trainer.should_stop = True
 
-    with pytest.warns(UserWarning, match="Recorder: training stopped at optimizer step 1, before its window's end at 14"):
+    with pytest.warns(
+        UserWarning, match="Recorder: training stopped at optimizer step 1, before its window's end at 14"
+    ):
         quiet_trainer(max_epochs=2, callbacks=[Recorder()]).fit(Stops(), TinyData())
 
 

@@ -130,7 +130,7 @@ def run(output: Path, teacher_epochs: int, student_epochs: int) -> Comparison:
 
     teacher = train_teacher(data, teacher_epochs)
     alone = train_alone(data, student_epochs)
-    keep = ModelCheckpoint(output, filename="student_float", enable_version_counter=False)
+    keep = ModelCheckpoint(output, filename="student_float", save_on_train_epoch_end=True, enable_version_counter=False)
     distilled = distil(teacher.network, data, student_epochs, (*compression(), keep))
     # What was trained is int8 now. One file keeps it, with what is needed to load it again.
     int8_file = output / "student_int8.ckpt"
@@ -140,11 +140,11 @@ def run(output: Path, teacher_epochs: int, student_epochs: int) -> Comparison:
     again = Classifier(float_form(output / "student_float.ckpt"))
     int8 = load_compressed(str(int8_file), DistillationModule(student=Student()))
     models = dict(zip(ROWS, (teacher, alone, again, int8), strict=True))
-    with console.status("testing and measuring"):
-        metrics = {name: {"test_acc": test(model, data)["test_acc"]} for name, model in models.items()}
-        image = torch.zeros(1, 1, 8, 8)
-        networks = dict(zip(ROWS, (teacher.network, alone.network, again.network, int8.student), strict=True))
-        rows = {name: measure(network, image, threads=1) for name, network in networks.items()}
+    console.print("testing and measuring ...")  # no spinner: its thread would be measured too
+    metrics = {name: {"test_acc": test(model, data)["test_acc"]} for name, model in models.items()}
+    image = torch.zeros(1, 1, 8, 8)
+    networks = dict(zip(ROWS, (teacher.network, alone.network, again.network, int8.student), strict=True))
+    rows = {name: measure(network, image, threads=1) for name, network in networks.items()}
     notes = [
         "Zeros make dense kernels no faster and plain files no smaller. After zlib the pruned student takes "
         f"{rows[PRUNED].compressed_bytes / 1e3:.0f} KB, the student alone {rows[ALONE].compressed_bytes / 1e3:.0f} KB.",
@@ -222,9 +222,8 @@ def main() -> None:
     comparison = run(arguments.output, epochs or TEACHER_EPOCHS, epochs or STUDENT_EPOCHS)
     write(comparison, arguments.output)
     console.print(f"\n[bold]{verdict(comparison)}[/bold]", highlight=False, soft_wrap=True)
-    console.print(
-        f"Look at {arguments.output}/report.png, and at report.md beside it for the numbers with their spread."
-    )
+    look = f"Look at {arguments.output}/report.png, and at report.md beside it for the numbers with their spread."
+    console.print(look, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

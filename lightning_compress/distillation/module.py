@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from lightning_compress.callback import refuse_strategy
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses import DistillationLoss
 from lightning_compress.distillation.objective import random_state_kept, take_examples
 from lightning_compress.distillation.teacher import call
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import CompressionError
 
 if TYPE_CHECKING:
     _Base = L.LightningModule
@@ -96,7 +97,7 @@ class DistillationSteps(Learner, _Base):
 
     def setup(self, stage: str) -> None:
         if stage == TrainerFn.FITTING:
-            _check_strategy(self.trainer.strategy)
+            refuse_strategy(self.trainer, "DistillationModule")
             self._attach()
 
     def configure_model(self) -> None:
@@ -188,15 +189,6 @@ class _CloseOnException(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(pl_module, DistillationSteps):
             pl_module.close()
-
-
-def _check_strategy(strategy: Any) -> None:
-    name = type(strategy).__name__
-    sharded = any(word in name for word in ("FSDP", "DeepSpeed", "ModelParallel"))
-    spawned = type(strategy.launcher).__name__ == "_MultiProcessingLauncher"
-    if sharded or spawned:
-        why = "shards parameters" if sharded else "hands weights back without checking their keys"
-        raise invalid("strategy", "be one that keeps the module whole", name, f'It {why}. Use strategy="ddp".')
 
 
 def _accuracy(logits: Tensor, targets: Any, ignore_index: int | None) -> Tensor | None:

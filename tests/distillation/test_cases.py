@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -19,8 +20,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_compress.callback import refuse_strategy
 from lightning_compress.distillation import DistillationModule, FeatureMSE, HardTarget, SoftTarget, soft_target
-from lightning_compress.distillation.module import _check_strategy
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import (
     ConvNet,
@@ -205,17 +206,17 @@ def test_d10_the_teacher_goes_to_the_gpu_and_back() -> None:
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "DDPStrategy"])
 def test_d12_strategies_that_break_the_module_up_are_refused(name: str) -> None:
     # PT#104690, PT#91167: sharding wants uniform `requires_grad`; spawned processes lose structure.
-    strategy = type(name, (), {"launcher": type("_MultiProcessingLauncher", (), {})()})()
-    with pytest.raises(CompressionError, match=rf'must be one that keeps the module whole.*{name}.*strategy="ddp"'):
-        _check_strategy(strategy)
+    strategy = type(name, (), {"_start_method": "spawn"})()
+    with pytest.raises(CompressionError, match=rf"must be one that keeps whole parameters.*{name}.*strategy='ddp'"):
+        refuse_strategy(SimpleNamespace(strategy=strategy), "DistillationModule")  # type: ignore[arg-type]
 
 
 def test_d12_spawned_processes_are_refused_before_anything_changes() -> None:
     module = soft_only()
     fit = trainer()
-    fit.strategy._launcher = type("_MultiProcessingLauncher", (), {"launch": lambda self, f, *a, **k: f(*a)})()
+    fit.strategy.__class__ = type("DDPStrategy", (type(fit.strategy),), {"_start_method": "spawn"})
     before = bits(module)
-    with pytest.raises(CompressionError, match="hands weights back without checking their keys"):
+    with pytest.raises(CompressionError, match="returns weights from its processes without structure"):
         fit.fit(module, loader())
     assert_same_bits(before, bits(module))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def every_epoch(folder: Path, **kwargs: Any) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, **kwargs)
 
 
-def fitted(folder: Path, *callbacks: Callback, epochs: int = 4, module: Any = None, data: Any = None, **kwargs: Any) -> Classifier:
+def fitted(
+    folder: Path, *callbacks: Callback, epochs: int = 4, module: Any = None, data: Any = None, **kwargs: Any
+) -> Classifier:
     torch.manual_seed(0)
     module = module or Classifier()
     fit_kwargs = {key: kwargs.pop(key) for key in ("ckpt_path",) if key in kwargs}
@@ -96,7 +99,7 @@ def test_different_epochs_differ(tmp_path: Path) -> None:
     # So that the test above can't pass because nothing happens.
     fitted(tmp_path, pruner(), every_epoch(tmp_path / "all"))
     files = [read(tmp_path / "all" / f"epoch={epoch}.ckpt") for epoch in range(4)]
-    for earlier, later in zip(files, files[1:], strict=False):
+    for earlier, later in pairwise(files):
         assert_different_state(earlier["state_dict"], later["state_dict"])
     assert [zeros(file["state_dict"]) for file in files] == sorted(zeros(file["state_dict"]) for file in files)
     assert zeros(files[0]["state_dict"]) < zeros(files[-1]["state_dict"])
@@ -138,7 +141,9 @@ def test_resuming_in_the_middle_of_an_epoch_with_accumulation(at: int, tmp_path:
 
     kwargs: Any = {"epochs": 3, "accumulate_grad_batches": 2}
     fitted(tmp_path, pruner(), step("all"), data=ResumableData(), **kwargs)
-    fitted(tmp_path, pruner(), step("again"), data=ResumableData(), ckpt_path=tmp_path / f"all/step={at}.ckpt", **kwargs)
+    fitted(
+        tmp_path, pruner(), step("again"), data=ResumableData(), ckpt_path=tmp_path / f"all/step={at}.ckpt", **kwargs
+    )
     whole, resumed = read(tmp_path / "all/step=12.ckpt"), read(tmp_path / "again/step=12.ckpt")
     assert_same_state(of_interest(whole), of_interest(resumed))
 
@@ -146,7 +151,13 @@ def test_resuming_in_the_middle_of_an_epoch_with_accumulation(at: int, tmp_path:
 def test_a_resumed_run_keeps_the_windows_absolute_bounds(tmp_path: Path) -> None:
     fitted(tmp_path, pruner(window=Window(0, 1)), every_epoch(tmp_path / "all"), epochs=2)
     again = pruner(window=Window(0, 1))
-    fitted(tmp_path / "again", again, every_epoch(tmp_path / "again"), epochs=6, ckpt_path=tmp_path / "all" / "epoch=0.ckpt")
+    fitted(
+        tmp_path / "again",
+        again,
+        every_epoch(tmp_path / "again"),
+        epochs=6,
+        ckpt_path=tmp_path / "all" / "epoch=0.ckpt",
+    )
     assert (again.bounds.start, again.bounds.end) == (0, 14)
 
 
@@ -204,8 +215,9 @@ def test_test_and_validate_from_a_masked_checkpoint(tmp_path: Path) -> None:
 def test_a_plain_checkpoint_resumes_with_the_callback(tmp_path: Path) -> None:
     fitted(tmp_path, every_epoch(tmp_path / "all"), epochs=2)
     pruning = pruner()
-    module = fitted(tmp_path / "x", pruning, every_epoch(tmp_path / "x"), ckpt_path=tmp_path / "all" / "epoch=0.ckpt",
-                    epochs=6)
+    module = fitted(
+        tmp_path / "x", pruning, every_epoch(tmp_path / "x"), ckpt_path=tmp_path / "all" / "epoch=0.ckpt", epochs=6
+    )
     assert zeros(module) == round(0.9 * TOTAL)
 
 
@@ -296,8 +308,13 @@ def test_what_is_saved_is_exactly_sparse(name: str, weights_only: bool, ours_fir
 @pytest.mark.parametrize("name", ["ema", "average"])
 def test_resumed_equals_uninterrupted_with_an_average(name: str, tmp_path: Path) -> None:
     fitted(tmp_path, pruner(), *AVERAGES[name](), every_epoch(tmp_path / "all"))
-    fitted(tmp_path / "again", pruner(), *AVERAGES[name](), every_epoch(tmp_path / "again"),
-           ckpt_path=tmp_path / "all" / "epoch=1.ckpt")
+    fitted(
+        tmp_path / "again",
+        pruner(),
+        *AVERAGES[name](),
+        every_epoch(tmp_path / "again"),
+        ckpt_path=tmp_path / "all" / "epoch=1.ckpt",
+    )
     ours, theirs = read(tmp_path / "all" / "epoch=3.ckpt"), read(tmp_path / "again" / "epoch=3.ckpt")
     assert_same_state(of_interest(ours), of_interest(theirs))
     assert_same_state(ours["current_model_state"], theirs["current_model_state"])

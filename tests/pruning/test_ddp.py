@@ -10,9 +10,8 @@ import torch
 from tests.support.oracles import assert_same_state, count_zeros
 
 
-@pytest.mark.parametrize(
-    "method", ["random_unstructured", pytest.param("tests.pruning.rules.Noisy", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["random_unstructured", "tests.pruning.rules.Noisy"])
 def test_t11_masks_are_equal_on_ranks_with_different_seeds(method: str, tmp_path: Path) -> None:
     # T11, W8, sparseml#429; Noisy draws from whatever generator there is.
     script = Path(__file__).with_name("ddp_script.py")

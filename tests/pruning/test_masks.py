@@ -50,7 +50,9 @@ def test_packing_a_mask_that_is_not_contiguous() -> None:
     assert torch.equal(unpack(pack({"a": mask}))["a"], mask)
 
 
-@given(st.lists(SHAPES, min_size=1, max_size=3), st.floats(0, 0.99), st.floats(0, 0.99), st.booleans(), st.integers(0, 9))
+@given(
+    st.lists(SHAPES, min_size=1, max_size=3), st.floats(0, 0.99), st.floats(0, 0.99), st.booleans(), st.integers(0, 9)
+)
 def test_growing_keeps_what_is_pruned_and_is_exact(
     shapes: list[tuple[int, ...]], first: float, second: float, everywhere: bool, seed: int
 ) -> None:
@@ -116,7 +118,9 @@ def test_files_that_hold_no_masks(content: str, tmp_path: Path) -> None:
     if content == "text":
         path.write_text("no masks")
     elif content != "missing":
-        torch.save({"list": [1], "nested": {"a": {"b": torch.ones(1)}}, "pickle": {"a": prune.L1Unstructured}}[content], path)
+        torch.save(
+            {"list": [1], "nested": {"a": {"b": torch.ones(1)}}, "pickle": {"a": prune.L1Unstructured}}[content], path
+        )
     with pytest.raises(CompressionError, match=r"`mask_file` must (be a readable file|hold a dict).*masks\.pt"):
         read_masks(str(path))
 
@@ -146,9 +150,7 @@ def test_methods_that_are_none(method: str, message: str) -> None:
 
 def test_all_five_rules_of_torch_have_names() -> None:
     theirs = {
-        cls
-        for cls in vars(prune).values()
-        if isinstance(cls, type) and issubclass(cls, prune.BasePruningMethod)
+        cls for cls in vars(prune).values() if isinstance(cls, type) and issubclass(cls, prune.BasePruningMethod)
     } - {prune.BasePruningMethod, prune.PruningContainer, prune.Identity}
     assert set(NAMED.values()) == theirs
     assert len(theirs) == 5

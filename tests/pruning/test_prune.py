@@ -26,7 +26,9 @@ def stack(*shapes: tuple[int, ...], seed: int = 0) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for shape in shapes:
-        layer: nn.Module = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}[len(shape)](1, 1, **({"kernel_size": 1} if len(shape) > 2 else {}))
+        layer: nn.Module = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}[len(shape)](
+            1, 1, **({"kernel_size": 1} if len(shape) > 2 else {})
+        )
         layer.weight = nn.Parameter(torch.randn(shape, generator=generator))
         layers.append(layer)
     return nn.Sequential(*layers)

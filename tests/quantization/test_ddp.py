@@ -10,7 +10,8 @@ import torch
 from tests.support.oracles import assert_same_state
 
 
-@pytest.mark.parametrize("start", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [0.0, 0.5])
 def test_q21_observers_and_the_int8_model_are_equal_on_both_ranks(start: float, tmp_path: Path) -> None:
     # Q21, PT#33648: each rank sees other data.
     script = Path(__file__).with_name("ddp_script.py")

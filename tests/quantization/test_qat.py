@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ def fake_quantizers(module: nn.Module) -> dict[str, nn.Module]:
 def observers(module: nn.Module) -> dict[str, Any]:
     """What the observers of activations have seen so far, without the switch that is off in evaluation."""
     seen = {path: snapshot(inner) for path, inner in fake_quantizers(module).items() if "weight_fake_quant" not in path}
-    return {path: {key: value for key, value in state.items() if key != "observer_enabled"} for path, state in seen.items()}
+    return {
+        path: {key: value for key, value in state.items() if key != "observer_enabled"} for path, state in seen.items()
+    }
 
 
 def int8_layers(module: nn.Module) -> list[str]:
@@ -163,7 +166,7 @@ def test_the_optimizer_goes_on_with_the_same_parameters() -> None:
     quiet_trainer(max_epochs=1, callbacks=[QuantizationAwareTraining(window=Window(3, unit="step")), record]).fit(
         module, TinyData()
     )
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in pairwise(values):
         assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
@@ -185,9 +188,7 @@ def test_evaluation_never_moves_an_observer(evaluate: str, tmp_path: Path) -> No
             if not trainer.sanity_checking:
                 assert before and not differing(before, observers(pl_module))
 
-        watch = At(
-            on_validation_start=lambda t, m: before.update(observers(m)), on_validation_end=check
-        )
+        watch = At(on_validation_start=lambda t, m: before.update(observers(m)), on_validation_end=check)
         quiet_trainer(max_epochs=2, val_check_interval=3, callbacks=[qat, watch]).fit(module, data)
     else:
         trainer = quiet_trainer(max_epochs=1, limit_val_batches=0, callbacks=[qat])
@@ -216,9 +217,9 @@ def test_observers_and_batchnorm_freeze_on_schedule() -> None:
 
     qat = QuantizationAwareTraining(freeze_observers=0.5, freeze_batchnorm=0.75)
     quiet_trainer(max_epochs=3, callbacks=[qat, At(on_train_batch_end=note)]).fit(module)  # 12 steps
-    moved = [bool(differing(a, b)) for a, b in zip(observed, observed[1:], strict=False)]
+    moved = [bool(differing(a, b)) for a, b in pairwise(observed)]
     assert moved == [True] * 5 + [False] * 6
-    moved = [not torch.equal(a, b) for a, b in zip(statistics, statistics[1:], strict=False)]
+    moved = [not torch.equal(a, b) for a, b in pairwise(statistics)]
     assert moved == [True] * 8 + [False] * 3
 
 
@@ -228,7 +229,7 @@ def test_freezing_can_be_left_out() -> None:
     qat = QuantizationAwareTraining(freeze_observers=1.0, freeze_batchnorm=1.0)
     note = At(on_train_batch_end=lambda t, m: statistics.append(m.net[1].running_mean.clone()))
     quiet_trainer(max_epochs=2, callbacks=[qat, note]).fit(module)
-    assert all(not torch.equal(a, b) for a, b in zip(statistics, statistics[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in pairwise(statistics))
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 9])
@@ -389,7 +390,9 @@ def test_forward_hooks_of_a_container_keep_firing_once_a_call() -> None:
     module, calls, counts = ZooModule(row("mlp")), [], []
     module.net = Net()
     module.net.features.register_forward_hook(lambda m, i, o: calls.append(o.shape))
-    start = At(on_train_batch_start=lambda t, m: calls.clear(), on_train_batch_end=lambda t, m: counts.append(len(calls)))
+    start = At(
+        on_train_batch_start=lambda t, m: calls.clear(), on_train_batch_end=lambda t, m: counts.append(len(calls))
+    )
     quiet_trainer(callbacks=[QuantizationAwareTraining(), start]).fit(module)
     assert counts == [1] * 4
 
@@ -509,7 +512,10 @@ def test_nothing_to_quantize_is_an_error_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("targets", "message"),
-    [(Targets(include=["bdy"]), "'bdy' must match a module.*Nearest: body"), (Targets(exclude=["*"]), "`targets` must leave")],
+    [
+        (Targets(include=["bdy"]), "'bdy' must match a module.*Nearest: body"),
+        (Targets(exclude=["*"]), "`targets` must leave"),
+    ],
     ids=["typo", "nothing left"],
 )
 def test_bad_targets_change_nothing(targets: Targets, message: str) -> None:
@@ -527,7 +533,9 @@ def test_beside_post_training_quantization_it_is_refused(order: int) -> None:
     before = snapshot(module)
     callbacks = [QuantizationAwareTraining(), PostTrainingQuantization()][::order]
     for run in ("fit", "test"):
-        with pytest.raises(CompressionError, match="QuantizationAwareTraining or PostTrainingQuantization. Received: both"):
+        with pytest.raises(
+            CompressionError, match="QuantizationAwareTraining or PostTrainingQuantization. Received: both"
+        ):
             getattr(quiet_trainer(callbacks=list(callbacks)), run)(module, TinyData())
     assert_same_state(before, module)
 
@@ -558,7 +566,9 @@ def test_p8_on_folded_convolutions() -> None:
         assert not weights[tuple(mask.shape)][~mask].any(), name
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_callback_can_be_copied(clone: Callable[[Any], Any], when: str) -> None:
     qat = QuantizationAwareTraining(window=Window(0.5), freeze_observers=0.8)
@@ -636,12 +646,15 @@ def test_convert_can_be_left_to_later() -> None:
 def test_fit_three_times_with_one_callback_and_live_tensors_stay() -> None:
     import gc
 
+    gc.collect()
+    gc.freeze()  # what is alive already isn't looked at
     module, qat, counts = Classifier(), QuantizationAwareTraining(), []
     for _ in range(4):
         quiet_trainer(callbacks=[qat]).fit(module, TinyData())
         assert int8_layers(module)
         gc.collect()
         counts.append(sum(1 for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)))
+    gc.unfreeze()
     assert counts[1] == counts[2] == counts[3]
 
 
@@ -672,7 +685,9 @@ def test_int8_weights_are_within_one_step_of_the_float_weights() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["ours first", "ours last"])
-@pytest.mark.parametrize("average", [lambda: EMAWeightAveraging(decay=0.8), lambda: StochasticWeightAveraging(0.05, 1)], ids=["ema", "swa"])
+@pytest.mark.parametrize(
+    "average", [lambda: EMAWeightAveraging(decay=0.8), lambda: StochasticWeightAveraging(0.05, 1)], ids=["ema", "swa"]
+)
 def test_with_averaged_weights_the_int8_model_is_the_averages(average: Any, first: bool, tmp_path: Path) -> None:
     # P17.
     module = ZooModule(row("mlp"))  # without BatchNorm, whose statistics SWA would renew in one more epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_compress import (
     load_compressed,
     quantize,
 )
+from tests.quantization.test_qat import At, attributes, fake_quantizers, int8_layers, observers
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, ZooModule, quiet_trainer
 from tests.support.oracles import (
@@ -26,7 +28,6 @@ from tests.support.oracles import (
     assert_same_state,
     snapshot,
 )
-from tests.quantization.test_qat import At, attributes, fake_quantizers, int8_layers, observers
 from tests.support.zoo import ZOO, Row
 
 pytestmark = [
@@ -50,7 +51,9 @@ def every_epoch(folder: Path, **kwargs: Any) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, **kwargs)
 
 
-def fitted(folder: Path, *callbacks: Callback, epochs: int = 4, module: Any = None, ckpt_path: Any = None, **kwargs: Any) -> Any:
+def fitted(
+    folder: Path, *callbacks: Callback, epochs: int = 4, module: Any = None, ckpt_path: Any = None, **kwargs: Any
+) -> Any:
     torch.manual_seed(0)
     module = module or Classifier()
     trainer = quiet_trainer(
@@ -94,7 +97,7 @@ def test_different_epochs_differ(tmp_path: Path) -> None:
     fitted(tmp_path / "whole", qat())
     files = [read(tmp_path / f"whole/epoch={epoch}.ckpt") for epoch in range(4)]
     assert "observers" not in files[0]["lightning_compress"]
-    for earlier, later in zip(files[1:], files[2:], strict=False):
+    for earlier, later in pairwise(files[1:]):
         assert_different_state(earlier["state_dict"], later["state_dict"])
         assert_different_state(earlier["lightning_compress"]["observers"], later["lightning_compress"]["observers"])
 
@@ -103,8 +106,11 @@ def test_different_epochs_differ(tmp_path: Path) -> None:
 def test_over_the_zoo_checkpoints_hold_float_keys_and_bring_the_prepared_form_back(row: Row, tmp_path: Path) -> None:
     # Q5.
     module = ZooModule(row)
-    trainer = quiet_trainer(max_epochs=1, enable_checkpointing=True,
-                            callbacks=[QuantizationAwareTraining(convert=False), every_epoch(tmp_path)])
+    trainer = quiet_trainer(
+        max_epochs=1,
+        enable_checkpointing=True,
+        callbacks=[QuantizationAwareTraining(convert=False), every_epoch(tmp_path)],
+    )
     trainer.fit(module)
     checkpoint = read(tmp_path / "epoch=0.ckpt")
     assert_float_keys(checkpoint, ZooModule(row))
@@ -122,8 +128,11 @@ def test_over_the_zoo_checkpoints_hold_float_keys_and_bring_the_prepared_form_ba
 def test_every_checkpoint_loads_strictly_without_us(weights_only: bool, average: bool, tmp_path: Path) -> None:
     # P13, N8.
     others = [EMAWeightAveraging(decay=0.5)] if average else []
-    trainer = quiet_trainer(max_epochs=3, enable_checkpointing=True,
-                            callbacks=[qat(), *others, every_epoch(tmp_path, save_weights_only=weights_only)])
+    trainer = quiet_trainer(
+        max_epochs=3,
+        enable_checkpointing=True,
+        callbacks=[qat(), *others, every_epoch(tmp_path, save_weights_only=weights_only)],
+    )
     trainer.fit(Classifier(), TinyData())
     files = sorted(tmp_path.glob("*.ckpt"))
     assert len(files) == 3
@@ -140,8 +149,11 @@ def test_every_checkpoint_loads_strictly_without_us(weights_only: bool, average:
 @pytest.mark.parametrize("weights_only", [False, True], ids=["full", "weights only"])
 def test_a_prepared_file_is_validated_fake_quantized_and_tested_in_int8(weights_only: bool, tmp_path: Path) -> None:
     # Q4, promise 9.
-    trainer = quiet_trainer(max_epochs=2, enable_checkpointing=True,
-                            callbacks=[qat(), every_epoch(tmp_path, save_weights_only=weights_only)])
+    trainer = quiet_trainer(
+        max_epochs=2,
+        enable_checkpointing=True,
+        callbacks=[qat(), every_epoch(tmp_path, save_weights_only=weights_only)],
+    )
     trained = Classifier()
     trainer.fit(trained, TinyData())
     in_memory = quiet_trainer(callbacks=[qat()]).test(trained, TinyData(), verbose=False)
@@ -190,14 +202,17 @@ def test_the_monitored_metric_is_that_of_the_saved_prepared_model(tmp_path: Path
             super()._save_checkpoint(trainer, filepath)
             saved[filepath] = float(trainer.callback_metrics["val_loss"])
 
-    quiet_trainer(max_epochs=3, enable_checkpointing=True,
-                  callbacks=[qat(), Records(tmp_path, filename="{epoch}", monitor="val_loss", save_top_k=-1)]).fit(
-        Classifier(), TinyData()
-    )
+    quiet_trainer(
+        max_epochs=3,
+        enable_checkpointing=True,
+        callbacks=[qat(), Records(tmp_path, filename="{epoch}", monitor="val_loss", save_top_k=-1)],
+    ).fit(Classifier(), TinyData())
     assert len(saved) == 3
     for path, metric in saved.items():
         module = Classifier()
-        loss = quiet_trainer(callbacks=[qat()]).validate(module, TinyData(), ckpt_path=path, verbose=False, weights_only=True)
+        loss = quiet_trainer(callbacks=[qat()]).validate(
+            module, TinyData(), ckpt_path=path, verbose=False, weights_only=True
+        )
         assert loss[0]["val_loss"] == pytest.approx(metric, rel=1e-6)
 
 
@@ -205,8 +220,9 @@ def test_a_file_from_before_the_window_is_float_and_says_so(tmp_path: Path) -> N
     fitted(tmp_path, qat(window=Window(0.5)))
     module = Classifier()
     with pytest.warns(UserWarning, match="saved before quantization began; they run as float"):
-        quiet_trainer(callbacks=[qat()]).test(module, TinyData(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False,
-                                              weights_only=True)
+        quiet_trainer(callbacks=[qat()]).test(
+            module, TinyData(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=True
+        )
     assert not fake_quantizers(module) and not int8_layers(module)
 
 
@@ -236,7 +252,9 @@ def test_a_converted_file_is_for_test_predict_and_load_compressed(tmp_path: Path
 def test_training_from_a_converted_file_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     path, module = converted_file(tmp_path), Classifier()
     before, had = snapshot(module), attributes(module)
-    with pytest.raises(CompressionError, match="`ckpt_path` must be a float or a prepared checkpoint.*saved during training"):
+    with pytest.raises(
+        CompressionError, match="`ckpt_path` must be a float or a prepared checkpoint.*saved during training"
+    ):
         quiet_trainer(max_epochs=3, callbacks=[qat()]).fit(module, TinyData(), ckpt_path=path, weights_only=True)
     assert_same_state(before, module)
     assert attributes(module) == had
@@ -281,6 +299,7 @@ def test_a_load_that_fails_leaves_the_model_bit_identical(way: str, kind: str, c
     elif content == "other model":
         module = Classifier(hidden=8)
     elif content == "missing module":
+
         class Other(Classifier):
             def __init__(self) -> None:
                 super().__init__()
@@ -321,8 +340,6 @@ def test_test_without_the_callback_right_after_a_fit_runs_int8() -> None:
     ours = trainer.test(module, TinyData(), verbose=False)
     assert quiet_trainer().test(module, TinyData(), verbose=False) == ours
     assert int8_layers(module)
-
-
 
 
 def test_load_compressed_into_a_plain_torch_module(tmp_path: Path) -> None:

@@ -34,7 +34,10 @@ def test_what_is_asked_of_this_cpu_is_written_down() -> None:
 
 @pytest.mark.parametrize("make", [resolve, PostTrainingQuantization, QuantizationAwareTraining])
 def test_a_mistyped_name_lists_the_nearest(make: Any) -> None:
-    with pytest.raises(CompressionError, match=r"`scheme` must be the name of a scheme.*\. Received: scheme='int8_statik'\. Nearest: int8_static"):
+    with pytest.raises(
+        CompressionError,
+        match=r"`scheme` must be the name of a scheme.*\. Received: scheme='int8_statik'\. Nearest: int8_static",
+    ):
         make("int8_statik")
 
 
