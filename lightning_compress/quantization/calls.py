@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_compress.targets import clean_name
+
 
 @dataclass
 class CallLog:
     """What a run called.
 
     Attributes:
-        inputs: path to the ``(args, kwargs)`` of its first call, tensors detached and cloned.
+        inputs: path (without ``_orig_mod``) to the ``(args, kwargs)`` of its first call, tensors detached and cloned.
         callers: path to the paths of the modules that called it; None is code outside of all modules.
     """
 
@@ -73,7 +75,8 @@ def record_calls(model: nn.Module, run: Callable[[], Any]) -> CallLog:
     def leave(*_: Any) -> None:
         stack.pop()
 
-    for path, module in model.named_modules():
+    for name, module in model.named_modules():
+        path = clean_name(name)
         handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:

@@ -74,50 +74,77 @@ def plan_units(model: nn.Module, log: CallLog, scheme: StaticInt8, targets: Targ
         targets: which layers may be quantized; None is all.
         training: for quantization-aware training, else for calibration.
     """
-    plan = Plan()
-    excluded = _excluded(model, targets)
-    modules = compressible_modules(model)
-    calls = CallLog(
-        {clean_name(path): inputs for path, inputs in log.inputs.items()},
-        {
-            clean_name(path): {caller if caller is None else clean_name(caller) for caller in callers}
-            for path, callers in log.callers.items()
-        },
-    )
-    _visit("", modules, calls, scheme, excluded, plan, training)
-    return plan
+    planner = _Planner(compressible_modules(model), log, scheme, _excluded(model, targets), training)
+    planner.visit("")
+    return planner.plan
 
 
-def _visit(
-    path: str,
-    modules: dict[str, nn.Module],
-    calls: CallLog,
-    scheme: StaticInt8,
-    excluded: set[str],
-    plan: Plan,
-    training: bool,
-) -> None:
-    module = modules[path]
-    wanted = [inner for inner in _quantizable(path, modules) if inner not in excluded]
-    if not wanted:
-        return
-    reason = "it wasn't called in the dry run"
-    if _is_shell(path, module):
-        reason = ""
-    elif path in calls.inputs:
-        unit, reason = _try_unit(path, module, modules, calls, scheme, excluded, plan, training)
-        if unit is not None:
-            plan.units.append(unit)
+@dataclass
+class _Planner:
+    """Walks down the modules until it finds units."""
+
+    modules: dict[str, nn.Module]
+    calls: CallLog
+    scheme: StaticInt8
+    excluded: set[str]
+    training: bool
+    plan: Plan = field(default_factory=Plan)
+
+    def visit(self, path: str) -> None:
+        """Plan ``path`` as one unit, or else what is below it."""
+        module = self.modules[path]
+        wanted = [inner for inner in _quantizable(path, self.modules) if inner not in self.excluded]
+        if not wanted:
             return
-    children = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
-    children = [clean_name(child) for child in children]
-    if path in wanted or not children:
-        plan.floats[path] = reason
-    elif reason and path in calls.inputs and path:
-        plan.floats[path] = f"not as a whole: {reason}"
-    for child in dict.fromkeys(children):
-        if child != path and child in modules:
-            _visit(child, modules, calls, scheme, excluded, plan, training)
+        if not _is_shell(path, module):
+            unit, reason = self.try_unit(path)
+            if unit is not None:
+                self.plan.units.append(unit)
+                return
+            if path in wanted:
+                self.plan.floats[path] = reason
+            elif path in self.calls.inputs:
+                self.plan.floats[path] = f"not as a whole: {reason}"
+        for name, _ in module.named_children():
+            child = clean_name(f"{path}.{name}".lstrip("."))
+            if child != path and child in self.modules:
+                self.visit(child)
+
+    def try_unit(self, path: str) -> tuple[Unit | None, str]:
+        """The unit, or why it can't be one."""
+        module = self.modules[path]
+        if path not in self.calls.inputs:
+            return None, "it wasn't called in the dry run"
+        entered = self.calls.entered_below(path)
+        if entered is not None:
+            return None, f"its `{entered}` is called from outside of it"
+        if "forward" in vars(module):
+            return None, "its forward was replaced on the instance"
+        if any(type(inner).get_extra_state is not nn.Module.get_extra_state for inner in module.modules()):
+            return None, "it keeps extra state"
+        prefix = f"{path}." if path else ""
+        inner = {clean_name(name): child for name, child in module.named_modules() if name}
+        hooked = tuple(name for name, child in inner.items() if child._forward_hooks)
+        floats = tuple(name for name in inner if prefix + name in self.excluded)
+        try:
+            args, kwargs = canonical(module, *self.calls.inputs[path])
+            unit = Unit(path, Signature(args, kwargs), hooked, floats)
+            reason, left = verify(module, unit, args, kwargs, self.scheme, self.training)
+        except CompressionError as error:
+            return None, str(error)
+        except Exception as error:  # whatever tracing meets in a user's forward is the reason why it stays float
+            return (
+                None,
+                f"it can't be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            )
+        if reason:
+            return None, reason
+        self.plan.floats |= {prefix + name: "excluded" for name in floats}
+        unfit = {
+            prefix + name: f"no static int8 kernel for {kind}" for name, kind in left.items() if name not in floats
+        }
+        self.plan.floats |= unfit
+        return unit, ""
 
 
 def _is_shell(path: str, module: nn.Module) -> bool:
@@ -153,45 +180,6 @@ def _excluded(model: nn.Module, targets: Targets | None) -> set[str]:
             f"The model has {', '.join(list(layers)[:8]) or 'none'}."
         )
     return set(layers) - chosen
-
-
-def _try_unit(
-    path: str,
-    module: nn.Module,
-    modules: dict[str, nn.Module],
-    calls: CallLog,
-    scheme: StaticInt8,
-    excluded: set[str],
-    plan: Plan,
-    training: bool,
-) -> tuple[Unit | None, str]:
-    """The unit, or why it can't be one."""
-    entered = calls.entered_below(path)
-    if entered is not None:
-        return None, f"its `{entered}` is called from outside of it"
-    if "forward" in vars(module):
-        return None, "its forward was replaced on the instance"
-    if any(type(inner).get_extra_state is not nn.Module.get_extra_state for inner in module.modules()):
-        return None, "it keeps extra state"
-    prefix = f"{path}." if path else ""
-    inner = {clean_name(name): child for name, child in module.named_modules() if name}
-    hooked = tuple(name for name, child in inner.items() if child._forward_hooks)
-    floats = tuple(name for name in inner if prefix + name in excluded)
-    try:
-        args, kwargs = canonical(module, *calls.inputs[path])
-        unit = Unit(path, Signature(args, kwargs), hooked, floats)
-        reason, left = verify(module, unit, args, kwargs, scheme, training)
-    except CompressionError as error:
-        return None, str(error)
-    except Exception as error:  # whatever tracing meets in a user's forward is the reason why it stays float
-        return None, f"it can't be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if reason:
-        return None, reason
-    plan.floats |= {prefix + name: "excluded" for name in floats}
-    plan.floats |= {
-        prefix + name: f"no static int8 kernel for {kind}" for name, kind in left.items() if name not in floats
-    }
-    return unit, ""
 
 
 def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:
