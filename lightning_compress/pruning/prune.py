@@ -84,7 +84,7 @@ def next_masks(
 
 @torch.no_grad()
 def apply_masks_(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Multiply each weight by its mask, in place.
+    """Multiply each weight by its mask, in place; one that is inf or NaN stays so.
 
     Example:
         >>> weight = torch.ones(3)

@@ -6,16 +6,20 @@ parent's traced form.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_compress.errors import CompressionError
 from lightning_compress.targets import clean_name
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass
@@ -92,6 +96,21 @@ def record_calls(model: nn.Module, run: Callable[[], Any]) -> CallLog:
 def copy_tensors(tree: Any) -> Any:
     """The same nest with every tensor detached and cloned."""
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def copy_module(module: Module) -> Module:
+    """A deep copy to try things on.
+
+    Raises:
+        CompressionError: the module can't be copied, such as one that keeps a computed tensor as an attribute.
+    """
+    try:
+        return copy.deepcopy(module)
+    except (RuntimeError, TypeError) as error:
+        raise CompressionError(
+            f"`{type(module).__name__}` must be a module that can be deep-copied. Received: {error}. Keep computed "
+            "tensors detached; in place of torch.nn.utils.weight_norm use torch.nn.utils.parametrizations.weight_norm."
+        ) from error
 
 
 @contextmanager

@@ -45,11 +45,10 @@ def form_of(model: nn.Module) -> str:
 
 
 def _unit_module(model: nn.Module, path: str) -> nn.Module:
-    name: str
-    module: nn.Module
-    for name, module in model.named_modules():
-        if clean_name(name) == path:
-            return module
+    # The last one: a compiled module and the one inside it have the same path.
+    found: list[nn.Module] = [module for name, module in model.named_modules() if clean_name(name) == path]
+    if found:
+        return found[-1]
     raise CompressionError(f"The model must have the module {path!r} that was quantized. Received: no such module.")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from lightning_compress.callback import CompressionCallback, restore_modes_, tra
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization import forms
-from lightning_compress.quantization.calls import CallLog, quiet_random_state, record_calls
+from lightning_compress.quantization.calls import CallLog, copy_module, quiet_random_state, record_calls
 from lightning_compress.quantization.quantize import nothing_to_quantize
 from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
 from lightning_compress.quantization.traced import Traced
@@ -234,7 +233,7 @@ def _look(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_
 
 def make_probe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
     """A deep copy whose steps can be run without a trace: it logs nothing, and its metrics are its own."""
-    probe = copy.deepcopy(pl_module)
+    probe = copy_module(pl_module)
     probe.__dict__["log"] = probe.__dict__["log_dict"] = lambda *args, **kwargs: None
     probe._trainer = trainer
     return probe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from torch import nn
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization.calibrate import calibrate, evaluating
-from lightning_compress.quantization.calls import CallLog, quiet_random_state, record_calls
+from lightning_compress.quantization.calls import CallLog, copy_module, quiet_random_state, record_calls
 from lightning_compress.quantization.dynamic import linears
 from lightning_compress.quantization.forms import convert_, forget_, form_of, make_dynamic_, prepare_
 from lightning_compress.quantization.schemes import DynamicInt8, Scheme, StaticInt8, resolve
@@ -55,7 +54,7 @@ def quantize(
     check_batches(calibration_batches)
     if form_of(model) != "float":
         raise CompressionError(f"`model` must be a float model. Received: one that is {form_of(model)} already.")
-    twin = copy.deepcopy(model).cpu()
+    twin = copy_module(model).cpu()
     batches = iter(calibration or ())
     first = next(batches, None)
     with torch.inference_mode(False), evaluating(twin):

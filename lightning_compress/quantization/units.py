@@ -120,6 +120,8 @@ class _Planner:
             return None, f"its `{entered}` is called from outside of it"
         if "forward" in vars(module):
             return None, "its forward was replaced on the instance"
+        if watched := [name for name, child in module.named_modules() if name and child._forward_pre_hooks]:
+            return None, f"its `{watched[0]}` has a forward pre-hook, which a traced form doesn't call"
         if any(type(inner).get_extra_state is not nn.Module.get_extra_state for inner in module.modules()):
             return None, "it keeps extra state"
         prefix = f"{path}." if path else ""
@@ -149,23 +151,24 @@ class _Planner:
 
 def _is_shell(path: str, module: nn.Module) -> bool:
     """Whether the root is a LightningModule around networks, which keep their names, and no network itself."""
-    return (
-        path == ""
-        and hasattr(module, "training_step")
-        and not any(type(child) in QUANTIZABLE for child in module.children())
-    )
+    return path == "" and hasattr(module, "training_step") and not any(map(_has_kernel, module.children()))
 
 
 def _quantizable(path: str, modules: dict[str, nn.Module]) -> Iterator[str]:
     """Paths at or below ``path`` of layers that int8 has kernels for."""
     for inner, module in modules.items():
-        if (inner == path or is_below(inner, path)) and type(module) in QUANTIZABLE:
+        if (inner == path or is_below(inner, path)) and _has_kernel(module):
             yield inner
+
+
+def _has_kernel(module: nn.Module) -> bool:
+    # A weight that is computed (weight norm, as a parametrization or as a hook) can't be taken as it stands.
+    return type(module) in QUANTIZABLE and module._parameters.get("weight") is not None
 
 
 def _excluded(model: nn.Module, targets: Targets | None) -> set[str]:
     """Paths of quantizable layers that the user's targets leave out."""
-    layers = {path: module for path, module in compressible_modules(model).items() if type(module) in QUANTIZABLE}
+    layers = {path: module for path, module in compressible_modules(model).items() if _has_kernel(module)}
     if targets is None:
         return set()
     targets.check_patterns(model)

@@ -25,6 +25,7 @@ from lightning_compress import (
     ScheduledPruning,
     Targets,
     Window,
+    quantize,
 )
 from tests.support.data import TinyData, keyword_loader
 from tests.support.modules import (
@@ -734,3 +735,24 @@ def test_p16_a_compiled_submodule() -> None:
     saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
     assert list(saved["state_dict"]) == order
     trainer.test(module, TinyData(), verbose=False)
+
+
+def test_pre_hooks_of_inner_modules_keep_firing() -> None:
+    module, calls = Classifier(), list[int]()
+    module.body.register_forward_pre_hook(lambda m, i: calls.append(1))
+    counts: list[int] = []
+    note = At(
+        on_train_batch_start=lambda t, m: calls.clear(), on_train_batch_end=lambda t, m: counts.append(len(calls))
+    )
+    quiet_trainer(num_sanity_val_steps=0, callbacks=[QuantizationAwareTraining(), note]).fit(module, TinyData())
+    assert set(counts) == {1}
+    assert int8_layers(module)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_a_module_that_cannot_be_copied_is_refused_with_the_remedy() -> None:
+    module = Classifier()
+    module.body = torch.nn.utils.weight_norm(module.body)
+    module(torch.randn(4, 16))  # leaves a computed weight on the layer
+    with pytest.raises(CompressionError, match=r"deep-copied.*parametrizations\.weight_norm"):
+        quantize(module, calibration=[torch.randn(4, 16)])
