@@ -61,7 +61,7 @@ class CompressionCallback(Callback):
     def after_optimizer_step(self) -> None:
         """Called after each step of each optimizer."""
 
-    def refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the module and its averaged copies in line, before they are validated or saved."""
 
     # Lightning's hooks.
@@ -86,7 +86,7 @@ class CompressionCallback(Callback):
         ]
         if self._step == 0 and self._bounds.start == 0:
             self.act(trainer, pl_module, 0.0)
-        self.refresh(trainer, pl_module)
+        self.bring_in_line(trainer, pl_module)
 
     def _on_optimizer_step(self) -> None:
         self._stepped = True
@@ -102,19 +102,19 @@ class CompressionCallback(Callback):
             if progress is not None and self.bounds.is_due(self._step, self.window.every_n_steps):
                 self.act(trainer, pl_module, progress)
         if any(True for _ in structure.averaged_copies(trainer)):
-            self.refresh(trainer, pl_module)
+            self.bring_in_line(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.refresh(trainer, pl_module)
+        self.bring_in_line(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.refresh(trainer, pl_module)
+        self.bring_in_line(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.refresh(trainer, pl_module)
+        self.bring_in_line(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.refresh(trainer, pl_module)
+        self.bring_in_line(trainer, pl_module)
         if self._step < self.bounds.end:
             rank_zero_warn(
                 f"{type(self).__name__}: training stopped at optimizer step {self._step}, before its window's end at "

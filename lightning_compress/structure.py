@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
+from lightning_compress.quantization.calls import copy_module
 
 ENTRY = "lightning_compress"
 VERSION = 1
@@ -53,7 +54,7 @@ def _callbacks(module: Any) -> dict[str, Any]:
     """Our callbacks by their keys, found anew each time: a hook that held them would copy them with the module."""
     trainer = getattr(module, "_trainer", None)
     callbacks = trainer.callbacks if trainer is not None else ()
-    return {callback.state_key: callback for callback in callbacks if hasattr(callback, "refresh")}
+    return {callback.state_key: callback for callback in callbacks if hasattr(callback, "bring_in_line")}
 
 
 def averaged_copies(trainer: Any) -> Iterator[nn.Module]:
@@ -67,7 +68,7 @@ def averaged_copies(trainer: Any) -> Iterator[nn.Module]:
 def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
     callbacks = _callbacks(module)
     for callback in callbacks.values():
-        callback.refresh(module.trainer, module)
+        callback.bring_in_line(module.trainer, module)
     type(module).on_save_checkpoint(module, checkpoint)
     entry: dict[str, Any] = {"version": VERSION}
     record = forms.record_of(module)
@@ -149,15 +150,27 @@ def restore_structure_(
 
 def _load_on_copy(module: nn.Module, entry: Mapping[str, Any], state: dict[str, Any], strict: bool = True) -> None:
     """Try the whole load on a copy, so that one that fails leaves the module as it was."""
-    trial = copy.deepcopy(module)
+    _load_state(copy_module(module), entry, state, strict)
+
+
+def _load(model: nn.Module, checkpoint: dict[str, Any], entry: Mapping[str, Any]) -> None:
+    """What a Trainer does when it loads: the module's own hooks, the structure, the weights."""
+    for name, arguments in (("configure_model", ()), ("on_load_checkpoint", (checkpoint,))):
+        if hasattr(type(model), name):
+            getattr(type(model), name)(model, *arguments)
+    [state] = _editable({"state_dict": copy.copy(checkpoint["state_dict"])})
+    _load_state(model, entry, state)
+
+
+def _load_state(model: nn.Module, entry: Mapping[str, Any], state: dict[str, Any], strict: bool = True) -> None:
     try:
-        restore_structure_(trial, entry, [state])
-        forms.check_shapes(trial, state)
-        trial.load_state_dict(state, strict=strict)
+        restore_structure_(model, entry, [state])
+        forms.check_shapes(model, state)
+        model.load_state_dict(state, strict=strict)
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         # torch names every missing and unexpected key and every other shape; quantized layers only their own.
         raise CompressionError(
-            f"The checkpoint must fit {type(module).__name__}. Received: {type(error).__name__}: {str(error)[:800]} "
+            f"The checkpoint must fit {type(model).__name__}. Received: {type(error).__name__}: {str(error)[:800]} "
             "Build the model as it was built for training."
         ) from error
 
@@ -195,13 +208,12 @@ def load_compressed(path: str, model: Model) -> Model:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise invalid("path", "be a checkpoint with a `state_dict`", str(path))
     entry = read_entry(checkpoint)
-    [state] = _editable({"state_dict": checkpoint["state_dict"]})
-    try:
-        _load_on_copy(model, entry, copy.copy(state))
-    except CompressionError as error:
-        raise invalid("path", "hold a checkpoint of this model", str(path), str(error)) from error
-    restore_structure_(model, entry, [state])
-    model.load_state_dict(state)
+    # On a copy first: a load that fails leaves the model as it was.
+    for target in (copy_module(model), model):
+        try:
+            _load(target, copy.copy(checkpoint), entry)
+        except CompressionError as error:
+            raise invalid("path", "hold a checkpoint of this model", str(path), str(error)) from error
     if entry.get("quantization", {}).get("form") == "converted":
         forms.forget_(model)
     if hasattr(model, "on_save_checkpoint") and "quantization" in entry:

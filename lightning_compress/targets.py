@@ -154,6 +154,8 @@ class Targets:
                 targets.append(Target(full, path, parameter, _magnitude(layers[path], full, name)))
             elif reason != "not a weight":
                 skipped[full] = reason
+            elif parameter.dim() > 1:
+                skipped[full] = f"{type(layers[path]).__name__} isn't among the targeted types (name it in `types`)"
         if not targets:
             raise CompressionError(
                 f"`targets` must select at least one trainable weight. Received: {self}. "

@@ -120,7 +120,10 @@ class DistillationSteps(Learner, _Base):
             )
 
     def configure_callbacks(self) -> list[Callback]:
-        return [_CloseOnException()]  # no hook of a LightningModule runs then
+        # No hook of a LightningModule runs then. Once is enough: Lightning tells the user of each that it replaces.
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        present = any(isinstance(callback, _CloseOnException) for callback in callbacks)
+        return [] if present else [_CloseOnException()]
 
     def _example_inputs(self) -> Any:
         for owner in (self, self.student):

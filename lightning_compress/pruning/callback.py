@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress import structure
@@ -42,9 +43,8 @@ class ScheduledPruning(CompressionCallback):
     Raises:
         CompressionError: in the constructor for bad arguments, at fit start for targets that match nothing.
 
-    Hooks: `on_fit_start` finds the targets, each optimizer step applies the masks, `on_train_batch_end` grows them
-        (before
-    validation and saving, so a monitored metric belongs to the weights that are saved).
+    Hooks: `on_fit_start` finds the targets, each optimizer step applies the masks, `on_train_batch_end` grows them:
+    before validation and saving, so a monitored metric belongs to the weights that are saved.
 
     Example:
         >>> pruning = ScheduledPruning("l1_unstructured", sparsity=0.9, schedule=Polynomial(power=3))
@@ -82,6 +82,7 @@ class ScheduledPruning(CompressionCallback):
         self._magnitudes: dict[str, tuple[str, Tensor]] = {}
         self._applied: Masks = {}
         self._given: Masks | None = None
+        self._skipped: dict[str, str] = {}
         self._model: weakref.ref[nn.Module] | None = None
 
     @property
@@ -109,6 +110,10 @@ class ScheduledPruning(CompressionCallback):
         self._applied = applied(self._masks, self._magnitudes)
         self._weights = weights
         self._given = given
+        self._skipped = selection.skipped
+        if selection.skipped:
+            lines = [f"  {name}: {reason}" for name, reason in selection.skipped.items()]
+            rank_zero_info("\n".join([f"ScheduledPruning prunes {len(weights)} tensors and leaves out:", *lines]))
 
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
         goal = None if self.sparsity is None else self.schedule.value(progress, self.sparsity)
@@ -117,14 +122,20 @@ class ScheduledPruning(CompressionCallback):
         # All ranks hold the same weights and seed; a user's own rule may still draw from elsewhere.
         self._masks = trainer.strategy.broadcast(grown) if trainer.world_size > 1 else grown
         self._applied = applied(self._masks, self._magnitudes)
-        self.refresh(trainer, pl_module)
+        self.bring_in_line(trainer, pl_module)
         if self._step:
-            pl_module.log("sparsity", sparsity_of(self._masks))
+            pl_module.log(self._logged_name(trainer), sparsity_of(self._masks))
+
+    def _logged_name(self, trainer: pl.Trainer) -> str:
+        """``sparsity``, numbered where several callbacks prune."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        pruning = [callback for callback in callbacks if isinstance(callback, ScheduledPruning)]
+        return "sparsity" if len(pruning) == 1 else f"sparsity_{pruning.index(self)}"
 
     def after_optimizer_step(self) -> None:
         apply_masks_({**self._weights, **dict(self._magnitudes.values())}, self._applied)
 
-    def refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._weights:
             self.after_optimizer_step()
             for copy in structure.averaged_copies(trainer):
@@ -138,7 +149,7 @@ class ScheduledPruning(CompressionCallback):
         return f"sparsity is {sparsity_of(self._masks):.3f}, not {self.sparsity}. Shorten the window, or train longer."
 
     def report_notes(self) -> list[str]:
-        notes = super().report_notes()
+        notes = [*super().report_notes(), *(f"{name} isn't pruned: {why}" for name, why in self._skipped.items())]
         if self._masks and not self.rule.structured:
             notes.append(
                 f"ScheduledPruning: {sparsity_of(self._masks):.1%} of the targeted weights are zero; zeros alone make "

@@ -99,17 +99,19 @@ def copy_tensors(tree: Any) -> Any:
 
 
 def copy_module(module: Module) -> Module:
-    """A deep copy to try things on.
+    """A deep copy to try things on; computed tensors that a module keeps as attributes are detached in it.
 
     Raises:
-        CompressionError: the module can't be copied, such as one that keeps a computed tensor as an attribute.
+        CompressionError: the module can't be copied.
     """
+    kept = (leaf for inner in module.modules() for leaf in pytree.tree_leaves(vars(inner)) if isinstance(leaf, Tensor))
+    memo = {id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None}
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as error:
         raise CompressionError(
-            f"`{type(module).__name__}` must be a module that can be deep-copied. Received: {error}. Keep computed "
-            "tensors detached; in place of torch.nn.utils.weight_norm use torch.nn.utils.parametrizations.weight_norm."
+            f"`{type(module).__name__}` must be a module that can be deep-copied. Received: {error}. Keep on it "
+            "what can be copied; after torch.nn.utils.prune call prune.remove."
         ) from error
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_compress.quantization.schemes import DynamicInt8, needs_reduced_range
 from lightning_compress.quantization.traced import refuse_to_move
+from lightning_compress.quantization.units import tied_to_float, without_kernel
 from lightning_compress.targets import Targets, compressible_modules
 
 
@@ -73,11 +74,14 @@ class DynamicLinear(nn.Module):
 
 def linears(model: nn.Module, targets: Targets | None) -> tuple[list[str], dict[str, str]]:
     """Paths of the linear layers to make dynamic, and of those that stay float with the reason."""
-    chosen, floats = [], {}
+    chosen, floats, tied = [], {}, tied_to_float(model)
     if targets is not None:
         targets.check_patterns(model)
     for path, module in compressible_modules(model).items():
         if type(module) is nn.Linear:
+            if path in tied:
+                floats[path] = tied[path]
+                continue
             reason = targets.leaves_out(path) if targets is not None else ""
             if targets is not None and targets.types is not None and not isinstance(module, tuple(targets.types)):
                 reason = "not of the targeted types"
@@ -89,7 +93,7 @@ def linears(model: nn.Module, targets: Targets | None) -> tuple[list[str], dict[
             floats[path] = "its projections are read by a fused kernel, not called"
         elif isinstance(module, (nn.RNNBase, nn.modules.conv._ConvNd)):
             floats[path] = f"dynamic int8 is for linear layers, not {type(module).__name__}"
-    return chosen, floats
+    return chosen, without_kernel(model) | floats
 
 
 _FAST_PATH = "_fast_path_activation"

@@ -20,6 +20,7 @@ from lightning_compress.quantization.calibrate import evaluating
 from lightning_compress.quantization.qat import convert_prepared_, make_probe, refuse_accelerator
 from lightning_compress.quantization.quantize import check_batches, dry_run, quantize_
 from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
+from lightning_compress.quantization.units import explain
 from lightning_compress.targets import Targets
 
 
@@ -118,7 +119,7 @@ class PostTrainingQuantization(Callback):
 
     def report_notes(self) -> list[str]:
         """Lines for the report: which layers stay float, and why."""
-        return [f"{path or 'the module itself'} stays float: {reason}" for path, reason in self._floats.items()]
+        return explain(self._floats)
 
 
 def _way_to_run(probe: pl.LightningModule, batch: Any) -> Callable[[Any, Any], Any]:

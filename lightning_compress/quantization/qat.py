@@ -20,7 +20,7 @@ from lightning_compress.quantization.calls import CallLog, copy_module, quiet_ra
 from lightning_compress.quantization.quantize import nothing_to_quantize
 from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
 from lightning_compress.quantization.traced import Traced
-from lightning_compress.quantization.units import plan_units
+from lightning_compress.quantization.units import explain, plan_units
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window
 
@@ -46,8 +46,7 @@ class QuantizationAwareTraining(CompressionCallback):
         CompressionError: in the constructor for bad arguments; beside `PostTrainingQuantization`; at the window's
             start when no layer can be quantized. Nothing is changed then.
 
-    Hooks: `on_train_batch_start` prepares (the batch is its example, nothing is taken from a loader),
-        `on_train_batch_end` freezes,
+    Hooks: `on_train_batch_start` prepares (the batch is its example, nothing is taken from a loader) and freezes,
     `on_fit_end` converts, as do `on_test_start` and `on_predict_start` for a prepared checkpoint; `validate` stays
     fake-quantized.
 
@@ -123,7 +122,7 @@ class QuantizationAwareTraining(CompressionCallback):
         if not plan.units:
             raise nothing_to_quantize(plan.floats)
         forms.prepare_(pl_module, plan, self.scheme, training=True)
-        self.refresh(trainer, pl_module)
+        self.bring_in_line(trainer, pl_module)
         rebuild_ddp(trainer, pl_module)
         self._floats = dict(plan.floats)
         rank_zero_info(_summary([unit.path for unit in plan.units], plan.floats))
@@ -135,7 +134,7 @@ class QuantizationAwareTraining(CompressionCallback):
                 module.observers_frozen = progress >= self.freeze_observers < 1.0
                 module.batchnorm_frozen = progress >= self.freeze_batchnorm < 1.0
 
-    def refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for averaged in structure.averaged_copies(trainer):
             forms.quantized_like_(averaged, pl_module)
 
@@ -180,8 +179,7 @@ class QuantizationAwareTraining(CompressionCallback):
         return "observers and BatchNorm may not have been frozen. Shorten the window, or train longer."
 
     def report_notes(self) -> list[str]:
-        stayed = [f"{path or 'the module itself'} stays float: {reason}" for path, reason in self._floats.items()]
-        return [*super().report_notes(), *stayed]
+        return [*super().report_notes(), *explain(self._floats)]
 
 
 def convert_prepared_(pl_module: pl.LightningModule) -> None:
@@ -241,4 +239,4 @@ def make_probe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.Lightni
 
 def _summary(units: list[str], floats: dict[str, str]) -> str:
     lines = [f"QuantizationAwareTraining: fake-quantizes {', '.join(path or 'the whole module' for path in units)}."]
-    return "\n".join([*lines, *(f"  {path or 'the module'} stays float: {reason}" for path, reason in floats.items())])
+    return "\n  ".join([*lines, *explain(floats)])

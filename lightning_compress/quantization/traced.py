@@ -134,6 +134,17 @@ class Traced(nn.Module):
         with torch.autocast(device, enabled=False):
             return self.graph(*[tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise CompressionError(
+            "A quantized model can't be pickled: torch's traced form can't. Save it with trainer.save_checkpoint(path) "
+            "and load it with load_compressed(path, model)."
+        )
+
     def keep_frozen_batchnorm_(self) -> None:
         """A BatchNorm that the user had put into evaluation mode stays so when it was fused."""
         for inner, name, outer, _ in self.shared_buffers:
@@ -216,22 +227,12 @@ def unroute_(module: nn.Module) -> None:
         inner.__dict__.pop("qconfig", None)
 
 
-class _Aside(dict[str, Any]):
-    """What an int8 module was. Pickling keeps its float form alone: upstream's prepared one holds closures."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Aside, ({**self, "prepared": None},)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Aside:
-        return _Aside({key: copy.deepcopy(value, memo) for key, value in self.items()})
-
-
 def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | None) -> None:
     """Take what the traced form replaces (``used``) out of the module's tree: the module is as small as it looks.
 
     It is kept aside, with the form that was ``prepared``, for `restore_aside_`.
     """
-    aside = _Aside({"prepared": prepared, "used": used})
+    aside: dict[str, Any] = {"prepared": prepared, "used": used}
     for kind in ("_parameters", "_buffers", "_modules"):
         values: dict[str, Any] = getattr(module, kind)
         aside[kind] = {name: value for name, value in values.items() if name != CHILD}
@@ -250,7 +251,8 @@ def restore_aside_(module: nn.Module) -> nn.Module | None:
     aside = module.__dict__[_ASIDE]
     if aside is None:
         raise CompressionError(
-            f"`{type(module).__name__}` must be float to go on. Received: an int8 form whose float weights are gone."
+            f"The model must be float to train. Received: int8, and the float weights of its {type(module).__name__} "
+            "are gone. Start from a checkpoint that was saved during training."
         )
     del module.__dict__[_ASIDE]
     module._modules.pop(CHILD, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,14 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization import disable_fake_quant
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization.calls import CallLog, copy_tensors, is_below, quiet_random_state
+from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, is_below, quiet_random_state
 from lightning_compress.quantization.flows import fx
 from lightning_compress.quantization.schemes import StaticInt8
 from lightning_compress.quantization.traced import Signature, Traced, canonical
 from lightning_compress.targets import Targets, clean_name, compressible_modules
+
+LIKENESS = 0.8
+"""The least cosine similarity to float of a unit's int8 output on the batch that it was traced with."""
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
@@ -76,6 +79,8 @@ def plan_units(model: nn.Module, log: CallLog, scheme: StaticInt8, targets: Targ
     """
     planner = _Planner(compressible_modules(model), log, scheme, _excluded(model, targets), training)
     planner.visit("")
+    for path, reason in (tied_to_float(model) | without_kernel(model)).items():
+        planner.plan.floats.setdefault(path, reason)
     return planner.plan
 
 
@@ -141,7 +146,8 @@ class _Planner:
             )
         if reason:
             return None, reason
-        self.plan.floats |= {prefix + name: "excluded" for name in floats}
+        tied = tied_to_float(module)
+        self.plan.floats |= {prefix + name: tied.get(name, "excluded") for name in floats}
         unfit = {
             prefix + name: f"no static int8 kernel for {kind}" for name, kind in left.items() if name not in floats
         }
@@ -166,11 +172,52 @@ def _has_kernel(module: nn.Module) -> bool:
     return type(module) in QUANTIZABLE and module._parameters.get("weight") is not None
 
 
+def tied_to_float(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight an embedding or the like owns too, with that as the reason: int8 would only add a copy."""
+    modules = compressible_modules(model)
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    return {
+        path: f"its weight is tied to `{other}`, which stays float"
+        for paths in owners.values()
+        for path in paths
+        for other in paths
+        if _has_kernel(modules[path]) and not _has_kernel(modules[other])
+    }
+
+
+def without_kernel(model: nn.Module) -> dict[str, str]:
+    """Layers that own matrices but are of a type for which there is no int8 kernel, with that as the reason."""
+    found = {}
+    for path, module in compressible_modules(model).items():
+        if is_parametrized(module):
+            found[path] = f"the weight of this {type(module).__name__} is computed by a parametrization"
+        elif isinstance(module, ParametrizationList) or _has_kernel(module):
+            continue
+        elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            found[path] = f"no int8 kernel for {type(module).__name__}"
+    return found
+
+
+def explain(floats: dict[str, str]) -> list[str]:
+    """What stays float, a line each, for the log and the report."""
+    lines = []
+    for path, reason in floats.items():
+        name, reason = f"`{path}`" if path else "the module", reason.partition("\n")[0][:160]
+        whole = reason.startswith("not as a whole")
+        lines.append(f"{name} is quantized layer by layer, {reason}" if whole else f"{name} stays float: {reason}")
+    return lines
+
+
 def _excluded(model: nn.Module, targets: Targets | None) -> set[str]:
     """Paths of quantizable layers that the user's targets leave out."""
     layers = {path: module for path, module in compressible_modules(model).items() if _has_kernel(module)}
+    tied = set(tied_to_float(model))
     if targets is None:
-        return set()
+        return tied
     targets.check_patterns(model)
     chosen = {
         path
@@ -182,7 +229,7 @@ def _excluded(model: nn.Module, targets: Targets | None) -> set[str]:
             f"`targets` must leave a convolution or linear layer to quantize. Received: {targets}. "
             f"The model has {', '.join(list(layers)[:8]) or 'none'}."
         )
-    return set(layers) - chosen
+    return (set(layers) - chosen) | tied
 
 
 def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:
@@ -209,6 +256,7 @@ def verify(
         if not _quantizes_something(traced.graph):
             return "no layer in it can be quantized", {}
         traced.graph.apply(disable_fake_quant)
+        traced.calibrating = True  # so that its int8 form knows the ranges
         for model in (original, twin, traced):
             model.train(mode)
         expected = _run(original, args, kwargs)
@@ -221,15 +269,17 @@ def verify(
             clean_name(names.get(id(child), name)): type(child).__name__
             for name, child in fx.float_layers(traced.graph).items()
         }
-    # Found out now, not when hours of training end.
-    int8 = fx.convert(traced.graph, scheme)
-    if not same_structure(_on_cpu(expected), _run(int8, tuple(_on_cpu(tensors)), {})):
+    # Found out now, not when hours of training end; some int8 kernels of torch compute something else altogether.
+    got = _run(fx.convert(traced.graph, scheme), tuple(_on_cpu(tensors)), {})
+    if not same_structure(_on_cpu(expected), got):
         return "its int8 form gives outputs of another structure", {}
+    if (likeness := cosine(_on_cpu(expected), got)) < LIKENESS:
+        return f"its int8 form computes something else (cosine {likeness:.2f} to float)", {}
     return "", left
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(module)
+    twin = copy_module(module)
     for inner in twin.modules():
         inner._forward_hooks.clear()
     return twin
@@ -253,6 +303,20 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     with torch.no_grad(), quiet_random_state(), torch.autocast(device, enabled=False):
         torch.manual_seed(0)
         return module(*args, **kwargs)
+
+
+def cosine(expected: Any, got: Any) -> float:
+    """Cosine similarity of all floats in two nests of outputs; 1 where there are none, or nothing but zeros."""
+    a, b = (
+        torch.cat([leaf.float().flatten() for leaf in floats] or [torch.zeros(1)])
+        for floats in (
+            [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            for tree in (expected, got)
+        )
+    )
+    if not a.isfinite().all() or not a.any():
+        return 1.0
+    return torch.nn.functional.cosine_similarity(a, b, dim=0).nan_to_num(-1.0).item()
 
 
 def same_structure(expected: Any, got: Any) -> bool:

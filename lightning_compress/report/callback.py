@@ -203,10 +203,19 @@ def _structural_copy(model: nn.Module) -> nn.Module:
     """Copy modules and their attributes, but share the tensors on the CPU and bring the others there."""
     shared = {id(tensor): _on_cpu(tensor) for tensor in (*model.parameters(), *model.buffers())}
     try:
-        return copy.deepcopy(model, shared)
+        return _without_helpers(copy.deepcopy(model, shared))
     except Exception:
         # Not every module can be copied; measuring it as it stands restores it too, only a later change would show.
         return model
+
+
+def _without_helpers(model: nn.Module) -> nn.Module:
+    """Take out what helps in training alone, such as the adapters of a distillation: no user ships it."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if getattr(child, "training_only", False):
+                parent._modules[name] = nn.Module()
+    return model
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def busy_notes(names: Mapping[str, Measurement]) -> Iterator[str]:
             at_batch = f"{name}: latency at batch {' and '.join(sizes)}"
             yield (
                 f"{at_batch} varied by more than {_BUSY:.0%}: the machine was busy. "
-                "Measure again, perhaps with threads=1."
+                f"Measure again{'' if one.threads == 1 else ', perhaps with threads=1'}."
             )
 
 

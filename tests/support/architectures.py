@@ -187,6 +187,21 @@ class AuxiliaryHead(nn.Module):
         return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
 
 
+class UNet(nn.Module):
+    """Down, up by a transposed convolution of kernel 2, and a skip between; torch's int8 kernel for it is wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.bottom = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+        self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
+        self.head = nn.Conv2d(24, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.down(x)
+        return self.head(torch.cat([skip, self.up(self.bottom(skip))], 1))
+
+
 def weight_normed() -> nn.Module:
     return nn.Sequential(weight_norm(nn.Linear(16, 32)), nn.ReLU(), nn.Linear(32, 4))
 

@@ -183,13 +183,15 @@ def convert(prepared: nn.Module, scheme: StaticInt8) -> GraphModule:
     assert isinstance(prepared, GraphModule)
     with upstream_quiet(), _engine(scheme.engine), torch.no_grad(), torch.random.fork_rng():
         graph = copy.deepcopy(prepared).cpu().eval()
-        for name, module in list(graph.named_modules()):
-            if isinstance(module, Opaque):
-                parent, _, leaf = name.rpartition(".")
-                setattr(graph.get_submodule(parent), leaf, module.__dict__["module"].cpu().eval())
+        for module in graph.modules():
             module._forward_hooks.clear()
         observe_weights_(graph, anew=True)
-        return convert_fx(graph)
+        converted = convert_fx(graph)
+    for name, module in list(converted.named_modules()):
+        if isinstance(module, Opaque):
+            parent, _, leaf = name.rpartition(".")
+            setattr(converted.get_submodule(parent), leaf, module.__dict__["module"].cpu().eval())
+    return converted
 
 
 def float_layers(prepared: nn.Module) -> dict[str, nn.Module]:

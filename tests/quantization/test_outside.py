@@ -1,0 +1,137 @@
+"""What models from outside bring that the zoo's rows don't: found by use, each once a failure."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from torch import Tensor, nn
+
+from lightning_compress import CompressionError, QuantizationAwareTraining, ScheduledPruning, load_compressed, quantize
+from lightning_compress.quantization.forms import record_of
+from tests.support.data import TinyData
+from tests.support.modules import Classifier, quiet_trainer
+from tests.support.zoo import row
+
+
+def test_an_int8_kernel_that_computes_something_else_is_not_used() -> None:
+    # torch's x86 kernel of ConvTranspose2d with kernel height 2 gives noise, with no word.
+    unet, (x,) = row("unet").build().eval(), row("unet").inputs()[0]
+    int8 = quantize(unet, calibration=[x]).eval()
+    assert F.cosine_similarity(unet(x).flatten(), int8(x).flatten(), dim=0) > 0.98
+    assert "computes something else" in (record_of(int8) or {})["floats"]["up"]
+
+
+class Keeps(Classifier):
+    """Keeps computed tensors, as Lightning's own examples do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.losses.append(super().training_step(batch, batch_idx))
+        return self.losses[-1]
+
+
+def test_a_module_that_keeps_computed_tensors_can_be_tested_and_quantized(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = quiet_trainer(
+        callbacks=[ScheduledPruning(sparsity=0.5), QuantizationAwareTraining(), save], enable_checkpointing=True
+    )
+    module = Keeps()
+    module.losses.append((module.head.weight * 2).sum())
+    trainer.fit(module, TinyData())
+    trainer.test(module, TinyData(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+
+
+class Matrix(nn.Module):
+    """A layer of the user's own, with a matrix in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_layers_of_the_users_own_are_listed_as_float(scheme: str) -> None:
+    model = nn.Sequential(Matrix(), nn.ReLU(), nn.Linear(16, 4))
+    int8 = quantize(model, scheme, calibration=[torch.randn(8, 16)])
+    assert (record_of(int8) or {})["floats"]["0"] == "no int8 kernel for Matrix"
+
+
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_a_head_that_is_tied_to_an_embedding_stays_float(scheme: str) -> None:
+    # A second, int8 copy of the matrix would make the model larger.
+    model, (ids,) = row("tied").build(), row("tied").inputs()[0]
+    floats = (record_of(quantize(model, scheme, calibration=[(ids,)])) or {})["floats"]
+    assert any("tied to" in reason for reason in floats.values())
+
+
+def test_pickling_a_quantized_model_says_what_to_do_instead() -> None:
+    int8 = quantize(row("mlp").build(), calibration=[torch.randn(8, 16)])
+    with pytest.raises(CompressionError, match=r"save_checkpoint.*load_compressed"):
+        pickle.dumps(int8)
+
+
+class BuiltLate(L.LightningModule):
+    """Builds itself in `configure_model`, and sizes its head by what the checkpoint says."""
+
+    classes = 4
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, self.classes))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.net[2] = nn.Linear(16, len(checkpoint["state_dict"]["net.2.bias"]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_load_compressed_runs_the_modules_own_hooks(tmp_path: Path) -> None:
+    module = BuiltLate()
+    module.classes = 6
+    save = ModelCheckpoint(tmp_path, save_last=True)
+    callbacks = [QuantizationAwareTraining(convert=False), save]
+    quiet_trainer(callbacks=callbacks, enable_checkpointing=True).fit(module, TinyData())
+    again = load_compressed(str(tmp_path / "last.ckpt"), BuiltLate())
+    x = torch.randn(4, 16)
+    assert torch.equal(again.eval()(x), module.eval()(x))
+
+
+def test_the_rich_progress_bar_is_none_of_our_callbacks(tmp_path: Path) -> None:
+    callbacks = [ScheduledPruning(sparsity=0.5), RichProgressBar(), ModelCheckpoint(tmp_path)]
+    options = {"enable_progress_bar": True, "enable_checkpointing": True}
+    quiet_trainer(callbacks=callbacks, **options).fit(Classifier(), TinyData())
+
+
+def test_two_pruning_callbacks_log_under_names_of_their_own() -> None:
+    from lightning_compress import Targets
+
+    callbacks = [
+        ScheduledPruning(sparsity=value, targets=Targets([name])) for name, value in (("body", 0.5), ("head", 0.9))
+    ]
+    trainer = quiet_trainer(callbacks=callbacks, max_epochs=2)
+    trainer.fit(Classifier(), TinyData())
+    assert trainer.callback_metrics["sparsity_0"] == pytest.approx(0.5)
+    assert trainer.callback_metrics["sparsity_1"] == pytest.approx(0.9, abs=0.01)
