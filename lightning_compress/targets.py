@@ -154,7 +154,7 @@ class Targets:
                 targets.append(Target(full, path, parameter, _magnitude(layers[path], full, name)))
             elif reason != "not a weight":
                 skipped[full] = reason
-            elif parameter.dim() > 1:
+            elif parameter.dim() > 1 and not isinstance(layers[path], (nn.LayerNorm, nn.RMSNorm)):
                 skipped[full] = f"{type(layers[path]).__name__} isn't among the targeted types (name it in `types`)"
         if not targets:
             raise CompressionError(

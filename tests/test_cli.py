@@ -82,6 +82,7 @@ def test_other_commands(command: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_modules_of_the_current_folder(own_folder: Path) -> None:
+    sys.modules.pop("my_project", None)  # another test may have one of its own
     (own_folder / "my_project.py").write_text(
         "from tests.support.modules import Classifier\nclass Mine(Classifier):\n    pass\n"
     )

@@ -133,6 +133,7 @@ def test_readme_python(own_folder: Path) -> None:
 def test_readme_yaml(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [block] = blocks("yaml")
     project = "from tests.test_examples import Large, Small\nfrom tests.support.data import TinyData as Data\n"
+    monkeypatch.delitem(sys.modules, "my_project", raising=False)  # another test may have one of its own
     (own_folder / "my_project.py").write_text(project)
     (own_folder / "config.yaml").write_text(block)
     monkeypatch.setattr(sys, "path", [str(own_folder), *sys.path])

@@ -196,7 +196,7 @@ def test_lazy_layers_are_refused_until_they_have_run() -> None:
         (Targets(include=["student.head"]), r"pattern 'student.head'.*Nearest: .*head"),
         (Targets(exclude=["*"]), r"`targets` must select at least one.*Left out: body\.weight \(excluded\)"),
         (Targets(include=["norm"]), r"`targets` must select at least one.*body\.weight \(not included\)"),
-        (Targets(types=[nn.Conv2d]), r"`targets` must select at least one.*Linear.*name them in `types`"),
+        (Targets(types=[nn.Conv2d]), r"`targets` must select at least one.*Linear.*name it in `types`"),
         (Targets(include=[]), r"`targets` must select at least one"),
     ],
     ids=["include typo", "exclude typo", "wrong prefix", "all excluded", "no weights there", "no such type", "none"],

@@ -329,7 +329,7 @@ def test_targets_and_a_scheme_object() -> None:
     ptq = PostTrainingQuantization(StaticInt8(engine="fbgemm"), targets=Targets(exclude=["head"]))
     quiet_trainer(callbacks=[ptq, watch]).test(trained(), TinyData(), verbose=False)
     assert set(seen) == {1}
-    assert any("head stays float: excluded" in note for note in ptq.report_notes())
+    assert any("`head` stays float: excluded" in note for note in ptq.report_notes())
 
 
 def test_memory_is_constant_over_many_tests() -> None:

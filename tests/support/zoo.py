@@ -78,7 +78,6 @@ ZOO: tuple[Row, ...] = (
     Row("inplace_relu", lambda: nets.conv_bn_relu(inplace=True), _IMAGES, "activations are overwritten"),
     Row("functional_dropout", nets.FunctionalDropout, _VECTORS, "`self.training` in forward; draws random numbers"),
     Row("auxiliary_head", nets.AuxiliaryHead, _VECTORS, "output type depends on the mode"),
-    Row("unet", nets.UNet, _IMAGES, "a transposed convolution; maps, not vectors, come out"),
     Row("weight_norm", nets.weight_normed, _VECTORS, "the weight is computed"),
     Row("int_weight", nets.int_weight, _VECTORS, "`weight` is an int, `bias` is None"),
 )
