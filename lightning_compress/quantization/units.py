@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.quantization.agreement import cosine, same_outputs, same_structure
 from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, is_below, quiet_random_state
 from lightning_compress.quantization.flows import fx
 from lightning_compress.quantization.schemes import StaticInt8
@@ -286,9 +287,12 @@ def _without_hooks(module: nn.Module) -> nn.Module:
 
 
 def _on_cpu(tree: Any) -> Any:
-    return pytree.tree_map(
-        lambda leaf: leaf.float().cpu() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree
-    )
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.float().cpu() if leaf.is_floating_point() else leaf.cpu()
+
+    return pytree.tree_map(move, tree)
 
 
 def _quantizes_something(graph: nn.Module) -> bool:
@@ -303,43 +307,3 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     with torch.no_grad(), quiet_random_state(), torch.autocast(device, enabled=False):
         torch.manual_seed(0)
         return module(*args, **kwargs)
-
-
-def cosine(expected: Any, got: Any) -> float:
-    """Cosine similarity of all floats in two nests of outputs; 1 where there are none, or nothing but zeros."""
-    a, b = (
-        torch.cat([leaf.float().flatten() for leaf in floats] or [torch.zeros(1)])
-        for floats in (
-            [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-            for tree in (expected, got)
-        )
-    )
-    if not a.isfinite().all() or not a.any():
-        return 1.0
-    return torch.nn.functional.cosine_similarity(a, b, dim=0).nan_to_num(-1.0).item()
-
-
-def same_structure(expected: Any, got: Any) -> bool:
-    """Whether two nests of outputs have the same containers, shapes and kinds of numbers."""
-    leaves, spec = pytree.tree_flatten(expected)
-    others, other_spec = pytree.tree_flatten(got)
-    return spec == other_spec and all(
-        leaf.shape == other.shape and leaf.is_floating_point() == other.is_floating_point()
-        if isinstance(leaf, Tensor) and isinstance(other, Tensor)
-        else type(leaf) is type(other) and leaf == other
-        for leaf, other in zip(leaves, others, strict=True)
-    )
-
-
-def same_outputs(expected: Any, got: Any, tolerance: float = 1e-3) -> bool:
-    """Whether two nests of outputs agree, floats to a ``tolerance`` (folded BatchNorm rounds otherwise)."""
-    return same_structure(expected, got) and all(
-        _close(leaf.float(), other.float(), tolerance)
-        for leaf, other in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True)
-        if isinstance(leaf, Tensor)
-    )
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    scale = a.abs().nan_to_num(0.0, 0.0, 0.0).amax().item() if a.numel() else 0.0
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(scale, 1e-3), equal_nan=True)

@@ -1,0 +1,51 @@
+"""Whether two nests of outputs (tuples, dicts, tensors) agree: in structure, in values, in direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def cosine(expected: Any, got: Any) -> float:
+    """Cosine similarity of all floats in two nests of outputs; 1 where there are none, or nothing but zeros."""
+    a, b = (
+        torch.cat([leaf.float().flatten() for leaf in floats] or [torch.zeros(1)])
+        for floats in (
+            [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            for tree in (expected, got)
+        )
+    )
+    if not a.isfinite().all() or not a.any():
+        return 1.0
+    return F.cosine_similarity(a, b, dim=0).nan_to_num(-1.0).item()
+
+
+def same_structure(expected: Any, got: Any) -> bool:
+    """Whether two nests of outputs have the same containers, shapes and kinds of numbers."""
+    leaves, spec = pytree.tree_flatten(expected)
+    others, other_spec = pytree.tree_flatten(got)
+    return spec == other_spec and all(
+        leaf.shape == other.shape and leaf.is_floating_point() == other.is_floating_point()
+        if isinstance(leaf, Tensor) and isinstance(other, Tensor)
+        else type(leaf) is type(other) and leaf == other
+        for leaf, other in zip(leaves, others, strict=True)
+    )
+
+
+def same_outputs(expected: Any, got: Any, tolerance: float = 1e-3) -> bool:
+    """Whether two nests of outputs agree: integers exactly, floats to a ``tolerance`` (folded BatchNorm rounds)."""
+    return same_structure(expected, got) and all(
+        _close(leaf, other, tolerance) if leaf.is_floating_point() else torch.equal(leaf, other)
+        for leaf, other in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True)
+        if isinstance(leaf, Tensor)
+    )
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    a, b = a.float(), b.float()
+    scale = a.abs().nan_to_num(0.0, 0.0, 0.0).amax().item() if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(scale, 1e-3), equal_nan=True)
