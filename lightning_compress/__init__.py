@@ -8,7 +8,7 @@ from lightning_compress.distillation import (
     SoftTarget,
 )
 from lightning_compress.errors import CompressionError, MissingExtraError, NoEffectWarning
-from lightning_compress.pruning import ScheduledPruning, prune_
+from lightning_compress.pruning import Rewind, ScheduledPruning, prune_, sparsity
 from lightning_compress.quantization import DynamicInt8, StaticInt8, quantize
 from lightning_compress.quantization.ptq import PostTrainingQuantization
 from lightning_compress.quantization.qat import QuantizationAwareTraining
@@ -35,6 +35,7 @@ __all__ = [
     "Polynomial",
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
+    "Rewind",
     "ScheduledPruning",
     "SoftTarget",
     "StaticInt8",
@@ -46,4 +47,5 @@ __all__ = [
     "measure",
     "prune_",
     "quantize",
+    "sparsity",
 ]

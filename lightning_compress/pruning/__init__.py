@@ -1,6 +1,7 @@
 """Pruning: which weights become zero, and when."""
 
 from lightning_compress.pruning.callback import ScheduledPruning
-from lightning_compress.pruning.prune import prune_
+from lightning_compress.pruning.prune import prune_, sparsity
+from lightning_compress.pruning.rewind import Rewind
 
-__all__ = ["ScheduledPruning", "prune_"]
+__all__ = ["Rewind", "ScheduledPruning", "prune_", "sparsity"]

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
 
 from lightning_compress import structure
-from lightning_compress.callback import CompressionCallback
-from lightning_compress.errors import invalid
-from lightning_compress.pruning.masks import Masks, Scope, applied, check_masks, pack, read_masks, sparsity_of, unpack
-from lightning_compress.pruning.prune import apply_masks_, check_arguments, check_dim, magnitudes_of, next_masks
+from lightning_compress.callback import CompressionCallback, look
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.pruning import rewind as rewinding
+from lightning_compress.pruning.budget import Scope
+from lightning_compress.pruning.followers import norm_paths, norms_after
+from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
+from lightning_compress.pruning.methods import Masks, pruned
+from lightning_compress.pruning.pruner import Pruner, make_recipe
+from lightning_compress.pruning.rewind import Rewind
 from lightning_compress.schedules import Polynomial, Schedule
-from lightning_compress.targets import Targets, clean_name
-from lightning_compress.window import Window
+from lightning_compress.targets import Targets
+from lightning_compress.window import Window, fit_length
+
+HISTORY_POINTS = 100
+"""How many points of time the history of a fit holds at most, about."""
+
+
+class Snapshot(NamedTuple):
+    """Sparsity after some optimizer step: overall, and by parameter name."""
+
+    step: int
+    sparsity: float
+    by_layer: dict[str, float]
 
 
 class ScheduledPruning(CompressionCallback):
@@ -24,27 +44,42 @@ class ScheduledPruning(CompressionCallback):
 
     Masks only grow. They live in this callback (and in its checkpoint state), never in the model: after each optimizer
     step the weights are multiplied by them in place, so a forward pass costs nothing extra and the keys of
-    ``state_dict`` stay as they are. Zeros alone make no dense kernel faster and no file smaller; the report says so.
+    ``state_dict`` stay as they are. Gradients and optimizer moments of pruned weights are zero too. Zeros alone make no
+    dense kernel faster and no file smaller; the report says so.
 
     Args:
-        method: ``l1_unstructured``, ``random_unstructured``, ``ln_structured``, ``random_structured``,
+        method: ``l1_unstructured`` (magnitude), ``random_unstructured``, ``ln_structured``, ``random_structured``,
             ``custom_from_mask``, or the import path of a `torch.nn.utils.prune.BasePruningMethod` subclass.
         sparsity: the fraction of the original weights that is zero at the end, in [0, 1); left out where the method
-            fixes it.
+            or ``n_m`` fixes it.
         scope: ``global`` ranks all targeted weights together, ``layer`` each tensor by itself.
         schedule: how sparsity grows over the window.
-        window: when.
+        window: when. Masks grow at every ``every_n_steps``-th step of it and are frozen after it.
         targets: which weights; by default those of all trainable convolution, linear, recurrent and attention layers.
-        dim: structured methods: whose slices are the units; 0 is filters and rows. Exclude the output layer from these.
+        overrides: pattern of a layer's path to a final fraction of its own; the last match wins. With scope ``global``
+            the other layers make up the difference, so that ``sparsity`` holds for all together.
+        max_layer_sparsity: scope ``global``: no layer without an override is pruned more than this.
+        n_m: ``"2:4"``: of every 4 consecutive weights along a layer's input dimension 2 stay, the larger ones. Layers
+            whose inputs don't divide into such groups stay dense and are listed.
+        dim: structured methods: whose slices are the units; 0 is filters and rows, of which bias and following
+            BatchNorm are silenced too. Exclude the output layer from these.
         norm: ``ln_structured``: the norm's order.
         mask_file: ``custom_from_mask``: a file that ``torch.save({parameter name: mask}, ...)`` wrote.
+        rewind: whether, and to where, all other weights go back when some were pruned.
+        best_is_sparse: whether a `ModelCheckpoint` is to forget scores from before the window's end, so that its best
+            model is one of the final sparsity.
+        progress_bar: whether the progress bar shows the sparsity.
         seed: of the random methods; the global generators aren't touched, and all ranks draw the same.
 
     Raises:
-        CompressionError: in the constructor for bad arguments, at fit start for targets that match nothing.
+        CompressionError: in the constructor for bad arguments, at fit start for targets that match nothing or a budget
+            that they can't meet.
 
-    Hooks: `on_fit_start` finds the targets, each optimizer step applies the masks, `on_train_batch_end` grows them:
-    before validation and saving, so a monitored metric belongs to the weights that are saved.
+    Logs ``sparsity`` whenever masks grow, and ``sparsity/<parameter>`` for each weight at the end of each epoch.
+
+    Hooks: `on_fit_start` finds the targets, `on_before_optimizer_step` masks the gradients, each optimizer step
+    the weights; `on_train_batch_end` grows the masks: before validation and saving, so a monitored metric belongs
+    to the weights that are saved.
 
     Example:
         >>> pruning = ScheduledPruning("l1_unstructured", sparsity=0.9, schedule=Polynomial(power=3))
@@ -60,71 +95,142 @@ class ScheduledPruning(CompressionCallback):
         sparsity: float | None = None,
         scope: Scope = "global",
         schedule: Schedule = Polynomial(),  # noqa: B008  frozen
-        window: Window = Window(0.1, 0.75),  # noqa: B008  frozen
+        window: Window = Window(0.1, 0.75, every_n_steps=10),  # noqa: B008  frozen
         targets: Targets = Targets(),  # noqa: B008  frozen
+        overrides: Mapping[str, float] | None = None,
+        max_layer_sparsity: float = 1.0,
+        n_m: str | None = None,
         dim: int = 0,
         norm: float = 2.0,
         mask_file: str | None = None,
+        rewind: Rewind | None = None,
+        best_is_sparse: bool = False,
+        progress_bar: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(window)
-        self.rule = check_arguments(method, sparsity, scope, dim, norm)
+        self.recipe = make_recipe(method, sparsity, scope, targets, overrides, max_layer_sparsity, n_m, dim, norm)
         if (mask_file is not None) != (method == "custom_from_mask"):
             raise invalid("mask_file", "be given with method='custom_from_mask', and only then", mask_file)
         self.sparsity = sparsity
-        self.scope: Scope = scope
         self.schedule = schedule
-        self.targets = targets
         self.mask_file = mask_file
+        self.rewind = rewind
+        self.best_is_sparse = best_is_sparse
+        self.progress_bar = progress_bar
         self.seed = seed
+        self.history: list[Snapshot] = []
         self._masks: Masks = {}
-        self._weights: dict[str, Tensor] = {}
-        self._magnitudes: dict[str, tuple[str, Tensor]] = {}
-        self._applied: Masks = {}
         self._given: Masks | None = None
         self._skipped: dict[str, str] = {}
+        self._first = True
+        self._pruner: Pruner | None = None
+        self._kept: rewinding.Kept | None = None
+        self._rewind_step = 0
         self._model: weakref.ref[nn.Module] | None = None
 
     @property
     def masks(self) -> Masks:
         """Parameter name to bool mask, False where pruned; kept after the fit."""
-        return self._masks
+        return self._masks if self._pruner is None else self._pruner.masks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and (self._model is None or self._model() is not pl_module):
+        if stage != "fit":
+            return
+        self.history, self._kept = [], None
+        if self._model is None or self._model() is not pl_module:
             self._masks, self._model = {}, weakref.ref(pl_module)
             restored = structure.restored_state(pl_module, self.state_key)
             if restored is not None:
                 self._masks = unpack(restored["masks"])
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        selection = self.targets.select(pl_module)
-        weights: dict[str, Tensor] = {target.name: target.parameter for target in selection.targets}
-        self._magnitudes = magnitudes_of(selection.targets)
-        check_dim(self.rule, weights)
-        given = read_masks(self.mask_file) if self.mask_file is not None else None
-        if given is not None:
-            check_masks(given, weights)
-        self._masks = check_masks(self._masks, weights)
-        self._applied = applied(self._masks, self._magnitudes)
-        self._weights = weights
-        self._given = given
-        self._skipped = selection.skipped
-        if selection.skipped:
-            lines = [f"  {name}: {reason}" for name, reason in selection.skipped.items()]
-            rank_zero_info("\n".join([f"ScheduledPruning prunes {len(weights)} tensors and leaves out:", *lines]))
+        pruner = Pruner(self.recipe, pl_module, self._masks)
+        if self.mask_file is not None:
+            self._given = check_masks(read_masks(self.mask_file), pruner.weights)
+        self._pruner, self._skipped, self._first = pruner, pruner.skipped, True
+        if pruner.skipped:
+            lines = [f"  {name}: {reason}" for name, reason in pruner.skipped.items()]
+            rank_zero_info(
+                "\n".join([f"ScheduledPruning prunes {len(pruner.weights)} tensors and leaves out:", *lines])
+            )
+
+    @property
+    def pruner(self) -> Pruner:
+        if self._pruner is None:
+            raise CompressionError("ScheduledPruning has no weights before a fit starts.")
+        return self._pruner
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.rewind is not None and self._bounds is None:
+            length = fit_length(trainer)
+            self._rewind_step = self.rewind.step(*length)
+            rewinding.check_rounds(self._rewind_step, self.window.bounds(*length), self.window, self.schedule)
+        self._keep_if_due(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
+
+    def _keep_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.rewind is not None and self._kept is None and self._step == self._rewind_step:
+            self._kept = rewinding.keep(pl_module, trainer.optimizers)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._looks_for_norms(pl_module):
+            try:
+                found = look(trainer, pl_module, batch, batch_idx, norms_after)
+            except CompressionError as error:
+                rank_zero_warn(f"ScheduledPruning: only BatchNorms in an nn.Sequential are silenced. {error}")
+                return
+            self.pruner.follow(pl_module, {norm: layers for one in found for norm, layers in one.items()})
+            self.bring_in_line(trainer, pl_module)
+
+    def _looks_for_norms(self, pl_module: pl.LightningModule) -> bool:
+        first, self._first = self._first, False
+        return first and self.recipe.rule.structured and bool(norm_paths(pl_module))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self.pruner.apply_to_gradients_()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._keep_if_due(trainer, pl_module)
 
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
-        goal = None if self.sparsity is None else self.schedule.value(progress, self.sparsity)
-        start = check_masks(self._given, self._weights) if self._given is not None else self._masks
-        grown = next_masks(self._weights, start, goal, self.rule, self.scope, self.seed + self._step)
-        # All ranks hold the same weights and seed; a user's own rule may still draw from elsewhere.
-        self._masks = trainer.strategy.broadcast(grown) if trainer.world_size > 1 else grown
-        self._applied = applied(self._masks, self._magnitudes)
+        self._keep_if_due(trainer, pl_module)
+        pruner, before = self.pruner, pruned(self.masks.values())
+        if self._given is not None:
+            pruner.masks = self._given
+        else:
+            pruner.grow_(self.schedule.value(progress, 1.0), self.seed + self._step)
+        if trainer.world_size > 1:
+            # All ranks hold the same weights and seed; a user's own rule may still draw from elsewhere.
+            pruner.masks = trainer.strategy.broadcast(pruner.masks)
+        if self._kept is not None and pruned(pruner.masks.values()) > before:
+            rewinding.put_back_(self._kept, pl_module, trainer.optimizers)
+            rank_zero_info(
+                f"ScheduledPruning: {sparsity_of(pruner.masks):.1%} of the weights are zero at step {self._step}; the "
+                f"others are back at step {self._rewind_step}."
+            )
         self.bring_in_line(trainer, pl_module)
+        self._remember(at_end=progress >= 1.0)
+        if progress >= 1.0 and self.best_is_sparse:
+            forget_scores(trainer)
         if self._step:
-            pl_module.log(self._logged_name(trainer), sparsity_of(self._masks))
+            pl_module.log(self._logged_name(trainer), sparsity_of(pruner.masks), prog_bar=self.progress_bar)
+
+    def _remember(self, at_end: bool) -> None:
+        """Note the sparsity of every layer where it has moved on visibly."""
+        now = sparsity_of(self.masks)
+        last = self.history[-1].sparsity if self.history else None
+        if last is None or now - last >= 1 / HISTORY_POINTS or (at_end and now > last):
+            by_layer = {name: sparsity_of({name: mask}) for name, mask in self.masks.items()}
+            self.history.append(Snapshot(self._step, now, by_layer))
 
     def _logged_name(self, trainer: pl.Trainer) -> str:
         """``sparsity``, numbered where several callbacks prune."""
@@ -132,45 +238,64 @@ class ScheduledPruning(CompressionCallback):
         pruning = [callback for callback in callbacks if isinstance(callback, ScheduledPruning)]
         return "sparsity" if len(pruning) == 1 else f"sparsity_{pruning.index(self)}"
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        prefix = self._logged_name(trainer)
+        pl_module.log_dict({f"{prefix}/{name}": sparsity_of({name: mask}) for name, mask in self.masks.items()})
+
     def after_optimizer_step(self) -> None:
-        apply_masks_({**self._weights, **dict(self._magnitudes.values())}, self._applied)
+        self.pruner.apply_()
 
     def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._weights:
-            self.after_optimizer_step()
+        if self._pruner is not None:
+            self._pruner.apply_()
+            self._pruner.apply_to_moments_(trainer.optimizers)
             for copy in structure.averaged_copies(trainer):
-                apply_masks_(_named_weights(copy), self._applied)
+                self._pruner.apply_to_(copy)
 
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)
-        self._weights, self._magnitudes = {}, {}
+        self._masks, self._pruner, self._kept = self.masks, None, None
 
     def unfinished(self) -> str:
-        return f"sparsity is {sparsity_of(self._masks):.3f}, not {self.sparsity}. Shorten the window, or train longer."
+        goal = self.recipe.budget.sparsity  # Known for N:M too.
+        return f"sparsity is {sparsity_of(self.masks):.3f}, not {goal}. Shorten the window, or train longer."
 
     def report_notes(self) -> list[str]:
         notes = [*super().report_notes(), *(f"{name} isn't pruned: {why}" for name, why in self._skipped.items())]
-        if self._masks and not self.rule.structured:
+        if self.masks and not self.recipe.rule.structured:
             notes.append(
-                f"ScheduledPruning: {sparsity_of(self._masks):.1%} of the targeted weights are zero; zeros alone make "
+                f"ScheduledPruning: {sparsity_of(self.masks):.1%} of the targeted weights are zero; zeros alone make "
                 "dense kernels no faster and plain files no smaller."
             )
         return notes
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(method=self.rule.name, targets=repr(self.targets))
+        return self._generate_state_key(method=self.recipe.method, targets=repr(self.recipe.targets))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "masks": pack(self._masks)}
+        history = [[point.step, point.sparsity, point.by_layer] for point in self.history]
+        rewind = {"rewind_step": self._rewind_step, "kept": self._kept}
+        return {**super().state_dict(), "masks": pack(self.masks), "history": history, **rewind}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._masks = unpack(state_dict["masks"])
+        self.history = [Snapshot(*point) for point in state_dict["history"]]
+        self._rewind_step, self._kept = state_dict["rewind_step"], state_dict["kept"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_model": None, "_weights": {}, "_magnitudes": {}}
+        return {**super().__getstate__(), "_model": None, "_masks": self.masks, "_pruner": None}
 
 
-def _named_weights(module: nn.Module) -> dict[str, Tensor]:
-    return {clean_name(name): parameter for name, parameter in module.named_parameters(remove_duplicate=False)}
+def forget_scores(trainer: pl.Trainer) -> None:
+    """Give what `ModelCheckpoint` holds as best so far the worst of scores, so that the next one is better.
+
+    It then replaces the files of the forgotten scores by its own rules.
+    """
+    for checkpoint in trainer.checkpoint_callbacks:
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_k_models:
+            worst = torch.tensor(torch.inf if checkpoint.mode == "min" else -torch.inf)
+            checkpoint.best_k_models = dict.fromkeys(checkpoint.best_k_models, worst)
+            checkpoint.kth_value = checkpoint.best_model_score = worst

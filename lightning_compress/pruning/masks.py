@@ -1,136 +1,15 @@
-"""Mask arithmetic: from sparsity and weights to masks, exact to one element. Pure; nothing is changed in place."""
+"""Masks as data: counted, checked, read from a file, packed into bits for a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_compress.errors import CompressionError, invalid, nearest
-from lightning_compress.pruning.methods import Rule
-
-Scope = Literal["global", "layer"]
-Masks = dict[str, Tensor]
-"""Parameter name to a bool tensor of the parameter's shape; False is pruned."""
-
-
-def grow(
-    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: float, rule: Rule, scope: Scope
-) -> Masks:
-    """Masks at ``sparsity`` in which everything that ``masks`` prune stays pruned.
-
-    ``global`` prunes round(sparsity * N) of all N elements, ``layer`` the same of each tensor; structured rules take
-    whole units, the nearest number, and leave every tensor at least one. Where ``masks`` already prune more, they stay
-    as they are.
-
-    Args:
-        weights: name to weight tensor.
-        masks: name to bool mask.
-        sparsity: fraction of the elements that is pruned afterwards, counted in masked elements.
-        rule: decides which go.
-        scope: ``global`` or ``layer``.
-    """
-    if rule.fixes_sparsity:
-        return {name: rule.mask(weight, masks[name], 0) for name, weight in weights.items()}
-    if scope == "layer":
-        step = _grow_units if rule.structured else _grow_elements
-        return {name: step(weight, masks[name], sparsity, rule) for name, weight in weights.items()}
-    return (
-        _grow_global_units(weights, masks, sparsity, rule)
-        if rule.structured
-        else _grow_global(weights, masks, sparsity, rule)
-    )
-
-
-def _missing(mask: Tensor, sparsity: float) -> int:
-    return round(sparsity * mask.numel()) - int(mask.numel() - mask.sum())
-
-
-def _grow_elements(weight: Tensor, mask: Tensor, sparsity: float, rule: Rule) -> Tensor:
-    amount = _missing(mask, sparsity)
-    return rule.mask(weight, mask, amount) if amount > 0 else mask
-
-
-def _kept_units(mask: Tensor, dim: int) -> Tensor:
-    return mask.movedim(dim, 0).flatten(1).any(dim=1)
-
-
-def _grow_units(weight: Tensor, mask: Tensor, sparsity: float, rule: Rule) -> Tensor:
-    kept = _kept_units(mask, rule.dim)
-    goal = min(round(sparsity * len(kept)), len(kept) - 1)
-    amount = goal - int(len(kept) - kept.sum())
-    return rule.mask(weight, mask, amount) if amount > 0 else mask
-
-
-def _grow_global(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: float, rule: Rule) -> Masks:
-    """One ranking over all that is still kept, as one long vector."""
-    total = sum(mask.numel() for mask in masks.values())
-    kept = torch.cat([weight[masks[name]] for name, weight in weights.items()])
-    amount = round(sparsity * total) - (total - kept.numel())
-    if amount <= 0:
-        return dict(masks)
-    keep = rule.mask(kept, torch.ones_like(kept, dtype=torch.bool), amount)
-    grown, start = {}, 0
-    for name in weights:
-        grown[name] = masks[name].clone()
-        size = int(masks[name].sum())
-        grown[name][masks[name]] = keep[start : start + size]
-        start += size
-    return grown
-
-
-def _grow_global_units(
-    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], sparsity: float, rule: Rule
-) -> Masks:
-    """Takes the lowest units of all layers until the masked elements are nearest to the goal."""
-    names = list(weights)
-    kept = [_kept_units(masks[name], rule.dim).cpu() for name in names]
-    sizes = [masks[name].numel() // len(units) for name, units in zip(names, kept, strict=True)]
-    total = sum(mask.numel() for mask in masks.values())
-    missing = round(sparsity * total) - sum(int((~units).sum()) * size for units, size in zip(kept, sizes, strict=True))
-    ranked = sorted(
-        (float(score), layer, unit)
-        for layer, name in enumerate(names)
-        for unit, score in enumerate(rule.unit_scores(weights[name]).cpu())
-        if kept[layer][unit]
-    )
-    for _, layer, unit in ranked:
-        if missing < sizes[layer] / 2:
-            break
-        if kept[layer].sum() > 1:
-            kept[layer][unit] = False
-            missing -= sizes[layer]
-    return {name: _unit_mask(masks[name], units, rule.dim) for name, units in zip(names, kept, strict=True)}
-
-
-def _unit_mask(mask: Tensor, units: Tensor, dim: int) -> Tensor:
-    shape = [1] * mask.dim()
-    shape[dim] = -1
-    return mask & units.to(mask.device).view(shape)
-
-
-def applied(masks: Mapping[str, Tensor], magnitudes: Mapping[str, tuple[str, Tensor]]) -> Masks:
-    """The masks as they are multiplied in: a unit of a weight norm that is pruned whole has its magnitude zeroed.
-
-    Its direction stays, as weight norm divides by the direction's length.
-
-    Args:
-        masks: name to bool mask.
-        magnitudes: name of a direction to name and tensor of its magnitudes, of size 1 along all dimensions but the
-            units'.
-    """
-    masks = dict(masks)
-    for name, (magnitude_name, magnitude) in magnitudes.items():
-        alive = masks[name]
-        for dim, size in enumerate(magnitude.shape):
-            alive = alive.any(dim=dim, keepdim=True) if size == 1 else alive
-        alive = alive if magnitude.dim() else alive.any()
-        if not bool(alive.all()):
-            masks[magnitude_name] = alive
-            masks[name] = masks[name] | ~alive
-    return masks
+from lightning_compress.pruning.methods import Masks, pruned
 
 
 def sparsity_of(masks: Mapping[str, Tensor]) -> float:
@@ -141,7 +20,7 @@ def sparsity_of(masks: Mapping[str, Tensor]) -> float:
         0.5
     """
     total = sum(mask.numel() for mask in masks.values())
-    return 1.0 - sum(int(mask.sum()) for mask in masks.values()) / total if total else 0.0
+    return pruned(masks.values()) / total if total else 0.0
 
 
 def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Masks:

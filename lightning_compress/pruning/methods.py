@@ -1,14 +1,16 @@
 """Pruning rules: a name or an import path becomes a rule that decides which elements or units go next.
 
-All rules run through `torch.nn.utils.prune.BasePruningMethod.compute_mask`, so that a user's subclass is a rule like
-any other.
+Magnitudes are ranked by our own exact selection. All other rules run through
+`torch.nn.utils.prune.BasePruningMethod.compute_mask`, so that a user's subclass is a rule like any other.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +18,11 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from lightning_compress.errors import CompressionError, invalid, nearest
+from lightning_compress.pruning.groups import Pattern
+from lightning_compress.pruning.smallest import take_smallest
+
+Masks = dict[str, Tensor]
+"""Parameter name to a bool tensor of the parameter's shape; False is pruned."""
 
 NAMED: dict[str, type[prune.BasePruningMethod]] = {
     "random_unstructured": prune.RandomUnstructured,
@@ -26,41 +33,101 @@ NAMED: dict[str, type[prune.BasePruningMethod]] = {
 }
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A pruning rule with its settings.
+class Rule(ABC):
+    """Decides what goes next.
 
     Attributes:
-        name: as the user wrote it.
-        cls: the torch rule that computes the masks.
-        dim: for structured rules, the dimension whose slices are the units.
-        norm: for ``ln_structured``, the order of the norm.
+        structured: whether it takes whole units.
+        fixes_sparsity: whether it decides itself how much goes.
+        compares_layers: whether it can rank several tensors together.
     """
 
-    name: str
+    structured = False
+    fixes_sparsity = False
+    compares_layers = True
+
+    @abstractmethod
+    def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
+        """Masks in which ``goal`` elements are pruned, ranked over all of ``weights`` together.
+
+        What ``masks`` (which may name more) prune stays pruned; where they prune more than ``goal`` already, they stay
+        as they are.
+        """
+
+    def unit(self, weight: Tensor) -> int:
+        """How many elements go at once."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Smallest(Rule):
+    """The smallest magnitudes (``l1_unstructured``), if a pattern is given only as far as it allows.
+
+    Args:
+        pattern: N:M.
+        dims: with a pattern, the input dimension of each weight.
+    """
+
+    pattern: Pattern | None = None
+    dims: Mapping[str, int] = field(default_factory=dict)
+
+    def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
+        missing = round(goal) - pruned(masks[name] for name in weights)
+        if missing <= 0:
+            return {name: masks[name] for name in weights}
+        allowed = None
+        if self.pattern is not None:
+            allowed = [self.pattern.smallest(weights[name], masks[name], self.dims[name]) for name in weights]
+            left = sum(int((masks[name] & may).sum()) for name, may in zip(weights, allowed, strict=True))
+            if missing >= left:
+                return {name: masks[name] & ~may for name, may in zip(weights, allowed, strict=True)}
+        grown = take_smallest([*weights.values()], [masks[name] for name in weights], missing, allowed)
+        return dict(zip(weights, grown, strict=True))
+
+
+@dataclass(frozen=True)
+class Given(Rule):
+    """The masks as they are given (``custom_from_mask``)."""
+
+    fixes_sparsity = True
+
+    def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
+        return {name: masks[name] for name in weights}
+
+
+@dataclass(frozen=True)
+class TorchRule(Rule):
+    """A rule of torch, or a user's, that takes single elements or masks of its own.
+
+    Args:
+        cls: computes the masks.
+    """
+
     cls: type[prune.BasePruningMethod]
-    dim: int = 0
-    norm: float = 2.0
 
     @property
-    def structured(self) -> bool:
-        return bool(self.cls.PRUNING_TYPE == "structured")  # type: ignore[attr-defined]
-
-    @property
-    def fixes_sparsity(self) -> bool:
-        """Whether the rule itself decides how much goes, as masks from a file do."""
+    def fixes_sparsity(self) -> bool:  # type: ignore[override]
         return "amount" not in inspect.signature(self.cls.__init__).parameters
 
-    def mask(self, tensor: Tensor, mask: Tensor, amount: int) -> Tensor:
-        """``mask`` with ``amount`` more elements (or units along ``dim``) of ``tensor`` taken out.
+    def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
+        if self.fixes_sparsity:
+            return {name: self._mask(weight, masks[name], 0) for name, weight in weights.items()}
+        missing = round(goal) - pruned(masks[name] for name in weights)
+        if missing <= 0:
+            return {name: masks[name] for name in weights}
+        if len(weights) == 1:
+            [(name, weight)] = weights.items()
+            return {name: self._mask(weight, masks[name], missing)}
+        # One ranking over all that is still kept, as one long vector.
+        kept = torch.cat([weight[masks[name]] for name, weight in weights.items()])
+        keep = self._mask(kept, torch.ones_like(kept, dtype=torch.bool), missing)
+        parts = keep.split([int(masks[name].sum()) for name in weights])
+        return {name: masks[name].masked_scatter(masks[name], part) for name, part in zip(weights, parts, strict=True)}
 
-        Args:
-            tensor: the weights, any shape.
-            mask: bool, same shape; False is pruned and stays so.
-            amount: how many, of those that ``mask`` still keeps; ignored by a rule that fixes its own sparsity.
-        """
-        given = {"amount": amount, "dim": self.dim, "n": self.norm}
+    def _mask(self, tensor: Tensor, mask: Tensor, amount: int, **settings: Any) -> Tensor:
+        """``mask`` with ``amount`` more taken out of what it still keeps."""
         accepted = inspect.signature(self.cls.__init__).parameters
+        given = {"amount": amount, **settings}
         method = self.cls(**{name: value for name, value in given.items() if name in accepted})
         # The container hands the rule only what is still kept, so nothing is pruned twice.
         container = prune.PruningContainer()
@@ -69,28 +136,107 @@ class Rule:
         grown: Tensor = container.compute_mask(tensor, mask.to(tensor.dtype))
         return grown.bool() & mask
 
-    def unit_scores(self, tensor: Tensor) -> Tensor:
-        """One score for each unit along ``dim``, comparable between layers: the norm over the unit's size."""
-        units = tensor.movedim(self.dim, 0).flatten(1)
+
+@dataclass(frozen=True)
+class Units(TorchRule):
+    """A structured rule: whole slices along ``dim`` go, the nearest number; every tensor keeps at least one.
+
+    Args:
+        cls: computes the masks of one tensor.
+        dim: the dimension whose slices are the units.
+        norm: for ``ln_structured``, the order of the norm.
+    """
+
+    structured = True
+
+    dim: int = 0
+    norm: float = 2.0
+
+    @property
+    def compares_layers(self) -> bool:  # type: ignore[override]
+        return self.cls in (prune.LnStructured, prune.RandomStructured)
+
+    def unit(self, weight: Tensor) -> int:
+        return weight.numel() // weight.shape[self.dim]
+
+    def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
+        if len(weights) > 1 and not self.fixes_sparsity:
+            return self._grow_together(weights, masks, goal)
+        return {name: self._grow_alone(weight, masks[name], goal) for name, weight in weights.items()}
+
+    def _grow_alone(self, weight: Tensor, mask: Tensor, goal: float) -> Tensor:
+        kept = self.alive(mask)
+        goal_units = min(round(goal / self.unit(weight)), len(kept) - 1)
+        amount = 0 if self.fixes_sparsity else goal_units - int((~kept).sum())
+        if amount <= 0 and not self.fixes_sparsity:
+            return mask
+        return self._mask(weight, mask, amount, dim=self.dim, n=self.norm)
+
+    def _grow_together(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
+        """Takes the lowest units of all layers until the masked elements are nearest to the goal."""
+        names = list(weights)
+        kept = [self.alive(masks[name]).cpu() for name in names]
+        sizes = [self.unit(weights[name]) for name in names]
+        missing = round(goal) - sum(int((~units).sum()) * size for units, size in zip(kept, sizes, strict=True))
+        ranked = sorted(
+            (float(score), layer, unit)
+            for layer, name in enumerate(names)
+            for unit, score in enumerate(self._scores(weights[name]).cpu())
+            if kept[layer][unit]
+        )
+        for _, layer, unit in ranked:
+            if missing < sizes[layer] / 2:
+                break
+            if kept[layer].sum() > 1:
+                kept[layer][unit] = False
+                missing -= sizes[layer]
+        return {name: masks[name] & self._spread(units, masks[name]) for name, units in zip(names, kept, strict=True)}
+
+    def alive(self, mask: Tensor) -> Tensor:
+        """For each unit, whether anything of it is kept."""
+        return mask.movedim(self.dim, 0).flatten(1).any(dim=1)
+
+    def _spread(self, units: Tensor, mask: Tensor) -> Tensor:
+        shape = [1] * mask.dim()
+        shape[self.dim] = -1
+        return units.to(mask.device).view(shape)
+
+    def _scores(self, weight: Tensor) -> Tensor:
+        """One score for each unit, comparable between layers: the norm over the unit's size."""
+        units = weight.movedim(self.dim, 0).flatten(1)
         if self.cls is prune.RandomStructured:
-            return torch.rand(len(units), device=tensor.device)
+            return torch.rand(len(units), device=weight.device)
         norms: Tensor = torch.linalg.vector_norm(units.float(), ord=self.norm, dim=1)
         size = units.shape[1]
         return norms / (size ** (1 / self.norm) if self.norm else size)
 
 
-def resolve(method: str, dim: int = 0, norm: float = 2.0) -> Rule:
+def pruned(masks: Iterable[Tensor]) -> int:
+    """How many elements ``masks`` prune."""
+    return sum(mask.numel() - int(mask.sum()) for mask in masks)
+
+
+def resolve(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None) -> Rule:
     """The rule of a name in `NAMED`, or of the import path of a `BasePruningMethod` subclass.
 
     Raises:
-        CompressionError: no such name, nothing at that path, or it isn't a `BasePruningMethod`.
+        CompressionError: no such name, nothing at that path, it isn't a `BasePruningMethod`, or it can't follow N:M.
 
     Example:
         >>> resolve("ln_structured", dim=0, norm=1.0).structured
         True
     """
-    if method in NAMED:
-        return Rule(method, NAMED[method], dim, norm)
+    cls = NAMED[method] if method in NAMED else _imported(method)
+    if n_m is not None and cls is not prune.L1Unstructured:
+        raise invalid("n_m", f"be left out with method={method!r}; N:M goes by magnitude ('l1_unstructured')", n_m)
+    if cls is prune.L1Unstructured:
+        return Smallest(None if n_m is None else Pattern.parse(n_m))
+    if cls is prune.CustomFromMask:
+        return Given()
+    return Units(cls, dim, norm) if cls.PRUNING_TYPE == "structured" else TorchRule(cls)  # type: ignore[attr-defined]
+
+
+def _imported(method: str) -> type[prune.BasePruningMethod]:
     if "." not in method:
         raise invalid("method", "be a pruning rule or the import path of one", method, nearest(method, NAMED))
     module, _, name = method.rpartition(".")
@@ -104,4 +250,4 @@ def resolve(method: str, dim: int = 0, norm: float = 2.0) -> Rule:
         raise CompressionError(
             f"`method` must set PRUNING_TYPE to 'unstructured', 'structured' or 'global'. Received: {method}."
         )
-    return Rule(method, cls, dim, norm)
+    return cls

@@ -1,17 +1,21 @@
-"""`prune_`: one pruning event on any module, no Trainer needed."""
+"""`prune_` and `sparsity`: one pruning event on any module, no Trainer needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_compress.errors import CompressionError, invalid
-from lightning_compress.pruning.masks import Masks, Scope, applied, check_masks, grow
-from lightning_compress.pruning.methods import Rule, resolve
-from lightning_compress.targets import Target, Targets
+from lightning_compress.errors import invalid
+from lightning_compress.inputs import bind_example
+from lightning_compress.pruning.budget import Scope
+from lightning_compress.pruning.followers import norm_paths, norms_after, norms_in_sequence
+from lightning_compress.pruning.methods import Masks
+from lightning_compress.pruning.pruner import Pruner, make_recipe, own_random_state
+from lightning_compress.quantization.calls import copy_module
+from lightning_compress.targets import Targets
 
 
 def prune_(
@@ -21,26 +25,40 @@ def prune_(
     scope: Scope = "global",
     targets: Targets | None = None,
     *,
+    overrides: Mapping[str, float] | None = None,
+    max_layer_sparsity: float = 1.0,
+    n_m: str | None = None,
     dim: int = 0,
     norm: float = 2.0,
     masks: Mapping[str, Tensor] | None = None,
+    inputs: Any = None,
     seed: int = 0,
 ) -> Masks:
     """Zero the least important weights of ``model`` in place and return the masks.
 
     Exactly ``round(sparsity * N)`` of the N targeted weights are masked (``scope="global"``), or of each tensor's
-    (``scope="layer"``); structured methods take whole slices along ``dim``, the nearest number.
+    (``scope="layer"``); structured methods take whole slices along ``dim``, the nearest number. With ``dim=0`` these
+    are filters and rows, and what would still speak for them is zeroed too: the layer's bias, and the channel of a
+    BatchNorm or InstanceNorm that takes the layer's output.
 
     Args:
         model: any module.
-        sparsity: the fraction to mask, in [0, 1); None for a method that fixes it itself.
-        method: ``random_unstructured``, ``l1_unstructured``, ``random_structured``, ``ln_structured``,
+        sparsity: the fraction to mask, in [0, 1); None for a method that fixes it itself, and with ``n_m``.
+        method: ``l1_unstructured`` (magnitude), ``random_unstructured``, ``ln_structured``, ``random_structured``,
             ``custom_from_mask``, or the import path of a `torch.nn.utils.prune.BasePruningMethod` subclass.
         scope: rank all targeted weights together, or each tensor by itself.
         targets: which weights; by default those of all trainable conv, linear, recurrent and attention layers.
-        dim: structured methods: the dimension whose slices are the units; 0 is filters and rows.
+        overrides: pattern of a layer's path to a fraction of its own; the last match wins. With scope ``global`` the
+            other layers make up the difference.
+        max_layer_sparsity: scope ``global``: no layer without an override is pruned more than this.
+        n_m: ``"2:4"``: of every 4 consecutive weights along the input dimension the 2 smallest go, and sparsity is
+            ``1 - 2 / 4``. Layers whose inputs don't divide into such groups stay dense.
+        dim: structured methods: the dimension whose slices are the units.
         norm: ``ln_structured``: the norm's order.
         masks: what is pruned already and stays so; with ``custom_from_mask``, the masks themselves.
+        inputs: structured methods: example inputs, by which a norm that follows a layer is found (a tuple holds
+            the arguments, a dict the keywords); by default the model's ``example_input_array``. Without them only
+            norms that stand in an `nn.Sequential` are.
         seed: of the random methods; the global generators aren't touched.
 
     Returns:
@@ -54,83 +72,64 @@ def prune_(
         >>> masks = prune_(model, 0.75)
         >>> sum(int((~mask).sum()) for mask in masks.values())
         72
+        >>> sparsity(model)
+        0.75
+
+    References:
+        Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (arXiv:2104.08378), for N:M.
     """
-    rule = check_arguments(method, sparsity, scope, dim, norm)
-    if rule.name == "custom_from_mask" and masks is None:
+    recipe = make_recipe(method, sparsity, scope, targets or Targets(), overrides, max_layer_sparsity, n_m, dim, norm)
+    if method == "custom_from_mask" and masks is None:
         raise invalid("masks", "be given for method='custom_from_mask'", None, "Pass masks={name: mask}.")
-    found = (targets or Targets()).select(model).targets
-    weights: dict[str, Tensor] = {target.name: target.parameter for target in found}
-    check_dim(rule, weights)
-    grown = next_masks(weights, check_masks(masks or {}, weights), sparsity, rule, scope, seed)
-    magnitudes = magnitudes_of(found)
-    apply_masks_({**weights, **dict(magnitudes.values())}, applied(grown, magnitudes))
-    return grown
+    pruner = Pruner(recipe, model, masks or {})
+    if recipe.rule.structured:
+        _follow_norms(pruner, model, inputs, seed)
+    pruner.grow_(1.0, seed)
+    pruner.apply_()
+    return pruner.masks
 
 
-def magnitudes_of(targets: Iterable[Target]) -> dict[str, tuple[str, Tensor]]:
-    """Names of the targets that are a weight norm's direction, each with name and tensor of its magnitudes."""
-    return {target.name: target.magnitude for target in targets if target.magnitude is not None}
+def _follow_norms(pruner: Pruner, model: nn.Module, inputs: Any, seed: int) -> None:
+    """Look on a copy which norms follow the targets, so that nothing of the model runs."""
+    example = getattr(model, "example_input_array", None) if inputs is None else inputs
+    if example is None:
+        if norm_paths(model) - norms_in_sequence(model).keys():
+            warnings.warn(
+                "prune_: which BatchNorms follow the pruned layers isn't known without example inputs, so these may "
+                "still put out a constant for pruned units. Pass `inputs`.",
+                stacklevel=3,
+            )
+        return
+    probe = copy_module(model).eval()
+    args, kwargs = bind_example(example, next(model.parameters()).device)
+    with own_random_state(seed):
+        pruner.follow(model, norms_after(probe, lambda: probe(*args, **kwargs)))
 
 
-def next_masks(
-    weights: Mapping[str, Tensor], masks: Masks, sparsity: float | None, rule: Rule, scope: Scope, seed: int
-) -> Masks:
-    """`masks.grow` under a random state of its own."""
-    if rule.name == "custom_from_mask":
-        return masks
-    with torch.no_grad(), own_random_state(seed):
-        return grow(weights, masks, sparsity or 0.0, rule, scope)
+def sparsity(model: nn.Module, targets: Targets | None = None) -> float:
+    """The fraction of the targeted weights that is zero, each tensor counted once.
 
-
-@torch.no_grad()
-def apply_masks_(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Multiply each weight by its mask, in place; one that is inf or NaN stays so.
+    Args:
+        model: any module.
+        targets: which weights; by default those of all trainable conv, linear, recurrent and attention layers.
 
     Example:
-        >>> weight = torch.ones(3)
-        >>> apply_masks_({"w": weight}, {"w": torch.tensor([True, False, True])})
-        >>> weight
-        tensor([1., 0., 1.])
+        >>> import torch
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.weight.data = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        >>> sparsity(layer)
+        0.75
     """
-    names = [name for name in masks if name in weights]
-    if names:
-        torch._foreach_mul_([weights[name] for name in names], [masks[name] for name in names])
+    by_layer = layer_sparsities(model, targets)
+    return sum(zeros for zeros, _ in by_layer.values()) / sum(total for _, total in by_layer.values())
 
 
-def check_arguments(method: str, sparsity: float | None, scope: str, dim: int, norm: float) -> Rule:
-    """The rule, once all that can be checked without a model has been.
-
-    Raises:
-        CompressionError: an argument is out of range, or sparsity and method don't go together.
-    """
-    rule = resolve(method, dim, norm)
-    if rule.fixes_sparsity and sparsity is not None:
-        raise invalid("sparsity", f"be left out: method={method!r} fixes it itself", sparsity)
-    if not rule.fixes_sparsity:
-        if sparsity is None:
-            raise invalid("sparsity", f"be given for method={method!r}", sparsity, "0.9 zeroes nine weights of ten.")
-        if not 0.0 <= sparsity < 1.0:
-            raise invalid("sparsity", "lie in [0, 1)", sparsity, "It is the fraction of weights that become zero.")
-    if scope not in ("global", "layer"):
-        raise invalid("scope", "be 'global' or 'layer'", scope)
-    if scope == "global" and rule.structured and rule.name not in ("ln_structured", "random_structured"):
-        raise invalid("scope", f"be 'layer' for method={method!r}, whose units compare within a layer only", scope)
-    return rule
-
-
-def check_dim(rule: Rule, weights: Mapping[str, Tensor]) -> None:
-    """Raise if a structured rule's ``dim`` isn't a dimension of some weight."""
-    for name, weight in weights.items() if rule.structured else ():
-        if not -weight.dim() <= rule.dim < weight.dim():
-            raise CompressionError(
-                f"`dim` must be a dimension of every target. Received: dim={rule.dim} for {name} of shape "
-                f"{tuple(weight.shape)}. Exclude the layer, or choose another dim."
-            )
-
-
-@contextmanager
-def own_random_state(seed: int) -> Iterator[None]:
-    """Draw from a state of our own, and put the global ones back."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+def layer_sparsities(model: nn.Module, targets: Targets | None = None) -> dict[str, tuple[int, int]]:
+    """Name of each targeted weight to its zeros and its elements; with a weight norm, zeros of the weight itself."""
+    counts = {}
+    for target in (targets or Targets()).select(model).targets:
+        weight: Tensor = target.parameter
+        if target.magnitude is not None:
+            weight = weight * target.magnitude[1]
+        counts[target.name] = int((weight == 0).sum()), weight.numel()
+    return counts

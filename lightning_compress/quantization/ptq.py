@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress import structure
-from lightning_compress.callback import refuse_strategy, restore_modes_, training_modes, without_logging
+from lightning_compress.callback import make_probe, refuse_strategy, restore_modes_, training_modes, without_logging
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calibrate import evaluating
-from lightning_compress.quantization.qat import convert_prepared_, make_probe, refuse_accelerator
+from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator
 from lightning_compress.quantization.quantize import check_batches, dry_run, quantize_
 from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
 from lightning_compress.quantization.units import explain

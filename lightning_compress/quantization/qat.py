@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -12,11 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_compress import structure
-from lightning_compress.callback import CompressionCallback, restore_modes_, training_modes
+from lightning_compress.callback import CompressionCallback, look, restore_modes_, training_modes
 from lightning_compress.errors import CompressionError, invalid
-from lightning_compress.inputs import run_step
 from lightning_compress.quantization import forms
-from lightning_compress.quantization.calls import CallLog, copy_module, quiet_random_state, record_calls
+from lightning_compress.quantization.calls import CallLog, record_calls
 from lightning_compress.quantization.quantize import nothing_to_quantize
 from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
 from lightning_compress.quantization.traced import Traced
@@ -102,8 +100,12 @@ class QuantizationAwareTraining(CompressionCallback):
             raise invalid("precision", "keep weights in float32", trainer.precision, "Use 'bf16-mixed' or '32-true'.")
         self._modes = training_modes(pl_module)
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and forms.form_of(pl_module) == "converted":
-            forms.revert_(pl_module)
+        if stage == "fit":
+            if forms.form_of(pl_module) == "converted":
+                forms.revert_(pl_module)
+            for module in pl_module.modules():
+                if isinstance(module, Traced):
+                    module.thaw_batchnorm_()
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.targets is not None:
@@ -117,7 +119,9 @@ class QuantizationAwareTraining(CompressionCallback):
         self._freeze(pl_module)
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        log = _look(trainer, pl_module, batch, batch_idx)
+        log = CallLog()
+        for seen in look(trainer, pl_module, batch, batch_idx, record_calls):
+            log.merge(seen)
         plan = plan_units(pl_module, log, self.scheme, self.targets, training=True)
         if not plan.units:
             raise nothing_to_quantize(plan.floats)
@@ -205,36 +209,6 @@ def rebuild_ddp(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         strategy.model = pl_module
         strategy.configure_ddp()
-
-
-def _look(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> CallLog:
-    """What the module's own training step and forward call, seen on a deep copy, so that nothing is left behind."""
-    probe = make_probe(trainer, pl_module)
-    looks: list[Callable[[], Any]] = [lambda: run_step(probe, batch)]
-    if pl_module.automatic_optimization:
-        looks.insert(0, lambda: probe.training_step(batch, batch_idx))
-    log, errors = CallLog(), []
-    with quiet_random_state(), trainer.precision_plugin.train_step_context():
-        for look in looks:
-            # Forward need not be what the step calls, and a manual step can't be tried: one of the two is enough.
-            try:
-                log.merge(record_calls(probe, look))
-            except Exception as error:
-                errors.append(f"{type(error).__name__}: {error}")
-    if len(errors) == len(looks):
-        raise CompressionError(
-            f"The module must run one batch for a look at what it calls. Received: {'; '.join(errors)}. "
-            "Set `example_input_array`, or define `calibration_step(batch)` on the module."
-        )
-    return log
-
-
-def make_probe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
-    """A deep copy whose steps can be run without a trace: it logs nothing, and its metrics are its own."""
-    probe = copy_module(pl_module)
-    probe.__dict__["log"] = probe.__dict__["log_dict"] = lambda *args, **kwargs: None
-    probe._trainer = trainer
-    return probe
 
 
 def _summary(units: list[str], floats: dict[str, str]) -> str:

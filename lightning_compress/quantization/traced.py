@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.ao.nn.intrinsic.qat import freeze_bn_stats
 from torch.ao.quantization import disable_observer, enable_observer
 from torch.utils import _pytree as pytree
 
@@ -127,7 +126,7 @@ class Traced(nn.Module):
             self.graph.apply(enable_observer if observe else disable_observer)
             self._observing = observe
         if self.batchnorm_frozen and self.training:
-            self.graph.apply(freeze_bn_stats)
+            self.graph.apply(freeze_batchnorm_)
         device = tensors[0].device.type if tensors else "cpu"
         if not torch.is_autocast_enabled(device):
             return self.graph(*tensors)
@@ -151,8 +150,16 @@ class Traced(nn.Module):
             if name == "running_mean" and not outer.training:
                 for module in self.graph.modules():
                     if getattr(module, "bn", None) is inner:
-                        module.apply(freeze_bn_stats)
+                        freeze_batchnorm_(module)
                 inner.eval()
+
+    def thaw_batchnorm_(self) -> None:
+        """Let the statistics of fused BatchNorms move again, but for those that the user had frozen."""
+        fused: Any
+        for fused in self.graph.modules():
+            if hasattr(fused, "update_bn_stats"):
+                fused.update_bn_stats()
+        self.keep_frozen_batchnorm_()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self.is_int8:
@@ -172,6 +179,12 @@ def refuse_to_move(fn: Callable[[Tensor], Tensor]) -> None:
             f"An int8 model must stay on the CPU, with float32 around it. Received: a move to {moved.device}, "
             f"{moved.dtype}. Use Trainer(accelerator='cpu'), or fit again to train the float model on."
         )
+
+
+def freeze_batchnorm_(module: Any) -> None:
+    """Stop the statistics of a layer with a fused BatchNorm."""
+    if hasattr(module, "freeze_bn_stats"):
+        module.freeze_bn_stats()
 
 
 def share_buffers(traced: Traced, parent: nn.Module) -> None:

@@ -33,12 +33,14 @@ class Row:
         make: a new callback.
         yaml: the same as LightningCLI reads it.
         bad: settings that must be refused, and the words of the error.
+        changes: tensors beside its targets that it changes by design.
     """
 
     name: str
     make: Callable[[], Callback]
     yaml: dict[str, object]
     bad: tuple[tuple[dict[str, object], str], ...] = ()
+    changes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -75,6 +77,7 @@ ROWS = (
                 "targets": {"include": ["body"], "exclude": ["head"], "types": ["torch.nn.Linear"]},
             },
         },
+        changes=("body.bias", "norm.weight", "norm.bias"),
     ),
     Row(
         "qat",

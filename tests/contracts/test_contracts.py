@@ -154,7 +154,7 @@ def test_non_targets_stay_bit_identical(row: Row) -> None:
     if isinstance(row.make(), QuantizationAwareTraining):
         return  # the int8 model has other tensors; that its parameters are the same objects is tested in its room
     after = snapshot(module)
-    others = [key for key in before if key.endswith("bias") or key == "norm.weight"]
+    others = {key for key in before if key.endswith("bias") or key == "norm.weight"} - {*row.changes}
     assert others
     assert_same_state({key: before[key] for key in others}, {key: after[key] for key in others})
 
@@ -236,7 +236,7 @@ class Modes(Callback):
 
 @each_row
 @other_folder
-@pytest.mark.filterwarnings("ignore:Found 1 module")  # in eval mode: that is the test
+@pytest.mark.filterwarnings("ignore:Found [12] module")  # in eval mode: that is the test
 def test_evaluation_puts_every_modules_mode_back(row: Row, tmp_path: Path) -> None:
     fit([row.make()], tmp_path)
     module = Classifier()

@@ -185,7 +185,9 @@ def test_a_weights_only_checkpoint_brings_the_masks_back(tmp_path: Path) -> None
 def test_without_the_callback_a_masked_checkpoint_trains_on(tmp_path: Path) -> None:
     fitted(tmp_path, pruner(), every_epoch(tmp_path / "all"))
     module = fitted(tmp_path / "again", every_epoch(tmp_path / "again"), ckpt_path=tmp_path / "all" / "epoch=1.ckpt")
-    assert zeros(module) == 0  # as nobody holds the masks any more
+    saved = read(tmp_path / "all" / "epoch=1.ckpt")["state_dict"]
+    # Nobody holds the masks any more; only what gets no gradient stays zero.
+    assert zeros(module) < 0.5 * count_zeros(saved[name] for name in WEIGHTS)[0]
 
 
 def test_load_compressed_brings_masks_for_the_next_fit(tmp_path: Path) -> None:

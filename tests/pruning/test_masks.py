@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from lightning_compress import CompressionError
-from lightning_compress.pruning.masks import check_masks, grow, pack, read_masks, sparsity_of, unpack
+from lightning_compress.pruning.budget import Budget
+from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
 from lightning_compress.pruning.methods import NAMED, resolve
 
 SHAPES = st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)
@@ -50,6 +52,10 @@ def test_packing_a_mask_that_is_not_contiguous() -> None:
     assert torch.equal(unpack(pack({"a": mask}))["a"], mask)
 
 
+def grow(weights: dict[str, Tensor], masks: dict[str, Tensor], sparsity: float, scope: Any) -> dict[str, Tensor]:
+    return Budget(sparsity, scope).grow(resolve("l1_unstructured"), weights, masks, {})
+
+
 @given(
     st.lists(SHAPES, min_size=1, max_size=3), st.floats(0, 0.99), st.floats(0, 0.99), st.booleans(), st.integers(0, 9)
 )
@@ -60,11 +66,11 @@ def test_growing_keeps_what_is_pruned_and_is_exact(
     generator = torch.Generator().manual_seed(seed)
     weights = {str(i): torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)}
     masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    rule, scope = resolve("l1_unstructured"), "global" if everywhere else "layer"
-    early = grow(weights, masks, low, rule, scope)  # type: ignore[arg-type]
+    scope = "global" if everywhere else "layer"
+    early = grow(weights, masks, low, scope)
     # The weights move between two events.
     moved = {name: torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
-    late = grow(moved, early, high, rule, scope)  # type: ignore[arg-type]
+    late = grow(moved, early, high, scope)
     for name in weights:
         assert not (late[name] & ~early[name]).any()
         if scope == "layer":
@@ -78,14 +84,14 @@ def test_growing_to_less_than_there_is_changes_nothing() -> None:
     weight = torch.arange(1.0, 11.0)
     mask = weight > 8
     for scope in ("global", "layer"):
-        grown = grow({"a": weight}, {"a": mask}, 0.5, resolve("l1_unstructured"), scope)  # type: ignore[arg-type]
+        grown = grow({"a": weight}, {"a": mask}, 0.5, scope)
         assert torch.equal(grown["a"], mask)
 
 
 def test_masked_elements_are_counted_and_not_zeros() -> None:
     # Half of the weights happen to be zero before anything is pruned.
     weight = torch.tensor([0.0, 0.0, 3.0, 4.0])
-    grown = grow({"a": weight}, {"a": torch.ones(4, dtype=torch.bool)}, 0.25, resolve("l1_unstructured"), "global")
+    grown = grow({"a": weight}, {"a": torch.ones(4, dtype=torch.bool)}, 0.25, "global")
     assert int((~grown["a"]).sum()) == 1
 
 

@@ -29,6 +29,7 @@ from torch.fx import GraphModule, Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_compress.quantization.flows.fused import guard_, unguard_
 from lightning_compress.quantization.schemes import StaticInt8, needs_reduced_range
 from lightning_compress.quantization.traced import Signature
 
@@ -174,6 +175,7 @@ def prepare(graph: GraphModule, scheme: StaticInt8, *, training: bool, floats: C
     with upstream_quiet(), _engine(scheme.engine), torch.random.fork_rng():
         graph.train(training)
         prepared = (prepare_qat_fx if training else prepare_fx)(graph, mapping, example, config)
+        guard_(prepared)
     # Upstream leaves some of the weights' observers on the CPU.
     return prepared.to(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))
 
@@ -186,6 +188,7 @@ def convert(prepared: nn.Module, scheme: StaticInt8) -> GraphModule:
         for module in graph.modules():
             module._forward_hooks.clear()
         observe_weights_(graph, anew=True)
+        unguard_(graph)
         converted = convert_fx(graph)
     for name, module in list(converted.named_modules()):
         if isinstance(module, Opaque):

@@ -1,0 +1,122 @@
+"""Budgets: how many weights of which layer go, and masks that grow to just that many. Pure; nothing is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_compress.errors import CompressionError, invalid, nearest
+from lightning_compress.pruning.methods import Masks, Rule, pruned
+from lightning_compress.targets import Target, matches
+
+Scope = Literal["global", "layer"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is pruned at the end, as fractions of the original weights.
+
+    Args:
+        sparsity: of all weights together (scope ``global``), or of each (scope ``layer``); None where the rule
+            fixes it.
+        scope: whether the weights share one budget.
+        overrides: pattern of a layer's path to its own fraction; the last match wins. With scope ``global`` the other
+            layers make up the difference, so that ``sparsity`` holds for all together.
+        max_layer_sparsity: scope ``global``: no layer that shares the budget is pruned more than this.
+    """
+
+    sparsity: float | None
+    scope: Scope = "global"
+    overrides: Mapping[str, float] | None = None
+    max_layer_sparsity: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+            raise invalid("sparsity", "lie in [0, 1)", self.sparsity, "It is the fraction of weights that become zero.")
+        if self.scope not in ("global", "layer"):
+            raise invalid("scope", "be 'global' or 'layer'", self.scope)
+        for pattern, fraction in (self.overrides or {}).items():
+            if not 0.0 <= fraction < 1.0:
+                raise invalid("overrides", "hold fractions in [0, 1)", {pattern: fraction})
+        if not 0.0 < self.max_layer_sparsity <= 1.0:
+            raise invalid("max_layer_sparsity", "lie in (0, 1]", self.max_layer_sparsity)
+        if self.max_layer_sparsity < 1.0 and self.scope == "layer":
+            raise invalid("max_layer_sparsity", "be left out with scope='layer'", self.max_layer_sparsity)
+        if self.sparsity is None and (self.overrides or self.max_layer_sparsity < 1.0):
+            name = "overrides" if self.overrides else "max_layer_sparsity"
+            raise invalid(name, "be left out where the method fixes the sparsity itself", getattr(self, name))
+
+    def of_layers(self, targets: Iterable[Target]) -> dict[str, float]:
+        """The fractions that overrides give, by parameter name.
+
+        Raises:
+            CompressionError: a pattern matches no targeted layer.
+        """
+        targets = tuple(targets)
+        found: dict[str, float] = {}
+        for pattern, fraction in (self.overrides or {}).items():
+            names = [target.name for target in targets if matches(target.layer, pattern)]
+            if not names:
+                near = nearest(pattern, [target.layer for target in targets])
+                raise invalid("overrides", "match layers that are targeted", pattern, near)
+            found.update(dict.fromkeys(names, fraction))
+        return found
+
+    def check(self, weights: Mapping[str, Tensor], own: Mapping[str, float]) -> None:
+        """Raise if what overrides and cap leave can't hold the whole budget."""
+        if self.sparsity is None or self.scope == "layer":
+            return
+        total = round(self.sparsity * sum(weight.numel() for weight in weights.values()))
+        left = total - sum(round(own[name] * weights[name].numel()) for name in own)
+        room = sum(self._most(weight) for name, weight in weights.items() if name not in own)
+        if not 0 <= left <= room:
+            raise CompressionError(
+                f"`sparsity` must be within reach of the layers that share it. Received: sparsity={self.sparsity}, "
+                f"which asks them for {left:,} zeros, where `overrides` and `max_layer_sparsity` leave 0 to {room:,}. "
+                "Change one of the three."
+            )
+
+    def _most(self, weight: Tensor, unit: int = 1) -> int:
+        return math.floor(self.max_layer_sparsity * weight.numel()) // unit * unit
+
+    def grow(
+        self, rule: Rule, weights: Mapping[str, Tensor], masks: Masks, own: Mapping[str, float], fraction: float = 1.0
+    ) -> Masks:
+        """Masks at ``fraction`` of the budget in which everything that ``masks`` prune stays pruned.
+
+        ``global`` prunes round(fraction * sparsity * N) of all N elements, ``layer`` the same of each tensor;
+        structured rules take the nearest number of whole units. Where ``masks`` already prune more, they stay as
+        they are.
+
+        Args:
+            rule: decides which go.
+            weights: name to weight tensor.
+            masks: name to bool mask.
+            own: name to its own fraction, where it has one.
+            fraction: how much of the budget is due, in [0, 1].
+        """
+        if self.sparsity is None or rule.fixes_sparsity:
+            return rule.grow(weights, masks, 0)
+        alone = {**dict.fromkeys(weights, self.sparsity), **own} if self.scope == "layer" else own
+        grown: Masks = {}
+        for name, goal in alone.items():
+            grown |= rule.grow({name: weights[name]}, masks, fraction * goal * weights[name].numel())
+        shared = [name for name in weights if name not in alone]
+        left = round(fraction * self.sparsity * sum(weight.numel() for weight in weights.values()))
+        left -= pruned(grown.values())
+        while shared:
+            ranked = rule.grow({name: weights[name] for name in shared}, masks, left)
+            most = {name: self._most(weights[name], rule.unit(weights[name])) for name in shared}
+            over = [name for name in shared if pruned([ranked[name]]) > most[name]]
+            grown |= ranked
+            if self.max_layer_sparsity == 1.0 or not over:
+                break
+            for name in over:
+                grown |= rule.grow({name: weights[name]}, masks, most[name])
+                left -= pruned([grown[name]])
+            shared = [name for name in shared if name not in over]
+        return {name: grown[name] for name in weights}

@@ -1,0 +1,163 @@
+"""What goes with a weight: magnitudes of a weight norm, and biases and norm channels of units that are pruned whole.
+
+A filter whose weights are zero still puts out its bias, and a BatchNorm after it ``beta - gamma * mean / std``.
+Only where these are zero too is a removed unit silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from lightning_compress.targets import Target, clean_name, compressible_modules
+
+Producers = dict[str, list[str]]
+"""Path of a norm to the paths of the layers whose outputs it normalises."""
+
+
+@dataclass(frozen=True)
+class Follower:
+    """A tensor with one entry for each unit of some weights; an entry goes when its unit is gone from all of them.
+
+    Attributes:
+        name: of the parameter.
+        parameter: the tensor itself.
+        leaders: names of the weights, each with the shape that its mask is reduced to: 1 in all but that of
+            the units.
+        magnitude: whether it is a weight norm's. It then goes in place of the weight, which is a direction: its length
+            is divided by, so it can't be zero.
+    """
+
+    name: str
+    parameter: Tensor
+    leaders: tuple[tuple[str, tuple[int, ...]], ...]
+    magnitude: bool = False
+
+    def mask(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Where this tensor stays, of its own shape."""
+        kept = [reduce_mask(masks[name], shape).reshape(self.parameter.shape) for name, shape in self.leaders]
+        return torch.stack(kept).any(0)
+
+
+def reduce_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Whether anything is kept, along every dimension in which ``shape`` is 1."""
+    for dim, size in enumerate(shape):
+        mask = mask.any(dim=dim, keepdim=True) if size == 1 else mask
+    return mask
+
+
+def magnitudes(targets: Iterable[Target]) -> list[Follower]:
+    """The magnitudes of the targets that are a weight norm's direction."""
+    found = []
+    for target in targets:
+        if target.magnitude is not None:
+            name, parameter = target.magnitude
+            shape = tuple(parameter.shape) or (1,) * target.parameter.dim()
+            found.append(Follower(name, parameter, ((target.name, shape),), magnitude=True))
+    return found
+
+
+def silenced(model: nn.Module, targets: Iterable[Target], dim: int, producers: Producers) -> list[Follower]:
+    """What must be zero with a unit so that the unit is silent: its layer's bias, its channel of the norms after it.
+
+    Args:
+        model: the module that the targets are of.
+        targets: the weights whose slices along ``dim`` are pruned whole.
+        dim: of the units.
+        producers: what `norms_after` found.
+    """
+    modules = compressible_modules(model)
+    by_layer = {target.layer: target for target in targets if _is_output(modules[target.layer], target, dim)}
+    found = []
+    for path, target in by_layer.items():
+        bias = getattr(modules[path], "in_proj_bias" if "in_proj" in target.name else "bias", None)
+        if isinstance(bias, nn.Parameter) and bias.numel() == target.parameter.shape[dim]:
+            name = "in_proj_bias" if "in_proj" in target.name else "bias"
+            found.append(Follower(f"{path}.{name}".lstrip("."), bias, (_leader(target, dim),)))
+    for norm, layers in producers.items():
+        if all(layer in by_layer for layer in layers):
+            leaders = tuple(_leader(by_layer[layer], dim) for layer in layers)
+            for name, parameter in modules[norm].named_parameters(recurse=False):
+                found.append(Follower(f"{norm}.{name}", parameter, leaders))
+    return found
+
+
+def _is_output(layer: nn.Module, target: Target, dim: int) -> bool:
+    """Whether the slices along ``dim`` are the layer's outputs, so that bias and output have an entry for each."""
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+        return False  # A gate's row adds to what another matrix brings.
+    outputs = 0
+    if isinstance(layer, _ConvTransposeNd):
+        if layer.groups > 1:
+            return False
+        outputs = 1
+    return dim % target.parameter.dim() == outputs
+
+
+def _leader(target: Target, dim: int) -> tuple[str, tuple[int, ...]]:
+    shape = [1] * target.parameter.dim()
+    shape[dim] = target.parameter.shape[dim]
+    return target.name, tuple(shape)
+
+
+def norm_paths(model: nn.Module) -> set[str]:
+    """The norms with an own scale and shift for each channel."""
+    modules = compressible_modules(model).items()
+    return {path for path, module in modules if isinstance(module, _NormBase) and module.affine}
+
+
+def norms_after(model: nn.Module, run: Callable[[], Any]) -> Producers:
+    """Which layers feed each BatchNorm or InstanceNorm of ``model``, seen while ``run`` runs it.
+
+    A norm that something else than a module's output reaches isn't listed.
+    """
+    made: dict[int, tuple[Tensor, str]] = {}  # The tensors are held, so that no other gets their id.
+    fed: dict[str, set[str]] = {}
+    handles = []
+
+    def watch_output(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                made[id(output)] = (output, path)
+
+        return hook
+
+    def watch_input(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            fed.setdefault(path, set()).add(made[id(args[0])][1] if args and id(args[0]) in made else "")
+
+        return hook
+
+    for path, module in compressible_modules(model).items():
+        if isinstance(module, _NormBase) and module.affine:
+            handles.append(module.register_forward_pre_hook(watch_input(path)))
+        elif not any(True for _ in module.children()):
+            handles.append(module.register_forward_hook(watch_output(path)))
+    try:
+        # Compiled submodules run as written, so that the calls inside them are seen.
+        with torch.compiler.set_stance("force_eager"), torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {norm: sorted(layers) for norm, layers in fed.items() if "" not in layers}
+
+
+def norms_in_sequence(model: nn.Module) -> Producers:
+    """The norms that stand right after a layer in an `nn.Sequential`, which needs no run to know."""
+    found: Producers = {}
+    for path, module in model.named_modules():
+        if type(module) is nn.Sequential:
+            for (before, _), (name, norm) in pairwise(module.named_children()):
+                if isinstance(norm, _NormBase) and norm.affine:
+                    found.setdefault(clean_name(f"{path}.{name}".lstrip(".")), []).append(
+                        clean_name(f"{path}.{before}".lstrip("."))
+                    )
+    return found

@@ -1,0 +1,221 @@
+"""`Pruner`: masks on the weights of one model, and everything that must be zero along with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.optim import Optimizer
+
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.pruning import followers
+from lightning_compress.pruning.budget import Budget, Scope
+from lightning_compress.pruning.followers import Producers
+from lightning_compress.pruning.masks import check_masks
+from lightning_compress.pruning.methods import Masks, Rule, Smallest, resolve
+from lightning_compress.targets import Selection, Targets, clean_name, compressible_modules
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is pruned and how much of it, checked as far as that goes without a model.
+
+    Attributes:
+        method: as the user wrote it.
+        rule: decides which weights go.
+        budget: how many.
+        targets: of which.
+    """
+
+    method: str
+    rule: Rule
+    budget: Budget
+    targets: Targets
+
+
+def make_recipe(
+    method: str,
+    sparsity: float | None,
+    scope: Scope,
+    targets: Targets,
+    overrides: Mapping[str, float] | None,
+    max_layer_sparsity: float,
+    n_m: str | None,
+    dim: int,
+    norm: float,
+) -> Recipe:
+    """The recipe of `prune_`'s arguments.
+
+    Raises:
+        CompressionError: one is out of range, or two don't go together.
+    """
+    rule = resolve(method, dim, norm, n_m)
+    fixed = f"method={method!r}" if rule.fixes_sparsity else f"n_m={n_m!r}" if n_m is not None else ""
+    if fixed and sparsity is not None:
+        raise invalid("sparsity", f"be left out: {fixed} fixes it itself", sparsity)
+    if not fixed and sparsity is None:
+        raise invalid("sparsity", f"be given for method={method!r}", sparsity, "0.9 zeroes nine weights of ten.")
+    budget = Budget(sparsity, scope, overrides, max_layer_sparsity)
+    if isinstance(rule, Smallest) and rule.pattern is not None:
+        budget = replace(budget, sparsity=1 - rule.pattern.n / rule.pattern.m)
+    if scope == "global" and not rule.compares_layers:
+        raise invalid("scope", f"be 'layer' for method={method!r}, whose units compare within a layer only", scope)
+    return Recipe(method, rule, budget, targets)
+
+
+class Pruner:
+    """The masks of one model's weights; grows them and brings weights, gradients and moments in line with them.
+
+    Args:
+        recipe: what is pruned, and how much.
+        model: whose weights they are; nothing in it is changed yet.
+        masks: what is pruned already, by parameter name.
+
+    Raises:
+        CompressionError: no weight is targeted, or recipe and masks don't fit the weights.
+
+    Attributes:
+        masks: parameter name to bool mask, False where pruned.
+        weights: the targeted parameters by name.
+        skipped: names of what isn't targeted, each with the reason.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        selection = recipe.targets.select(model)
+        self.rule = recipe.rule
+        if isinstance(self.rule, Smallest) and self.rule.pattern is not None:
+            self.rule, selection = _in_groups(self.rule, self.rule.pattern.m, selection, model)
+        self.targets = selection.targets
+        self.skipped = selection.skipped
+        self.weights: dict[str, Tensor] = {target.name: target.parameter for target in self.targets}
+        _check_dim(self.rule, self.weights)
+        self.budget = recipe.budget
+        self._own = self.budget.of_layers(self.targets)
+        self.budget.check(self.weights, self._own)
+        self._followers = followers.magnitudes(self.targets)
+        self._applied: Masks = {}
+        self._tensors: dict[str, Tensor] = {}
+        self.masks = check_masks(masks, self.weights)
+        self.follow(model, followers.norms_in_sequence(model))
+
+    def follow(self, model: nn.Module, producers: Producers) -> None:
+        """Silence biases and the norms after pruned units too, where whole units are pruned."""
+        if self.rule.structured:
+            dim: int = self.rule.dim  # type: ignore[attr-defined]
+            self._followers = [
+                *followers.magnitudes(self.targets),
+                *followers.silenced(model, self.targets, dim, producers),
+            ]
+        self.masks = self.masks
+
+    @property
+    def masks(self) -> Masks:
+        return self._masks
+
+    @masks.setter
+    def masks(self, masks: Masks) -> None:
+        self._masks = masks
+        whole = dict(masks)
+        self._tensors = dict(self.weights)
+        for follower in self._followers:
+            kept = follower.mask(masks)
+            self._tensors[follower.name], whole[follower.name] = follower.parameter, kept
+            if follower.magnitude:
+                [(name, shape)] = follower.leaders
+                whole[name] = whole[name] | ~kept.reshape(shape)
+        self._applied = {name: _factor(mask, self._tensors[name]) for name, mask in whole.items() if not mask.all()}
+
+    def grow_(self, fraction: float, seed: int) -> None:
+        """Let the masks grow to ``fraction`` of the budget, under a random state of their own."""
+        with torch.no_grad(), own_random_state(seed):
+            self.masks = self.budget.grow(self.rule, self.weights, self.masks, self._own, fraction)
+
+    def apply_(self) -> None:
+        """Zero what is masked; a weight that is inf or NaN becomes NaN."""
+        multiply_(self._tensors, self._applied)
+
+    def apply_to_(self, copy: nn.Module) -> None:
+        """The same in a copy of the model."""
+        tensors = {clean_name(name): tensor for name, tensor in copy.named_parameters(remove_duplicate=False)}
+        multiply_(tensors, self._applied)
+
+    def apply_to_gradients_(self) -> None:
+        """Zero the gradients of what is masked: they count in no norm, and moments of zero stay zero."""
+        gradients = {name: self._tensors[name].grad for name in self._applied}
+        multiply_(
+            {name: one for name, one in gradients.items() if one is not None and not one.is_sparse}, self._applied
+        )
+
+    def apply_to_moments_(self, optimizers: Iterable[Optimizer]) -> None:
+        """Zero what optimizers remember of what is masked: all of their state that has the weight's shape."""
+        for optimizer in optimizers:
+            for name in self._applied:
+                weight = self._tensors[name]
+                state = optimizer.state.get(weight, {})
+                for moment in state.values():
+                    if isinstance(moment, Tensor) and moment.shape == weight.shape:
+                        multiply_({name: moment}, self._applied)
+
+
+@torch.no_grad()
+def multiply_(tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> None:
+    """Multiply each tensor by the factor of the same name, in place.
+
+    Example:
+        >>> weight = torch.ones(3)
+        >>> multiply_({"w": weight}, {"w": torch.tensor([True, False, True])})
+        >>> weight
+        tensor([1., 0., 1.])
+    """
+    names = [name for name in factors if name in tensors]
+    if names:
+        changed = [tensors[name] for name in names]
+        torch._foreach_mul_(changed, [factors[name].to(tensors[name].device) for name in names])
+
+
+def _factor(mask: Tensor, weight: Tensor) -> Tensor:
+    """``mask`` as it is multiplied in. On a CPU, of the weight's own type and layout: ten times faster than bools."""
+    return torch.empty_like(weight).copy_(mask) if weight.device.type == "cpu" else mask
+
+
+def _in_groups(rule: Smallest, size: int, selection: Selection, model: nn.Module) -> tuple[Rule, Selection]:
+    """The rule with each weight's input dimension, and the weights whose inputs divide into groups."""
+    modules = compressible_modules(model)
+    dims, targets, skipped = {}, [], dict(selection.skipped)
+    for target in selection.targets:
+        dim = 0 if isinstance(modules[target.layer], _ConvTransposeNd) else 1
+        if target.parameter.shape[dim] % size:
+            skipped[target.name] = f"{target.parameter.shape[dim]} inputs are no multiple of {size}"
+        else:
+            dims[target.name] = dim
+            targets.append(target)
+    if not targets:
+        reasons = "; ".join(f"{name}: {skipped[name]}" for name in list(skipped)[:5])
+        raise CompressionError(
+            f"`n_m` must have layers whose inputs divide into groups of {size}. Received: {reasons}."
+        )
+    return replace(rule, dims=dims), Selection(tuple(targets), skipped)
+
+
+def _check_dim(rule: Rule, weights: Mapping[str, Tensor]) -> None:
+    """Raise if a structured rule's ``dim`` isn't a dimension of some weight."""
+    dim: Any = getattr(rule, "dim", 0)
+    for name, weight in weights.items() if rule.structured else ():
+        if not -weight.dim() <= dim < weight.dim():
+            raise CompressionError(
+                f"`dim` must be a dimension of every target. Received: dim={dim} for {name} of shape "
+                f"{tuple(weight.shape)}. Exclude the layer, or choose another dim."
+            )
+
+
+@contextmanager
+def own_random_state(seed: int) -> Iterator[None]:
+    """Draw from a state of our own, and put the global ones back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

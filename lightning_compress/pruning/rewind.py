@@ -1,0 +1,155 @@
+"""Rewinding: weights and optimizer state are kept as they were at some step, and put back (lottery ticket)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.schedules import Schedule
+from lightning_compress.targets import clean_name
+from lightning_compress.window import Bounds, Unit, Window
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """Whenever weights were pruned, all others go back to where training was at ``to``, and train again.
+
+    Parameters, buffers (BatchNorm statistics) and the optimizers' state go back; the learning rate keeps following the
+    schedule of the whole fit. A round is the time between two prunings: give `ScheduledPruning` a `Steps` schedule or a
+    window with ``every_n_steps``. The kept values are in the checkpoints of the fit, which grow by the size of weights
+    and optimizer state.
+
+    Args:
+        to: the point to go back to, in ``unit``; 0 is initialization. It lies before the window's start, or on it.
+        unit: ``step`` (optimizer steps), ``epoch`` or ``fit`` (fraction of all optimizer steps).
+
+    Raises:
+        CompressionError: ``to`` is negative or leaves its unit's range.
+
+    Example:
+        >>> from lightning_compress import ScheduledPruning, Steps, Window
+        >>> pruning = ScheduledPruning(
+        ...     sparsity=0.9,
+        ...     schedule=Steps([0.0, 0.5, 1.0], [0.5, 0.8, 1.0]),
+        ...     window=Window(0.2, 0.8),
+        ...     rewind=Rewind(to=1, unit="epoch"),
+        ... )
+
+    References:
+        Frankle and Carbin, "The Lottery Ticket Hypothesis", 2019 (arXiv:1803.03635); Frankle et al., "Stabilizing the
+        Lottery Ticket Hypothesis", 2019 (arXiv:1903.01611), for rewinding to a later step.
+    """
+
+    to: float = 0.0
+    unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        Window(self.to, unit=self.unit)
+
+    def step(self, total: float, per_epoch: float) -> int:
+        """The optimizer step to go back to.
+
+        Args:
+            total: optimizer steps of the whole fit; inf if unknown.
+            per_epoch: optimizer steps of one epoch; inf if unknown.
+        """
+        scale = {"fit": total, "epoch": per_epoch, "step": 1.0}[self.unit]
+        return round(self.to * scale)
+
+
+def check_rounds(step: int, bounds: Bounds, window: Window, schedule: Schedule) -> None:
+    """Raise if the point to go back to lies in the window, or nothing is trained between two prunings.
+
+    Args:
+        step: the optimizer step to go back to.
+        bounds: of the window.
+        window: says at which steps masks grow.
+        schedule: says how much.
+    """
+    if step > bounds.start:
+        raise CompressionError(
+            f"`rewind` must go back to a point before the window. Received: optimizer step {step}, and a window that "
+            f"starts at step {bounds.start}. Start the window later."
+        )
+    amount, last = 0.0, -2
+    for now in range(bounds.start, bounds.end + 1):
+        value = schedule.value(bounds.progress(now) or 0.0, 1.0)
+        if bounds.is_due(now, window.every_n_steps) and value > amount:
+            if last == now - 1:
+                raise CompressionError(
+                    f"`rewind` must leave training between two prunings. Received: a schedule that prunes at steps "
+                    f"{last} and {now}. Use a Steps schedule, or a window with every_n_steps."
+                )
+            amount, last = value, now
+
+
+Kept = dict[str, Any]
+"""``{"tensors": {name: tensor}, "optimizers": [[state of each parameter]]}``, on the CPU; plain data."""
+
+
+def keep(model: nn.Module, optimizers: Sequence[Optimizer]) -> Kept:
+    """Copies of everything that training has changed so far.
+
+    Args:
+        model: its parameters and persistent buffers are kept, each once.
+        optimizers: the state of each parameter of each.
+    """
+    copies: dict[int, Tensor] = {}
+    tensors = {
+        name: copies.setdefault(id(tensor), tensor.detach().cpu().clone()) for name, tensor in _tensors(model).items()
+    }
+    states = [[_copied(optimizer.state.get(one, {})) for one in _parameters(optimizer)] for optimizer in optimizers]
+    return {"tensors": tensors, "optimizers": states}
+
+
+@torch.no_grad()
+def put_back_(kept: Kept, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Bring model and optimizers back to what was kept; parameters stay the same objects.
+
+    Args:
+        kept: what `keep` returned.
+        model: the same model, on any device.
+        optimizers: the same optimizers; their learning rates and other settings stay.
+    """
+    now = _tensors(model)
+    for name, tensor in kept["tensors"].items():
+        if name in now:
+            now[name].copy_(tensor)
+    for optimizer, states in zip(optimizers, kept["optimizers"], strict=True):
+        for parameter, state in zip(_parameters(optimizer), states, strict=False):
+            current = optimizer.state.pop(parameter, {})
+            if state:
+                optimizer.state[parameter] = {
+                    name: _like(value, current.get(name), parameter) for name, value in state.items()
+                }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict(keep_vars=True)
+    return {clean_name(name): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _copied(state: Any) -> Any:
+    return pytree.tree_map(
+        lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf), dict(state)
+    )
+
+
+def _like(value: Any, current: Any, parameter: Tensor) -> Any:
+    """A copy of ``value`` on the device where the optimizer keeps it."""
+    device = current.device if isinstance(current, Tensor) else parameter.device
+    return pytree.tree_map(
+        lambda leaf: leaf.clone().to(device) if isinstance(leaf, Tensor) else copy.deepcopy(leaf), value
+    )
