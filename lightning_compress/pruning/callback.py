@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress import structure
@@ -20,7 +20,7 @@ from lightning_compress.pruning import rewind as rewinding
 from lightning_compress.pruning.budget import Scope
 from lightning_compress.pruning.followers import norm_paths, norms_after
 from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
-from lightning_compress.pruning.methods import Masks, pruned
+from lightning_compress.pruning.methods import CRITERIA, Masks, Smallest, pruned
 from lightning_compress.pruning.pruner import Pruner, make_recipe
 from lightning_compress.pruning.rewind import Rewind
 from lightning_compress.schedules import Polynomial, Schedule
@@ -48,8 +48,9 @@ class ScheduledPruning(CompressionCallback):
     dense kernel faster and no file smaller; the report says so.
 
     Args:
-        method: ``l1_unstructured`` (magnitude), ``random_unstructured``, ``ln_structured``, ``random_structured``,
-            ``custom_from_mask``, or the import path of a `torch.nn.utils.prune.BasePruningMethod` subclass.
+        method: ``l1_unstructured`` (or ``magnitude``), ``lamp``, ``taylor``, ``movement`` (see `criteria`),
+            ``random_unstructured``, ``ln_structured``, ``random_structured``, ``custom_from_mask``, or the import path
+            of a `torch.nn.utils.prune.BasePruningMethod` subclass.
         sparsity: the fraction of the original weights that is zero at the end, in [0, 1); left out where the method
             or ``n_m`` fixes it.
         scope: ``global`` ranks all targeted weights together, ``layer`` each tensor by itself.
@@ -65,6 +66,8 @@ class ScheduledPruning(CompressionCallback):
             BatchNorm are silenced too. Exclude the output layer from these.
         norm: ``ln_structured``: the norm's order.
         mask_file: ``custom_from_mask``: a file that ``torch.save({parameter name: mask}, ...)`` wrote.
+        regrow: whether a pruned weight may come back while the window lasts, with the value that it had when it went;
+            else masks only grow. Takes memory of the weights' size.
         rewind: whether, and to where, all other weights go back when some were pruned.
         best_is_sparse: whether a `ModelCheckpoint` is to forget scores from before the window's end, so that its best
             model is one of the final sparsity.
@@ -103,6 +106,7 @@ class ScheduledPruning(CompressionCallback):
         dim: int = 0,
         norm: float = 2.0,
         mask_file: str | None = None,
+        regrow: bool = False,
         rewind: Rewind | None = None,
         best_is_sparse: bool = False,
         progress_bar: bool = False,
@@ -113,8 +117,13 @@ class ScheduledPruning(CompressionCallback):
         if (mask_file is not None) != (method == "custom_from_mask"):
             raise invalid("mask_file", "be given with method='custom_from_mask', and only then", mask_file)
         self.sparsity = sparsity
+        if regrow and not isinstance(self.recipe.rule, Smallest):
+            raise invalid("regrow", f"be False with method={method!r}; it goes with {', '.join(CRITERIA)}", regrow)
+        if regrow and rewind is not None:
+            raise invalid("rewind", "be left out with regrow=True", rewind)
         self.schedule = schedule
         self.mask_file = mask_file
+        self.regrow = regrow
         self.rewind = rewind
         self.best_is_sparse = best_is_sparse
         self.progress_bar = progress_bar
@@ -125,6 +134,7 @@ class ScheduledPruning(CompressionCallback):
         self._skipped: dict[str, str] = {}
         self._first = True
         self._pruner: Pruner | None = None
+        self._carried: dict[str, dict[str, Tensor]] = {"scores": {}, "aside": {}}
         self._kept: rewinding.Kept | None = None
         self._rewind_step = 0
         self._model: weakref.ref[nn.Module] | None = None
@@ -138,7 +148,7 @@ class ScheduledPruning(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self.history, self._kept = [], None
+        self.history, self._kept, self._carried = [], None, {"scores": {}, "aside": {}}
         if self._model is None or self._model() is not pl_module:
             self._masks, self._model = {}, weakref.ref(pl_module)
             restored = structure.restored_state(pl_module, self.state_key)
@@ -147,6 +157,7 @@ class ScheduledPruning(CompressionCallback):
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pruner = Pruner(self.recipe, pl_module, self._masks)
+        pruner.resume(**self._carried)
         if self.mask_file is not None:
             self._given = check_masks(read_masks(self.mask_file), pruner.weights)
         self._pruner, self._skipped, self._first = pruner, pruner.skipped, True
@@ -193,6 +204,8 @@ class ScheduledPruning(CompressionCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        if self._step < self.bounds.end:
+            self.pruner.see_gradients(optimizer)
         self.pruner.apply_to_gradients_()
 
     def on_train_batch_end(
@@ -207,7 +220,7 @@ class ScheduledPruning(CompressionCallback):
         if self._given is not None:
             pruner.masks = self._given
         else:
-            pruner.grow_(self.schedule.value(progress, 1.0), self.seed + self._step)
+            pruner.grow_(self.schedule.value(progress, 1.0), self.seed + self._step, self.regrow)
         if trainer.world_size > 1:
             # All ranks hold the same weights and seed; a user's own rule may still draw from elsewhere.
             pruner.masks = trainer.strategy.broadcast(pruner.masks)
@@ -219,8 +232,10 @@ class ScheduledPruning(CompressionCallback):
             )
         self.bring_in_line(trainer, pl_module)
         self._remember(at_end=progress >= 1.0)
-        if progress >= 1.0 and self.best_is_sparse:
-            forget_scores(trainer)
+        if progress >= 1.0:
+            pruner.resume(scores={}, aside={})
+            if self.best_is_sparse:
+                forget_scores(trainer)
         if self._step:
             pl_module.log(self._logged_name(trainer), sparsity_of(pruner.masks), prog_bar=self.progress_bar)
 
@@ -276,13 +291,17 @@ class ScheduledPruning(CompressionCallback):
 
     def state_dict(self) -> dict[str, Any]:
         history = [[point.step, point.sparsity, point.by_layer] for point in self.history]
+        carried = (
+            self._carried if self._pruner is None else {"scores": self._pruner.scores, "aside": self._pruner.aside}
+        )
         rewind = {"rewind_step": self._rewind_step, "kept": self._kept}
-        return {**super().state_dict(), "masks": pack(self.masks), "history": history, **rewind}
+        return {**super().state_dict(), "masks": pack(self.masks), "history": history, **carried, **rewind}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._masks = unpack(state_dict["masks"])
         self.history = [Snapshot(*point) for point in state_dict["history"]]
+        self._carried = {name: state_dict[name] for name in ("scores", "aside")}
         self._rewind_step, self._kept = state_dict["rewind_step"], state_dict["kept"]
 
     def __getstate__(self) -> dict[str, Any]:

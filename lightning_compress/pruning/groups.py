@@ -41,27 +41,28 @@ class Pattern:
             raise invalid("n_m", "be 'N:M' with 0 < N < M", text, 'Of every M weights N stay: "2:4" zeroes half.')
         return cls(int(left), int(right))
 
-    def smallest(self, weight: Tensor, mask: Tensor, dim: int) -> Tensor:
+    def smallest(self, scores: Tensor, mask: Tensor, dim: int, signed: bool = False) -> Tensor:
         """True for the ``m - n`` smallest magnitudes of every group; what ``mask`` has pruned goes first.
 
         Args:
-            weight: any shape whose size along ``dim`` is a multiple of ``m``.
+            scores: any shape whose size along ``dim`` is a multiple of ``m``.
             mask: bool, same shape; False is pruned already.
             dim: consecutive entries along it form the groups.
+            signed: rank by the values themselves, the most negative first, and not by magnitude.
 
         Example:
             >>> weight = torch.tensor([[3.0, -1.0, 2.0, 0.5]])
             >>> Pattern(2, 4).smallest(weight, torch.ones(1, 4, dtype=torch.bool), 1)
             tensor([[False,  True, False,  True]])
         """
-        moved = weight.detach().movedim(dim, -1)
+        moved = (scores if signed else scores.abs()).detach().movedim(dim, -1)
         groups = moved.reshape(-1, self.m)
         alive = mask.movedim(dim, -1).reshape(-1, self.m)
         goes = torch.empty_like(alive)
         for start in range(0, len(groups), _CHUNK):
             part = slice(start, start + _CHUNK)
-            magnitudes = torch.where(alive[part], groups[part].abs(), -1.0)
-            torch.lt(_ranks(magnitudes), self.m - self.n, out=goes[part])
+            ranked = torch.where(alive[part], groups[part], -torch.inf)
+            torch.lt(_ranks(ranked), self.m - self.n, out=goes[part])
         return goes.view(moved.shape).movedim(-1, dim)
 
 

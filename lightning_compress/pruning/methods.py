@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from lightning_compress.errors import CompressionError, invalid, nearest
+from lightning_compress.pruning.criteria import OF_GRADIENTS, OF_WEIGHTS
 from lightning_compress.pruning.groups import Pattern
 from lightning_compress.pruning.smallest import take_smallest
 
@@ -33,6 +34,9 @@ NAMED: dict[str, type[prune.BasePruningMethod]] = {
 }
 
 
+CRITERIA = (*OF_WEIGHTS, *OF_GRADIENTS)
+
+
 class Rule(ABC):
     """Decides what goes next.
 
@@ -40,19 +44,25 @@ class Rule(ABC):
         structured: whether it takes whole units.
         fixes_sparsity: whether it decides itself how much goes.
         compares_layers: whether it can rank several tensors together.
+        needs_gradients: whether its scores are carried along from step to step.
     """
 
     structured = False
     fixes_sparsity = False
     compares_layers = True
+    needs_gradients = False
 
     @abstractmethod
     def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
-        """Masks in which ``goal`` elements are pruned, ranked over all of ``weights`` together.
+        """Masks in which ``goal`` elements are pruned, ranked over all of ``weights`` (their `scores`) together.
 
         What ``masks`` (which may name more) prune stays pruned; where they prune more than ``goal`` already, they stay
         as they are.
         """
+
+    def scores(self, weight: Tensor, carried: Tensor | None) -> Tensor:
+        """What `grow` ranks in the place of ``weight``."""
+        return weight
 
     def unit(self, weight: Tensor) -> int:
         """How many elements go at once."""
@@ -61,15 +71,33 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class Smallest(Rule):
-    """The smallest magnitudes (``l1_unstructured``), if a pattern is given only as far as it allows.
+    """The lowest scores of a criterion; if a pattern is given, only as far as it allows.
 
     Args:
+        criterion: its name in `criteria`.
         pattern: N:M.
         dims: with a pattern, the input dimension of each weight.
     """
 
+    criterion: str = "magnitude"
     pattern: Pattern | None = None
     dims: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def signed(self) -> bool:
+        """Whether scores below zero are lower than zero, and not as high as their magnitude."""
+        return self.criterion == "movement"
+
+    @property
+    def needs_gradients(self) -> bool:  # type: ignore[override]
+        return self.criterion in OF_GRADIENTS
+
+    def scores(self, weight: Tensor, carried: Tensor | None) -> Tensor:
+        return OF_WEIGHTS[self.criterion](weight) if carried is None else carried
+
+    def carry(self, weight: Tensor, gradient: Tensor, score: Tensor) -> Tensor:
+        """The next score of a criterion that is carried along from step to step."""
+        return OF_GRADIENTS[self.criterion](weight.float(), gradient.float().nan_to_num(0, 0, 0), score)
 
     def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
         missing = round(goal) - pruned(masks[name] for name in weights)
@@ -77,11 +105,13 @@ class Smallest(Rule):
             return {name: masks[name] for name in weights}
         allowed = None
         if self.pattern is not None:
-            allowed = [self.pattern.smallest(weights[name], masks[name], self.dims[name]) for name in weights]
+            allowed = [
+                self.pattern.smallest(weights[name], masks[name], self.dims[name], self.signed) for name in weights
+            ]
             left = sum(int((masks[name] & may).sum()) for name, may in zip(weights, allowed, strict=True))
             if missing >= left:
                 return {name: masks[name] & ~may for name, may in zip(weights, allowed, strict=True)}
-        grown = take_smallest([*weights.values()], [masks[name] for name in weights], missing, allowed)
+        grown = take_smallest([*weights.values()], [masks[name] for name in weights], missing, allowed, self.signed)
         return dict(zip(weights, grown, strict=True))
 
 
@@ -217,7 +247,7 @@ def pruned(masks: Iterable[Tensor]) -> int:
 
 
 def resolve(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None) -> Rule:
-    """The rule of a name in `NAMED`, or of the import path of a `BasePruningMethod` subclass.
+    """The rule of a name in `NAMED` or `CRITERIA`, or of the import path of a `BasePruningMethod` subclass.
 
     Raises:
         CompressionError: no such name, nothing at that path, it isn't a `BasePruningMethod`, or it can't follow N:M.
@@ -226,11 +256,11 @@ def resolve(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None
         >>> resolve("ln_structured", dim=0, norm=1.0).structured
         True
     """
-    cls = NAMED[method] if method in NAMED else _imported(method)
-    if n_m is not None and cls is not prune.L1Unstructured:
-        raise invalid("n_m", f"be left out with method={method!r}; N:M goes by magnitude ('l1_unstructured')", n_m)
-    if cls is prune.L1Unstructured:
-        return Smallest(None if n_m is None else Pattern.parse(n_m))
+    cls = None if method in CRITERIA else NAMED[method] if method in NAMED else _imported(method)
+    if cls is None or cls is prune.L1Unstructured:
+        return Smallest("magnitude" if cls else method, None if n_m is None else Pattern.parse(n_m))
+    if n_m is not None:
+        raise invalid("n_m", f"be left out with method={method!r}; N:M goes with {', '.join(CRITERIA)}", n_m)
     if cls is prune.CustomFromMask:
         return Given()
     return Units(cls, dim, norm) if cls.PRUNING_TYPE == "structured" else TorchRule(cls)  # type: ignore[attr-defined]
@@ -238,7 +268,9 @@ def resolve(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None
 
 def _imported(method: str) -> type[prune.BasePruningMethod]:
     if "." not in method:
-        raise invalid("method", "be a pruning rule or the import path of one", method, nearest(method, NAMED))
+        raise invalid(
+            "method", "be a pruning rule or the import path of one", method, nearest(method, [*NAMED, *CRITERIA])
+        )
     module, _, name = method.rpartition(".")
     try:
         cls: Any = getattr(importlib.import_module(module), name)

@@ -44,7 +44,8 @@ def prune_(
     Args:
         model: any module.
         sparsity: the fraction to mask, in [0, 1); None for a method that fixes it itself, and with ``n_m``.
-        method: ``l1_unstructured`` (magnitude), ``random_unstructured``, ``ln_structured``, ``random_structured``,
+        method: ``l1_unstructured`` (or ``magnitude``), ``lamp``, ``taylor``, ``movement`` (these two need gradients:
+            call ``loss.backward()`` before), ``random_unstructured``, ``ln_structured``, ``random_structured``,
             ``custom_from_mask``, or the import path of a `torch.nn.utils.prune.BasePruningMethod` subclass.
         scope: rank all targeted weights together, or each tensor by itself.
         targets: which weights; by default those of all trainable conv, linear, recurrent and attention layers.
@@ -84,6 +85,7 @@ def prune_(
     pruner = Pruner(recipe, model, masks or {})
     if recipe.rule.structured:
         _follow_norms(pruner, model, inputs, seed)
+    pruner.see_gradients()
     pruner.grow_(1.0, seed)
     pruner.apply_()
     return pruner.masks

@@ -17,7 +17,7 @@ from lightning_compress.pruning import followers
 from lightning_compress.pruning.budget import Budget, Scope
 from lightning_compress.pruning.followers import Producers
 from lightning_compress.pruning.masks import check_masks
-from lightning_compress.pruning.methods import Masks, Rule, Smallest, resolve
+from lightning_compress.pruning.methods import Masks, Rule, Smallest, pruned, resolve
 from lightning_compress.targets import Selection, Targets, clean_name, compressible_modules
 
 
@@ -83,6 +83,8 @@ class Pruner:
         masks: parameter name to bool mask, False where pruned.
         weights: the targeted parameters by name.
         skipped: names of what isn't targeted, each with the reason.
+        scores: what a criterion of gradients carries along.
+        aside: values that pruned weights take when they come back, zero elsewhere.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -98,6 +100,8 @@ class Pruner:
         self._own = self.budget.of_layers(self.targets)
         self.budget.check(self.weights, self._own)
         self._followers = followers.magnitudes(self.targets)
+        self.scores: dict[str, Tensor] = {}
+        self.aside: dict[str, Tensor] = {}
         self._applied: Masks = {}
         self._tensors: dict[str, Tensor] = {}
         self.masks = check_masks(masks, self.weights)
@@ -112,6 +116,11 @@ class Pruner:
                 *followers.silenced(model, self.targets, dim, producers),
             ]
         self.masks = self.masks
+
+    def resume(self, scores: Mapping[str, Tensor], aside: Mapping[str, Tensor]) -> None:
+        """Take over what another pruner carried along."""
+        self.scores = {name: one.to(self.weights[name].device) for name, one in scores.items()}
+        self.aside = {name: one.to(self.weights[name].device) for name, one in aside.items()}
 
     @property
     def masks(self) -> Masks:
@@ -130,10 +139,54 @@ class Pruner:
                 whole[name] = whole[name] | ~kept.reshape(shape)
         self._applied = {name: _factor(mask, self._tensors[name]) for name, mask in whole.items() if not mask.all()}
 
-    def grow_(self, fraction: float, seed: int) -> None:
-        """Let the masks grow to ``fraction`` of the budget, under a random state of their own."""
-        with torch.no_grad(), own_random_state(seed):
-            self.masks = self.budget.grow(self.rule, self.weights, self.masks, self._own, fraction)
+    @torch.no_grad()
+    def see_gradients(self, optimizer: Optimizer | None = None) -> None:
+        """Carry the scores of a criterion of gradients one step further, of all weights or of an optimizer's."""
+        if not isinstance(self.rule, Smallest) or not self.rule.needs_gradients:
+            return
+        mine = None if optimizer is None else {id(one) for group in optimizer.param_groups for one in group["params"]}
+        for name, weight in self.weights.items():
+            if weight.grad is not None and (mine is None or id(weight) in mine):
+                before = self.scores.get(name, torch.zeros_like(weight, dtype=torch.float32))
+                self.scores[name] = self.rule.carry(self._value(name), weight.grad, before)
+
+    def _value(self, name: str) -> Tensor:
+        return self.weights[name] + self.aside[name] if name in self.aside else self.weights[name]
+
+    @torch.no_grad()
+    def grow_(self, fraction: float, seed: int, regrow: bool = False) -> None:
+        """Let the masks grow to ``fraction`` of the budget, under a random state of their own.
+
+        Args:
+            fraction: in [0, 1].
+            seed: of the random state.
+            regrow: choose anew among all weights; one that comes back takes the value that it had when it went.
+
+        Raises:
+            CompressionError: the criterion needs gradients, and none were seen.
+        """
+        if self.rule.needs_gradients and fraction > 0 and not self.scores:
+            raise CompressionError(
+                "`method` must have seen gradients before masks grow. Received: none. "
+                "Start the window later; step the optimizers of self.optimizers(); or call backward before prune_."
+            )
+        ranked = {name: self.rule.scores(self._value(name), self._carried(name)) for name in self.weights}
+        start = check_masks({}, self.weights) if regrow else self.masks
+        with own_random_state(seed):
+            grown = self.budget.grow(self.rule, ranked, start, self._own, fraction)
+        if not regrow:
+            self.masks = grown
+        elif pruned(grown.values()) > pruned(self.masks.values()):
+            for name, weight in self.weights.items():
+                value = self._value(name).clone()
+                self.aside[name] = value.masked_fill(grown[name], 0.0)
+                weight.copy_(value)
+            self.masks = grown
+
+    def _carried(self, name: str) -> Tensor | None:
+        if not self.rule.needs_gradients:
+            return None
+        return self.scores.get(name, torch.zeros_like(self.weights[name], dtype=torch.float32))
 
     def apply_(self) -> None:
         """Zero what is masked; a weight that is inf or NaN becomes NaN."""

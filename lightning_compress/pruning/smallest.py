@@ -8,6 +8,7 @@ go is found digit by digit (radix selection): one histogram of the upper 16 bits
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -25,7 +26,11 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def take_smallest(
-    tensors: Sequence[Tensor], masks: Sequence[Tensor], count: int, allowed: Sequence[Tensor] | None = None
+    tensors: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    count: int,
+    allowed: Sequence[Tensor] | None = None,
+    signed: bool = False,
 ) -> list[Tensor]:
     """``masks`` with ``count`` more entries taken out: those of smallest magnitude, ranked over all tensors together.
 
@@ -36,6 +41,7 @@ def take_smallest(
         masks: a bool tensor of the same shape for each; False is taken already.
         count: how many more to take, at least 1 and at most as many as are there to take.
         allowed: a bool tensor of the same shape for each, True where an entry may be taken; everywhere if left out.
+        signed: rank by the values themselves, the most negative first, and not by magnitude.
 
     Returns:
         A new bool tensor for each.
@@ -45,19 +51,18 @@ def take_smallest(
         >>> take_smallest([weight], [mask], 2)
         [tensor([ True, False,  True, False])]
     """
-    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
     free = masks if allowed is None else [mask & may for mask, may in zip(masks, allowed, strict=True)]
     flat = [(tensor.detach().reshape(-1), may.reshape(-1)) for tensor, may in zip(tensors, free, strict=True)]
-    threshold, left, ties = _threshold(flat, count, dtype)
+    keys = _Keys(reduce(torch.promote_types, {tensor.dtype for tensor in tensors}), signed)
+    threshold, left, ties = _threshold(flat, count, keys)
     kept = []
     for (entries, may), mask in zip(flat, masks, strict=True):
         stays = mask.reshape(-1).clone()
-        for start in range(0, len(entries), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            keys = _keys(entries[part], may[part], dtype)
-            goes = may[part] & (keys <= threshold)
+        for part in _parts(entries):
+            found = keys.of(entries[part], may[part])
+            goes = may[part] & (found <= threshold)
             if left < ties:
-                tied = (keys == threshold).nonzero()[:, 0]
+                tied = (found == threshold).nonzero()[:, 0]
                 goes[tied[left:]] = False
                 left, ties = max(left - len(tied), 0), ties - len(tied)
             stays[part] &= ~goes
@@ -65,15 +70,53 @@ def take_smallest(
     return kept
 
 
-def _threshold(flat: Sequence[Entries], count: int, dtype: torch.dtype) -> tuple[int, int, int]:
+@dataclass(frozen=True)
+class _Keys:
+    """Turns entries into integers of the same order."""
+
+    dtype: torch.dtype
+    signed: bool
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.dtype.itemsize
+
+    def of(self, entries: Tensor, may: Tensor) -> Tensor:
+        """The key of each entry, from 0 on; below zero where it may not be taken."""
+        integers = _INTEGERS[self.dtype.itemsize]
+        limits = torch.iinfo(integers)
+        if self.signed:
+            raw = entries.to(self.dtype).view(integers)
+            # The bits of negative floats fall as these rise. The last bit makes room for the sign of the excluded.
+            keys = ((raw ^ (raw >> self.bits - 1 & limits.max)) >> 1) - (limits.min >> 1)
+        else:
+            keys = entries.abs().to(self.dtype).view(integers)
+        # Cheaper than a `where`, and it keeps the excluded apart in the histogram.
+        return keys.add_((~may).to(integers), alpha=limits.min)
+
+    def packed(self, flat: Sequence[Entries]) -> Iterator[Tensor]:
+        """The keys of all entries in chunks; small tensors share one."""
+        waiting: list[Tensor] = []
+        for entries, may in flat:
+            for part in _parts(entries):
+                keys = self.of(entries[part], may[part])
+                if waiting and (waiting[0].device != keys.device or sum(map(len, waiting)) + len(keys) > _CHUNK):
+                    yield torch.cat(waiting)
+                    waiting = []
+                waiting.append(keys)
+        if waiting:
+            yield torch.cat(waiting)
+
+
+def _threshold(flat: Sequence[Entries], count: int, keys: _Keys) -> tuple[int, int, int]:
     """The key of the ``count``-th smallest entry, how many of its ties go, and how many ties there are."""
     prefix, left, ties = 0, count, 0
-    for shift in range(8 * dtype.itemsize - _DIGIT, -1, -_DIGIT):
+    for shift in range(keys.bits - _DIGIT, -1, -_DIGIT):
         histogram = torch.zeros(1 << _DIGIT, dtype=torch.long)
-        for keys in _packed_keys(flat, dtype):
-            if shift + _DIGIT < 8 * dtype.itemsize:
-                keys = keys[keys >> (shift + _DIGIT) == prefix]
-            histogram += torch.bincount((keys >> shift).to(torch.int32) & _LOW, minlength=1 << _DIGIT).cpu()
+        for found in keys.packed(flat):
+            if shift + _DIGIT < keys.bits:
+                found = found[found >> (shift + _DIGIT) == prefix]
+            histogram += torch.bincount((found >> shift).to(torch.int32) & _LOW, minlength=1 << _DIGIT).cpu()
         reached = histogram.cumsum(0)
         digit = int(torch.searchsorted(reached, left))
         ties = int(histogram[digit])
@@ -82,24 +125,5 @@ def _threshold(flat: Sequence[Entries], count: int, dtype: torch.dtype) -> tuple
     return prefix, left, ties
 
 
-def _packed_keys(flat: Sequence[Entries], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The keys of all entries in chunks; small tensors share one."""
-    waiting: list[Tensor] = []
-    for entries, may in flat:
-        for start in range(0, len(entries), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            keys = _keys(entries[part], may[part], dtype)
-            if waiting and (waiting[0].device != keys.device or sum(map(len, waiting)) + len(keys) > _CHUNK):
-                yield torch.cat(waiting)
-                waiting = []
-            waiting.append(keys)
-    if waiting:
-        yield torch.cat(waiting)
-
-
-def _keys(entries: Tensor, may: Tensor, dtype: torch.dtype) -> Tensor:
-    """Magnitudes as integers of the same order; below zero where an entry may not be taken."""
-    integers = _INTEGERS[dtype.itemsize]
-    keys = entries.abs().to(dtype).view(integers)
-    # Cheaper than a `where`, and it keeps the excluded apart in the histogram.
-    return keys.add_((~may).to(integers), alpha=torch.iinfo(integers).min)
+def _parts(entries: Tensor) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, len(entries), _CHUNK))

@@ -1,0 +1,78 @@
+"""Criteria: how much a single weight matters. Each is one pure function; the lowest scores go first.
+
+A criterion of weights alone is computed when masks grow. One of gradients is carried along, from step to step, and
+needs one more tensor of the weights' size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """Magnitude pruning: ``|w|``. The weight itself is returned, as scores are ranked by their magnitude.
+
+    References:
+        Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015 (arXiv:1506.02626).
+    """
+    return weight
+
+
+def lamp(weight: Tensor) -> Tensor:
+    """LAMP, a magnitude that compares between layers: ``w_i^2 / sum_j w_j^2`` over all j with ``|w_j| >= |w_i|``.
+
+    The largest weight of every layer scores 1, so no layer is emptied while another has weights to spare.
+
+    Args:
+        weight: one layer's weights, any shape.
+
+    Returns:
+        Scores in [0, 1] of the same shape, float32.
+
+    Example:
+        >>> lamp(torch.tensor([3.0, -4.0, 0.0]))
+        tensor([0.3600, 1.0000, 0.0000])
+
+    References:
+        Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning", 2021 (arXiv:2010.07611), equation 6.
+    """
+    squares, order = weight.detach().double().square().flatten().sort()
+    remaining = squares.flip(0).cumsum(0).flip(0)
+    scores = torch.empty_like(squares)
+    scores[order] = squares / remaining.clamp(min=torch.finfo(torch.double).tiny)
+    return scores.view(weight.shape).float()
+
+
+def taylor(weight: Tensor, gradient: Tensor, score: Tensor) -> Tensor:
+    """First-order Taylor expansion of what the loss changes by without a weight: the running average of ``|w g|``.
+
+    ``s <- 0.9 s + 0.1 |w g|``.
+
+    References:
+        Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019 (arXiv:1906.10771), equation 8, there
+        squared, which ranks alike for one batch; the average with momentum 0.9 is theirs.
+    """
+    return torch.lerp(score, (weight * gradient).abs(), 0.1)
+
+
+def movement(weight: Tensor, gradient: Tensor, score: Tensor) -> Tensor:
+    """Movement away from zero, summed over the steps so far: ``s <- s - w g``.
+
+    A weight that the loss pushes towards zero scores below zero, however large it is.
+
+    References:
+        Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020 (arXiv:2005.07683), equation 6; its
+        constant learning rate changes no rank.
+    """
+    return score - weight * gradient
+
+
+OF_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "l1_unstructured": magnitude,
+    "magnitude": magnitude,
+    "lamp": lamp,
+}
+OF_GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"taylor": taylor, "movement": movement}
