@@ -26,6 +26,7 @@ MAY_IMPORT_LIGHTNING = {
 MAY_ALSO_IMPORT = {
     "cli.py": {"jsonargparse"},
     "report/plots.py": {"matplotlib"},
+    "report/sparsity_plot.py": {"matplotlib"},
     "report/compare.py": {"rich"},
     "report/render.py": {"rich"},
     "report/callback.py": {"rich"},

@@ -128,7 +128,7 @@ class ScheduledPruning(CompressionCallback):
         self.best_is_sparse = best_is_sparse
         self.progress_bar = progress_bar
         self.seed = seed
-        self.history: list[Snapshot] = []
+        self.sparsity_history: list[Snapshot] = []
         self._masks: Masks = {}
         self._given: Masks | None = None
         self._skipped: dict[str, str] = {}
@@ -148,7 +148,7 @@ class ScheduledPruning(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self.history, self._kept, self._carried = [], None, {"scores": {}, "aside": {}}
+        self.sparsity_history, self._kept, self._carried = [], None, {"scores": {}, "aside": {}}
         if self._model is None or self._model() is not pl_module:
             self._masks, self._model = {}, weakref.ref(pl_module)
             restored = structure.restored_state(pl_module, self.state_key)
@@ -242,10 +242,10 @@ class ScheduledPruning(CompressionCallback):
     def _remember(self, at_end: bool) -> None:
         """Note the sparsity of every layer where it has moved on visibly."""
         now = sparsity_of(self.masks)
-        last = self.history[-1].sparsity if self.history else None
+        last = self.sparsity_history[-1].sparsity if self.sparsity_history else None
         if last is None or now - last >= 1 / HISTORY_POINTS or (at_end and now > last):
             by_layer = {name: sparsity_of({name: mask}) for name, mask in self.masks.items()}
-            self.history.append(Snapshot(self._step, now, by_layer))
+            self.sparsity_history.append(Snapshot(self._step, now, by_layer))
 
     def _logged_name(self, trainer: pl.Trainer) -> str:
         """``sparsity``, numbered where several callbacks prune."""
@@ -290,7 +290,7 @@ class ScheduledPruning(CompressionCallback):
         return self._generate_state_key(method=self.recipe.method, targets=repr(self.recipe.targets))
 
     def state_dict(self) -> dict[str, Any]:
-        history = [[point.step, point.sparsity, point.by_layer] for point in self.history]
+        history = [[point.step, point.sparsity, point.by_layer] for point in self.sparsity_history]
         carried = (
             self._carried if self._pruner is None else {"scores": self._pruner.scores, "aside": self._pruner.aside}
         )
@@ -300,7 +300,7 @@ class ScheduledPruning(CompressionCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._masks = unpack(state_dict["masks"])
-        self.history = [Snapshot(*point) for point in state_dict["history"]]
+        self.sparsity_history = [Snapshot(*point) for point in state_dict["history"]]
         self._carried = {name: state_dict[name] for name in ("scores", "aside")}
         self._rewind_step, self._kept = state_dict["rewind_step"], state_dict["kept"]
 

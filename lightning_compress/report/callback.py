@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,11 @@ from lightning_compress.report.measure import BATCH_SIZES, MAX_SECONDS, Measurem
 from lightning_compress.report.render import legend
 
 _BEFORE, _AFTER, _TESTED = "before", "after", "tested"
+_OF_A_LAYER = re.compile(r"sparsity(_\d+)?/")
 
 
 class CompressionReport(Callback):
-    """Measures what compression brought and writes ``report.json``, ``report.md`` and ``report.png``.
+    """Measures what compression brought and writes ``report.json``, ``report.md``, ``report.png`` and ``sparsity.png``.
 
     The row *before* is the model when ``fit`` starts (or ``test``, where no ``fit`` came first), *after* is the model
     when ``fit`` has ended and other callbacks have converted it, with the metrics that were logged. A later ``test`` of
@@ -42,7 +44,8 @@ class CompressionReport(Callback):
 
     Args:
         directory: Where to write; ``trainer.log_dir``, else ``trainer.default_root_dir``, by default.
-        picture: Draw ``report.png`` too, where matplotlib is installed (``lightning_compress[plots]``).
+        picture: Draw ``report.png`` too, and ``sparsity.png`` where weights were pruned, if matplotlib is installed
+            (``lightning_compress[plots]``).
         batch_sizes: Batch sizes at which latency is measured.
         max_seconds: Time budget for each batch size and row.
         threads: Threads of torch while latency is measured; those that are set by default.
@@ -195,7 +198,7 @@ class CompressionReport(Callback):
         others = [note for callback in _callbacks(trainer) for note in _notes_of(callback)]
         notes = [*others, *(note for name, note in self._notes.items() if name in self._rows)]
         comparison = compare(self._rows, metrics=self._metrics, notes=notes)
-        self.comparison, written = _write(comparison, Path(self._folder), self.picture)
+        self.comparison, written = _write(comparison, Path(self._folder), self.picture, _histories(trainer))
         _show(self.comparison, Path(self._folder), written)
 
 
@@ -232,7 +235,8 @@ def _first_samples(inputs: Any, most: int) -> Any:
 
 def _logged(trainer: Trainer) -> dict[str, float]:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+    # The sparsity of single layers is no metric of the model; there is a picture of it.
+    return {name: value for name, value in metrics.items() if not (math.isnan(value) or _OF_A_LAYER.match(name))}
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
@@ -245,7 +249,13 @@ def _notes_of(callback: Callback) -> list[str]:
     return [str(note) for note in offered()] if callable(offered) else []
 
 
-def _write(comparison: Comparison, folder: Path, picture: bool) -> tuple[Comparison, list[str]]:
+def _histories(trainer: Trainer) -> list[Any]:
+    """How sparsity grew, of every callback that knows it."""
+    found = (getattr(callback, "sparsity_history", None) for callback in _callbacks(trainer))
+    return [history for history in found if history]
+
+
+def _write(comparison: Comparison, folder: Path, picture: bool, histories: list[Any]) -> tuple[Comparison, list[str]]:
     folder.mkdir(parents=True, exist_ok=True)
     written = ["report.json", "report.md"]
     if picture and importlib.util.find_spec("matplotlib") is None:
@@ -253,9 +263,13 @@ def _write(comparison: Comparison, folder: Path, picture: bool) -> tuple[Compari
         comparison = replace(comparison, notes=(*comparison.notes, missing))
     elif picture:
         from lightning_compress.report.plots import plot_report
+        from lightning_compress.report.sparsity_plot import plot_sparsity
 
         plot_report(comparison, folder / "report.png")
-        written.append("report.png")
+        names = ["sparsity.png" if len(histories) == 1 else f"sparsity_{index}.png" for index in range(len(histories))]
+        for name, history in zip(names, histories, strict=True):
+            plot_sparsity(history, folder / name)
+        written += ["report.png", *names]
     (folder / "report.json").write_text(comparison.to_json(), encoding="utf-8")
     (folder / "report.md").write_text(comparison.to_markdown(), encoding="utf-8")
     return comparison, written

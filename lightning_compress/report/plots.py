@@ -14,7 +14,7 @@ from lightning_compress.report.storage import LayerMeasurement
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK, _FAINT, _BEFORE, _AFTER = "#22303c", "#8a97a3", "#c9d3dc", "#1f77b4"
+INK, FAINT, _BEFORE, _AFTER = "#22303c", "#8a97a3", "#c9d3dc", "#1f77b4"
 _COLORS = ("#5b6b7a", "#e07a3f", "#3f9e6e", "#1f77b4", "#9467bd", "#c44e52", "#8c6d31", "#17a2b8")
 _MOST_LAYERS = 18
 _LONGEST_NAME = 30
@@ -83,16 +83,16 @@ def _draw_tradeoff(axes: Axes, comparison: Comparison, metric: str | None) -> No
     _label_points(axes, points, metric)
     _plain_ticks(axes)
     ylabel = metric or "latency of one sample (ms)"
-    _dress(axes, f"{ylabel} against size", "size on disk (KB, log scale)", ylabel)
+    dress(axes, f"{ylabel} against size", "size on disk (KB, log scale)", ylabel)
     axes.grid(True, which="major", color="#eef1f4", zorder=0)
     if slowest:
         axes.text(0.99, 0.01, "area: latency of the smallest batch", transform=axes.transAxes, ha="right", va="bottom",
-                  fontsize=8, color=_FAINT)  # fmt: skip
+                  fontsize=8, color=FAINT)  # fmt: skip
 
 
 def _room_for_labels(axes: Axes, points: list[Any]) -> None:
     if not points:
-        axes.text(0.5, 0.5, "no metric was logged", transform=axes.transAxes, ha="center", color=_FAINT)
+        axes.text(0.5, 0.5, "no metric was logged", transform=axes.transAxes, ha="center", color=FAINT)
         return
     sizes = [row.measurement.size_bytes / 1e3 for row, _, _ in points]
     heights = [height for _, height, _ in points]
@@ -117,14 +117,14 @@ def _label_points(axes: Axes, points: list[Any], metric: str | None) -> None:
         numbers += [f"{kilobytes:,.0f} KB" if kilobytes >= 10 else f"{kilobytes:.2g} KB"]
         numbers += [f"{latency:.3g} ms"] if latency else []
         axes.annotate(
-            f"{_short(row.name)}\n{', '.join(numbers)}",
+            f"{short_name(row.name)}\n{', '.join(numbers)}",
             xy=(kilobytes, height),
             xytext=(x + (0.05 if beside_right else -0.05), y),
             textcoords="axes fraction",
             ha="left" if beside_right else "right",
             va="center",
             fontsize=9,
-            color=_INK,
+            color=INK,
             zorder=5,
         )
 
@@ -138,12 +138,12 @@ def _draw_layers(axes: Axes, bars: list[tuple[str, int, LayerMeasurement | None]
     widest = max((max(before, one.size_bytes if one else 0) for _, before, one in bars), default=1) / 1e3
     for place, (_, before, one) in zip(places, bars, strict=True):
         end = max(before, one.size_bytes if one else 0) / 1e3
-        axes.text(end + 0.015 * widest, place, _saved(before, one), va="center", fontsize=8.5, color=_INK)
+        axes.text(end + 0.015 * widest, place, _saved(before, one), va="center", fontsize=8.5, color=INK)
     axes.set_yticks(list(places), [name for name, _, _ in bars])
     # The empty row at the bottom is the legend's.
     axes.set_ylim(len(bars) + 0.7, -0.7)
     axes.set_xlim(0, widest * 1.42)
-    _dress(axes, "What was saved, layer by layer", "bytes of the layer (KB)", "")
+    dress(axes, "What was saved, layer by layer", "bytes of the layer (KB)", "")
     axes.grid(True, axis="x", color="#eef1f4", zorder=0)
     axes.set_axisbelow(True)
     axes.legend(loc="lower right", ncols=2, frameon=False, fontsize=9)
@@ -156,7 +156,9 @@ def _bars(before: tuple[LayerMeasurement, ...], after: tuple[LayerMeasurement, .
     names = list(dict.fromkeys([*old, *new]))
     by_size = sorted(names, key=lambda name: -max(old.get(name, 0), new[name].size_bytes if name in new else 0))
     kept = set(by_size if len(names) <= _MOST_LAYERS else by_size[: _MOST_LAYERS - 1])
-    bars: list[Any] = [(_short(name) or "(model)", old.get(name, 0), new.get(name)) for name in names if name in kept]
+    bars: list[Any] = [
+        (short_name(name) or "(model)", old.get(name, 0), new.get(name)) for name in names if name in kept
+    ]
     if others := [name for name in names if name not in kept]:
         rest = [new[name] for name in others if name in new]
         total = LayerMeasurement(
@@ -190,7 +192,8 @@ def _fastest(row: Row) -> float | None:
     return min(latency, key=lambda one: one.batch_size).median_ms if latency else None
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
+    """A name that fits beside a panel."""
     # The end of a layer's name tells layers apart, the beginning is what they share.
     return name if len(name) <= _LONGEST_NAME else "…" + name[-(_LONGEST_NAME - 1) :]
 
@@ -203,12 +206,13 @@ def _plain_ticks(axes: Axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, color=_INK, pad=10)
-    axes.set_xlabel(xlabel, color=_INK)
-    axes.set_ylabel(ylabel, color=_INK)
-    axes.tick_params(colors=_INK, labelsize=9)
+def dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    """Title, labels and frame as in all pictures of the report."""
+    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=10)
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.tick_params(colors=INK, labelsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(_FAINT)
+        axes.spines[side].set_color(FAINT)
