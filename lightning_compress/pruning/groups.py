@@ -55,13 +55,16 @@ class Pattern:
             >>> Pattern(2, 4).smallest(weight, torch.ones(1, 4, dtype=torch.bool), 1)
             tensor([[False,  True, False,  True]])
         """
-        moved = (scores if signed else scores.abs()).detach().movedim(dim, -1)
+        moved = scores.detach().movedim(dim, -1)
         groups = moved.reshape(-1, self.m)
         alive = mask.movedim(dim, -1).reshape(-1, self.m)
         goes = torch.empty_like(alive)
         for start in range(0, len(groups), _CHUNK):
             part = slice(start, start + _CHUNK)
-            ranked = torch.where(alive[part], groups[part], -torch.inf)
+            ranked = groups[part] if signed else groups[part].abs()
+            # Above what is pruned already, and NaN above all.
+            ranked = ranked.nan_to_num(torch.inf, torch.inf, torch.finfo(ranked.dtype).min)
+            ranked = torch.where(alive[part], ranked, -torch.inf)
             torch.lt(_ranks(ranked), self.m - self.n, out=goes[part])
         return goes.view(moved.shape).movedim(-1, dim)
 

@@ -108,7 +108,7 @@ class Smallest(Rule):
             allowed = [
                 self.pattern.smallest(weights[name], masks[name], self.dims[name], self.signed) for name in weights
             ]
-            left = sum(int((masks[name] & may).sum()) for name, may in zip(weights, allowed, strict=True))
+            left = sum(int(torch.count_nonzero(masks[name] & may)) for name, may in zip(weights, allowed, strict=True))
             if missing >= left:
                 return {name: masks[name] & ~may for name, may in zip(weights, allowed, strict=True)}
         grown = take_smallest([*weights.values()], [masks[name] for name in weights], missing, allowed, self.signed)
@@ -151,7 +151,7 @@ class TorchRule(Rule):
         # One ranking over all that is still kept, as one long vector.
         kept = torch.cat([weight[masks[name]] for name, weight in weights.items()])
         keep = self._mask(kept, torch.ones_like(kept, dtype=torch.bool), missing)
-        parts = keep.split([int(masks[name].sum()) for name in weights])
+        parts = keep.split([int(torch.count_nonzero(masks[name])) for name in weights])
         return {name: masks[name].masked_scatter(masks[name], part) for name, part in zip(weights, parts, strict=True)}
 
     def _mask(self, tensor: Tensor, mask: Tensor, amount: int, **settings: Any) -> Tensor:
@@ -243,7 +243,8 @@ class Units(TorchRule):
 
 def pruned(masks: Iterable[Tensor]) -> int:
     """How many elements ``masks`` prune."""
-    return sum(mask.numel() - int(mask.sum()) for mask in masks)
+    # Not `mask.sum()`: that makes a copy of eight bytes an element first.
+    return sum(mask.numel() - int(torch.count_nonzero(mask)) for mask in masks)
 
 
 def resolve(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None) -> Rule:

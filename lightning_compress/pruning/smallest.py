@@ -14,10 +14,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-Entries = tuple[Tensor, Tensor]
-"""Flat: what is ranked, and where it may be taken."""
+Place = tuple[int, slice]
+"""A part of a flat tensor: which one, and where."""
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 19
 """Entries that are looked at together: few enough to stay in a CPU's cache."""
 
 _DIGIT = 16
@@ -41,7 +41,7 @@ def take_smallest(
         masks: a bool tensor of the same shape for each; False is taken already.
         count: how many more to take, at least 1 and at most as many as are there to take.
         allowed: a bool tensor of the same shape for each, True where an entry may be taken; everywhere if left out.
-        signed: rank by the values themselves, the most negative first, and not by magnitude.
+        signed: rank by the values themselves (as float32), the most negative first, and not by magnitude.
 
     Returns:
         A new bool tensor for each.
@@ -52,78 +52,92 @@ def take_smallest(
         [tensor([ True, False,  True, False])]
     """
     free = masks if allowed is None else [mask & may for mask, may in zip(masks, allowed, strict=True)]
-    flat = [(tensor.detach().reshape(-1), may.reshape(-1)) for tensor, may in zip(tensors, free, strict=True)]
-    keys = _Keys(reduce(torch.promote_types, {tensor.dtype for tensor in tensors}), signed)
-    threshold, left, ties = _threshold(flat, count, keys)
-    kept = []
-    for (entries, may), mask in zip(flat, masks, strict=True):
-        stays = mask.reshape(-1).clone()
-        for part in _parts(entries):
-            found = keys.of(entries[part], may[part])
-            goes = may[part] & (found <= threshold)
-            if left < ties:
-                tied = (found == threshold).nonzero()[:, 0]
-                goes[tied[left:]] = False
-                left, ties = max(left - len(tied), 0), ties - len(tied)
-            stays[part] &= ~goes
-        kept.append(stays.view(mask.shape))
+    ranking = _Ranking([one.detach().reshape(-1) for one in tensors], [one.reshape(-1) for one in free], signed)
+    threshold, left, ties = ranking.threshold(count)
+    kept = [mask.clone(memory_format=torch.contiguous_format) for mask in masks]
+    for places, keys in ranking.chunks():
+        goes = (keys >= 0) & (keys <= threshold)
+        if left < ties:
+            tied = (keys == threshold).nonzero()[:, 0]
+            goes[tied[left:]] = False
+            left, ties = max(left - len(tied), 0), ties - len(tied)
+        for (index, part), gone in zip(places, goes.split([_length(part) for _, part in places]), strict=True):
+            kept[index].view(-1)[part] &= ~gone
     return kept
 
 
 @dataclass(frozen=True)
-class _Keys:
-    """Turns entries into integers of the same order."""
+class _Ranking:
+    """Entries as integers of the same order.
 
-    dtype: torch.dtype
+    Attributes:
+        tensors: flat, what is ranked.
+        free: flat, where an entry may be taken.
+        signed: whether values are ranked, and not magnitudes.
+    """
+
+    tensors: list[Tensor]
+    free: list[Tensor]
     signed: bool
 
     @property
-    def bits(self) -> int:
-        return 8 * self.dtype.itemsize
+    def dtype(self) -> torch.dtype:
+        return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
 
-    def of(self, entries: Tensor, may: Tensor) -> Tensor:
-        """The key of each entry, from 0 on; below zero where it may not be taken."""
-        integers = _INTEGERS[self.dtype.itemsize]
-        limits = torch.iinfo(integers)
+    def threshold(self, count: int) -> tuple[int, int, int]:
+        """The key of the ``count``-th smallest entry, how many of its ties go, and how many ties there are."""
+        bits = 48 if self.signed else 8 * self.dtype.itemsize
+        prefix, left, ties = 0, count, 0
+        for shift in range(bits - _DIGIT, -1, -_DIGIT):
+            histogram = torch.zeros(1 << _DIGIT, dtype=torch.long)
+            for _, keys in self.chunks():
+                if shift + _DIGIT < bits:
+                    keys = keys[keys >> (shift + _DIGIT) == prefix]
+                histogram += torch.bincount((keys >> shift).to(torch.int32) & _LOW, minlength=1 << _DIGIT).cpu()
+            reached = histogram.cumsum(0)
+            digit = int(torch.searchsorted(reached, left))
+            ties = int(histogram[digit])
+            left -= int(reached[digit]) - ties
+            prefix = prefix << _DIGIT | digit
+        return prefix, left, ties
+
+    def chunks(self) -> Iterator[tuple[list[Place], Tensor]]:
+        """All keys in order, a chunk at a time, with the places that they are from; small tensors share a chunk."""
+        for places in self.places():
+            entries = [self.tensors[index][part] for index, part in places]
+            may = [self.free[index][part] for index, part in places]
+            if len(places) == 1:
+                yield places, self._keys(entries[0], may[0])
+            else:
+                yield places, self._keys(torch.cat(entries), torch.cat(may))
+
+    def places(self) -> Iterator[list[Place]]:
+        """Parts of tensors that together make a chunk."""
+        places: list[Place] = []
+        for index, tensor in enumerate(self.tensors):
+            for start in range(0, len(tensor), _CHUNK):
+                part = slice(start, min(start + _CHUNK, len(tensor)))
+                held = sum(_length(other) for _, other in places)
+                if places and (held + _length(part) > _CHUNK or tensor.device != self.tensors[index - 1].device):
+                    yield places
+                    places = []
+                places.append((index, part))
+        if places:
+            yield places
+
+    def _keys(self, entries: Tensor, may: Tensor) -> Tensor:
+        """The key of each entry; what may not be taken has one above all others, or below zero."""
         if self.signed:
-            raw = entries.to(self.dtype).view(integers)
-            # The bits of negative floats fall as these rise. The last bit makes room for the sign of the excluded.
-            keys = ((raw ^ (raw >> self.bits - 1 & limits.max)) >> 1) - (limits.min >> 1)
-        else:
-            keys = entries.abs().to(self.dtype).view(integers)
+            # With one zero, and NaN at the upper end whatever its sign.
+            raw = (entries.float() + 0.0).nan_to_num(torch.inf, torch.inf, -torch.inf).view(torch.int32)
+            # As the bits of negative floats rise, the floats fall.
+            keys = (raw ^ (raw >> 31 & 0x7FFFFFFF)).long() + (1 << 31)
+            return keys.add_(~may, alpha=1 << 33)
+        integers = _INTEGERS[self.dtype.itemsize]
         # Cheaper than a `where`, and it keeps the excluded apart in the histogram.
-        return keys.add_((~may).to(integers), alpha=limits.min)
-
-    def packed(self, flat: Sequence[Entries]) -> Iterator[Tensor]:
-        """The keys of all entries in chunks; small tensors share one."""
-        waiting: list[Tensor] = []
-        for entries, may in flat:
-            for part in _parts(entries):
-                keys = self.of(entries[part], may[part])
-                if waiting and (waiting[0].device != keys.device or sum(map(len, waiting)) + len(keys) > _CHUNK):
-                    yield torch.cat(waiting)
-                    waiting = []
-                waiting.append(keys)
-        if waiting:
-            yield torch.cat(waiting)
+        keys = entries.abs().to(self.dtype).view(integers)
+        return keys.add_((~may).to(integers), alpha=torch.iinfo(integers).min)
 
 
-def _threshold(flat: Sequence[Entries], count: int, keys: _Keys) -> tuple[int, int, int]:
-    """The key of the ``count``-th smallest entry, how many of its ties go, and how many ties there are."""
-    prefix, left, ties = 0, count, 0
-    for shift in range(keys.bits - _DIGIT, -1, -_DIGIT):
-        histogram = torch.zeros(1 << _DIGIT, dtype=torch.long)
-        for found in keys.packed(flat):
-            if shift + _DIGIT < keys.bits:
-                found = found[found >> (shift + _DIGIT) == prefix]
-            histogram += torch.bincount((found >> shift).to(torch.int32) & _LOW, minlength=1 << _DIGIT).cpu()
-        reached = histogram.cumsum(0)
-        digit = int(torch.searchsorted(reached, left))
-        ties = int(histogram[digit])
-        left -= int(reached[digit]) - ties
-        prefix = prefix << _DIGIT | digit
-    return prefix, left, ties
-
-
-def _parts(entries: Tensor) -> Iterator[slice]:
-    return (slice(start, start + _CHUNK) for start in range(0, len(entries), _CHUNK))
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
