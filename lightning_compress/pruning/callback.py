@@ -278,7 +278,7 @@ class ScheduledPruning(CompressionCallback):
 
     def report_notes(self) -> list[str]:
         notes = [*super().report_notes(), *(f"{name} isn't pruned: {why}" for name, why in self._skipped.items())]
-        if self.masks and not self.recipe.rule.structured:
+        if self.masks:
             notes.append(
                 f"ScheduledPruning: {sparsity_of(self.masks):.1%} of the targeted weights are zero; zeros alone make "
                 "dense kernels no faster and plain files no smaller."
@@ -300,9 +300,9 @@ class ScheduledPruning(CompressionCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._masks = unpack(state_dict["masks"])
-        self.sparsity_history = [Snapshot(*point) for point in state_dict["history"]]
-        self._carried = {name: state_dict[name] for name in ("scores", "aside")}
-        self._rewind_step, self._kept = state_dict["rewind_step"], state_dict["kept"]
+        self.sparsity_history = [Snapshot(*point) for point in state_dict.get("history", [])]
+        self._carried = {name: state_dict.get(name, {}) for name in ("scores", "aside")}
+        self._rewind_step, self._kept = state_dict.get("rewind_step", 0), state_dict.get("kept")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_model": None, "_masks": self.masks, "_pruner": None}

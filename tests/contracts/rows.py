@@ -12,6 +12,7 @@ from lightning_compress import (
     CompressionReport,
     PostTrainingQuantization,
     QuantizationAwareTraining,
+    Rewind,
     ScheduledPruning,
     Targets,
     Window,
@@ -50,7 +51,18 @@ ROWS = (
     Row(
         "pruning",
         lambda: ScheduledPruning(sparsity=0.7, window=Window(0.1, 0.8)),
-        {"class_path": "lightning_compress.ScheduledPruning", "init_args": {"sparsity": 0.7}},
+        {
+            "class_path": "lightning_compress.ScheduledPruning",
+            "init_args": {
+                "method": "taylor",
+                "sparsity": 0.7,
+                "overrides": {"body": 0.75, "h*": 0.5},
+                "max_layer_sparsity": 0.95,
+                "rewind": {"to": 0.05, "unit": "fit"},
+                "best_is_sparse": True,
+                "progress_bar": True,
+            },
+        },
         (
             ({"sparsity": 1.5}, r"`sparsity` must lie in \[0, 1\). Received: sparsity=1.5"),
             ({"sparsity": -0.2}, "`sparsity` must lie in"),
@@ -61,6 +73,14 @@ ROWS = (
             ({"sparsity": 0.5, "scope": "local"}, "`scope` must be"),
             ({"sparsity": 0.5, "method": "custom_from_mask"}, "fixes it itself"),
             ({"method": "custom_from_mask"}, "`mask_file` must be given"),
+            ({"sparsity": 0.5, "method": "tailor"}, "Nearest: taylor"),
+            ({"sparsity": 0.5, "overrides": {"body": 1.0}}, r"`overrides` must hold fractions in \[0, 1\)"),
+            ({"sparsity": 0.5, "max_layer_sparsity": 0.0}, r"`max_layer_sparsity` must lie in \(0, 1\]"),
+            ({"sparsity": 0.5, "n_m": "2:4"}, "`sparsity` must be left out: n_m='2:4' fixes it itself"),
+            ({"n_m": "4:2"}, "`n_m` must be 'N:M'"),
+            ({"n_m": "2:4", "method": "random_unstructured"}, "`n_m` must be left out with method"),
+            ({"sparsity": 0.5, "method": "ln_structured", "regrow": True}, "`regrow` must be False"),
+            ({"sparsity": 0.5, "regrow": True, "rewind": Rewind()}, "`rewind` must be left out"),
         ),
     ),
     Row(
