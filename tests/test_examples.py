@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_compress.cli import main
 from tests.support.data import TinyData
-from tests.support.modules import Classifier
+from tests.support.modules import Classifier, quiet_trainer
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3"]
@@ -89,6 +89,13 @@ def test_latency_benchmark(own_folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_pruning_speed_benchmark(own_folder: Path) -> None:
+    output = run("benchmarks/pruning_speed.py", "--rounds", "1", "--sizes", "1")
+    assert output.count("| Lightning's ModelPruning |") == 2
+    assert "| 2:4 |" in output
+
+
+@pytest.mark.slow
 def test_cross_validation_benchmark(own_folder: Path) -> None:
     output = run("benchmarks/digits_cross_validation.py", "--epochs", "1")
     assert "| distilled, pruned, int8 |" in output
@@ -116,8 +123,8 @@ class Large(Small):
         super().__init__(64)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
 def test_readme_python(own_folder: Path) -> None:
@@ -146,3 +153,20 @@ def test_readme_files() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text())
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_pruning_page_python() -> None:
+    found = blocks("python", "docs/pruning.md")
+    assert len(found) >= 4
+    for block in found:
+        names: dict[str, Any] = {}
+        exec(compile(block, "docs/pruning.md", "exec"), names)
+        if "pruning" in names:
+            quiet_trainer(max_epochs=8, callbacks=[names["pruning"]]).fit(named_as_on_the_page(), TinyData())
+    assert names["sparsity"](names["model"]) == pytest.approx(0.95, abs=1e-3)
+
+
+def named_as_on_the_page() -> Classifier:
+    module = Classifier()
+    module.stem, module.layer4 = nn.Linear(16, 16), nn.Linear(64, 64)
+    return module
