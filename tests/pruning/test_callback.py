@@ -638,6 +638,22 @@ def test_p16_a_compiled_submodule() -> None:
     torch.testing.assert_close(module.net.eval()(x), module.net._orig_mod.eval()(x))
 
 
+@pytest.mark.slow
+def test_p16_the_whole_module_compiled(tmp_path: Path) -> None:
+    module = Classifier()
+    pruning = ScheduledPruning(sparsity=0.7, window=Window(0.1, 0.8))
+    trainer = quiet_trainer(max_epochs=2, callbacks=[pruning])
+    trainer.fit(torch.compile(module), TinyData())
+    trainer.save_checkpoint(tmp_path / "compiled.ckpt")
+    assert set(pruning.masks) == set(WEIGHTS)
+    assert zeros(module)[0] == round(0.7 * TOTAL)
+    again = Classifier()
+    quiet_trainer(max_epochs=2, callbacks=[pruning]).validate(
+        again, TinyData(), ckpt_path=tmp_path / "compiled.ckpt", verbose=False
+    )
+    assert_same_state(again, module)
+
+
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook", "fsdp"])
 def test_strategies_that_lose_structure_are_refused_in_setup(strategy: str) -> None:
     module = Classifier()

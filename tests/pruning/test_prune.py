@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_compress import CompressionError, Targets, prune_
-from tests.support.modules import float_leaves
+from tests.support.data import TinyData
+from tests.support.modules import Classifier, float_leaves, quiet_trainer
 from tests.support.oracles import assert_same_state, count_zeros, hooks, same_random_state, snapshot
 from tests.support.zoo import ZOO, Row, row
 
@@ -278,6 +279,16 @@ def test_masks_hold_no_graph_and_are_not_in_the_model() -> None:
     masks = prune_(model, 0.5)
     assert not any(mask.requires_grad for mask in masks.values())
     assert not any(tensor.dtype == torch.bool for tensor in itertools.chain(model.parameters(), model.buffers()))
+
+
+def test_p19_a_lightning_module_attached_or_not() -> None:
+    module = Classifier()
+    first = prune_(module, 0.5)
+    quiet_trainer(max_epochs=1).fit(module, TinyData())
+    second = prune_(module, 0.5, "ln_structured", targets=Targets(exclude=["head"]), inputs=torch.zeros(2, 16))
+    assert sum(masked(first)) == 320
+    rows = second["body.weight"].any(1)
+    assert torch.equal(module.norm.weight != 0, rows) and torch.equal(module.body.bias != 0, rows)
 
 
 def test_pruning_under_a_targets_object() -> None:
