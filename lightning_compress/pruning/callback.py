@@ -98,7 +98,7 @@ class ScheduledPruning(CompressionCallback):
         sparsity: float | None = None,
         scope: Scope = "global",
         schedule: Schedule = Polynomial(),  # noqa: B008  frozen
-        window: Window = Window(0.1, 0.75, every_n_steps=10),  # noqa: B008  frozen
+        window: Window = Window(0.1, 0.6, every_n_steps=10),  # noqa: B008  frozen
         targets: Targets = Targets(),  # noqa: B008  frozen
         overrides: Mapping[str, float] | None = None,
         max_layer_sparsity: float = 1.0,
