@@ -135,7 +135,7 @@ class Targets:
         refused: dict[int, str] = {}
         for path, module in layers.items():
             weights = {name for name, _ in _weights(module, self.types)}
-            for name, parameter in _all_parameters(module):
+            for name, parameter in own_parameters(module):
                 owners.setdefault(id(parameter), []).append((path, name, parameter))
                 reason = self._refusal(path, module, parameter) if name in weights else "not a weight"
                 if reason:
@@ -230,13 +230,13 @@ def _magnitude(module: nn.Module, full: str, name: str) -> tuple[str, nn.Paramet
     for direction, magnitude in (("original1", "original0"), ("_v", "_g")):
         if name.endswith(direction):
             other = name[: -len(direction)] + magnitude
-            found = dict(_all_parameters(module)).get(other)
+            found = dict(own_parameters(module)).get(other)
             if found is not None:
                 return full[: -len(direction)] + magnitude, found
     return None
 
 
-def _all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that one layer owns itself; those that a parametrization keeps count as the layer's."""
     if isinstance(module, ParametrizationList):
         return

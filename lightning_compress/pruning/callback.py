@@ -270,7 +270,10 @@ class ScheduledPruning(CompressionCallback):
 
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)
-        self._masks, self._pruner, self._kept = self.masks, None, None
+        if self._pruner is not None:
+            # Kept, as the fit may be saved now, and resumed later.
+            self._masks, self._carried = self._pruner.masks, self._pruner.carried
+            self._pruner = None
 
     def unfinished(self) -> str:
         goal = self.recipe.budget.sparsity  # Known for N:M too.
@@ -291,9 +294,7 @@ class ScheduledPruning(CompressionCallback):
 
     def state_dict(self) -> dict[str, Any]:
         history = [[point.step, point.sparsity, point.by_layer] for point in self.sparsity_history]
-        carried = (
-            self._carried if self._pruner is None else {"scores": self._pruner.scores, "aside": self._pruner.aside}
-        )
+        carried = self._carried if self._pruner is None else self._pruner.carried
         rewind = {"rewind_step": self._rewind_step, "kept": self._kept}
         return {**super().state_dict(), "masks": pack(self.masks), "history": history, **carried, **rewind}
 

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
-from lightning_compress.targets import Target, clean_name, compressible_modules
+from lightning_compress.targets import Target, clean_name, compressible_modules, own_parameters
+
+_KEEP_ZERO = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh),
+    *(nn.Hardtanh, nn.Hardswish, nn.Identity, _DropoutNd, _MaxPoolNd, _AvgPoolNd),
+)
+"""Layers that pass a channel on by itself, and zero as zero."""
 
 Producers = dict[str, list[str]]
 """Path of a norm to the paths of the layers whose outputs it normalises."""
@@ -24,7 +31,9 @@ Producers = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Follower:
-    """A tensor with one entry for each unit of some weights; an entry goes when its unit is gone from all of them.
+    """A tensor with an entry for each unit of some weights.
+
+    An entry goes when its unit is gone from all of them; of ``joined`` weights each has its own stretch of entries.
 
     Attributes:
         name: of the parameter.
@@ -33,17 +42,19 @@ class Follower:
             the units.
         magnitude: whether it is a weight norm's. It then goes in place of the weight, which is a direction: its length
             is divided by, so it can't be zero.
+        joined: whether it follows the weights one after the other.
     """
 
     name: str
     parameter: Tensor
     leaders: tuple[tuple[str, tuple[int, ...]], ...]
     magnitude: bool = False
+    joined: bool = False
 
     def mask(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Where this tensor stays, of its own shape."""
-        kept = [reduce_mask(masks[name], shape).reshape(self.parameter.shape) for name, shape in self.leaders]
-        return torch.stack(kept).any(0)
+        kept = [reduce_mask(masks[name], shape).flatten() for name, shape in self.leaders]
+        return (torch.cat(kept) if self.joined else torch.stack(kept).any(0)).view(self.parameter.shape)
 
 
 def reduce_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -74,16 +85,23 @@ def silenced(model: nn.Module, targets: Iterable[Target], dim: int, producers: P
         producers: what `norms_after` found.
     """
     modules = compressible_modules(model)
-    by_layer = {target.layer: target for target in targets if _is_output(modules[target.layer], target, dim)}
+    by_id = {id(target.parameter): target for target in targets}
+    outputs: dict[str, list[Target]] = {}
+    for path, module in modules.items():
+        for _, parameter in own_parameters(module):
+            target = by_id.get(id(parameter))
+            if target is not None and _is_output(module, target, dim):
+                outputs.setdefault(path, []).append(target)
     found = []
-    for path, target in by_layer.items():
-        bias = getattr(modules[path], "in_proj_bias" if "in_proj" in target.name else "bias", None)
-        if isinstance(bias, nn.Parameter) and bias.numel() == target.parameter.shape[dim]:
-            name = "in_proj_bias" if "in_proj" in target.name else "bias"
-            found.append(Follower(f"{path}.{name}".lstrip("."), bias, (_leader(target, dim),)))
+    for path, owned in outputs.items():
+        name = "in_proj_bias" if isinstance(modules[path], nn.MultiheadAttention) else "bias"
+        bias = getattr(modules[path], name, None)
+        leaders = tuple(_leader(target, dim) for target in owned)
+        if isinstance(bias, nn.Parameter) and bias.numel() == sum(target.parameter.shape[dim] for target in owned):
+            found.append(Follower(f"{path}.{name}".lstrip("."), bias, leaders, joined=True))
     for norm, layers in producers.items():
-        if all(layer in by_layer for layer in layers):
-            leaders = tuple(_leader(by_layer[layer], dim) for layer in layers)
+        if all(len(outputs.get(layer, ())) == 1 for layer in layers):
+            leaders = tuple(_leader(outputs[layer][0], dim) for layer in layers)
             for name, parameter in modules[norm].named_parameters(recurse=False):
                 found.append(Follower(f"{norm}.{name}", parameter, leaders))
     return found
@@ -122,16 +140,19 @@ def norms_after(model: nn.Module, run: Callable[[], Any]) -> Producers:
     fed: dict[str, set[str]] = {}
     handles = []
 
+    def maker(args: tuple[Any, ...]) -> str:
+        return made[id(args[0])][1] if args and id(args[0]) in made else ""
+
     def watch_output(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor):
-                made[id(output)] = (output, path)
+                made[id(output)] = (output, maker(args) if isinstance(module, _KEEP_ZERO) else path)
 
         return hook
 
     def watch_input(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            fed.setdefault(path, set()).add(made[id(args[0])][1] if args and id(args[0]) in made else "")
+            fed.setdefault(path, set()).add(maker(args))
 
         return hook
 
@@ -151,13 +172,14 @@ def norms_after(model: nn.Module, run: Callable[[], Any]) -> Producers:
 
 
 def norms_in_sequence(model: nn.Module) -> Producers:
-    """The norms that stand right after a layer in an `nn.Sequential`, which needs no run to know."""
+    """The norms that follow a layer in an `nn.Sequential`, which needs no run to know."""
     found: Producers = {}
     for path, module in model.named_modules():
         if type(module) is nn.Sequential:
-            for (before, _), (name, norm) in pairwise(module.named_children()):
-                if isinstance(norm, _NormBase) and norm.affine:
-                    found.setdefault(clean_name(f"{path}.{name}".lstrip(".")), []).append(
-                        clean_name(f"{path}.{before}".lstrip("."))
-                    )
+            made = ""
+            for name, child in module.named_children():
+                inner = clean_name(f"{path}.{name}".lstrip("."))
+                if made and isinstance(child, _NormBase) and child.affine:
+                    found.setdefault(inner, []).append(made)
+                made = made if isinstance(child, _KEEP_ZERO) else inner
     return found

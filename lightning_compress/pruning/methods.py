@@ -60,8 +60,8 @@ class Rule(ABC):
         as they are.
         """
 
-    def scores(self, weight: Tensor, carried: Tensor | None) -> Tensor:
-        """What `grow` ranks in the place of ``weight``."""
+    def scores(self, weight: Tensor) -> Tensor:
+        """What `grow` ranks in the place of ``weight``, unless scores are carried along."""
         return weight
 
     def unit(self, weight: Tensor) -> int:
@@ -92,8 +92,8 @@ class Smallest(Rule):
     def needs_gradients(self) -> bool:  # type: ignore[override]
         return self.criterion in OF_GRADIENTS
 
-    def scores(self, weight: Tensor, carried: Tensor | None) -> Tensor:
-        return OF_WEIGHTS[self.criterion](weight) if carried is None else carried
+    def scores(self, weight: Tensor) -> Tensor:
+        return OF_WEIGHTS[self.criterion](weight)
 
     def carry(self, weight: Tensor, gradient: Tensor, score: Tensor) -> Tensor:
         """The next score of a criterion that is carried along from step to step."""

@@ -17,7 +17,7 @@ from lightning_compress.pruning import followers
 from lightning_compress.pruning.budget import Budget, Scope
 from lightning_compress.pruning.followers import Producers
 from lightning_compress.pruning.masks import check_masks
-from lightning_compress.pruning.methods import Masks, Rule, Smallest, pruned, resolve
+from lightning_compress.pruning.methods import Masks, Rule, Smallest, Units, pruned, resolve
 from lightning_compress.targets import Selection, Targets, clean_name, compressible_modules
 
 
@@ -109,18 +109,22 @@ class Pruner:
 
     def follow(self, model: nn.Module, producers: Producers) -> None:
         """Silence biases and the norms after pruned units too, where whole units are pruned."""
-        if self.rule.structured:
-            dim: int = self.rule.dim  # type: ignore[attr-defined]
+        if isinstance(self.rule, Units):
             self._followers = [
                 *followers.magnitudes(self.targets),
-                *followers.silenced(model, self.targets, dim, producers),
+                *followers.silenced(model, self.targets, self.rule.dim, producers),
             ]
-        self.masks = self.masks
+        self.masks = self._masks
 
     def resume(self, scores: Mapping[str, Tensor], aside: Mapping[str, Tensor]) -> None:
         """Take over what another pruner carried along."""
         self.scores = {name: one.to(self.weights[name].device) for name, one in scores.items()}
         self.aside = {name: one.to(self.weights[name].device) for name, one in aside.items()}
+
+    @property
+    def carried(self) -> dict[str, dict[str, Tensor]]:
+        """What `resume` takes."""
+        return {"scores": self.scores, "aside": self.aside}
 
     @property
     def masks(self) -> Masks:
@@ -137,7 +141,11 @@ class Pruner:
             if follower.magnitude:
                 [(name, shape)] = follower.leaders
                 whole[name] = whole[name] | ~kept.reshape(shape)
-        self._applied = {name: _factor(mask, self._tensors[name]) for name, mask in whole.items() if not mask.all()}
+        self._applied = {
+            name: _factor(mask, self._tensors[name], self._applied.get(name))
+            for name, mask in whole.items()
+            if not mask.all()
+        }
 
     @torch.no_grad()
     def see_gradients(self, optimizer: Optimizer | None = None) -> None:
@@ -147,8 +155,7 @@ class Pruner:
         mine = None if optimizer is None else {id(one) for group in optimizer.param_groups for one in group["params"]}
         for name, weight in self.weights.items():
             if weight.grad is not None and (mine is None or id(weight) in mine):
-                before = self.scores.get(name, torch.zeros_like(weight, dtype=torch.float32))
-                self.scores[name] = self.rule.carry(self._value(name), weight.grad, before)
+                self.scores[name] = self.rule.carry(self._value(name), weight.grad, self._score(name))
 
     def _value(self, name: str) -> Tensor:
         return self.weights[name] + self.aside[name] if name in self.aside else self.weights[name]
@@ -170,7 +177,10 @@ class Pruner:
                 "`method` must have seen gradients before masks grow. Received: none. "
                 "Start the window later; step the optimizers of self.optimizers(); or call backward before prune_."
             )
-        ranked = {name: self.rule.scores(self._value(name), self._carried(name)) for name in self.weights}
+        ranked = {
+            name: self._score(name) if self.rule.needs_gradients else self.rule.scores(self._value(name))
+            for name in self.weights
+        }
         start = check_masks({}, self.weights) if regrow else self.masks
         # Not where nothing is drawn: setting torch's seeds takes longer than small masks do.
         with nullcontext() if isinstance(self.rule, Smallest) else own_random_state(seed):
@@ -184,10 +194,9 @@ class Pruner:
                 weight.copy_(value)
             self.masks = grown
 
-    def _carried(self, name: str) -> Tensor | None:
-        if not self.rule.needs_gradients:
-            return None
-        return self.scores.get(name, torch.zeros_like(self.weights[name], dtype=torch.float32))
+    def _score(self, name: str) -> Tensor:
+        known = self.scores.get(name)
+        return torch.zeros_like(self.weights[name], dtype=torch.float32) if known is None else known
 
     def apply_(self) -> None:
         """Zero what is masked; a weight that is inf or NaN becomes NaN."""
@@ -232,9 +241,14 @@ def multiply_(tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> N
         torch._foreach_mul_(changed, [factors[name].to(tensors[name].device) for name in names])
 
 
-def _factor(mask: Tensor, weight: Tensor) -> Tensor:
-    """``mask`` as it is multiplied in. On a CPU, of the weight's own type and layout: ten times faster than bools."""
-    return torch.empty_like(weight).copy_(mask) if weight.device.type == "cpu" else mask
+def _factor(mask: Tensor, weight: Tensor, old: Tensor | None) -> Tensor:
+    """``mask`` as it is multiplied in. On a CPU, of the weight's own type and layout: ten times faster than bools.
+
+    Written over the ``old`` one, as two of them at a time would take memory of the weights' size.
+    """
+    if weight.device.type != "cpu":
+        return mask
+    return (torch.empty_like(weight) if old is None else old).copy_(mask)
 
 
 def _in_groups(rule: Smallest, size: int, selection: Selection, model: nn.Module) -> tuple[Rule, Selection]:
