@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress import structure
@@ -64,8 +64,8 @@ class CompressionCallback(Callback):
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
         """One step of the window, at ``progress`` in [0, 1]."""
 
-    def after_optimizer_step(self) -> None:
-        """Called after each step of each optimizer."""
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Called after each step of each optimizer, with that optimizer."""
 
     def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the module and its averaged copies in line, before they are validated or saved."""
@@ -74,8 +74,7 @@ class CompressionCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_strategy(trainer, type(self).__name__)
-        if is_overridden("configure_model", pl_module):
-            pl_module.configure_model()
+        pl_module.configure_model()
         structure.attach(pl_module)
         if stage == "fit":
             self._step, self._bounds = 0, None
@@ -88,15 +87,16 @@ class CompressionCallback(Callback):
             self._bounds = self.window.bounds(*fit_length(trainer))
         self._stepped = False
         self._handles = [
-            optimizer.register_step_post_hook(lambda *_: self._on_optimizer_step()) for optimizer in trainer.optimizers
+            optimizer.register_step_post_hook(lambda stepped, *_: self._on_optimizer_step(stepped))
+            for optimizer in trainer.optimizers
         ]
         if self._step == 0 and self._bounds.start == 0:
             self.act(trainer, pl_module, 0.0)
         self.bring_in_line(trainer, pl_module)
 
-    def _on_optimizer_step(self) -> None:
+    def _on_optimizer_step(self, optimizer: Optimizer) -> None:
         self._stepped = True
-        self.after_optimizer_step()
+        self.after_optimizer_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -50,7 +50,7 @@ def _is_wrapped(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("on_save_checkpoint"), "func", None) is _on_save
 
 
-def _callbacks(module: Any) -> dict[str, Any]:
+def callbacks_of(module: Any) -> dict[str, Any]:
     """Our callbacks by their keys, found anew each time: a hook that held them would copy them with the module."""
     trainer = getattr(module, "_trainer", None)
     callbacks = trainer.callbacks if trainer is not None else ()
@@ -66,7 +66,7 @@ def averaged_copies(trainer: Any) -> Iterator[nn.Module]:
 
 
 def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
-    callbacks = _callbacks(module)
+    callbacks = callbacks_of(module)
     for callback in callbacks.values():
         callback.bring_in_line(module.trainer, module)
     type(module).on_save_checkpoint(module, checkpoint)
@@ -101,8 +101,8 @@ def _on_load(module: Any, checkpoint: dict[str, Any]) -> None:
     _load_on_copy(module, entry, copy.copy(states[0]), strict=module.strict_loading)
     restore_structure_(module, entry, states, copies=averaged_copies(trainer))
     for key, state in entry.get("callbacks", {}).items():
-        if key in _callbacks(module):
-            _callbacks(module)[key].load_state_dict(state)
+        if key in callbacks_of(module):
+            callbacks_of(module)[key].load_state_dict(state)
 
 
 def read_entry(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

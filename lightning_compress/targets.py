@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_compress.errors import CompressionError, invalid, nearest
@@ -154,6 +155,8 @@ class Targets:
                 targets.append(Target(full, path, parameter, _magnitude(layers[path], full, name)))
             elif reason != "not a weight":
                 skipped[full] = reason
+            elif parameter.dim() > 1 and name.startswith("parametrizations."):
+                skipped[full] = "a parametrization computes the weight, and zeros in this needn't be zeros in that"
             elif parameter.dim() > 1 and not isinstance(layers[path], (nn.LayerNorm, nn.RMSNorm)):
                 skipped[full] = f"{type(layers[path]).__name__} isn't among the targeted types (name it in `types`)"
         if not targets:
@@ -190,6 +193,8 @@ class Targets:
             return reason
         if not parameter.requires_grad:
             return "frozen"
+        if not is_lazy(parameter) and not parameter.numel():
+            return "empty"
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not self._names_embedding(path, module):
             return "embedding (name it exactly in `include`, or its class in `types`, to target it)"
         return ""
@@ -216,13 +221,12 @@ def _weights(module: nn.Module, types: Sequence[type[nn.Module]] | None) -> Iter
         if "weight" in name and not name.endswith("_g") and (is_lazy(parameter) or parameter.dim() > 1):
             yield name, parameter
     for name, parametrized in getattr(module, "parametrizations", {}).items():
-        # Weight norm keeps (magnitude, direction), others one tensor of the weight's shape; zeros in it are the
-        # weight's.
-        for inner in ("original1", "original"):
-            original = getattr(parametrized, inner, None)
-            if "weight" in name and isinstance(original, nn.Parameter) and original.dim() > 1:
-                yield f"parametrizations.{name}.{inner}", original
-                break
+        # Weight norm keeps (magnitude, direction), spectral norm one tensor of the weight's shape; zeros in it are the
+        # weight's. In others they needn't be.
+        inner = {_WeightNorm: "original1", _SpectralNorm: "original"}.get(type(parametrized[0]), "")
+        original = getattr(parametrized, inner, None) if len(parametrized) == 1 else None
+        if "weight" in name and isinstance(original, nn.Parameter) and original.dim() > 1:
+            yield f"parametrizations.{name}.{inner}", original
 
 
 def _magnitude(module: nn.Module, full: str, name: str) -> tuple[str, nn.Parameter] | None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 
 from lightning_compress.errors import CompressionError, invalid
 
@@ -143,8 +142,8 @@ def _steps(batches: float, accumulate: int) -> float:
 def _accumulation(trainer: pl.Trainer) -> Callable[[int], int]:
     """How many batches an epoch's optimizer steps accumulate."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler):
-            return callback.get_accumulate_grad_batches
+        if hasattr(callback, "get_accumulate_grad_batches"):  # GradientAccumulationScheduler, of either package
+            return callback.get_accumulate_grad_batches  # type: ignore[no-any-return]
     return lambda epoch: trainer.accumulate_grad_batches
 
 
@@ -153,6 +152,6 @@ def _epochs(trainer: pl.Trainer) -> float:
     if epochs is None or epochs == -1:
         return math.inf
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging) and isinstance(getattr(callback, "_max_epochs", None), int):
+        if hasattr(callback, "swa_end") and isinstance(getattr(callback, "_max_epochs", None), int):
             epochs = min(epochs, callback._max_epochs)
     return epochs

@@ -35,12 +35,14 @@ class Budget:
     max_layer_sparsity: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+        if self.sparsity is not None and not _is_fraction(self.sparsity):
             raise invalid("sparsity", "lie in [0, 1)", self.sparsity, "It is the fraction of weights that become zero.")
         if self.scope not in ("global", "layer"):
             raise invalid("scope", "be 'global' or 'layer'", self.scope)
+        if not isinstance(self.overrides or {}, Mapping):
+            raise invalid("overrides", "be a mapping from patterns to fractions", self.overrides)
         for pattern, fraction in (self.overrides or {}).items():
-            if not 0.0 <= fraction < 1.0:
+            if not _is_fraction(fraction):
                 raise invalid("overrides", "hold fractions in [0, 1)", {pattern: fraction})
         if not 0.0 < self.max_layer_sparsity <= 1.0:
             raise invalid("max_layer_sparsity", "lie in (0, 1]", self.max_layer_sparsity)
@@ -80,8 +82,22 @@ class Budget:
                 "Change one of the three."
             )
 
+    def is_met(self, rule: Rule, masks: Masks, own: Mapping[str, float]) -> bool:
+        """Whether ``masks`` hold the whole budget, to the nearest unit."""
+        if self.sparsity is None:
+            return True
+        alone = {**dict.fromkeys(masks, self.sparsity), **own} if self.scope == "layer" else own
+        pairs = [(fraction * masks[name].numel(), [masks[name]]) for name, fraction in alone.items()]
+        if self.scope == "global":
+            pairs.append((self.sparsity * sum(mask.numel() for mask in masks.values()), [*masks.values()]))
+        return all(
+            abs(goal - pruned(held)) <= max(rule.unit(mask) for mask in held) / (1 if rule.structured else 2)
+            for goal, held in pairs
+        )
+
     def _most(self, weight: Tensor, unit: int = 1) -> int:
-        return math.floor(self.max_layer_sparsity * weight.numel()) // unit * unit
+        # Rounded first, as 0.29 * 200 is a hair below 58.
+        return math.floor(round(self.max_layer_sparsity * weight.numel(), 6)) // unit * unit
 
     def grow(
         self, rule: Rule, weights: Mapping[str, Tensor], masks: Masks, own: Mapping[str, float], fraction: float = 1.0
@@ -106,8 +122,10 @@ class Budget:
         for name, goal in alone.items():
             grown |= rule.grow({name: weights[name]}, masks, fraction * goal * weights[name].numel())
         shared = [name for name in weights if name not in alone]
-        left = round(fraction * self.sparsity * sum(weight.numel() for weight in weights.values()))
-        left -= pruned(grown.values())
+        total = self.sparsity * sum(weight.numel() for weight in weights.values())
+        left = round(fraction * total) - pruned(grown.values())
+        # Rounding on the way must not take what the end would have to give back.
+        left = min(left, round(total) - sum(round(goal * weights[name].numel()) for name, goal in alone.items()))
         while shared:
             ranked = rule.grow({name: weights[name] for name in shared}, masks, left)
             most = {name: self._most(weights[name], rule.unit(weights[name])) for name in shared}
@@ -120,3 +138,7 @@ class Budget:
                 left -= pruned([grown[name]])
             shared = [name for name in shared if name not in over]
         return {name: grown[name] for name in weights}
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < 1.0

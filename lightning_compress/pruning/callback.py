@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_compress import structure
 from lightning_compress.callback import CompressionCallback, look
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.pruning import followers
 from lightning_compress.pruning import rewind as rewinding
 from lightning_compress.pruning.budget import Scope
 from lightning_compress.pruning.followers import norm_paths, norms_after
@@ -117,6 +117,9 @@ class ScheduledPruning(CompressionCallback):
         if (mask_file is not None) != (method == "custom_from_mask"):
             raise invalid("mask_file", "be given with method='custom_from_mask', and only then", mask_file)
         self.sparsity = sparsity
+        self.scope = scope
+        self.overrides = overrides
+        self.n_m = n_m
         if regrow and not isinstance(self.recipe.rule, Smallest):
             raise invalid("regrow", f"be False with method={method!r}; it goes with {', '.join(CRITERIA)}", regrow)
         if regrow and rewind is not None:
@@ -133,6 +136,8 @@ class ScheduledPruning(CompressionCallback):
         self._given: Masks | None = None
         self._skipped: dict[str, str] = {}
         self._first = True
+        self._awaits_score = False
+        self._masked_gradients = False
         self._pruner: Pruner | None = None
         self._carried: dict[str, dict[str, Tensor]] = {"scores": {}, "aside": {}}
         self._kept: rewinding.Kept | None = None
@@ -149,6 +154,7 @@ class ScheduledPruning(CompressionCallback):
         if stage != "fit":
             return
         self.sparsity_history, self._kept, self._carried = [], None, {"scores": {}, "aside": {}}
+        self._awaits_score = False
         if self._model is None or self._model() is not pl_module:
             self._masks, self._model = {}, weakref.ref(pl_module)
             restored = structure.restored_state(pl_module, self.state_key)
@@ -157,9 +163,13 @@ class ScheduledPruning(CompressionCallback):
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pruner = Pruner(self.recipe, pl_module, self._masks)
+        if self.regrow and any(target.magnitude is not None for target in pruner.targets):
+            raise invalid("regrow", "be False where a weight norm is pruned", True, "Exclude its layer.")
         pruner.resume(**self._carried)
         if self.mask_file is not None:
             self._given = check_masks(read_masks(self.mask_file), pruner.weights)
+            if not pruned(self._given.values()):
+                raise invalid("mask_file", "hold masks that prune something", self.mask_file)
         self._pruner, self._skipped, self._first = pruner, pruner.skipped, True
         if pruner.skipped:
             lines = [f"  {name}: {reason}" for name, reason in pruner.skipped.items()]
@@ -174,7 +184,7 @@ class ScheduledPruning(CompressionCallback):
         return self._pruner
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.rewind is not None and self._bounds is None:
+        if self.rewind is not None and self._bounds is None and not _is_dry(trainer):
             length = fit_length(trainer)
             self._rewind_step = self.rewind.step(*length)
             rewinding.check_rounds(self._rewind_step, self.window.bounds(*length), self.window, self.schedule)
@@ -182,7 +192,8 @@ class ScheduledPruning(CompressionCallback):
         super().on_train_start(trainer, pl_module)
 
     def _keep_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.rewind is not None and self._kept is None and self._step == self._rewind_step:
+        rewinds = self.rewind is not None and not _is_dry(trainer)
+        if rewinds and self._kept is None and self._step == self._rewind_step:
             self._kept = rewinding.keep(pl_module, trainer.optimizers)
 
     def on_train_batch_start(
@@ -195,6 +206,8 @@ class ScheduledPruning(CompressionCallback):
                 rank_zero_warn(f"ScheduledPruning: only BatchNorms in an nn.Sequential are silenced. {error}")
                 return
             self.pruner.follow(pl_module, {norm: layers for one in found for norm, layers in one.items()})
+            if self.pruner.speaking:
+                rank_zero_warn(f"ScheduledPruning: {followers.warning(self.pruner.speaking)}")
             self.bring_in_line(trainer, pl_module)
 
     def _looks_for_norms(self, pl_module: pl.LightningModule) -> bool:
@@ -206,7 +219,8 @@ class ScheduledPruning(CompressionCallback):
     ) -> None:
         if self._step < self.bounds.end:
             self.pruner.see_gradients(optimizer)
-        self.pruner.apply_to_gradients_()
+        self.pruner.apply_to_gradients_(optimizer)
+        self._masked_gradients = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -218,7 +232,7 @@ class ScheduledPruning(CompressionCallback):
         self._keep_if_due(trainer, pl_module)
         pruner, before = self.pruner, pruned(self.masks.values())
         if self._given is not None:
-            pruner.masks = self._given
+            pruner.masks = {name: mask & self._given[name] for name, mask in pruner.masks.items()}
         else:
             pruner.grow_(self.schedule.value(progress, 1.0), self.seed + self._step, self.regrow)
         if trainer.world_size > 1:
@@ -226,6 +240,10 @@ class ScheduledPruning(CompressionCallback):
             pruner.masks = trainer.strategy.broadcast(pruner.masks)
         if self._kept is not None and pruned(pruner.masks.values()) > before:
             rewinding.put_back_(self._kept, pl_module, trainer.optimizers)
+            for copy in structure.averaged_copies(trainer):
+                rewinding.put_tensors_back_(self._kept, copy)
+            for other in structure.callbacks_of(pl_module).values():
+                other.bring_in_line(trainer, pl_module)
             rank_zero_info(
                 f"ScheduledPruning: {sparsity_of(pruner.masks):.1%} of the weights are zero at step {self._step}; the "
                 f"others are back at step {self._rewind_step}."
@@ -233,11 +251,38 @@ class ScheduledPruning(CompressionCallback):
         self.bring_in_line(trainer, pl_module)
         self._remember(at_end=progress >= 1.0)
         if progress >= 1.0:
-            pruner.resume(scores={}, aside={})
-            if self.best_is_sparse:
-                forget_scores(trainer)
+            self._finish(trainer)
         if self._step:
             pl_module.log(self._logged_name(trainer), sparsity_of(pruner.masks), prog_bar=self.progress_bar)
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        """What the window's end brings: masks are frozen, and nothing is carried any more."""
+        self.pruner.resume(scores={}, aside={})
+        self._kept = None
+        if self.best_is_sparse:
+            forget_scores(trainer)
+            # Until the next validation, what is monitored is the score of other weights.
+            self._awaits_score = True
+        if not self.pruner.is_at_goal():
+            rank_zero_warn(f"ScheduledPruning: at its window's end {self._reached()}")
+
+    def _reached(self) -> str:
+        goal = self.recipe.budget.sparsity  # known for N:M too
+        return f"sparsity is {sparsity_of(self.masks):.3f}, not {goal}."
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        if self._awaits_score and not trainer.sanity_checking:
+            self._awaits_score = False
+            forget_scores(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self._awaits_score:
+            rank_zero_warn(
+                "ScheduledPruning: no validation followed the window's end, so the best checkpoint is one from before. "
+                "End the window earlier."
+            )
 
     def _remember(self, at_end: bool) -> None:
         """Note the sparsity of every layer where it has moved on visibly."""
@@ -256,17 +301,22 @@ class ScheduledPruning(CompressionCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         prefix = self._logged_name(trainer)
-        pl_module.log_dict({f"{prefix}/{name}": sparsity_of({name: mask}) for name, mask in self.masks.items()})
+        by_layer = {f"{prefix}/{name}": sparsity_of({name: mask}) for name, mask in self.masks.items()}
+        pl_module.log_dict({prefix: sparsity_of(self.masks), **by_layer})
 
-    def after_optimizer_step(self) -> None:
-        self.pruner.apply_()
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.pruner.apply_(optimizer)
+        if not self._masked_gradients:
+            # A step that Lightning didn't know of.
+            self.pruner.apply_to_moments_([optimizer])
+        self._masked_gradients = False
 
     def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._pruner is not None:
-            self._pruner.apply_()
+            self._pruner.settle_()
             self._pruner.apply_to_moments_(trainer.optimizers)
             for copy in structure.averaged_copies(trainer):
-                self._pruner.apply_to_(copy)
+                self._pruner.settle_(copy)
 
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)
@@ -276,8 +326,7 @@ class ScheduledPruning(CompressionCallback):
             self._pruner = None
 
     def unfinished(self) -> str:
-        goal = self.recipe.budget.sparsity  # Known for N:M too.
-        return f"sparsity is {sparsity_of(self.masks):.3f}, not {goal}. Shorten the window, or train longer."
+        return f"{self._reached()} Shorten the window, or train longer."
 
     def report_notes(self) -> list[str]:
         notes = [*super().report_notes(), *(f"{name} isn't pruned: {why}" for name, why in self._skipped.items())]
@@ -290,17 +339,36 @@ class ScheduledPruning(CompressionCallback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(method=self.recipe.method, targets=repr(self.recipe.targets))
+        return self._generate_state_key(method=self.recipe.method, targets=repr(self.recipe.targets), n_m=self.n_m)
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        """What a checkpoint's masks and bounds hold for."""
+        return {name: repr(getattr(self, name)) for name in ("sparsity", "scope", "overrides", "schedule", "window")}
 
     def state_dict(self) -> dict[str, Any]:
         history = [[point.step, point.sparsity, point.by_layer] for point in self.sparsity_history]
         carried = self._carried if self._pruner is None else self._pruner.carried
         rewind = {"rewind_step": self._rewind_step, "kept": self._kept}
-        return {**super().state_dict(), "masks": pack(self.masks), "history": history, **carried, **rewind}
+        return {
+            **super().state_dict(),
+            "masks": pack(self.masks),
+            "history": history,
+            "settings": self._settings,
+            **carried,
+            **rewind,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._masks = unpack(state_dict["masks"])
+        saved = state_dict.get("settings", {})
+        changed = [f"{name}={saved[name]}" for name, value in self._settings.items() if saved.get(name, value) != value]
+        if changed:
+            rank_zero_warn(
+                f"ScheduledPruning: this checkpoint was written with other settings: {', '.join(changed)}. Its window, "
+                "step and masks go on. For a new window, load it with load_compressed(path, model) and fit that."
+            )
         self.sparsity_history = [Snapshot(*point) for point in state_dict.get("history", [])]
         self._carried = {name: state_dict.get(name, {}) for name in ("scores", "aside")}
         self._rewind_step, self._kept = state_dict.get("rewind_step", 0), state_dict.get("kept")
@@ -309,13 +377,19 @@ class ScheduledPruning(CompressionCallback):
         return {**super().__getstate__(), "_model": None, "_masks": self.masks, "_pruner": None}
 
 
+def _is_dry(trainer: Any) -> bool:
+    """Whether this is a run of a step or two to see if everything works, too short for rounds."""
+    return bool(trainer.fast_dev_run)
+
+
 def forget_scores(trainer: pl.Trainer) -> None:
     """Give what `ModelCheckpoint` holds as best so far the worst of scores, so that the next one is better.
 
     It then replaces the files of the forgotten scores by its own rules.
     """
+    checkpoint: Any
     for checkpoint in trainer.checkpoint_callbacks:
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_k_models:
+        if getattr(checkpoint, "best_k_models", None):
             worst = torch.tensor(torch.inf if checkpoint.mode == "min" else -torch.inf)
             checkpoint.best_k_models = dict.fromkeys(checkpoint.best_k_models, worst)
             checkpoint.kth_value = checkpoint.best_model_score = worst

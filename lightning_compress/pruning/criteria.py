@@ -39,11 +39,11 @@ def lamp(weight: Tensor) -> Tensor:
     References:
         Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning", 2021 (arXiv:2010.07611), equation 6.
     """
-    squares, order = weight.detach().double().square().flatten().sort()
-    remaining = squares.flip(0).cumsum(0).flip(0)
+    squares, order = weight.detach().float().square().flatten().sort()
+    remaining = squares.flip(0).cumsum(0, dtype=torch.double).flip(0)
     scores = torch.empty_like(squares)
-    scores[order] = squares / remaining.clamp(min=torch.finfo(torch.double).tiny)
-    return scores.view(weight.shape).float()
+    scores[order] = (squares / remaining.clamp(min=torch.finfo(torch.double).tiny)).float()
+    return scores.view(weight.shape)
 
 
 def taylor(weight: Tensor, gradient: Tensor, score: Tensor) -> Tensor:

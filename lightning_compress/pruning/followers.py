@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
@@ -24,6 +24,8 @@ _KEEP_ZERO = (
     *(nn.Hardtanh, nn.Hardswish, nn.Identity, _DropoutNd, _MaxPoolNd, _AvgPoolNd),
 )
 """Layers that pass a channel on by itself, and zero as zero."""
+
+_FLATTENED = " flattened"
 
 Producers = dict[str, list[str]]
 """Path of a norm to the paths of the layers whose outputs it normalises."""
@@ -103,14 +105,15 @@ def silenced(model: nn.Module, targets: Iterable[Target], dim: int, producers: P
         if all(len(outputs.get(layer, ())) == 1 for layer in layers):
             leaders = tuple(_leader(outputs[layer][0], dim) for layer in layers)
             for name, parameter in modules[norm].named_parameters(recurse=False):
-                found.append(Follower(f"{norm}.{name}", parameter, leaders))
+                if all(parameter.numel() == max(shape) for _, shape in leaders):
+                    found.append(Follower(f"{norm}.{name}", parameter, leaders))
     return found
 
 
 def _is_output(layer: nn.Module, target: Target, dim: int) -> bool:
     """Whether the slices along ``dim`` are the layer's outputs, so that bias and output have an entry for each."""
-    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
-        return False  # A gate's row adds to what another matrix brings.
+    if not isinstance(layer, (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)):
+        return False  # Which dimension its outputs are isn't known.
     outputs = 0
     if isinstance(layer, _ConvTransposeNd):
         if layer.groups > 1:
@@ -125,10 +128,28 @@ def _leader(target: Target, dim: int) -> tuple[str, tuple[int, ...]]:
     return target.name, tuple(shape)
 
 
+def _keeps_zero(module: nn.Module) -> bool:
+    """Whether a silent channel is silent behind ``module`` too; that of a norm is made so."""
+    return isinstance(module, _KEEP_ZERO) or (isinstance(module, _NormBase) and module.affine)
+
+
+def speaking(model: nn.Module, targets: Iterable[Target], producers: Producers) -> list[str]:
+    """The norms after targeted layers that have no scale and shift for each unit to be zeroed."""
+    modules, layers = compressible_modules(model), {target.layer for target in targets}
+    mixed = {f"{layer}{_FLATTENED}" for layer in layers}
+    return [
+        norm for norm, fed in producers.items() if mixed & set(fed) or (not modules[norm].affine and layers & set(fed))
+    ]
+
+
+def warning(norms: Iterable[str]) -> str:
+    """What a user is told of norms that aren't silenced."""
+    return f"behind these norms pruned units may still put out a constant: {', '.join(norms)}."
+
+
 def norm_paths(model: nn.Module) -> set[str]:
-    """The norms with an own scale and shift for each channel."""
-    modules = compressible_modules(model).items()
-    return {path for path, module in modules if isinstance(module, _NormBase) and module.affine}
+    """The norms whose channels are normalised each by itself."""
+    return {path for path, module in compressible_modules(model).items() if isinstance(module, _NormBase)}
 
 
 def norms_after(model: nn.Module, run: Callable[[], Any]) -> Producers:
@@ -136,30 +157,41 @@ def norms_after(model: nn.Module, run: Callable[[], Any]) -> Producers:
 
     A norm that something else than a module's output reaches isn't listed.
     """
-    made: dict[int, tuple[Tensor, str]] = {}  # The tensors are held, so that no other gets their id.
+    # The tensors are held, so that no other gets their id. One that was since changed in place has another version.
+    made: dict[int, tuple[Tensor, int, str]] = {}
     fed: dict[str, set[str]] = {}
     handles = []
 
     def maker(args: tuple[Any, ...]) -> str:
-        return made[id(args[0])][1] if args and id(args[0]) in made else ""
+        tensor, version, path = made.get(id(args[0]), (None, 0, "")) if args else (None, 0, "")
+        return path if tensor is not None and tensor._version == version else ""
 
     def watch_output(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor):
-                made[id(output)] = (output, maker(args) if isinstance(module, _KEEP_ZERO) else path)
+                came_from = before.pop(path, "") if _keeps_zero(module) else path
+                if isinstance(module, nn.Flatten) and before.get(path):
+                    came_from = before.pop(path) + _FLATTENED
+                made[id(output)] = (output, output._version, came_from)
 
         return hook
 
     def watch_input(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            fed.setdefault(path, set()).add(maker(args))
+            before[path] = maker(args)  # read now: the module may work in place
+            if isinstance(module, _NormBase):
+                # A Linear's units are its last dimension, a norm's channels its second.
+                linear = args and args[0].dim() > 2 and isinstance(modules.get(before[path]), nn.Linear)
+                fed.setdefault(path, set()).add("" if linear else before[path])
 
         return hook
 
-    for path, module in compressible_modules(model).items():
-        if isinstance(module, _NormBase) and module.affine:
+    before: dict[str, str] = {}
+    modules = compressible_modules(model)
+    for path, module in modules.items():
+        if isinstance(module, (_NormBase, nn.Flatten, *_KEEP_ZERO)):
             handles.append(module.register_forward_pre_hook(watch_input(path)))
-        elif not any(True for _ in module.children()):
+        if not any(True for _ in module.children()):
             handles.append(module.register_forward_hook(watch_output(path)))
     try:
         # Compiled submodules run as written, so that the calls inside them are seen.
@@ -179,7 +211,8 @@ def norms_in_sequence(model: nn.Module) -> Producers:
             made = ""
             for name, child in module.named_children():
                 inner = clean_name(f"{path}.{name}".lstrip("."))
-                if made and isinstance(child, _NormBase) and child.affine:
+                if made and isinstance(child, _NormBase):
                     found.setdefault(inner, []).append(made)
-                made = made if isinstance(child, _KEEP_ZERO) else inner
+                # What a nested module ends with isn't looked up.
+                made = made if _keeps_zero(child) else "" if any(True for _ in child.children()) else inner
     return found

@@ -137,7 +137,7 @@ class TorchRule(Rule):
 
     @property
     def fixes_sparsity(self) -> bool:  # type: ignore[override]
-        return "amount" not in inspect.signature(self.cls.__init__).parameters
+        return not _accepts(self.cls, "amount")
 
     def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
         if self.fixes_sparsity:
@@ -156,9 +156,8 @@ class TorchRule(Rule):
 
     def _mask(self, tensor: Tensor, mask: Tensor, amount: int, **settings: Any) -> Tensor:
         """``mask`` with ``amount`` more taken out of what it still keeps."""
-        accepted = inspect.signature(self.cls.__init__).parameters
         given = {"amount": amount, **settings}
-        method = self.cls(**{name: value for name, value in given.items() if name in accepted})
+        method = self.cls(**{name: value for name, value in given.items() if _accepts(self.cls, name)})
         # The container hands the rule only what is still kept, so nothing is pruned twice.
         container = prune.PruningContainer()
         container._tensor_name = method._tensor_name = "weight"
@@ -209,16 +208,18 @@ class Units(TorchRule):
         sizes = [self.unit(weights[name]) for name in names]
         missing = round(goal) - sum(int((~units).sum()) * size for units, size in zip(kept, sizes, strict=True))
         ranked = sorted(
-            (float(score), layer, unit)
+            (score, layer, unit)
             for layer, name in enumerate(names)
-            for unit, score in enumerate(self._scores(weights[name]).cpu())
+            for unit, score in enumerate(self._scores(weights[name]).tolist())
             if kept[layer][unit]
         )
+        left = [int(units.sum()) for units in kept]
         for _, layer, unit in ranked:
             if missing < sizes[layer] / 2:
                 break
-            if kept[layer].sum() > 1:
+            if left[layer] > 1:
                 kept[layer][unit] = False
+                left[layer] -= 1
                 missing -= sizes[layer]
         return {name: masks[name] & self._spread(units, masks[name]) for name, units in zip(names, kept, strict=True)}
 
@@ -283,4 +284,20 @@ def _imported(method: str) -> type[prune.BasePruningMethod]:
         raise CompressionError(
             f"`method` must set PRUNING_TYPE to 'unstructured', 'structured' or 'global'. Received: {method}."
         )
+    known = {"self", "amount", "dim", "n"}
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name not in known and parameter.default is parameter.empty and parameter.kind not in _VARIADIC:
+            raise invalid(
+                "method", "be a rule that needs no argument but amount, dim and n", method, f"It needs `{name}` too."
+            )
     return cls
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _accepts(cls: type[prune.BasePruningMethod], name: str) -> bool:
+    if cls.__init__ is object.__init__:
+        return False
+    parameters = inspect.signature(cls.__init__).parameters
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_compress.errors import invalid
 from lightning_compress.inputs import bind_example
 from lightning_compress.pruning.budget import Scope
-from lightning_compress.pruning.followers import norm_paths, norms_after, norms_in_sequence
+from lightning_compress.pruning.followers import norm_paths, norms_after, norms_in_sequence, warning
 from lightning_compress.pruning.methods import Masks
 from lightning_compress.pruning.pruner import Pruner, make_recipe, own_random_state
 from lightning_compress.quantization.calls import copy_module
@@ -87,25 +87,22 @@ def prune_(
         _follow_norms(pruner, model, inputs, seed)
     pruner.see_gradients()
     pruner.grow_(1.0, seed)
-    pruner.apply_()
+    pruner.settle_()
     return pruner.masks
 
 
 def _follow_norms(pruner: Pruner, model: nn.Module, inputs: Any, seed: int) -> None:
     """Look on a copy which norms follow the targets, so that nothing of the model runs."""
     example = getattr(model, "example_input_array", None) if inputs is None else inputs
-    if example is None:
-        if norm_paths(model) - norms_in_sequence(model).keys():
-            warnings.warn(
-                "prune_: which BatchNorms follow the pruned layers isn't known without example inputs, so these may "
-                "still put out a constant for pruned units. Pass `inputs`.",
-                stacklevel=3,
-            )
-        return
-    probe = copy_module(model).eval()
-    args, kwargs = bind_example(example, next(model.parameters()).device)
-    with own_random_state(seed):
-        pruner.follow(model, norms_after(probe, lambda: probe(*args, **kwargs)))
+    unknown = norm_paths(model) - norms_in_sequence(model).keys()
+    if example is not None:
+        probe, unknown = copy_module(model).eval(), set()
+        args, kwargs = bind_example(example, next(model.parameters()).device)
+        with own_random_state(seed):
+            pruner.follow(model, norms_after(probe, lambda: probe(*args, **kwargs)))
+    if pruner.speaking or unknown:
+        hint = " Which layers they follow isn't known without `inputs`." if unknown else ""
+        warnings.warn(f"prune_: {warning([*pruner.speaking, *sorted(unknown)])}{hint}", stacklevel=3)
 
 
 def sparsity(model: nn.Module, targets: Targets | None = None) -> float:

@@ -18,7 +18,7 @@ from lightning_compress.pruning.budget import Budget, Scope
 from lightning_compress.pruning.followers import Producers
 from lightning_compress.pruning.masks import check_masks
 from lightning_compress.pruning.methods import Masks, Rule, Smallest, Units, pruned, resolve
-from lightning_compress.targets import Selection, Targets, clean_name, compressible_modules
+from lightning_compress.targets import PRUNABLE, Selection, Targets, clean_name, compressible_modules
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Pruner:
         skipped: names of what isn't targeted, each with the reason.
         scores: what a criterion of gradients carries along.
         aside: values that pruned weights take when they come back, zero elsewhere.
+        speaking: norms after pruned units that can't be silenced.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -95,13 +96,14 @@ class Pruner:
         self.targets = selection.targets
         self.skipped = selection.skipped
         self.weights: dict[str, Tensor] = {target.name: target.parameter for target in self.targets}
-        _check_dim(self.rule, self.weights)
+        _check_weights(self.rule, self.weights)
         self.budget = recipe.budget
         self._own = self.budget.of_layers(self.targets)
         self.budget.check(self.weights, self._own)
         self._followers = followers.magnitudes(self.targets)
         self.scores: dict[str, Tensor] = {}
         self.aside: dict[str, Tensor] = {}
+        self.speaking: list[str] = []
         self._applied: Masks = {}
         self._tensors: dict[str, Tensor] = {}
         self.masks = check_masks(masks, self.weights)
@@ -110,10 +112,9 @@ class Pruner:
     def follow(self, model: nn.Module, producers: Producers) -> None:
         """Silence biases and the norms after pruned units too, where whole units are pruned."""
         if isinstance(self.rule, Units):
-            self._followers = [
-                *followers.magnitudes(self.targets),
-                *followers.silenced(model, self.targets, self.rule.dim, producers),
-            ]
+            silenced = followers.silenced(model, self.targets, self.rule.dim, producers)
+            self._followers = [*followers.magnitudes(self.targets), *silenced]
+            self.speaking = followers.speaking(model, self.targets, producers)
         self.masks = self._masks
 
     def resume(self, scores: Mapping[str, Tensor], aside: Mapping[str, Tensor]) -> None:
@@ -152,10 +153,10 @@ class Pruner:
         """Carry the scores of a criterion of gradients one step further, of all weights or of an optimizer's."""
         if not isinstance(self.rule, Smallest) or not self.rule.needs_gradients:
             return
-        mine = None if optimizer is None else {id(one) for group in optimizer.param_groups for one in group["params"]}
-        for name, weight in self.weights.items():
-            if weight.grad is not None and (mine is None or id(weight) in mine):
-                self.scores[name] = self.rule.carry(self._value(name), weight.grad, self._score(name))
+        for name, weight in self._stepped_by(optimizer).items():
+            if name in self.weights and weight.grad is not None:
+                gradient = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
+                self.scores[name] = self.rule.carry(self._value(name), gradient, self._score(name))
 
     def _value(self, name: str) -> Tensor:
         return self.weights[name] + self.aside[name] if name in self.aside else self.weights[name]
@@ -178,7 +179,7 @@ class Pruner:
                 "Start the window later; step the optimizers of self.optimizers(); or call backward before prune_."
             )
         ranked = {
-            name: self._score(name) if self.rule.needs_gradients else self.rule.scores(self._value(name))
+            name: self._score(name) if self.rule.needs_gradients else self.rule.scores(self._effective(name))
             for name in self.weights
         }
         start = check_masks({}, self.weights) if regrow else self.masks
@@ -194,22 +195,51 @@ class Pruner:
                 weight.copy_(value)
             self.masks = grown
 
+    def _effective(self, name: str) -> Tensor:
+        """The weight that the layer computes with: a weight norm's direction at its magnitude."""
+        value = self._value(name)
+        for follower in self._followers:
+            if follower.magnitude and follower.leaders[0][0] == name:
+                shape = follower.leaders[0][1]
+                dims = [dim for dim, size in enumerate(shape) if size == 1]
+                scale: Tensor = follower.parameter.view(shape) / torch.linalg.vector_norm(value, dim=dims, keepdim=True)
+                return value * scale
+        return value
+
     def _score(self, name: str) -> Tensor:
         known = self.scores.get(name)
         return torch.zeros_like(self.weights[name], dtype=torch.float32) if known is None else known
 
-    def apply_(self) -> None:
-        """Zero what is masked; a weight that is inf or NaN becomes NaN."""
-        multiply_(self._tensors, self._applied)
+    def apply_(self, optimizer: Optimizer | None = None) -> None:
+        """Zero what is masked, of all or of what an optimizer steps; a weight that is inf or NaN becomes NaN.
 
-    def apply_to_(self, copy: nn.Module) -> None:
-        """The same in a copy of the model."""
-        tensors = {clean_name(name): tensor for name, tensor in copy.named_parameters(remove_duplicate=False)}
+        The others may be part of a graph that is still to be run backwards.
+        """
+        multiply_(self._stepped_by(optimizer), self._applied)
+
+    def settle_(self, copy: nn.Module | None = None) -> None:
+        """The same, in the model or a copy of it, with the negative zeros that it leaves made zeros, which compress."""
+        tensors = self._tensors
+        if copy is not None:
+            tensors = {clean_name(name): tensor for name, tensor in copy.named_parameters(remove_duplicate=False)}
         multiply_(tensors, self._applied)
+        with torch.no_grad():
+            for name in self._applied:
+                tensors[name].add_(0.0)
 
-    def apply_to_gradients_(self) -> None:
+    def _stepped_by(self, optimizer: Optimizer | None) -> dict[str, Tensor]:
+        if optimizer is None:
+            return self._tensors
+        mine = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        return {name: one for name, one in self._tensors.items() if id(one) in mine}
+
+    def is_at_goal(self) -> bool:
+        """Whether the masks hold what the budget asks for, to the nearest unit."""
+        return self.budget.is_met(self.rule, self.masks, self._own)
+
+    def apply_to_gradients_(self, optimizer: Optimizer) -> None:
         """Zero the gradients of what is masked: they count in no norm, and moments of zero stay zero."""
-        gradients = {name: self._tensors[name].grad for name in self._applied}
+        gradients = {name: one.grad for name, one in self._stepped_by(optimizer).items() if name in self._applied}
         multiply_(
             {name: one for name, one in gradients.items() if one is not None and not one.is_sparse}, self._applied
         )
@@ -256,8 +286,11 @@ def _in_groups(rule: Smallest, size: int, selection: Selection, model: nn.Module
     modules = compressible_modules(model)
     dims, targets, skipped = {}, [], dict(selection.skipped)
     for target in selection.targets:
-        dim = 0 if isinstance(modules[target.layer], _ConvTransposeNd) else 1
-        if target.parameter.shape[dim] % size:
+        layer = modules[target.layer]
+        dim = 0 if isinstance(layer, _ConvTransposeNd) else 1
+        if not isinstance(layer, PRUNABLE):
+            skipped[target.name] = f"which dimension of a {type(layer).__name__}'s weight are its inputs isn't known"
+        elif target.parameter.shape[dim] % size:
             skipped[target.name] = f"{target.parameter.shape[dim]} inputs are no multiple of {size}"
         else:
             dims[target.name] = dim
@@ -270,11 +303,20 @@ def _in_groups(rule: Smallest, size: int, selection: Selection, model: nn.Module
     return replace(rule, dims=dims), Selection(tuple(targets), skipped)
 
 
-def _check_dim(rule: Rule, weights: Mapping[str, Tensor]) -> None:
-    """Raise if a structured rule's ``dim`` isn't a dimension of some weight."""
+def _check_weights(rule: Rule, weights: Mapping[str, Tensor]) -> None:
+    """Raise if a weight can't be ranked or changed, or a structured rule's ``dim`` isn't a dimension of it."""
     dim: Any = getattr(rule, "dim", 0)
-    for name, weight in weights.items() if rule.structured else ():
-        if not -weight.dim() <= dim < weight.dim():
+    for name, weight in weights.items():
+        if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise CompressionError(
+                f"`targets` must select real floating-point weights. Received: {name} of {weight.dtype}. Exclude it."
+            )
+        if weight.is_inference() or 0 in weight.stride():
+            kind = "made in inference mode" if weight.is_inference() else "expanded, with one value in many places"
+            raise CompressionError(
+                f"`targets` must select weights that can be changed in place. Received: {name}, {kind}. Clone it first."
+            )
+        if rule.structured and not -weight.dim() <= dim < weight.dim():
             raise CompressionError(
                 f"`dim` must be a dimension of every target. Received: dim={dim} for {name} of shape "
                 f"{tuple(weight.shape)}. Exclude the layer, or choose another dim."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class Rewind:
     and optimizer state.
 
     Args:
-        to: the point to go back to, in ``unit``; 0 is initialization. It lies before the window's start, or on it.
+        to: the point to go back to, in ``unit``; 0 is the start of the fit. It lies before the window's start, or
+            on it.
         unit: ``step`` (optimizer steps), ``epoch`` or ``fit`` (fraction of all optimizer steps).
 
     Raises:
@@ -62,7 +64,11 @@ class Rewind:
             per_epoch: optimizer steps of one epoch; inf if unknown.
         """
         scale = {"fit": total, "epoch": per_epoch, "step": 1.0}[self.unit]
-        return round(self.to * scale)
+        if self.to and math.isinf(scale):
+            raise CompressionError(
+                f"`rewind` with unit={self.unit!r} must have a fit of known length. Received: {self}. Use unit='step'."
+            )
+        return round(self.to * scale) if self.to else 0
 
 
 def check_rounds(step: int, bounds: Bounds, window: Window, schedule: Schedule) -> None:
@@ -119,10 +125,7 @@ def put_back_(kept: Kept, model: nn.Module, optimizers: Sequence[Optimizer]) -> 
         model: the same model, on any device.
         optimizers: the same optimizers; their learning rates and other settings stay.
     """
-    now = _tensors(model)
-    for name, tensor in kept["tensors"].items():
-        if name in now:
-            now[name].copy_(tensor)
+    put_tensors_back_(kept, model)
     for optimizer, states in zip(optimizers, kept["optimizers"], strict=True):
         for parameter, state in zip(_parameters(optimizer), states, strict=False):
             current = optimizer.state.pop(parameter, {})
@@ -130,6 +133,15 @@ def put_back_(kept: Kept, model: nn.Module, optimizers: Sequence[Optimizer]) -> 
                 optimizer.state[parameter] = {
                     name: _like(value, current.get(name), parameter) for name, value in state.items()
                 }
+
+
+@torch.no_grad()
+def put_tensors_back_(kept: Kept, model: nn.Module) -> None:
+    """Bring a model, or a copy of it, back to what was kept."""
+    now = _tensors(model)
+    for name, tensor in kept["tensors"].items():
+        if name in now:
+            now[name].copy_(tensor)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -129,7 +129,8 @@ class _Ranking:
         """The key of each entry; what may not be taken has one above all others, or below zero."""
         if self.signed:
             # With one zero, and NaN at the upper end whatever its sign.
-            raw = (entries.float() + 0.0).nan_to_num(torch.inf, torch.inf, -torch.inf).view(torch.int32)
+            values = entries.float() + 0.0
+            raw = torch.where(values.isnan(), values.abs(), values).view(torch.int32)
             # As the bits of negative floats rise, the floats fall.
             keys = (raw ^ (raw >> 31 & 0x7FFFFFFF)).long() + (1 << 31)
             return keys.add_(~may, alpha=1 << 33)
