@@ -28,6 +28,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import ScheduledPruning, Window
+from lightning_compress.pruning.budget import Scope
 from lightning_compress.pruning.pruner import Pruner, make_recipe
 from lightning_compress.targets import Targets
 
@@ -199,14 +200,18 @@ def stack(millions: int) -> nn.Module:
 
 
 def update(
-    model: nn.Module, sparsity: float | None, scope: Any = "global", n_m: str | None = None
+    model: nn.Module,
+    sparsity: float | None,
+    scope: Scope = "global",
+    n_m: str | None = None,
+    method: str = "l1_unstructured",
 ) -> Callable[[], Any]:
-    recipe = make_recipe("l1_unstructured", sparsity, scope, Targets(), None, 1.0, n_m, 0, 2.0)
-    pruner = Pruner(recipe, model, {})
+    pruner = Pruner(make_recipe(method, sparsity, scope, Targets(), None, 1.0, n_m, 0, 2.0), model, {})
     dense = pruner.masks
 
     def run() -> Any:
-        pruner.budget.grow(pruner.rule, pruner.weights, dense, {}, 1.0)
+        ranked = {name: pruner.rule.scores(weight) for name, weight in pruner.weights.items()}
+        pruner.budget.grow(pruner.rule, ranked, dense, {}, 1.0)
 
     return run
 
@@ -260,6 +265,7 @@ def update_table(millions: int, rounds: int) -> str:
         "torch.kthvalue of the flattened scores": kthvalue(model),
         "global, 90 %": update(model, 0.9),
         "by layer, 90 %": update(model, 0.9, "layer"),
+        "global by LAMP, 90 %": update(model, 0.9, method="lamp"),
         "2:4": update(model, None, n_m="2:4"),
         "torch's global_unstructured, 90 %": torchs(model),
     }
