@@ -1,0 +1,189 @@
+"""Runs that are killed at a random moment, and resumed: each a forked child, so that the imports are paid once.
+
+Writes one JSON line for each kill: where it happened, from which file the run went on, and what differs at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from lightning_compress import Rewind, ScheduledPruning, Steps, Targets, Window
+from tests.support.data import TinyData
+from tests.support.modules import Classifier, quiet_trainer
+from tests.support.oracles import differing
+
+PER_EPOCH, EPOCHS, EVERY = 15, 2, 2
+"""Never saved at an epoch's last batch: from such a file Lightning itself leaves out an epoch."""
+
+WINDOW = Window(4, 24, unit="step", every_n_steps=3)
+SETTINGS: dict[str, Callable[[], ScheduledPruning]] = {
+    "taylor": lambda: ScheduledPruning("taylor", 0.8, window=WINDOW),
+    "structured": lambda: ScheduledPruning(
+        "ln_structured", 0.5, "layer", window=WINDOW, targets=Targets(include=["body"])
+    ),
+    "rewinding": lambda: ScheduledPruning(
+        sparsity=0.8, schedule=Steps(), window=Window(4, 24, unit="step"), rewind=Rewind(2)
+    ),
+    "regrow": lambda: ScheduledPruning("taylor", 0.6, regrow=True, window=WINDOW),
+    "random": lambda: ScheduledPruning("random_unstructured", 0.7, window=WINDOW),
+}
+HOOKS = ("on_before_optimizer_step", "on_train_batch_end", "on_validation_batch_start", "on_save_checkpoint")
+
+
+class Net(Classifier):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+class Resumable:
+    """A loader that knows where it was; plain Lightning resumes in mid-epoch bit-equal with such a one only."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.at, self.resumed = batches, 0, False
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.resumed:
+            self.at = 0
+        self.resumed = False
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at, self.resumed = state["at"], True
+
+
+class Data(TinyData):
+    def train_dataloader(self) -> Any:
+        return Resumable(list(super().train_dataloader()))
+
+
+class Kill(Callback):
+    """Ends the process, without a word to anyone, in the given hook once the given step has been reached."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.step = step
+        setattr(self, hook, self.perhaps)
+
+    def perhaps(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step >= self.step and not trainer.sanity_checking:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAfterSaving(ModelCheckpoint):
+    """Ends the process right after a file was written, or in the middle of writing it."""
+
+    def __init__(self, *args: Any, step: int, torn: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.step, self.torn = step, torn
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace("KillAfterSaving", "ModelCheckpoint")
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.global_step >= self.step:
+            if self.torn:
+                os.truncate(filepath, os.path.getsize(filepath) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(setting: str, folder: Path, hook: str = "", step: int = 0, resume: Path | None = None) -> None:
+    """One fit; it saves what it ended with."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    settings: Any = {"filename": "{step}", "every_n_train_steps": EVERY, "save_top_k": -1}
+    killers: list[Callback] = []
+    save = ModelCheckpoint(folder, **settings)
+    if hook in ("after a save", "within a save"):
+        save = KillAfterSaving(folder, **settings, step=step, torn=hook == "within a save")
+    elif hook:
+        killers = [Kill(hook, step)]
+    pruning = SETTINGS[setting]()
+    trainer = quiet_trainer(
+        max_epochs=EPOCHS, enable_checkpointing=True, val_check_interval=3, callbacks=[*killers, pruning, save]
+    )
+    module = Net()
+    trainer.fit(module, Data(samples=8 * PER_EPOCH), ckpt_path=resume, weights_only=True)
+    [optimizer] = trainer.optimizers
+    end = {"weights": module.state_dict(), "masks": pruning.masks, "optimizer": optimizer.state_dict()["state"]}
+    torch.save({**end, "callback": pruning.state_dict()}, folder / "end.pt")
+
+
+def child(*args: Any, **kwargs: Any) -> int:
+    """Run in a process of its own; the signal that ended it, or 0."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            run(*args, **kwargs)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit(f"A run of {args} {kwargs} failed.")
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def readable(path: Path) -> bool:
+    try:
+        torch.load(path, weights_only=True)
+    except Exception:
+        return False
+    return True
+
+
+def last_readable(folder: Path) -> Path | None:
+    """The checkpoint of the latest step that loads."""
+    by_step = sorted(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]), reverse=True)
+    return next((path for path in by_step if readable(path)), None)
+
+
+def main(folder: Path, kills: int, seed: int) -> None:
+    warnings.filterwarnings("ignore")
+    draw = random.Random(seed)
+    for setting in SETTINGS:
+        child(setting, folder / setting)
+    for number in range(kills):
+        setting = list(SETTINGS)[number % len(SETTINGS)]
+        hook = draw.choice([*HOOKS[:3], "after a save", "within a save"])
+        step = draw.randint(1, EPOCHS * PER_EPOCH - 3)
+        mine = folder / str(number)
+        killed = child(setting, mine, hook, step) == signal.SIGKILL
+        start = last_readable(mine)
+        child(setting, mine / "again", resume=start)
+        whole, resumed = (torch.load(f / "end.pt", weights_only=True) for f in (folder / setting, mine / "again"))
+        report = {"setting": setting, "hook": hook, "step": step, "killed": killed}
+        differences = differing(whole, resumed)
+        print(json.dumps({**report, "from": start and start.stem, "differences": differences}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
