@@ -4,7 +4,7 @@ Step: short fits take turns, round after round. Timed are the steps from the win
 ratio is taken within a round. Update: all arms select on the same scores, in turns; peak memory is the process's own,
 beyond what was held before, so that part needs Linux.
 
-Run it with `python benchmarks/pruning_speed.py` (some ten minutes; `--rounds 2 --sizes 1 10` for a quick look).
+Run it with `python benchmarks/pruning_speed.py` (some ten minutes; `--step-rounds 1 --sizes 1 10` for a quick look).
 """
 
 from __future__ import annotations
@@ -312,19 +312,23 @@ def quartiles(values: list[float]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What pruning costs.")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--step-rounds", type=int, default=9)
+    parser.add_argument("--update-rounds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 3, 10, 30, 100], help="millions of weights")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
 
-    print(f"{arguments.rounds} rounds, {arguments.threads} thread(s)")
+    print(
+        f"{arguments.step_rounds} rounds of steps, {arguments.update_rounds} of updates, {arguments.threads} thread(s)"
+    )
     for name, build, batch_size in (("ResNet-20", resnet, 32), ("a transformer", Transformer, 32)):
-        print(f"\n{step_table(name, build, batch_size, arguments.rounds)}", flush=True)
+        if arguments.step_rounds:
+            print(f"\n{step_table(name, build, batch_size, arguments.step_rounds)}", flush=True)
     for millions in arguments.sizes:
-        print(f"\n{update_table(millions, arguments.rounds)}", flush=True)
+        print(f"\n{update_table(millions, arguments.update_rounds)}", flush=True)
     if Path("/proc/self/status").exists():
         print(f"\n{memory_over_events(50)}")
 

@@ -90,7 +90,7 @@ def test_latency_benchmark(own_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_pruning_speed_benchmark(own_folder: Path) -> None:
-    output = run("benchmarks/pruning_speed.py", "--rounds", "1", "--sizes", "1")
+    output = run("benchmarks/pruning_speed.py", "--step-rounds", "1", "--update-rounds", "1", "--sizes", "1")
     assert output.count("| Lightning's ModelPruning |") == 2
     assert "| 2:4 |" in output
 

@@ -55,8 +55,8 @@ def take_smallest(
     ranking = _Ranking([one.detach().reshape(-1) for one in tensors], [one.reshape(-1) for one in free], signed)
     threshold, left, ties = ranking.threshold(count)
     kept = [mask.clone(memory_format=torch.contiguous_format) for mask in masks]
-    for places, keys in ranking.chunks():
-        goes = (keys >= 0) & (keys <= threshold)
+    for places, keys, may in ranking.chunks():
+        goes = (keys <= threshold) & may
         if left < ties:
             tied = (keys == threshold).nonzero()[:, 0]
             goes[tied[left:]] = False
@@ -90,7 +90,7 @@ class _Ranking:
         prefix, left, ties = 0, count, 0
         for shift in range(bits - _DIGIT, -1, -_DIGIT):
             histogram = torch.zeros(1 << _DIGIT, dtype=torch.long)
-            for _, keys in self.chunks():
+            for _, keys, _ in self.chunks():
                 if shift + _DIGIT < bits:
                     keys = keys[keys >> (shift + _DIGIT) == prefix]
                 histogram += torch.bincount((keys >> shift).to(torch.int32) & _LOW, minlength=1 << _DIGIT).cpu()
@@ -101,15 +101,14 @@ class _Ranking:
             prefix = prefix << _DIGIT | digit
         return prefix, left, ties
 
-    def chunks(self) -> Iterator[tuple[list[Place], Tensor]]:
-        """All keys in order, a chunk at a time, with the places that they are from; small tensors share a chunk."""
+    def chunks(self) -> Iterator[tuple[list[Place], Tensor, Tensor]]:
+        """All keys in order, a chunk at a time, with the places that they are from and where they may be taken.
+
+        Small tensors share a chunk.
+        """
         for places in self.places():
-            entries = [self.tensors[index][part] for index, part in places]
-            may = [self.free[index][part] for index, part in places]
-            if len(places) == 1:
-                yield places, self._keys(entries[0], may[0])
-            else:
-                yield places, self._keys(torch.cat(entries), torch.cat(may))
+            entries, may = _join(self.tensors, places), _join(self.free, places)
+            yield places, self._keys(entries, may), may
 
     def places(self) -> Iterator[list[Place]]:
         """Parts of tensors that together make a chunk."""
@@ -138,6 +137,11 @@ class _Ranking:
         # Cheaper than a `where`, and it keeps the excluded apart in the histogram.
         keys = entries.abs().to(self.dtype).view(integers)
         return keys.add_((~may).to(integers), alpha=torch.iinfo(integers).min)
+
+
+def _join(flat: list[Tensor], places: list[Place]) -> Tensor:
+    parts = [flat[index][part] for index, part in places]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _length(part: slice) -> int:
