@@ -105,14 +105,15 @@ def _label_points(axes: Axes, points: list[Any], metric: str | None) -> None:
     """Write names beside the points, towards the middle, one under the other where they would cover each other."""
     low, high = axes.get_ylim()
     left, right = (math.log10(limit) for limit in axes.get_xlim())
-    taken: list[tuple[bool, float, float]] = []
+    taken: list[tuple[float, float, float]] = []
     for row, height, latency in sorted(points, key=lambda point: -point[1]):
         kilobytes = row.measurement.size_bytes / 1e3
         x, y = (math.log10(kilobytes) - left) / (right - left), (height - low) / (high - low)
         beside_right = x < 0.5
-        while any(side == beside_right and abs(x - at) < 0.5 and abs(y - other) < 0.08 for side, at, other in taken):
+        start, end = (x + 0.05, x + 0.4) if beside_right else (x - 0.4, x - 0.05)
+        while any(start < right and left < end and abs(y - other) < 0.075 for left, right, other in taken):
             y -= 0.02
-        taken.append((beside_right, x, y))
+        taken.append((start, end, y))
         numbers = [f"{height:.4g}"] if metric else []
         numbers += [f"{kilobytes:,.0f} KB" if kilobytes >= 10 else f"{kilobytes:.2g} KB"]
         numbers += [f"{latency:.3g} ms"] if latency else []
