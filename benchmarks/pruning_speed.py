@@ -127,6 +127,24 @@ class Clock(Callback):
         return (self.marks[-1] - self.marks[SKIPPED]) / (len(self.marks) - 1 - SKIPPED)
 
 
+def time_hooks_(callback: Callback) -> list[float]:
+    """Let ``callback`` note the seconds that it spends in its hooks: what it adds, whatever else the machine does."""
+    spent: list[float] = []
+
+    def timed(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> None:
+            started = time.perf_counter()
+            hook(*arguments)
+            spent.append(time.perf_counter() - started)
+
+        return call
+
+    for name in ("on_train_batch_start", "on_before_optimizer_step", "_on_optimizer_step", "on_train_batch_end"):
+        if hasattr(callback, name):
+            setattr(callback, name, timed(getattr(callback, name)))
+    return spent
+
+
 def lightnings(network: nn.Module) -> Callback:
     """ModelPruning with the same weights; its masks are on from the first epoch's end, and grow once an epoch."""
     layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
@@ -152,11 +170,13 @@ ARMS: dict[str, Callable[[nn.Module], Callback] | None] = {
 }
 
 
-def step_seconds(build: Callable[[], nn.Module], arm: str, batch_size: int) -> float:
+def step_seconds(build: Callable[[], nn.Module], arm: str, batch_size: int) -> tuple[float, float]:
+    """Seconds of a step, and of those the seconds in our callback's hooks."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(STEPS * batch_size, 3, 32, 32), torch.randint(10, (STEPS * batch_size,)))
     network, clock = build(), Clock()
-    make = ARMS[arm]
+    callbacks = [make(network)] if (make := ARMS[arm]) else []
+    spent = time_hooks_(callbacks[0]) if "Scheduled" in arm else []
     L.Trainer(
         accelerator="cpu",
         max_steps=STEPS,
@@ -165,26 +185,37 @@ def step_seconds(build: Callable[[], nn.Module], arm: str, batch_size: int) -> f
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[clock, *([make(network)] if make else [])],
+        callbacks=[clock, *callbacks],
     ).fit(Classifier(network), DataLoader(data, batch_size))
-    return clock.seconds()
+    return clock.seconds(), sum(spent) / STEPS
 
 
 def step_table(name: str, build: Callable[[], nn.Module], batch_size: int, rounds: int) -> str:
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    hooks: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for _ in range(rounds):
         for arm in ARMS:
-            times[arm].append(step_seconds(build, arm, batch_size))
+            step, ours = step_seconds(build, arm, batch_size)
+            times[arm].append(step)
+            hooks[arm].append(ours)
     weights = sum(parameter.numel() for parameter in build().parameters())
     lines = [
         f"| Training step of {name}, {weights / 1e6:.2f} M weights, batch {batch_size} | Median (ms) | To dense "
-        "| Middle half |",
-        "|:--|--:|--:|--:|",
+        "| Middle half | Of it in our hooks (ms) | That to dense |",
+        "|:--|--:|--:|--:|--:|--:|",
     ]
     for arm, values in times.items():
         low, middle, high = quartiles([value / base for value, base in zip(values, times["dense"], strict=True)])
-        lines.append(f"| {arm} | {1e3 * statistics.median(values):.1f} | {middle:.3f} | {low:.3f} to {high:.3f} |")
+        lines.append(
+            f"| {arm} | {1e3 * statistics.median(values):.1f} | {middle:.3f} | {low:.3f} to {high:.3f} "
+            + ("|  |  |" if "Scheduled" not in arm else _share(hooks[arm], times["dense"]))
+        )
     return "\n".join(lines)
+
+
+def _share(hooks: list[float], dense: list[float]) -> str:
+    median = statistics.median(hooks)
+    return f"| {1e3 * median:.2f} | {1 + median / statistics.median(dense):.4f} |"
 
 
 # A mask update.
