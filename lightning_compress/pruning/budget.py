@@ -90,10 +90,7 @@ class Budget:
         pairs = [(fraction * masks[name].numel(), [masks[name]]) for name, fraction in alone.items()]
         if self.scope == "global":
             pairs.append((self.sparsity * sum(mask.numel() for mask in masks.values()), [*masks.values()]))
-        return all(
-            abs(goal - pruned(held)) <= max(rule.unit(mask) for mask in held) / (1 if rule.structured else 2)
-            for goal, held in pairs
-        )
+        return all(abs(goal - pruned(held)) <= max(rule.unit(mask) for mask in held) / 2 for goal, held in pairs)
 
     def _most(self, weight: Tensor, unit: int = 1) -> int:
         # Rounded first, as 0.29 * 200 is a hair below 58.
