@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,26 +16,18 @@ from lightning_compress.callback import CompressionCallback, look
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.pruning import followers
 from lightning_compress.pruning import rewind as rewinding
+from lightning_compress.pruning.best import forget_scores
 from lightning_compress.pruning.budget import Scope
 from lightning_compress.pruning.followers import norm_paths, norms_after
+from lightning_compress.pruning.history import Snapshot, remember_
 from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
 from lightning_compress.pruning.methods import CRITERIA, Masks, Smallest, pruned
-from lightning_compress.pruning.pruner import Pruner, make_recipe
+from lightning_compress.pruning.pruner import Pruner
+from lightning_compress.pruning.recipe import make_recipe
 from lightning_compress.pruning.rewind import Rewind
 from lightning_compress.schedules import Polynomial, Schedule
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window, fit_length
-
-HISTORY_POINTS = 100
-"""How many points of time the history of a fit holds at most, about."""
-
-
-class Snapshot(NamedTuple):
-    """Sparsity after some optimizer step: overall, and by parameter name."""
-
-    step: int
-    sparsity: float
-    by_layer: dict[str, float]
 
 
 class ScheduledPruning(CompressionCallback):
@@ -249,7 +240,7 @@ class ScheduledPruning(CompressionCallback):
                 f"others are back at step {self._rewind_step}."
             )
         self.bring_in_line(trainer, pl_module)
-        self._remember(at_end=progress >= 1.0)
+        remember_(self.sparsity_history, self._step, pruner.masks, at_end=progress >= 1.0)
         if progress >= 1.0:
             self._finish(trainer)
         if self._step:
@@ -283,14 +274,6 @@ class ScheduledPruning(CompressionCallback):
                 "ScheduledPruning: no validation followed the window's end, so the best checkpoint is one from before. "
                 "End the window earlier."
             )
-
-    def _remember(self, at_end: bool) -> None:
-        """Note the sparsity of every layer where it has moved on visibly."""
-        now = sparsity_of(self.masks)
-        last = self.sparsity_history[-1].sparsity if self.sparsity_history else None
-        if last is None or now - last >= 1 / HISTORY_POINTS or (at_end and now > last):
-            by_layer = {name: sparsity_of({name: mask}) for name, mask in self.masks.items()}
-            self.sparsity_history.append(Snapshot(self._step, now, by_layer))
 
     def _logged_name(self, trainer: pl.Trainer) -> str:
         """``sparsity``, numbered where several callbacks prune."""
@@ -380,16 +363,3 @@ class ScheduledPruning(CompressionCallback):
 def _is_dry(trainer: Any) -> bool:
     """Whether this is a run of a step or two to see if everything works, too short for rounds."""
     return bool(trainer.fast_dev_run)
-
-
-def forget_scores(trainer: pl.Trainer) -> None:
-    """Give what `ModelCheckpoint` holds as best so far the worst of scores, so that the next one is better.
-
-    It then replaces the files of the forgotten scores by its own rules.
-    """
-    checkpoint: Any
-    for checkpoint in trainer.checkpoint_callbacks:
-        if getattr(checkpoint, "best_k_models", None):
-            worst = torch.tensor(torch.inf if checkpoint.mode == "min" else -torch.inf)
-            checkpoint.best_k_models = dict.fromkeys(checkpoint.best_k_models, worst)
-            checkpoint.kth_value = checkpoint.best_model_score = worst

@@ -13,7 +13,8 @@ from lightning_compress.inputs import bind_example
 from lightning_compress.pruning.budget import Scope
 from lightning_compress.pruning.followers import norm_paths, norms_after, norms_in_sequence, warning
 from lightning_compress.pruning.methods import Masks
-from lightning_compress.pruning.pruner import Pruner, make_recipe, own_random_state
+from lightning_compress.pruning.pruner import Pruner, own_random_state
+from lightning_compress.pruning.recipe import make_recipe
 from lightning_compress.quantization.calls import copy_module
 from lightning_compress.targets import Targets
 

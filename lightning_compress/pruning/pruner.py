@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,60 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.optim import Optimizer
 
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import CompressionError
 from lightning_compress.pruning import followers
-from lightning_compress.pruning.budget import Budget, Scope
 from lightning_compress.pruning.followers import Producers
 from lightning_compress.pruning.masks import check_masks
-from lightning_compress.pruning.methods import Masks, Rule, Smallest, Units, pruned, resolve
-from lightning_compress.targets import PRUNABLE, Selection, Targets, clean_name, compressible_modules
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is pruned and how much of it, checked as far as that goes without a model.
-
-    Attributes:
-        method: as the user wrote it.
-        rule: decides which weights go.
-        budget: how many.
-        targets: of which.
-    """
-
-    method: str
-    rule: Rule
-    budget: Budget
-    targets: Targets
-
-
-def make_recipe(
-    method: str,
-    sparsity: float | None,
-    scope: Scope,
-    targets: Targets,
-    overrides: Mapping[str, float] | None,
-    max_layer_sparsity: float,
-    n_m: str | None,
-    dim: int,
-    norm: float,
-) -> Recipe:
-    """The recipe of `prune_`'s arguments.
-
-    Raises:
-        CompressionError: one is out of range, or two don't go together.
-    """
-    rule = resolve(method, dim, norm, n_m)
-    fixed = f"method={method!r}" if rule.fixes_sparsity else f"n_m={n_m!r}" if n_m is not None else ""
-    if fixed and sparsity is not None:
-        raise invalid("sparsity", f"be left out: {fixed} fixes it itself", sparsity)
-    if not fixed and sparsity is None:
-        raise invalid("sparsity", f"be given for method={method!r}", sparsity, "0.9 zeroes nine weights of ten.")
-    budget = Budget(sparsity, scope, overrides, max_layer_sparsity)
-    if isinstance(rule, Smallest) and rule.pattern is not None:
-        budget = replace(budget, sparsity=1 - rule.pattern.n / rule.pattern.m)
-    if scope == "global" and not rule.compares_layers:
-        raise invalid("scope", f"be 'layer' for method={method!r}, whose units compare within a layer only", scope)
-    return Recipe(method, rule, budget, targets)
+from lightning_compress.pruning.methods import Masks, Rule, Smallest, Units, pruned
+from lightning_compress.pruning.recipe import Recipe
+from lightning_compress.targets import PRUNABLE, Selection, clean_name, compressible_modules
 
 
 class Pruner:
