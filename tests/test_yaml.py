@@ -97,7 +97,7 @@ def test_pruning(name: str) -> None:
     main(["fit", *configure([{"class_path": name, "init_args": PRUNING}])])
     pruning, module = only(ScheduledPruning), Seen.last[1]
     assert pruning.schedule == Polynomial(power=3)
-    assert pruning.window == Window(start=0.1, end=0.75)
+    assert pruning.window == Window(start=0.1, end=0.75, every_n_steps=10)
     assert pruning.targets == Targets(include=["*"], exclude=["head"])
     assert count_zeros([module.body.weight]) == (round(0.9 * 512), 512)
     assert count_zeros([module.head.weight])[0] == 0

@@ -110,6 +110,7 @@ class ScheduledPruning(CompressionCallback):
         self.sparsity = sparsity
         self.scope = scope
         self.overrides = overrides
+        self.targets = targets
         self.n_m = n_m
         if regrow and not isinstance(self.recipe.rule, Smallest):
             raise invalid("regrow", f"be False with method={method!r}; it goes with {', '.join(CRITERIA)}", regrow)
