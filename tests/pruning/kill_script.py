@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_compress import Rewind, ScheduledPruning, Steps, Targets, Window
-from tests.support.data import TinyData
+from tests.support.data import ResumableData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import differing
 
@@ -49,35 +49,6 @@ HOOKS = ("on_before_optimizer_step", "on_train_batch_end", "on_validation_batch_
 class Net(Classifier):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.01)
-
-
-class Resumable:
-    """A loader that knows where it was; plain Lightning resumes in mid-epoch bit-equal with such a one only."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches, self.at, self.resumed = batches, 0, False
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        if not self.resumed:
-            self.at = 0
-        self.resumed = False
-        while self.at < len(self.batches):
-            self.at += 1
-            yield self.batches[self.at - 1]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at, self.resumed = state["at"], True
-
-
-class Data(TinyData):
-    def train_dataloader(self) -> Any:
-        return Resumable(list(super().train_dataloader()))
 
 
 class Kill(Callback):
@@ -127,7 +98,7 @@ def run(setting: str, folder: Path, hook: str = "", step: int = 0, resume: Path 
         max_epochs=EPOCHS, enable_checkpointing=True, val_check_interval=3, callbacks=[*killers, pruning, save]
     )
     module = Net()
-    trainer.fit(module, Data(samples=8 * PER_EPOCH), ckpt_path=resume, weights_only=True)
+    trainer.fit(module, ResumableData(samples=8 * PER_EPOCH), ckpt_path=resume, weights_only=True)
     [optimizer] = trainer.optimizers
     end = {"weights": module.state_dict(), "masks": pruning.masks, "optimizer": optimizer.state_dict()["state"]}
     torch.save({**end, "callback": pruning.state_dict()}, folder / "end.pt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 
 from lightning_compress import CompressionError, ScheduledPruning, Window, load_compressed
-from tests.support.data import TinyData
+from tests.support.data import ResumableData, TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import (
     assert_different_state,
@@ -103,35 +102,6 @@ def test_different_epochs_differ(tmp_path: Path) -> None:
         assert_different_state(earlier["state_dict"], later["state_dict"])
     assert [zeros(file["state_dict"]) for file in files] == sorted(zeros(file["state_dict"]) for file in files)
     assert zeros(files[0]["state_dict"]) < zeros(files[-1]["state_dict"])
-
-
-class Resumable:
-    """A loader that knows where it was; plain Lightning resumes in mid-epoch bit-equal with such a one only."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches, self.at, self.resumed = batches, 0, False
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        if not self.resumed:
-            self.at = 0
-        self.resumed = False
-        while self.at < len(self.batches):
-            self.at += 1
-            yield self.batches[self.at - 1]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at, self.resumed = state["at"], True
-
-
-class ResumableData(TinyData):
-    def train_dataloader(self) -> Any:
-        return Resumable(list(super().train_dataloader()))
 
 
 @pytest.mark.parametrize("at", [1, 3, 6])
