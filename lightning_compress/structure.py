@@ -182,7 +182,8 @@ def _already(module: nn.Module, record: Mapping[str, Any]) -> bool:
 
 
 def _plain(record: Mapping[str, Any]) -> list[Any]:
-    return [record["scheme"], *[[unit["path"], unit.get("hooked"), unit.get("floats")] for unit in record["units"]]]
+    units = [[unit["path"], unit["hooked"], unit["floats"]] for unit in record["units"]]
+    return [record["scheme"], units, record["layers"]]
 
 
 def load_compressed(path: str, model: Model) -> Model:

@@ -31,6 +31,8 @@ MAY_ALSO_IMPORT = {
     "report/render.py": {"rich"},
     "report/callback.py": {"rich"},
     "distillation/module.py": {"torchmetrics"},
+    "quantization/ptq.py": {"tqdm"},
+    "quantization/flows/pt2e.py": {"torchao"},
 }
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
 

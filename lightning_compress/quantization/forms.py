@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization.dynamic import DynamicLinear, quiet_fast_path_, restore_fast_path_
-from lightning_compress.quantization.flows import fx
-from lightning_compress.quantization.schemes import DynamicInt8, Scheme, StaticInt8, describe, from_description
+from lightning_compress.quantization import flows
+from lightning_compress.quantization.calls import is_below
+from lightning_compress.quantization.layers.fast_path import quiet_fast_path_, restore_fast_path_
+from lightning_compress.quantization.layers.plan import quantized_form
+from lightning_compress.quantization.schemes import Scheme, StaticInt8, describe, from_description
 from lightning_compress.quantization.traced import (
     CHILD,
     Traced,
@@ -52,10 +54,11 @@ def _unit_module(model: nn.Module, path: str) -> nn.Module:
     raise CompressionError(f"The model must have the module {path!r} that was quantized. Received: no such module.")
 
 
-def prepare_(model: nn.Module, plan: Plan, scheme: StaticInt8, *, training: bool) -> None:
+def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) -> None:
     """Put observers (for training, fake-quantizers) into the units of ``plan``. Parameters stay the same objects."""
     built = []
     for unit in plan.units:
+        assert isinstance(scheme, StaticInt8)
         module = _unit_module(model, unit.path)
         modes = {inner: inner.training for inner in module.modules()}
         module.train(training)
@@ -73,8 +76,7 @@ def prepare_(model: nn.Module, plan: Plan, scheme: StaticInt8, *, training: bool
         "form": "prepared",
         "scheme": describe(scheme),
         "training": training,
-        "units": [unit.describe() for unit in plan.units],
-        "floats": dict(plan.floats),
+        **plan.describe(),
     }
 
 
@@ -83,24 +85,38 @@ def convert_(model: nn.Module) -> None:
     record = record_of(model)
     assert record is not None and record["form"] == "prepared"
     scheme = from_description(record["scheme"])
-    assert isinstance(scheme, StaticInt8)
-    modules = [_unit_module(model, unit["path"]) for unit in record["units"]]
-    converted = []
-    for module in modules:
-        traced = module._modules[CHILD]
-        assert isinstance(traced, Traced)
-        converted.append(Traced(fx.convert(traced.graph, scheme), traced.signature, traced.used))
-    for module, traced in zip(modules, converted, strict=True):
-        traced.is_int8 = True
-        _swap_in_(module, traced, traced.used)
+    layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
+    converted: dict[str, nn.Module] = {}
+    for path in (unit["path"] for unit in record["units"]):
+        traced = _unit_module(model, path)._modules[CHILD]
+        assert isinstance(traced, Traced) and isinstance(scheme, StaticInt8)
+        graph = flows.load(traced.flow).convert(traced.graph, scheme)
+        for layer in [layer for layer in layers if is_below(layer, path)]:
+            # What a unit leaves in float was copied into its int8 form, where it is quantized in turn.
+            leaf = graph.get_submodule(layer.removeprefix(path).lstrip("."))
+            _swap_in_(leaf, quantized_form(leaf, layers.pop(layer)))
+            forget_aside_(leaf)
+        converted[path] = Traced(graph, traced.signature, traced.used, traced.flow, is_int8=True)
+    converted |= {path: quantized_form(_unit_module(model, path), one) for path, one in layers.items()}
+    for path, child in converted.items():
+        _swap_in_(_unit_module(model, path), child)
+    if record["layers"]:
+        quiet_fast_path_(model)
     record["form"] = "converted"
 
 
-def _swap_in_(module: nn.Module, converted: nn.Module, used: frozenset[str]) -> None:
-    """Replace a prepared (or plain) unit by its converted form and set the rest aside."""
+def _swap_in_(module: nn.Module, converted: Any) -> None:
+    """Replace a prepared (or plain) unit or layer by its converted form and set the rest aside."""
     prepared = module._modules.pop(CHILD, None)
     route_(module, converted.eval())
-    set_aside_(module, used, prepared)
+    set_aside_(module, converted.used, prepared)
+
+
+def _converted_modules(model: nn.Module, record: Mapping[str, Any]) -> list[nn.Module]:
+    """The modules that have (or had) a form of their own: units, and layers outside of them."""
+    paths = [part["path"] for part in (*record["units"], *record["layers"])]
+    units = [unit["path"] for unit in record["units"]]
+    return [_unit_module(model, path) for path in paths if not any(is_below(path, unit) for unit in units)]
 
 
 def revert_(model: nn.Module, form: str = "prepared") -> None:
@@ -108,17 +124,19 @@ def revert_(model: nn.Module, form: str = "prepared") -> None:
     record = record_of(model)
     if record is None:
         return
-    modules = [_unit_module(model, unit["path"]) for unit in record["units"]]
-    prepared = [restore_aside_(module) for module in modules]
+    modules = _converted_modules(model, record)
+    prepared = {module: restore_aside_(module) for module in modules}
     restore_fast_path_(model)
-    if form == "float" or None in prepared:
+    if form == "float" or not any(prepared.values()):
         for module in modules:
             unroute_(module)
         del model.__dict__[_RECORD]
         return
-    for module, child in zip(modules, prepared, strict=True):
-        assert child is not None
-        route_(module, child)
+    for module, child in prepared.items():
+        if child is None:
+            unroute_(module)
+        else:
+            route_(module, child)
     record["form"] = "prepared"
 
 
@@ -126,12 +144,11 @@ def transplant_(model: nn.Module, twin: nn.Module) -> None:
     """Give a float ``model`` the converted form of its copy ``twin``; what the model was stays aside."""
     record = record_of(twin)
     assert record is not None and record["form"] == "converted"
-    modules = [_unit_module(model, unit["path"]) for unit in record["units"]]
-    for module, unit in zip(modules, record["units"], strict=True):
-        child = _unit_module(twin, unit["path"])._modules[CHILD]
-        assert child is not None
-        _swap_in_(module, child, child.used if isinstance(child, Traced) else DynamicLinear.used)
-    quiet_fast_path_(model)
+    pairs = zip(_converted_modules(model, record), _converted_modules(twin, record), strict=True)
+    for module, other in list(pairs):
+        _swap_in_(module, other._modules[CHILD])
+    if record["layers"]:
+        quiet_fast_path_(model)
     model.__dict__[_RECORD] = record
 
 
@@ -139,22 +156,6 @@ def forget_(model: nn.Module) -> None:
     """Let go of what a converted model was; it can't be reverted any more."""
     for module in model.modules():
         forget_aside_(module)
-
-
-def make_dynamic_(model: nn.Module, paths: list[str], scheme: DynamicInt8, floats: Mapping[str, str]) -> None:
-    """Turn the linear layers at ``paths`` into dynamic int8."""
-    for path in paths:
-        module = _unit_module(model, path)
-        assert isinstance(module, nn.Linear)
-        _swap_in_(module, DynamicLinear.from_float(module, scheme), DynamicLinear.used)
-    quiet_fast_path_(model)
-    model.__dict__[_RECORD] = {
-        "form": "converted",
-        "scheme": describe(scheme),
-        "training": False,
-        "units": [{"path": path} for path in paths],
-        "floats": dict(floats),
-    }
 
 
 def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
@@ -165,14 +166,11 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
     """
     revert_(model, "float")
     scheme: Scheme = from_description(record["scheme"])
-    for unit in record["units"]:
-        _unit_module(model, unit["path"])
-    if isinstance(scheme, DynamicInt8):
-        make_dynamic_(model, [unit["path"] for unit in record["units"]], scheme, record["floats"])
-        return
-    assert isinstance(scheme, StaticInt8)
-    plan = Plan([Unit.from_description(unit) for unit in record["units"]], dict(record["floats"]))
-    prepare_(model, plan, scheme, training=record["training"])
+    for part in (*record["units"], *record["layers"]):
+        _unit_module(model, part["path"])
+    units = [Unit.from_description(unit) for unit in record["units"]]
+    layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
+    prepare_(model, Plan(units, layers, dict(record["floats"])), scheme, training=record["training"])
     if record["form"] == "converted":
         convert_(model)
 

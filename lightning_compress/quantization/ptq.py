@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from tqdm.auto import tqdm
 
 from lightning_compress import structure
 from lightning_compress.callback import make_probe, refuse_strategy, restore_modes_, training_modes, without_logging
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import CompressionError
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calibrate import evaluating
 from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator
-from lightning_compress.quantization.quantize import check_batches, dry_run, quantize_
-from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
+from lightning_compress.quantization.quantize import Recipe, dry_run, quantize_
+from lightning_compress.quantization.schemes import Scheme, StaticInt8
+from lightning_compress.quantization.side_by_side import FloatTwin
 from lightning_compress.quantization.units import explain
 from lightning_compress.targets import Targets
 
@@ -29,52 +32,88 @@ class PostTrainingQuantization(Callback):
 
     Afterwards the float model is back. Static int8 is calibrated on ``datamodule.calibration_dataloader()`` if there
     is one, else on its train loader, in evaluation mode; never on test data. Without a datamodule, the module's own
-    ``calibration_dataloader`` or ``train_dataloader`` is asked.
+    ``calibration_dataloader`` or ``train_dataloader`` is asked. Shuffling is the same in every run and on every rank.
 
     Args:
-        scheme: ``int8_static``, ``int8_dynamic`` or a scheme object.
-        flow: ``fx``; ``auto`` is the same.
+        scheme: ``int8_static``, ``int8_dynamic``, ``int8_weight_only`` or a scheme object.
+        flow: what makes static int8, ``fx`` or ``pt2e`` (see `quantize`); ``auto`` is ``fx``, and ``pt2e`` where that
+            can quantize nothing.
         calibration_batches: how many batches calibrate at most.
         targets: which layers; by default all that the scheme has kernels for.
+        overrides: pattern of layers' paths to the scheme that they get instead, ``int8_dynamic`` or
+            ``int8_weight_only``; the last match wins.
+        keep: leave the module int8 after the test, to save it; the next fit with this callback trains its float form.
+        compare: log the float model's metrics too, as ``float/...``. Its test step then runs beside the int8 model's,
+            with every batch.
+
+    Attributes:
+        quantized_model: the int8 module of the last test or predict, None before.
 
     Raises:
         CompressionError: in the constructor for bad arguments; on test start if there is nothing to calibrate on, or
             no layer can be quantized. The model is unchanged then.
 
-    Hooks: `on_test_start` and `on_predict_start` quantize, `teardown` and `on_exception` put the float model back.
+    Hooks: `on_test_start` and `on_predict_start` quantize, `teardown` and `on_exception` put the float model back; with
+    ``compare``, the hooks of test batches run the float model.
 
     Example:
-        >>> ptq = PostTrainingQuantization("int8_static", calibration_batches=32)
+        >>> ptq = PostTrainingQuantization("int8_static", calibration_batches=32, compare=True)
         >>> # Trainer(callbacks=[ptq]).test(model, datamodule)
     """
 
     def __init__(
         self,
         scheme: str | Scheme = "int8_static",
-        flow: Literal["auto", "fx"] = "auto",
+        flow: Literal["auto", "fx", "pt2e"] = "auto",
         calibration_batches: int = 32,
         targets: Targets | None = None,
+        overrides: dict[str, str | Scheme] | None = None,
+        keep: bool = False,
+        compare: bool = False,
     ) -> None:
-        self.scheme = resolve(scheme)
-        if flow not in ("auto", "fx"):
-            raise invalid("flow", "be 'auto' or 'fx'", flow)
-        check_batches(calibration_batches)
-        self.flow = flow
-        self.calibration_batches = calibration_batches
-        self.targets = targets
+        self.recipe = Recipe(scheme, calibration_batches, targets, overrides, flow)
+        self.keep = keep
+        self.compare = compare
+        self.quantized_model: pl.LightningModule | None = None
+        self._twin: FloatTwin | None = None
         self._ours = False
         self._modes: dict[Any, bool] = {}
-        self._floats: dict[str, str] = {}
+        self._notes: list[str] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_strategy(trainer, type(self).__name__)
         if stage in ("test", "predict"):
             refuse_accelerator(trainer)
             self._modes = training_modes(pl_module)
+        if stage == "fit" and forms.form_of(pl_module) == "converted":
+            forms.revert_(pl_module, "float")
         structure.attach(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.compare and forms.form_of(pl_module) == "float":
+            self._twin = FloatTwin(make_probe(trainer, pl_module), pl_module.log)
         self._quantize(trainer, pl_module)
+        self._beside("on_test_start")
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._beside("on_test_epoch_start")
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._twin is not None:
+            several = len(trainer.num_test_batches) > 1
+            self._twin.step(batch, batch_idx, *[dataloader_idx] * several)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._beside("on_test_epoch_end")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._beside("on_test_end")
+
+    def _beside(self, hook: str) -> None:
+        if self._twin is not None:
+            self._twin.call(hook)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._quantize(trainer, pl_module)
@@ -86,40 +125,46 @@ class PostTrainingQuantization(Callback):
             convert_prepared_(pl_module)
             return
         with torch.inference_mode(False), torch.random.fork_rng():
+            torch.manual_seed(0)  # every rank shuffles alike
             batches: Iterator[Any] = iter(())
-            if isinstance(self.scheme, StaticInt8):
-                batches = _calibration_batches(trainer, pl_module)
-                rank_zero_info(f"PostTrainingQuantization: calibrating on up to {self.calibration_batches} batches ...")
+            if isinstance(self.recipe.scheme, StaticInt8):
+                batches = _calibration_batches(trainer, pl_module, self.recipe.calibration_batches)
             # All is done on a copy, so that an error leaves the module as it was.
             probe = make_probe(trainer, pl_module)
             first = next(batches, None)
             with evaluating(probe):
-                run = _way_to_run(probe, first)
-                quantize_(probe, self.scheme, first, batches, self.calibration_batches, self.targets, run)
+                quantize_(probe, self.recipe, first, batches, _way_to_run(probe, first))
             forms.transplant_(pl_module, probe)
         self._ours = True
-        self._floats = dict((forms.record_of(pl_module) or {})["floats"])
+        self._notes = explain(forms.record_of(pl_module) or {})
+        for name in ("log", "log_dict"):
+            del probe.__dict__[name]
+        probe._trainer = None
+        forms.forget_(probe)
+        self.quantized_model = probe
+        rank_zero_info("\n  ".join([f"{type(self).__name__}: {self.recipe.scheme}.", *self._notes]))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._restore(pl_module)
+        self._restore(pl_module, self.keep)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore(pl_module)
 
-    def _restore(self, pl_module: pl.LightningModule) -> None:
-        if self._ours:
-            self._ours = False
+    def _restore(self, pl_module: pl.LightningModule, keep: bool = False) -> None:
+        self._twin = None
+        if self._ours and not keep:
             forms.revert_(pl_module, "float")
             restore_modes_(self._modes)
+        self._ours = False
         self._modes = {}
         structure.detach(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**without_logging(self), "_modes": {}}
+        return {**without_logging(self), "_modes": {}, "_twin": None, "quantized_model": None}
 
     def report_notes(self) -> list[str]:
-        """Lines for the report: which layers stay float, and why."""
-        return explain(self._floats)
+        """Lines for the report: which layers stay float and why, and what makes nothing faster."""
+        return self._notes
 
 
 def _way_to_run(probe: pl.LightningModule, batch: Any) -> Callable[[Any, Any], Any]:
@@ -144,9 +189,16 @@ def _way_to_run(probe: pl.LightningModule, batch: Any) -> Callable[[Any, Any], A
     return run_step
 
 
-def _calibration_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
-    """Batches on the module's device from the loader that may be calibrated on."""
-    for batch in _calibration_loader(trainer, pl_module):
+def _calibration_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int) -> Iterator[Any]:
+    """Batches on the module's device from the loader that may be calibrated on, with a progress bar."""
+    loader = _calibration_loader(trainer, pl_module)
+    bar = trainer.progress_bar_callback
+    try:
+        count = min(limit, len(loader))
+    except TypeError:  # an iterable dataset has no length
+        count = limit
+    hidden = bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero
+    for batch in tqdm(islice(loader, limit), "Calibrating", count, leave=False, disable=hidden):
         yield trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
 
 

@@ -15,10 +15,11 @@ from lightning_compress.callback import CompressionCallback, look, restore_modes
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import CallLog, record_calls
-from lightning_compress.quantization.quantize import nothing_to_quantize
+from lightning_compress.quantization.layers.plan import check_overrides
+from lightning_compress.quantization.quantize import make_plan
 from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
 from lightning_compress.quantization.traced import Traced
-from lightning_compress.quantization.units import explain, plan_units
+from lightning_compress.quantization.units import explain
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window
 
@@ -36,6 +37,8 @@ class QuantizationAwareTraining(CompressionCallback):
         flow: ``fx``; ``auto`` is the same for training.
         window: prepared at its start, by default before training.
         targets: which layers; by default all that int8 has kernels for.
+        overrides: pattern of layers' paths to the scheme that they get instead, ``int8_dynamic`` or
+            ``int8_weight_only``; the last match wins. They train in float, and are quantized when the fit ends.
         freeze_observers: fraction of the window after which activation ranges no longer move; 1 is never.
         freeze_batchnorm: fraction of the window after which BatchNorm statistics no longer move; 1 is never.
         convert: convert when the fit ends; False leaves the model fake-quantized.
@@ -63,6 +66,7 @@ class QuantizationAwareTraining(CompressionCallback):
         flow: Literal["auto", "fx"] = "auto",
         window: Window = Window(),  # noqa: B008  frozen
         targets: Targets | None = None,
+        overrides: dict[str, str | Scheme] | None = None,
         freeze_observers: float = 0.9,
         freeze_batchnorm: float = 0.9,
         convert: bool = True,
@@ -79,10 +83,12 @@ class QuantizationAwareTraining(CompressionCallback):
         self.scheme = resolved
         self.flow = flow
         self.targets = targets
+        self.overrides = overrides
+        self._overrides = check_overrides(overrides)
         self.freeze_observers = freeze_observers
         self.freeze_batchnorm = freeze_batchnorm
         self.convert = convert
-        self._floats: dict[str, str] = {}
+        self._notes: list[str] = []
         self._modes: dict[Any, bool] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -122,14 +128,13 @@ class QuantizationAwareTraining(CompressionCallback):
         log = CallLog()
         for seen in look(trainer, pl_module, batch, batch_idx, record_calls):
             log.merge(seen)
-        plan = plan_units(pl_module, log, self.scheme, self.targets, training=True)
-        if not plan.units:
-            raise nothing_to_quantize(plan.floats)
+        plan = make_plan(pl_module, log, self.scheme, self.targets, self._overrides, "fx", training=True)
         forms.prepare_(pl_module, plan, self.scheme, training=True)
         self.bring_in_line(trainer, pl_module)
         rebuild_ddp(trainer, pl_module)
-        self._floats = dict(plan.floats)
-        rank_zero_info(_summary([unit.path for unit in plan.units], plan.floats))
+        self._notes = explain(plan.describe())
+        units = ", ".join(unit.path or "the whole module" for unit in plan.units)
+        rank_zero_info("\n  ".join([f"{type(self).__name__}: fake-quantizes {units}.", *self._notes]))
 
     def _freeze(self, pl_module: pl.LightningModule) -> None:
         progress = self.bounds.progress(self._step)
@@ -183,7 +188,7 @@ class QuantizationAwareTraining(CompressionCallback):
         return "observers and BatchNorm may not have been frozen. Shorten the window, or train longer."
 
     def report_notes(self) -> list[str]:
-        return [*super().report_notes(), *explain(self._floats)]
+        return [*super().report_notes(), *self._notes]
 
 
 def convert_prepared_(pl_module: pl.LightningModule) -> None:
@@ -209,8 +214,3 @@ def rebuild_ddp(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         strategy.model = pl_module
         strategy.configure_ddp()
-
-
-def _summary(units: list[str], floats: dict[str, str]) -> str:
-    lines = [f"QuantizationAwareTraining: fake-quantizes {', '.join(path or 'the whole module' for path in units)}."]
-    return "\n  ".join([*lines, *explain(floats)])

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization.calibrate import calibrate, evaluating
 from lightning_compress.quantization.calls import CallLog, copy_module, quiet_random_state, record_calls
-from lightning_compress.quantization.dynamic import linears
-from lightning_compress.quantization.forms import convert_, forget_, form_of, make_dynamic_, prepare_
-from lightning_compress.quantization.schemes import DynamicInt8, Scheme, StaticInt8, resolve
-from lightning_compress.quantization.units import plan_units
-from lightning_compress.targets import Targets
+from lightning_compress.quantization.equalize import adjust_
+from lightning_compress.quantization.flows import FLOWS, fx
+from lightning_compress.quantization.forms import convert_, forget_, form_of, prepare_
+from lightning_compress.quantization.layers.fast_path import without_fast_path
+from lightning_compress.quantization.layers.plan import Overrides, check_overrides, plan_layers
+from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
+from lightning_compress.quantization.signature import canonical
+from lightning_compress.quantization.units import Plan, Unit, explain, plan_units, tied_to_float, without_kernel
+from lightning_compress.targets import Targets, compressible_modules
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_logger = logging.getLogger("lightning_compress")
 
 
 def quantize(
@@ -28,17 +37,23 @@ def quantize(
     calibration: Iterable[Any] | None = None,
     calibration_batches: int = 32,
     targets: Targets | None = None,
+    overrides: Overrides | None = None,
+    flow: Literal["auto", "fx", "pt2e"] = "auto",
 ) -> Model:
     """A new model with the same interface whose layers compute in int8, on the CPU; ``model`` is left as it is.
 
     Args:
         model: any float module; called as ``model(*args)`` by the rule of `example_call`, or by its own
             ``calibration_step(batch)``.
-        scheme: ``int8_static``, ``int8_dynamic``, or a scheme object.
+        scheme: ``int8_static``, ``int8_dynamic``, ``int8_weight_only``, or a scheme object.
         calibration: batches, such as a DataLoader; needed by ``int8_static``. A batch is what ``forward`` takes, or a
             tuple whose first element is, or a dict whose keys name the parameters of ``forward``.
         calibration_batches: how many of them at most.
         targets: which layers; by default all that the scheme has kernels for.
+        overrides: pattern of layers' paths to the scheme that they get instead, ``int8_dynamic`` or
+            ``int8_weight_only``; the last match wins.
+        flow: what makes static int8: ``fx`` runs int8 kernels at once, ``pt2e`` sees through more code and is compiled
+            by inductor at the first call. ``auto`` is ``fx``, and ``pt2e`` where that can quantize nothing.
 
     Raises:
         CompressionError: bad arguments, no layer that can be quantized, or a model that is quantized already.
@@ -46,77 +61,142 @@ def quantize(
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
         >>> batches = [torch.randn(8, 16, generator=torch.Generator().manual_seed(0)) for _ in range(4)]
-        >>> int8 = quantize(model, "int8_static", calibration=batches)
+        >>> int8 = quantize(model, "int8_static", calibration=batches, overrides={"2": "int8_weight_only"})
         >>> bool((int8(batches[0]) - model(batches[0])).abs().max() < 0.1)
         True
     """
-    scheme = resolve(scheme)
-    check_batches(calibration_batches)
+    recipe = Recipe(scheme, calibration_batches, targets, overrides, flow)
     if form_of(model) != "float":
         raise CompressionError(f"`model` must be a float model. Received: one that is {form_of(model)} already.")
-    twin = copy_module(model).cpu()
-    batches = iter(calibration or ())
-    first = next(batches, None)
-    with torch.inference_mode(False), evaluating(twin):
-        quantize_(twin, scheme, first, batches, calibration_batches, targets)
+    with torch.inference_mode(False):
+        twin = copy_module(model).cpu()
+        batches = iter(calibration or ())
+        first = next(batches, None)
+        with evaluating(twin):
+            quantize_(twin, recipe, first, batches)
     forget_(twin)
     return twin
 
 
+class Recipe:
+    """What to quantize with, checked; the arguments are those of `quantize`.
+
+    Raises:
+        CompressionError: one of them is wrong.
+    """
+
+    def __init__(
+        self,
+        scheme: str | Scheme,
+        calibration_batches: int,
+        targets: Targets | None,
+        overrides: Overrides | None,
+        flow: str,
+    ) -> None:
+        self.scheme = resolve(scheme)
+        self.targets = targets
+        self.overrides = check_overrides(overrides)
+        if flow not in ("auto", *FLOWS):
+            raise invalid("flow", f"be one of auto, {', '.join(FLOWS)}", flow, nearest(str(flow), FLOWS))
+        if flow != "auto" and not isinstance(self.scheme, StaticInt8):
+            raise invalid("flow", "be 'auto' for a scheme that works layer by layer", flow)
+        self.flow = flow
+        if calibration_batches < 1:
+            raise invalid("calibration_batches", "be at least 1", calibration_batches)
+        self.calibration_batches = calibration_batches
+
+
 def quantize_(
     model: nn.Module,
-    scheme: Scheme,
+    recipe: Recipe,
     first: Any,
     batches: Iterable[Any],
-    calibration_batches: int,
-    targets: Targets | None = None,
     run: Callable[[nn.Module, Any], Any] = run_step,
 ) -> None:
     """Convert ``model`` in place; what it was stays aside for `forms.revert_`.
 
     Args:
         model: float, in evaluation mode.
-        scheme: static or dynamic int8.
+        recipe: what to quantize with.
         first: the first calibration batch; may be None for a dynamic scheme and a model with ``example_input_array``.
         batches: the rest of them.
-        calibration_batches: how many at most.
-        targets: which layers.
         run: how a batch goes through the model.
     """
-    if isinstance(scheme, DynamicInt8):
-        chosen, floats = linears(model, targets)
-        if first is not None or getattr(model, "example_input_array", None) is not None:
-            called = dry_run(model, first, run).inputs
-            floats |= {path: "it isn't called, its weights are read" for path in chosen if path not in called}
-            chosen = [path for path in chosen if path in called]
-        if not chosen:
-            raise nothing_to_quantize(floats)
-        make_dynamic_(model, chosen, scheme, floats)
-        return
-    assert isinstance(scheme, StaticInt8)
-    if first is None:
+    scheme, log = recipe.scheme, None
+    if first is not None or getattr(model, "example_input_array", None) is not None:
+        log = dry_run(model, first, run)
+    elif isinstance(scheme, StaticInt8):
         raise invalid("calibration", "be given for a static scheme", None, "Pass a loader of representative batches.")
-    plan = plan_units(model, dry_run(model, first, run), scheme, targets, training=False)
-    if not plan.units:
-        raise nothing_to_quantize(plan.floats)
+    plan = make_plan(model, log, scheme, recipe.targets, recipe.overrides, recipe.flow, training=False)
+    if isinstance(scheme, StaticInt8) and log is not None:
+        plan.units = [_adjusted(model, unit, log, scheme) for unit in plan.units]
     prepare_(model, plan, scheme, training=False)
-    calibrate(model, chain([first], batches), calibration_batches, run)
+    if plan.units:
+        calibrate(model, chain([first], batches), recipe.calibration_batches, run)
     convert_(model)
+
+
+def _adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8) -> Unit:
+    """Equalize and smooth the weights of one unit, as far as `fx` can trace it."""
+    module = compressible_modules(model)[unit.path]
+    inputs = unit.signature.tensors(*canonical(module, *log.inputs[unit.path]))
+    assert inputs is not None
+    try:
+        graph, _ = fx.trace(module, unit.signature)
+    except Exception:  # as with any tracing of a user's forward
+        return unit
+    owners = Counter(id(one) for layer in model.modules() for one in layer.parameters(recurse=False))
+    kept = {key for key, count in owners.items() if count > 1}
+    kept |= {id(one) for path in unit.floats for one in compressible_modules(module)[path].parameters()}
+    widen = unit.flow == "fx"
+    with quiet_random_state():
+        relu6 = adjust_(graph, inputs, kept, equalize=scheme.equalize, smooth=scheme.smooth, widen=widen)
+    return replace(unit, widened=tuple(relu6))
+
+
+def make_plan(
+    model: nn.Module,
+    log: CallLog | None,
+    scheme: Scheme,
+    targets: Targets | None,
+    overrides: Mapping[str, Scheme],
+    flow: str,
+    *,
+    training: bool,
+) -> Plan:
+    """What of ``model`` to quantize, and how; changes nothing. The arguments are those of `quantize`.
+
+    Raises:
+        CompressionError: there is nothing that can be quantized, or a pattern matches nothing.
+    """
+    if targets is not None:
+        targets.check_patterns(model)
+    called = None if log is None else log.inputs
+    layers, floats = plan_layers(model, called, scheme, targets, overrides, tied_to_float(model))
+    if isinstance(scheme, StaticInt8):
+        assert log is not None
+        chosen = "fx" if flow == "auto" else flow
+        plan = plan_units(model, log, scheme, targets, layers, training=training, flow=chosen)
+        if flow == "auto" and not plan.units and not training:
+            other = plan_units(model, log, scheme, targets, layers, training=training, flow="pt2e")
+            if other.units:
+                _logger.info("flow 'fx' can quantize nothing here, 'pt2e' can: %s", "; ".join(explain(plan.describe())))
+                plan = other
+    else:
+        plan = Plan(layers=layers, floats=without_kernel(model))
+    plan.floats = {path: reason for path, reason in (plan.floats | floats).items() if path not in layers}
+    if not plan:
+        raise _nothing_to_quantize(plan.floats)
+    return plan
 
 
 def dry_run(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] = run_step) -> CallLog:
     """What one look at the model calls, in its present mode; draws nothing from the global random state."""
-    with torch.no_grad(), quiet_random_state():
+    with torch.no_grad(), quiet_random_state(), without_fast_path():
         return record_calls(model, lambda: run(model, batch))
 
 
-def check_batches(calibration_batches: int) -> None:
-    """Raise unless at least one batch is to calibrate."""
-    if calibration_batches < 1:
-        raise invalid("calibration_batches", "be at least 1", calibration_batches)
-
-
-def nothing_to_quantize(floats: dict[str, str]) -> CompressionError:
+def _nothing_to_quantize(floats: dict[str, str]) -> CompressionError:
     """The error of a model in which no layer can be quantized, with the reasons."""
     reasons = "; ".join(f"{path or 'the module'}: {reason}" for path, reason in list(floats.items())[:5])
     return CompressionError(

@@ -11,6 +11,10 @@ import torch
 from lightning_compress.errors import CompressionError, invalid, nearest
 
 ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
+OBSERVERS = ("moving_average", "minmax", "histogram")
+
+AVERAGING_CONSTANT = 0.1
+"""Weight of each new batch in a moving average of activation ranges; with torch's 0.01 a short fit would end first."""
 
 
 class Scheme(ABC):
@@ -24,36 +28,48 @@ class StaticInt8(Scheme):
     """8-bit weights and activations, with the activations' ranges fixed by calibration or training.
 
     ``Q = clamp(round(R / S) + Z)``: weights symmetric with a scale for each output channel, activations asymmetric per
-    tensor.
+    tensor. What the defaults gain, and what was left out, is in ``docs/quantization.md``.
 
     Args:
         engine: the int8 kernels of torch: ``x86`` (the default), ``fbgemm``, ``onednn`` or ``qnnpack``.
-        reduce_range: 7-bit activations, without which CPUs that lack VNNI overflow in int8 products; None asks this
-            CPU.
+        observer: how calibration finds the activations' ranges: ``moving_average`` of the batches' extremes (training
+            always does so), ``minmax`` of all, or ``histogram``, whose range has the least squared error and takes
+            several times longer.
+        reduce_range: 7-bit weights, without which CPUs that lack VNNI overflow in int8 products; None asks this CPU.
+        equalize: before calibration, give the channels between two layers like ranges; the float function stays.
+        smooth: before calibration, move the ranges of LayerNorm's outlier channels into the linear layers behind it.
 
     References:
         Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-        2018 (arXiv:1712.05877), equation 1.
+        2018 (arXiv:1712.05877), equation 1. Nagel et al., 2019 (arXiv:1906.04721), for ``equalize``; Xiao et al.,
+        2022 (arXiv:2211.10438), for ``smooth``.
     """
 
     engine: str = "x86"
+    observer: str = "moving_average"
     reduce_range: bool | None = None
+    equalize: bool = True
+    smooth: bool = True
     name = "int8_static"
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise invalid("engine", f"be one of {', '.join(ENGINES)}", self.engine, nearest(self.engine, ENGINES))
+        if self.observer not in OBSERVERS:
+            remedy = nearest(self.observer, OBSERVERS)
+            raise invalid("observer", f"be one of {', '.join(OBSERVERS)}", self.observer, remedy)
 
 
 @dataclass(frozen=True)
 class DynamicInt8(Scheme):
-    """8-bit weights; activations are quantized as they come, with a scale for each token. Linear layers only.
+    """8-bit weights; activations are quantized as they come. Linear, LSTM, GRU and attention layers.
 
     Weights symmetric with a scale for each output channel. A row ``x`` of activations is divided by its own largest
     magnitude first, so an outlier costs only its own token precision.
 
     Args:
-        reduce_range: 7-bit activations; None asks this CPU (see `StaticInt8`).
+        reduce_range: 7-bit activations for CPUs that lack VNNI; None asks this CPU. (Weights keep 8 bits: the outliers
+            are multiplied with them.)
 
     References:
         Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), section 2.1 (row-wise scales).
@@ -63,7 +79,18 @@ class DynamicInt8(Scheme):
     name = "int8_dynamic"
 
 
-SCHEMES: dict[str, type[Scheme]] = {cls.name: cls for cls in (StaticInt8, DynamicInt8)}
+@dataclass(frozen=True)
+class WeightOnly(Scheme):
+    """8-bit weights, computed with in float: a quarter of the size, and no faster.
+
+    Weights symmetric with a scale for each output channel, ``Q = round(W / S)`` with ``S = max|W| / 127``. For layers
+    that 8-bit activations hurt, such as a first or last one. Linear and convolution layers.
+    """
+
+    name = "int8_weight_only"
+
+
+SCHEMES: dict[str, type[Scheme]] = {cls.name: cls for cls in (StaticInt8, DynamicInt8, WeightOnly)}
 
 
 def resolve(scheme: str | Scheme) -> Scheme:
@@ -74,7 +101,7 @@ def resolve(scheme: str | Scheme) -> Scheme:
 
     Example:
         >>> resolve("int8_static")
-        StaticInt8(engine='x86', reduce_range=None)
+        StaticInt8(engine='x86', observer='moving_average', reduce_range=None, equalize=True, smooth=True)
     """
     if isinstance(scheme, Scheme):
         return scheme
@@ -83,17 +110,20 @@ def resolve(scheme: str | Scheme) -> Scheme:
     return SCHEMES[scheme]()
 
 
-def needs_reduced_range() -> bool:
-    """Whether int8 products overflow on this CPU, as it has no VNNI (16-bit intermediate sums)."""
+def needs_reduced_range(engine: str = "x86") -> bool:
+    """Whether int8 products overflow on this CPU, as it adds pairs of them in 16 bit (all but VNNI, and qnnpack).
+
+    ``2 * 255 * 127`` exceeds 32767, with weights of 7 bits ``2 * 255 * 64`` does not.
+    """
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    return supported is None or not supported()
+    return engine != "qnnpack" and (supported is None or not supported())
 
 
 def describe(scheme: Scheme) -> dict[str, Any]:
     """A scheme as plain data, with what was asked of this CPU filled in."""
     fields = asdict(scheme)  # type: ignore[call-overload]
-    if fields.get("reduce_range") is None:
-        fields["reduce_range"] = needs_reduced_range()
+    if fields.get("reduce_range", False) is None:
+        fields["reduce_range"] = needs_reduced_range(fields.get("engine", "x86"))
     return {"name": scheme.name, **fields}
 
 

@@ -7,94 +7,21 @@ traced form. So the keys and the order of the user's parameters never change, an
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import disable_observer, enable_observer
-from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.quantization import flows
+from lightning_compress.quantization.signature import Signature, canonical
 
 CHILD = "_traced_forward"
 """Name of the child that holds a module's traced form; in a checkpoint no key has it but in a converted one."""
 
 _ASIDE = "_aside"
-
-PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
-
-
-class Signature:
-    """The shape of a call: where its tensors stand, and the values of everything else.
-
-    The traced form holds for calls of this shape only: a flag that steers control flow is baked in. Immutable and
-    plain: ``example`` is what a checkpoint keeps of it.
-
-    Raises:
-        CompressionError: the call holds something that is neither tensor nor plain data.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves, self.spec = pytree.tree_flatten((args, kwargs))
-        for leaf in leaves:
-            if not isinstance(leaf, (Tensor, *PLAIN)):
-                raise CompressionError(f"its input holds a {type(leaf).__name__}")
-        self.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        self.is_one_tensor = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-
-    @property
-    def example(self) -> list[Any]:
-        """``[args, kwargs]`` with an empty tensor in the place of each tensor."""
-        args, kwargs = self.rebuild([torch.zeros(0) for _ in range(self.slots)])
-        return [args, kwargs]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Signature, tuple(self.example)
-
-    def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
-        """The tensors of a call that has this shape; None if it hasn't."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self.spec:
-            return None
-        found = []
-        for leaf, constant in zip(leaves, self.constants, strict=True):
-            if constant is None and isinstance(leaf, Tensor):
-                found.append(leaf)
-            elif constant is None or isinstance(leaf, Tensor) or leaf != constant[0]:
-                return None
-        return found
-
-    def rebuild(self, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` with ``tensors`` in their places."""
-        rest = iter(tensors)
-        leaves = [next(rest) if constant is None else constant[0] for constant in self.constants]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return tuple(args), dict(kwargs)
-
-    @property
-    def slots(self) -> int:
-        return sum(constant is None for constant in self.constants)
-
-
-def canonical(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call in one form: by position where that can be, without what only repeats a default."""
-    bound = _signature(type(module).forward).bind(module, *args, **kwargs)
-    for name, parameter in bound.signature.parameters.items():
-        value = bound.arguments.get(name, parameter.empty)
-        if value is parameter.default or (isinstance(value, PLAIN) and value == parameter.default):
-            bound.arguments.pop(name, None)
-    return bound.args[1:], bound.kwargs
-
-
-_signature = lru_cache(maxsize=256)(inspect.signature)
 
 
 class Traced(nn.Module):
@@ -104,14 +31,19 @@ class Traced(nn.Module):
         graph: takes the tensors of a call, in order.
         signature: the calls that it is right for.
         used: names of the parent's own children and tensors that the graph took the place of.
+        flow: name of the flow that made it.
+        is_int8: whether ``graph`` is converted.
     """
 
-    def __init__(self, graph: nn.Module, signature: Signature, used: frozenset[str]) -> None:
+    def __init__(
+        self, graph: nn.Module, signature: Signature, used: frozenset[str], flow: str, is_int8: bool = False
+    ) -> None:
         super().__init__()
         self.graph = graph
         self.signature = signature
         self.used = used
-        self.is_int8 = False
+        self.flow = flow
+        self.is_int8 = is_int8
         self.calibrating = False
         self.observers_frozen = False
         self.batchnorm_frozen = False
@@ -121,9 +53,9 @@ class Traced(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Any:
         observe = self.calibrating or (self.training and not self.observers_frozen)
-        if observe != self._observing:
+        if observe != self._observing and not self.is_int8:
             # Evaluation never moves an observer, whoever runs it.
-            self.graph.apply(enable_observer if observe else disable_observer)
+            flows.load(self.flow).observe_(self.graph, observe)
             self._observing = observe
         if self.batchnorm_frozen and self.training:
             self.graph.apply(freeze_batchnorm_)
@@ -246,6 +178,8 @@ def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | No
     It is kept aside, with the form that was ``prepared``, for `restore_aside_`.
     """
     aside: dict[str, Any] = {"prepared": prepared, "used": used}
+    if isinstance(module, nn.RNNBase):
+        aside["flat"], module._flat_weights = module._flat_weights, []  # a second hold on its parameters
     for kind in ("_parameters", "_buffers", "_modules"):
         values: dict[str, Any] = getattr(module, kind)
         aside[kind] = {name: value for name, value in values.items() if name != CHILD}
@@ -276,6 +210,8 @@ def restore_aside_(module: nn.Module) -> nn.Module | None:
         merged = {**aside[kind], **since}
         values.clear()
         values.update(merged)
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = aside["flat"]
     prepared: nn.Module | None = aside["prepared"]
     return prepared
 

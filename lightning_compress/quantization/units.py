@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import disable_fake_quant
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.quantization import flows
 from lightning_compress.quantization.agreement import cosine, same_outputs, same_structure
 from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, is_below, quiet_random_state
-from lightning_compress.quantization.flows import fx
-from lightning_compress.quantization.schemes import StaticInt8
-from lightning_compress.quantization.traced import Signature, Traced, canonical
+from lightning_compress.quantization.equalize import widen_
+from lightning_compress.quantization.layers.fast_path import without_fast_path
+from lightning_compress.quantization.schemes import Scheme, StaticInt8, WeightOnly, describe
+from lightning_compress.quantization.signature import Signature, canonical
+from lightning_compress.quantization.traced import Traced
 from lightning_compress.targets import Targets, clean_name, compressible_modules
 
 LIKENESS = 0.8
@@ -35,12 +38,16 @@ class Unit:
         signature: the calls that it is traced for.
         hooked: inner modules (paths in the unit) whose forward hooks must go on firing.
         floats: inner modules (paths in the unit) that stay float by the user's choice.
+        flow: name of the flow that traces it.
+        widened: inner ReLU6 (paths in the unit) that are ReLU in its traced form.
     """
 
     path: str
     signature: Signature
     hooked: tuple[str, ...] = ()
     floats: tuple[str, ...] = ()
+    flow: str = "fx"
+    widened: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
@@ -49,23 +56,54 @@ class Unit:
             "example": self.signature.example,
             "hooked": list(self.hooked),
             "floats": list(self.floats),
+            "flow": self.flow,
+            "widened": list(self.widened),
         }
 
     @classmethod
     def from_description(cls, plain: dict[str, Any]) -> Unit:
         args, kwargs = plain["example"]
-        return cls(plain["path"], Signature(tuple(args), kwargs), tuple(plain["hooked"]), tuple(plain["floats"]))
+        signature = Signature(tuple(args), kwargs)
+        lists = {name: tuple(plain[name]) for name in ("hooked", "floats", "widened")}
+        return cls(plain["path"], signature, flow=plain["flow"], **lists)
 
 
 @dataclass
 class Plan:
-    """What would be quantized, and what stays float and why."""
+    """What would be quantized, and what stays float and why.
+
+    Attributes:
+        units: modules that are traced as a whole.
+        layers: paths of layers that are quantized one by one, each with its scheme; in units or not.
+        floats: paths of what stays float, each with the reason.
+    """
 
     units: list[Unit] = field(default_factory=list)
+    layers: dict[str, Scheme] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        return bool(self.units or self.layers)
 
-def plan_units(model: nn.Module, log: CallLog, scheme: StaticInt8, targets: Targets | None, *, training: bool) -> Plan:
+    def describe(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {
+            "units": [unit.describe() for unit in self.units],
+            "layers": [{"path": path, "scheme": describe(scheme)} for path, scheme in self.layers.items()],
+            "floats": dict(self.floats),
+        }
+
+
+def plan_units(
+    model: nn.Module,
+    log: CallLog,
+    scheme: StaticInt8,
+    targets: Targets | None,
+    layers: Mapping[str, Scheme],
+    *,
+    training: bool,
+    flow: str,
+) -> Plan:
     """The largest units of ``model`` that can be quantized. Changes nothing.
 
     A module is accepted if nothing outside calls into it, it traces, and its prepared form, with fake-quantization off,
@@ -76,13 +114,21 @@ def plan_units(model: nn.Module, log: CallLog, scheme: StaticInt8, targets: Targ
         log: what a run of the model called.
         scheme: the numbers.
         targets: which layers may be quantized; None is all.
+        layers: layers that are quantized one by one.
         training: for quantization-aware training, else for calibration.
+        flow: name of the flow.
     """
-    planner = _Planner(compressible_modules(model), log, scheme, _excluded(model, targets), training)
+    planner = _Planner(
+        compressible_modules(model), log, scheme, _excluded(model, targets, layers), set(layers), training, flow
+    )
     planner.visit("")
+    plan = planner.plan
+    seen = {path for unit in plan.units for path in compressible_modules(model) if is_below(path, unit.path)}
     for path, reason in (tied_to_float(model) | without_kernel(model)).items():
-        planner.plan.floats.setdefault(path, reason)
-    return planner.plan
+        if flow == "fx" or path not in seen:  # an exported unit tells itself what it leaves in float
+            plan.floats.setdefault(path, reason)
+    plan.layers = dict(layers)
+    return plan
 
 
 @dataclass
@@ -93,13 +139,15 @@ class _Planner:
     calls: CallLog
     scheme: StaticInt8
     excluded: set[str]
+    layers: set[str]
     training: bool
+    flow: str
     plan: Plan = field(default_factory=Plan)
 
     def visit(self, path: str) -> None:
         """Plan ``path`` as one unit, or else what is below it."""
         module = self.modules[path]
-        wanted = [inner for inner in _quantizable(path, self.modules) if inner not in self.excluded]
+        wanted = [inner for inner in _quantizable(path, self.modules) if inner not in self.excluded | self.layers]
         if not wanted:
             return
         if not _is_shell(path, module):
@@ -124,6 +172,8 @@ class _Planner:
         entered = self.calls.entered_below(path)
         if entered is not None:
             return None, f"its `{entered}` is called from outside of it"
+        if self.flow == "pt2e" and (others := [layer for layer in self.layers if is_below(layer, path)]):
+            return None, f"its `{others[0]}` has a scheme of its own, which an exported graph can't call"
         if "forward" in vars(module):
             return None, "its forward was replaced on the instance"
         if watched := [name for name, child in module.named_modules() if name and child._forward_pre_hooks]:
@@ -133,10 +183,10 @@ class _Planner:
         prefix = f"{path}." if path else ""
         inner = {clean_name(name): child for name, child in module.named_modules() if name}
         hooked = tuple(name for name, child in inner.items() if child._forward_hooks)
-        floats = tuple(name for name in inner if prefix + name in self.excluded)
+        floats = tuple(name for name in inner if prefix + name in self.excluded | self.layers)
         try:
             args, kwargs = canonical(module, *self.calls.inputs[path])
-            unit = Unit(path, Signature(args, kwargs), hooked, floats)
+            unit = Unit(path, Signature(args, kwargs), hooked, floats, self.flow)
             reason, left = verify(module, unit, args, kwargs, self.scheme, self.training)
         except CompressionError as error:
             return None, str(error)
@@ -149,10 +199,7 @@ class _Planner:
             return None, reason
         tied = tied_to_float(module)
         self.plan.floats |= {prefix + name: tied.get(name, "excluded") for name in floats}
-        unfit = {
-            prefix + name: f"no static int8 kernel for {kind}" for name, kind in left.items() if name not in floats
-        }
-        self.plan.floats |= unfit
+        self.plan.floats |= {prefix + name: reason for name, reason in left.items() if name not in floats}
         return unit, ""
 
 
@@ -191,54 +238,69 @@ def tied_to_float(model: nn.Module) -> dict[str, str]:
 
 
 def without_kernel(model: nn.Module) -> dict[str, str]:
-    """Layers that own matrices but are of a type for which there is no int8 kernel, with that as the reason."""
+    """Layers that own matrices but are of a type for which there is no int8 kernel, with that as the reason.
+
+    A module of the user's own that holds layers isn't one, even if it has a matrix (of positions, say).
+    """
     found = {}
     for path, module in compressible_modules(model).items():
         if is_parametrized(module):
             found[path] = f"the weight of this {type(module).__name__} is computed by a parametrization"
-        elif isinstance(module, ParametrizationList) or _has_kernel(module):
+        elif isinstance(module, (ParametrizationList, NonDynamicallyQuantizableLinear)) or _has_kernel(module):
+            continue  # the latter is a part of attention, which is told of as a whole
+        elif type(module).__module__.partition(".")[0] != "torch" and next(module.children(), None) is not None:
             continue
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
-            found[path] = f"no int8 kernel for {type(module).__name__}"
+            found[path] = _no_kernel(type(module))
     return found
 
 
-def explain(floats: dict[str, str]) -> list[str]:
-    """What stays float, a line each, for the log and the report."""
+def explain(record: Mapping[str, Any]) -> list[str]:
+    """What stays float, and what has a form that users should know of; a line each, for the log and the report.
+
+    Args:
+        record: what `Plan.describe` gave.
+    """
     lines = []
-    for path, reason in floats.items():
+    for path, reason in record["floats"].items():
         name, reason = f"`{path}`" if path else "the module", reason.partition("\n")[0][:160]
         whole = reason.startswith("not as a whole")
         lines.append(f"{name} is quantized layer by layer, {reason}" if whole else f"{name} stays float: {reason}")
+    stored = [f"`{layer['path']}`" for layer in record["layers"] if layer["scheme"]["name"] == WeightOnly.name]
+    if stored:
+        lines.append(f"{', '.join(stored)}: weights are stored in int8 and computed with in float; this is no faster")
+    if any(unit["flow"] == "pt2e" for unit in record["units"]):
+        lines.append("flow pt2e: compiled by inductor at the first call with each new shape, which takes a while")
     return lines
 
 
-def _excluded(model: nn.Module, targets: Targets | None) -> set[str]:
+def _excluded(model: nn.Module, targets: Targets | None, layers: Collection[str]) -> set[str]:
     """Paths of quantizable layers that the user's targets leave out."""
-    layers = {path: module for path, module in compressible_modules(model).items() if _has_kernel(module)}
+    found = {path: module for path, module in compressible_modules(model).items() if _has_kernel(module)}
     tied = set(tied_to_float(model))
     if targets is None:
         return tied
     targets.check_patterns(model)
     chosen = {
         path
-        for path, module in layers.items()
+        for path, module in found.items()
         if not targets.leaves_out(path) and (targets.types is None or isinstance(module, tuple(targets.types)))
     }
-    if not chosen:
+    if not chosen and not layers:
         raise CompressionError(
             f"`targets` must leave a convolution or linear layer to quantize. Received: {targets}. "
-            f"The model has {', '.join(list(layers)[:8]) or 'none'}."
+            f"The model has {', '.join(list(found)[:8]) or 'none'}."
         )
-    return (set(layers) - chosen) | tied
+    return (set(found) - chosen) | tied
 
 
 def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:
     """The traced, prepared form of ``module``; sharing its parameters, not yet in its place."""
-    graph, used = fx.trace(module, unit.signature, unit.hooked)
-    prepared = fx.prepare(graph, scheme, training=training, floats=unit.floats)
-    fx.observe_weights_(prepared)
-    return Traced(prepared, unit.signature, used)
+    flow = flows.load(unit.flow)
+    graph, used = flow.trace(module, unit.signature, unit.hooked)
+    widen_(graph, unit.widened)
+    prepared = flow.prepare(graph, scheme, training=training, floats=unit.floats)
+    return Traced(prepared, unit.signature, used, unit.flow)
 
 
 def verify(
@@ -249,14 +311,14 @@ def verify(
     It can if, with fake-quantization off, it gives the outputs that ``module`` gives in each mode, and then converts
     and runs. Works on copies.
     """
-    left: dict[str, str] = {}
+    flow, left = flows.load(unit.flow), dict[str, str]()
     for mode in (True, False) if training else (False,):
         original, twin = _without_hooks(module), _without_hooks(module)
         twin.train(training)
         traced = prepared_form(twin, unit, scheme, training=training)
-        if not _quantizes_something(traced.graph):
+        if not flow.quantizes(traced.graph):
             return "no layer in it can be quantized", {}
-        traced.graph.apply(disable_fake_quant)
+        flow.fake_quantize_(traced.graph, False)
         traced.calibrating = True  # so that its int8 form knows the ranges
         for model in (original, twin, traced):
             model.train(mode)
@@ -265,18 +327,26 @@ def verify(
         assert tensors is not None
         if not same_outputs(expected, _run(traced, tuple(tensors), {})):
             return f"its traced form computes something else in {'training' if mode else 'evaluation'}", {}
-        names = {id(child): name for name, child in twin.named_modules()}
-        left = {
-            clean_name(names.get(id(child), name)): type(child).__name__
-            for name, child in fx.float_layers(traced.graph).items()
-        }
+        kinds = {clean_name(name): type(child) for name, child in twin.named_modules()}
+        left = {path: _no_kernel(kinds.get(path)) for path in map(clean_name, flow.float_layers(traced.graph))}
     # Found out now, not when hours of training end; some int8 kernels of torch compute something else altogether.
-    got = _run(fx.convert(traced.graph, scheme), tuple(_on_cpu(tensors)), {})
-    if not same_structure(_on_cpu(expected), got):
-        return "its int8 form gives outputs of another structure", {}
-    if (likeness := cosine(_on_cpu(expected), got)) < LIKENESS:
-        return f"its int8 form computes something else (cosine {likeness:.2f} to float)", {}
+    int8, expected = flow.convert(traced.graph, scheme), _on_cpu(expected)
+    for _ in range(3):  # such a kernel reads memory that isn't its own, and is right by chance at times
+        with torch.compiler.set_stance("force_eager"):
+            got = _run(int8, tuple(_on_cpu(tensors)), {})
+        if not same_structure(expected, got):
+            return "its int8 form gives outputs of another structure", {}
+        if (likeness := cosine(expected, got)) < LIKENESS:
+            return f"its int8 form computes something else (cosine {likeness:.2f} to float)", {}
     return "", left
+
+
+_DYNAMIC = (nn.LSTM, nn.GRU, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+def _no_kernel(kind: type | None) -> str:
+    remedy = " (`overrides` can give it int8_dynamic)" if kind in _DYNAMIC else ""
+    return f"no static int8 kernel for {'it' if kind is None else kind.__name__}{remedy}"
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
@@ -295,15 +365,9 @@ def _on_cpu(tree: Any) -> Any:
     return pytree.tree_map(move, tree)
 
 
-def _quantizes_something(graph: nn.Module) -> bool:
-    return any(
-        getattr(inner, "qconfig", None) is not None and isinstance(inner, QUANTIZABLE) for inner in graph.modules()
-    )
-
-
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = copy_tensors((args, kwargs))
     device = next((leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
-    with torch.no_grad(), quiet_random_state(), torch.autocast(device, enabled=False):
+    with torch.no_grad(), quiet_random_state(), without_fast_path(), torch.autocast(device, enabled=False):
         torch.manual_seed(0)
         return module(*args, **kwargs)

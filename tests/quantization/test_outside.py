@@ -67,7 +67,7 @@ class Matrix(nn.Module):
 def test_layers_of_the_users_own_are_listed_as_float(scheme: str) -> None:
     model = nn.Sequential(Matrix(), nn.ReLU(), nn.Linear(16, 4))
     int8 = quantize(model, scheme, calibration=[torch.randn(8, 16)])
-    assert (record_of(int8) or {})["floats"]["0"] == "no int8 kernel for Matrix"
+    assert (record_of(int8) or {})["floats"]["0"] == "no static int8 kernel for Matrix"
 
 
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])

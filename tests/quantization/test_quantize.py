@@ -110,9 +110,10 @@ def test_static_against_the_formula_by_hand() -> None:
     linear = nn.Linear(32, 8)
     x = torch.rand(64, 32) * 4 - 1
     int8 = quantize(nn.Sequential(linear), StaticInt8(), calibration=[x])
-    scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127.5
+    steps = 63.5 if needs_reduced_range() else 127.5
+    scale = linear.weight.detach().abs().amax(1, keepdim=True) / steps
     weight = (linear.weight.detach() / scale).round().clamp(-128, 127) * scale
-    levels = 127 if needs_reduced_range() else 255
+    levels = 255
     step = (x.max() - x.min()) / levels
     zero = (-x.min() / step).round()
     activation = (((x / step).round() + zero).clamp(0, levels) - zero) * step

@@ -1,1 +1,63 @@
-"""Flows: how a scheme gets into a model; one file for each upstream that could go away."""
+"""Flows: how a scheme gets into a model; one file for each upstream that could go away.
+
+A flow is a module with the functions of `Flow`. What would replace `torch.ao` for training, should it go, is one more
+such file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+from torch import nn
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.quantization.schemes import StaticInt8
+from lightning_compress.quantization.signature import Signature
+
+FLOWS = ("fx", "pt2e")
+
+
+class Flow(Protocol):
+    """What a flow does with one module; the callers know no more of it than this."""
+
+    def trace(
+        self, module: nn.Module, signature: Signature, hooked: Collection[str]
+    ) -> tuple[nn.Module, frozenset[str]]:
+        """The traced form, sharing the parameters, and the names of the module's children and tensors in it."""
+
+    def prepare(self, graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str]) -> nn.Module:
+        """The form that observes (for training, fake-quantizes too), but for the layers in ``floats``."""
+
+    def observe_(self, prepared: nn.Module, on: bool) -> None:
+        """Let the activations' ranges move, or freeze them."""
+
+    def fake_quantize_(self, prepared: nn.Module, on: bool) -> None:
+        """Round values, or let them through."""
+
+    def float_layers(self, prepared: nn.Module) -> list[str]:
+        """Paths in the module of the layers with weights that stay float."""
+
+    def quantizes(self, prepared: nn.Module) -> bool:
+        """Whether any layer computes in int8."""
+
+    def convert(self, prepared: nn.Module, scheme: StaticInt8) -> nn.Module:
+        """A new int8 form on the CPU; ``prepared`` is left as it is."""
+
+
+def load(name: str) -> Flow:
+    """The flow called ``name``; its upstream is imported only now.
+
+    Raises:
+        CompressionError: its upstream isn't there.
+    """
+    try:
+        if name == "pt2e":
+            from lightning_compress.quantization.flows import pt2e
+
+            return pt2e
+        from lightning_compress.quantization.flows import fx
+
+        return fx
+    except ImportError as error:
+        raise CompressionError(f"`flow` must have its upstream installed. Received: flow={name!r}, {error}.") from error

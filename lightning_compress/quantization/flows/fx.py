@@ -1,22 +1,31 @@
 """The fx flow: `torch.ao.quantization` in graph mode, int8 kernels in eager mode with no compiler.
 
-Everything that upstream is to remove in torch 2.15 is imported in this file and in `traced.py` alone. What
-replaces it is one more file with the same functions: `trace`, `prepare`, `convert`, `float_layers`.
+Everything that upstream is to remove in torch 2.15 is imported in this file and `fused.py` alone.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization import (
+    FusedMovingAvgObsFakeQuantize,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    PlaceholderObserver,
     QConfig,
     QConfigMapping,
+    disable_fake_quant,
+    disable_observer,
+    enable_fake_quant,
     enable_observer,
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
@@ -27,14 +36,19 @@ from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 from torch.fx import GraphModule, Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.quantization.flows.fused import guard_, unguard_
-from lightning_compress.quantization.schemes import StaticInt8, needs_reduced_range
-from lightning_compress.quantization.traced import Signature
+from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
+from lightning_compress.quantization.signature import Signature
 
 FLOAT_TYPES = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Layers that static int8 leaves in float: torch has no static kernel for them."""
+
+
+_WITH_KERNEL = (nn.Linear, _ConvNd)
+_AGAIN = "__call"
 
 
 class Opaque(nn.Module):
@@ -56,10 +70,12 @@ class _Tracer(QuantizationTracer):
         self._signature = signature
         self._hooked = set(hooked)
         self._inserted: dict[str, nn.Module] = {}
+        self._calls: Counter[str] = Counter()
         self.used: set[str] = set()
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        proxies = [self.create_proxy("placeholder", f"input_{index}", (), {}) for index in range(self._signature.slots)]
+        count = len(self._signature.inputs)
+        proxies = [self.create_proxy("placeholder", f"input_{index}", (), {}) for index in range(count)]
         args, kwargs = self._signature.rebuild(proxies)
         return (lambda root, *_: type(root).forward(root, *args, **kwargs)), [self.root, *proxies]
 
@@ -69,7 +85,11 @@ class _Tracer(QuantizationTracer):
         path = self.path_of_module(m)
         self.used.add(path.partition(".")[0])
         if self.is_leaf_module(m, path) and next(m.children(), None) is not None:
-            output = self._insert(f"opaque_{len(self._inserted)}", Opaque(m), args, kwargs)
+            return self._insert(path, Opaque(m), args, kwargs)
+        self._calls[path] += 1
+        if isinstance(m, _WITH_KERNEL) and self._calls[path] > 1:
+            # An int8 layer has one output range: each further call gets a layer of its own, of the same weights.
+            output = self._insert(f"{path}{_AGAIN}{self._calls[path]}", _shallow_copy(m), args, kwargs)
         else:
             output = super().call_module(m, forward, args, kwargs)
         if path in self._hooked and isinstance(output, Proxy):
@@ -85,7 +105,7 @@ class _Tracer(QuantizationTracer):
         graph = self.trace(module)
         leaves = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
         found = {name: self._inserted.get(name) or _attribute(module, name) for name in leaves}
-        for name in self._hooked & found.keys():
+        for name in self._hooked & found.keys() - self._inserted.keys():
             found[name] = _shallow_copy(found[name])  # without its hooks: the identity behind it calls them
         self.used.update(str(node.target).partition(".")[0] for node in graph.nodes if node.op == "get_attr")
         traced = GraphModule(found, graph)
@@ -157,7 +177,7 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def prepare(graph: GraphModule, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()) -> GraphModule:
+def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()) -> GraphModule:
     """``graph`` with fake-quantizers (training) or observers (calibration); Parameters are kept as they are.
 
     Args:
@@ -166,9 +186,11 @@ def prepare(graph: GraphModule, scheme: StaticInt8, *, training: bool, floats: C
         training: fuse and fake-quantize for training, else only observe.
         floats: paths in the graph that stay float.
     """
+    assert isinstance(graph, GraphModule)
     mapping = _qconfig_mapping(scheme, training)
-    for path in (*floats, *(name for name, module in graph.named_modules() if is_parametrized(module))):
-        mapping.set_module_name(path, None)
+    for path, module in graph.named_modules():
+        if path.partition(_AGAIN)[0] in floats or is_parametrized(module):
+            mapping.set_module_name(path, None)
     config = PrepareCustomConfig().set_non_traceable_module_classes([Opaque])
     example = tuple(torch.zeros(1) for node in graph.graph.nodes if node.op == "placeholder")
     # Upstream makes new layers around the old parameters, and draws initial weights for them first.
@@ -177,7 +199,24 @@ def prepare(graph: GraphModule, scheme: StaticInt8, *, training: bool, floats: C
         prepared = (prepare_qat_fx if training else prepare_fx)(graph, mapping, example, config)
         guard_(prepared)
     # Upstream leaves some of the weights' observers on the CPU.
-    return prepared.to(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))
+    prepared = prepared.to(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))
+    _observe_weights_(prepared)
+    return prepared
+
+
+def observe_(prepared: nn.Module, on: bool) -> None:
+    """Let the activations' ranges move, or freeze them."""
+    prepared.apply(enable_observer if on else disable_observer)
+
+
+def fake_quantize_(prepared: nn.Module, on: bool) -> None:
+    """Round values, or let them through."""
+    prepared.apply(enable_fake_quant if on else disable_fake_quant)
+
+
+def quantizes(prepared: nn.Module) -> bool:
+    """Whether any layer computes in int8."""
+    return any(_has_kernel(inner) and isinstance(inner, _WITH_KERNEL) for inner in prepared.modules())
 
 
 def convert(prepared: nn.Module, scheme: StaticInt8) -> GraphModule:
@@ -187,7 +226,7 @@ def convert(prepared: nn.Module, scheme: StaticInt8) -> GraphModule:
         graph = copy.deepcopy(prepared).cpu().eval()
         for module in graph.modules():
             module._forward_hooks.clear()
-        observe_weights_(graph, anew=True)
+        _observe_weights_(graph, anew=True)
         unguard_(graph)
         converted = convert_fx(graph)
     for name, module in list(converted.named_modules()):
@@ -197,19 +236,16 @@ def convert(prepared: nn.Module, scheme: StaticInt8) -> GraphModule:
     return converted
 
 
-def float_layers(prepared: nn.Module) -> dict[str, nn.Module]:
-    """The layers with weights that a prepared graph leaves in float, by their names in the graph."""
+def float_layers(prepared: nn.Module) -> list[str]:
+    """Paths of the layers with weights that a prepared graph leaves in float."""
     assert isinstance(prepared, GraphModule)
-    called = {
-        str(node.target): prepared.get_submodule(str(node.target))
-        for node in prepared.graph.nodes
-        if node.op == "call_module"
-    }
-    return {
-        name: module.__dict__["module"] if isinstance(module, Opaque) else module
-        for name, module in called.items()
-        if isinstance(module, Opaque) or (next(module.parameters(), None) is not None and not _has_kernel(module))
-    }
+    called = {str(node.target) for node in prepared.graph.nodes if node.op == "call_module"}
+    layers = {path: prepared.get_submodule(path) for path in called}
+    return [
+        path
+        for path, layer in layers.items()
+        if isinstance(layer, Opaque) or (next(layer.parameters(), None) is not None and not _has_kernel(layer))
+    ]
 
 
 def _has_kernel(module: nn.Module) -> bool:
@@ -219,20 +255,37 @@ def _has_kernel(module: nn.Module) -> bool:
 def _qconfig_mapping(scheme: StaticInt8, training: bool) -> QConfigMapping:
     """Upstream's mapping for the engine, with the scheme's range in place of its own."""
     mapping = (get_default_qat_qconfig_mapping if training else get_default_qconfig_mapping)(scheme.engine)
-    reduce_range = needs_reduced_range() if scheme.reduce_range is None else scheme.reduce_range
     default = mapping.global_qconfig
     assert default is not None
-    activation = default.activation.with_args(reduce_range=reduce_range)
-    # In training a weight's range is that of the weight as it is: one that follows slowly clips what grows.
-    weight = default.weight.with_args(averaging_constant=1.0) if training else default.weight
+    if training:
+        activation = default.activation.with_args(averaging_constant=AVERAGING_CONSTANT, reduce_range=False)
+    else:
+        activation = _OBSERVERS[scheme.observer]
     for kind, qconfig in mapping.object_type_qconfigs.items():
         if qconfig is not None and qconfig.activation is default.activation:
-            mapping.set_object_type(kind, QConfig(activation, qconfig.weight))
-    mapping.set_global(QConfig(activation, weight))
+            mapping.set_object_type(kind, QConfig(activation, _weight_observer(qconfig.weight, scheme)))
+    mapping.set_global(QConfig(activation, _weight_observer(default.weight, scheme)))
     for kind in FLOAT_TYPES:
         for leaf in (kind, *kind.__subclasses__()):
             mapping.set_object_type(leaf, None)
     return mapping
+
+
+_OBSERVERS = {
+    "moving_average": MovingAverageMinMaxObserver.with_args(averaging_constant=AVERAGING_CONSTANT),
+    "minmax": MinMaxObserver,
+    "histogram": HistogramObserver,
+}
+
+
+def _weight_observer(observer: Any, scheme: StaticInt8) -> Any:
+    """Upstream's own, in 7 bits where the CPU needs that, and with the range of the weight as it is at that moment."""
+    reduced, kind = bool(describe(scheme)["reduce_range"]), getattr(observer, "p", partial(observer)).func
+    if kind is FusedMovingAvgObsFakeQuantize:
+        # A range that follows slowly would clip what grows.
+        bounds = {"quant_min": -64, "quant_max": 63} if reduced else {}
+        return observer.with_args(averaging_constant=1.0, **bounds)
+    return observer if kind is PlaceholderObserver else observer.with_args(reduce_range=reduced)
 
 
 @contextmanager
@@ -258,7 +311,7 @@ def _engine(name: str) -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def observe_weights_(prepared: nn.Module, anew: bool = False) -> None:
+def _observe_weights_(prepared: nn.Module, anew: bool = False) -> None:
     """Let every weight's fake-quantizer see its weight once: its range has its shape before anything copies it.
 
     ``anew`` forgets what it saw before, so that the range is that of the weight as it is now: averaged, frozen or

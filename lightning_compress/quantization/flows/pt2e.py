@@ -1,0 +1,283 @@
+"""The pt2e flow: `torch.export` and torchao's quantizer for x86, after training only.
+
+It sees through attention, functional layers and most Python that `fx` can't trace. In process the int8 graph is
+compiled by inductor at its first call; uncompiled it rounds to int8 and computes in float, which is what
+`torch.export` and ONNX want of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule, Node
+
+from lightning_compress.errors import CompressionError, NoEffectWarning
+from lightning_compress.quantization.layers.fast_path import without_fast_path
+from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
+from lightning_compress.quantization.signature import Signature
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Upstream warns of its kernels for other devices, and of what follows from torch's own changes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+with _quiet(), torch._inductor.config.patch(pre_grad_custom_pass=torch._inductor.config.pre_grad_custom_pass):
+    # Importing them sets this flag of inductor's for the whole process; only our own compilations are to have it.
+    from torchao.quantization.pt2e.observer import (
+        HistogramObserver,
+        MinMaxObserver,
+        MovingAverageMinMaxObserver,
+        PerChannelMinMaxObserver,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import QuantizationSpec
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        QuantizationConfig,
+        X86InductorQuantizer,
+        quant_lift_up,
+    )
+
+_INDUCTOR = {"freezing": True, "pre_grad_custom_pass": quant_lift_up}
+_ROUNDINGS = (
+    torch.ops.quantized_decomposed.quantize_per_tensor.default,
+    torch.ops.quantized_decomposed.dequantize_per_tensor.default,
+)
+
+
+class _Call(nn.Module):
+    """A module as a function of the tensors of its call."""
+
+    def __init__(self, module: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.module = module
+        self.signature = signature
+        self.training = module.training
+
+    def forward(self, *tensors: Tensor) -> Any:
+        args, kwargs = self.signature.rebuild(list(tensors))
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class Exported(nn.Module):
+    """Holds an exported graph, which knows no modes: switching them would reset its dropout and BatchNorm."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def train(self, mode: bool = True) -> Exported:
+        self.training = mode
+        return self
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.graph(*tensors)
+
+
+class Int8Graph(Exported):
+    """A converted graph, compiled at its first call; scales and zero points are in its state, not in its code alone.
+
+    Raises:
+        CompressionError: called with a shape that it wasn't exported for.
+    """
+
+    qparams: Tensor
+
+    def __init__(self, graph: GraphModule) -> None:
+        super().__init__(graph)
+        values = [[float(value) for value in node.args[1:3]] for node in self._roundings()]  # type: ignore[arg-type]
+        self.register_buffer("qparams", torch.tensor(values, dtype=torch.float64).reshape(-1, 2))
+        self._compiled: Any = None
+        self._seen: set[Any] = set()
+
+    def _roundings(self) -> list[Node]:
+        return [node for node in self.graph.graph.nodes if node.target in _ROUNDINGS]
+
+    @torch.no_grad()
+    def forward(self, *tensors: Tensor) -> Any:
+        if torch.compiler.is_compiling():  # also while it is exported
+            return self.graph(*tensors)
+        try:
+            return self._compiled_call(*tensors)
+        except AssertionError as error:
+            raise CompressionError(
+                "An int8 form that pt2e made must be called with the shapes that it was exported for. "
+                f"Received: {[tuple(tensor.shape) for tensor in tensors]}, {error}. Calibrate with such a batch."
+            ) from error
+
+    def _compiled_call(self, *tensors: Tensor) -> Any:
+        if self._compiled is None:
+            self._compiled = torch.compile(self.graph.forward)
+        key = (*[(tensor.shape, tensor.dtype) for tensor in tensors], torch.is_inference_mode_enabled())
+        if self._compiled == self.graph.forward or key in self._seen:
+            return self._compiled(*tensors)
+        try:
+            # Weights become constants that are packed once; that is decided while compiling, for each new shape.
+            with _quiet(), torch._inductor.config.patch(_INDUCTOR):
+                output = self._compiled(*tensors)
+        except AssertionError:
+            raise
+        except Exception as error:  # no compiler, say
+            output = self.graph(*tensors)
+            self._compiled = self.graph.forward
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            warnings.warn(
+                f"pt2e: inductor couldn't compile the int8 form ({reason}). It runs uncompiled, and so slower than "
+                "float32. Install a C++ compiler, or use flow='fx'.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+        self._seen.add(key)
+        return output
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for node, (scale, zero_point) in zip(self._roundings(), self.qparams.tolist(), strict=True):
+            node.args = (node.args[0], scale, int(zero_point), *node.args[3:])
+        self.graph.recompile()
+        self._compiled = None
+        self._seen.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None, "_seen": set()}
+
+
+def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> tuple[nn.Module, frozenset[str]]:
+    """The exported form of ``module`` in evaluation, and the names of its children and tensors that went into it.
+
+    All sizes but those that its code fixes may vary. Raises whatever `torch.export` raises where control flow depends
+    on data.
+    """
+    if hooked:
+        raise CompressionError(f"its `{next(iter(hooked))}` has a forward hook, which an exported graph doesn't call")
+    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    inputs = tuple(tensor.to(device) for tensor in _sizes_above_one(signature.inputs))
+    dynamic = (tuple(dict.fromkeys(range(tensor.dim()), Dim.AUTO) for tensor in inputs),)
+    with _quiet(), torch.no_grad(), torch.random.fork_rng(), without_fast_path():
+        exported = torch.export.export(_Call(module, signature), inputs, dynamic_shapes=dynamic).module()
+    assert isinstance(exported, GraphModule)
+    for node in exported.graph.nodes:
+        if node.target is torch.ops.aten.linear.default:
+            # The products inside attention come from a function that the quantizer doesn't know.
+            node.meta["source_fn_stack"] = [(node.name, nn.functional.linear)]
+    read = [str(node.target) for node in exported.graph.nodes if node.op == "get_attr" and node.users]
+    return Exported(exported), frozenset(name.split(".")[1] for name in read if name.startswith("module."))
+
+
+def _sizes_above_one(inputs: list[Tensor]) -> list[Tensor]:
+    """A batch of one would be exported as a batch that is always one."""
+    if all(tensor.dim() and tensor.shape[0] == 1 for tensor in inputs):
+        return [tensor.expand(2, *tensor.shape[1:]) for tensor in inputs]
+    return inputs
+
+
+def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()) -> Exported:
+    """A copy of ``graph`` with observers; the layers in ``floats`` have none.
+
+    Raises:
+        CompressionError: for training, which this flow isn't for.
+    """
+    if training:
+        raise CompressionError("`flow` must be 'fx' for training. Received: flow='pt2e'.")
+    assert isinstance(graph, Exported)
+    quantizer = X86InductorQuantizer().set_global(_configuration(scheme))
+    for path in floats:
+        quantizer.set_module_name_qconfig(f"module.{path}", None)
+    with _quiet(), torch.no_grad():
+        prepared = prepare_pt2e(copy.deepcopy(graph.graph), quantizer)
+        for node, tensor in _tensors(prepared):
+            for user in node.users:
+                if isinstance(observer := _called(prepared, user), PerChannelMinMaxObserver):
+                    observer(tensor)  # so that it has its shape before a checkpoint is loaded
+    return Exported(prepared)
+
+
+def _tensors(graph: GraphModule) -> Iterator[tuple[Node, Tensor]]:
+    """The parameters and buffers that a graph reads."""
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and node.users:
+            owner, _, name = str(node.target).rpartition(".")
+            value = getattr(graph.get_submodule(owner), name)
+            if isinstance(value, Tensor):
+                yield node, value
+
+
+def _called(graph: GraphModule, node: Node) -> nn.Module | None:
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+_OBSERVERS = {
+    "moving_average": MovingAverageMinMaxObserver.with_args(eps=2**-12, averaging_constant=AVERAGING_CONSTANT),
+    "minmax": MinMaxObserver.with_args(eps=2**-12),
+    "histogram": HistogramObserver.with_args(eps=2**-12),
+}
+
+
+def _configuration(scheme: StaticInt8) -> QuantizationConfig:
+    reduced = describe(scheme)["reduce_range"]
+    activations = QuantizationSpec(
+        dtype=torch.uint8,
+        quant_min=0,
+        quant_max=255,
+        qscheme=torch.per_tensor_affine,
+        observer_or_fake_quant_ctr=_OBSERVERS[scheme.observer],
+    )
+    weights = QuantizationSpec(
+        dtype=torch.int8,
+        quant_min=-64 if reduced else -128,
+        quant_max=63 if reduced else 127,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+        observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=2**-12),
+    )
+    return QuantizationConfig(activations, activations, weights, None)
+
+
+def observe_(prepared: nn.Module, on: bool) -> None:
+    """Nothing: its observers observe whenever it runs, which is while it is calibrated."""
+
+
+def fake_quantize_(prepared: nn.Module, on: bool) -> None:
+    """Nothing: observers let values through."""
+
+
+def quantizes(prepared: nn.Module) -> bool:
+    """Whether any layer computes in int8."""
+    return any(isinstance(module, PerChannelMinMaxObserver) for module in prepared.modules())
+
+
+def float_layers(prepared: nn.Module) -> list[str]:
+    """Paths of the layers whose matrices no observer sees."""
+    assert isinstance(prepared, Exported)
+    graph = prepared.graph
+    return [
+        str(node.target).removeprefix("module.").rpartition(".")[0]
+        for node, tensor in _tensors(graph)
+        if tensor.dim() > 1
+        and str(node.target).startswith("module.")
+        and isinstance(tensor, nn.Parameter)
+        and not any(_called(graph, user) for user in node.users)
+    ]
+
+
+def convert(prepared: nn.Module, scheme: StaticInt8) -> Int8Graph:
+    """A new int8 graph on the CPU; ``prepared`` is left as it is."""
+    assert isinstance(prepared, Exported)
+    with _quiet(), torch.no_grad():
+        return Int8Graph(convert_pt2e(copy.deepcopy(prepared.graph).cpu()))

@@ -1,0 +1,1 @@
+"""Layers that are quantized one by one: dynamic int8, and weights alone."""

@@ -1,0 +1,54 @@
+"""Runs a float twin through the steps of a test, so that one test has the metrics of both."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from lightning_compress.quantization.calls import copy_tensors, quiet_random_state
+
+
+class FloatTwin:
+    """A float copy of a module that takes each test batch too and logs under names of its own.
+
+    Args:
+        twin: the copy; its ``log`` and ``log_dict`` are replaced.
+        log: what logs for it; takes what `LightningModule.log` takes.
+        prefix: comes before each name.
+    """
+
+    def __init__(self, twin: Any, log: Callable[..., None], prefix: str = "float/") -> None:
+        self.twin = twin
+        self._log = log
+        self._prefix = prefix
+        twin.__dict__["log"] = self._forward
+        twin.__dict__["log_dict"] = self._forward_all
+
+    def _forward(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(value, torch.nn.Module):
+            # A metric object: Lightning computes and resets it, once it has a name to tell it from the module's own.
+            kwargs.setdefault("metric_attribute", f"{self._prefix}{name}")
+        self._log(f"{self._prefix}{name}", value, *args, **kwargs)
+
+    def _forward_all(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        for name, value in values.items():
+            self._forward(name, value, *args, **kwargs)
+
+    def call(self, hook: str, *args: Any) -> Any:
+        """Call a hook or step of the twin with as many of ``args`` as it takes; the random state stays as it was."""
+        method = getattr(self.twin, hook)
+        parameters = inspect.signature(method).parameters.values()
+        if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            args = args[: len(parameters)]
+        with quiet_random_state():
+            return method(*args)
+
+    def step(self, batch: Any, *indices: int) -> None:
+        """One test batch, with the hooks around it; works on a copy of the batch."""
+        batch = copy_tensors(batch)
+        self.call("on_test_batch_start", batch, *indices)
+        outputs = self.call("test_step", batch, *indices)
+        self.call("on_test_batch_end", outputs, batch, *indices)
