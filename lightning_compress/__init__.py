@@ -9,7 +9,7 @@ from lightning_compress.distillation import (
 )
 from lightning_compress.errors import CompressionError, MissingExtraError, NoEffectWarning
 from lightning_compress.pruning import Rewind, ScheduledPruning, prune_, sparsity
-from lightning_compress.quantization import DynamicInt8, StaticInt8, quantize
+from lightning_compress.quantization import DynamicInt8, StaticInt8, WeightOnly, quantize
 from lightning_compress.quantization.ptq import PostTrainingQuantization
 from lightning_compress.quantization.qat import QuantizationAwareTraining
 from lightning_compress.report import CompressionReport, compare, measure
@@ -41,6 +41,7 @@ __all__ = [
     "StaticInt8",
     "Steps",
     "Targets",
+    "WeightOnly",
     "Window",
     "compare",
     "load_compressed",

@@ -4,6 +4,6 @@ The callbacks stand in `qat` and `ptq`; they aren't imported here, as the room o
 """
 
 from lightning_compress.quantization.quantize import quantize
-from lightning_compress.quantization.schemes import DynamicInt8, Scheme, StaticInt8
+from lightning_compress.quantization.schemes import DynamicInt8, Scheme, StaticInt8, WeightOnly
 
-__all__ = ["DynamicInt8", "Scheme", "StaticInt8", "quantize"]
+__all__ = ["DynamicInt8", "Scheme", "StaticInt8", "WeightOnly", "quantize"]

@@ -6,6 +6,7 @@ convertible as the original and a checkpoint can rebuild the form.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ from lightning_compress.quantization import flows
 from lightning_compress.quantization.calls import is_below
 from lightning_compress.quantization.layers.fast_path import quiet_fast_path_, restore_fast_path_
 from lightning_compress.quantization.layers.plan import quantized_form
-from lightning_compress.quantization.schemes import Scheme, StaticInt8, describe, from_description
+from lightning_compress.quantization.plan import Plan
+from lightning_compress.quantization.schemes import Scheme, StaticInt8, describe, from_description, needs_reduced_range
 from lightning_compress.quantization.traced import (
     CHILD,
     Traced,
@@ -28,7 +30,7 @@ from lightning_compress.quantization.traced import (
     share_buffers,
     unroute_,
 )
-from lightning_compress.quantization.units import Plan, Unit, prepared_form
+from lightning_compress.quantization.unit import Unit, prepared_form
 from lightning_compress.targets import clean_name
 
 _RECORD = "_quantization"
@@ -166,6 +168,12 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
     """
     revert_(model, "float")
     scheme: Scheme = from_description(record["scheme"])
+    if isinstance(scheme, StaticInt8) and needs_reduced_range(scheme.engine) and not scheme.reduce_range:
+        warnings.warn(
+            "The int8 weights have 8 bits, with which products overflow on a CPU without VNNI, such as this one. "
+            "Quantize for it with StaticInt8(reduce_range=True).",
+            stacklevel=2,
+        )
     for part in (*record["units"], *record["layers"]):
         _unit_module(model, part["path"])
     units = [Unit.from_description(unit) for unit in record["units"]]

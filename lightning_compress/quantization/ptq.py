@@ -19,11 +19,11 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calibrate import evaluating
+from lightning_compress.quantization.plan import explain, summary
 from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator
 from lightning_compress.quantization.quantize import Recipe, dry_run, quantize_
 from lightning_compress.quantization.schemes import Scheme, StaticInt8
 from lightning_compress.quantization.side_by_side import FloatTwin
-from lightning_compress.quantization.units import explain
 from lightning_compress.targets import Targets
 
 
@@ -136,13 +136,15 @@ class PostTrainingQuantization(Callback):
                 quantize_(probe, self.recipe, first, batches, _way_to_run(probe, first))
             forms.transplant_(pl_module, probe)
         self._ours = True
-        self._notes = explain(forms.record_of(pl_module) or {})
+        record = forms.record_of(pl_module)
+        assert record is not None
+        self._notes = explain(record)
         for name in ("log", "log_dict"):
             del probe.__dict__[name]
         probe._trainer = None
         forms.forget_(probe)
         self.quantized_model = probe
-        rank_zero_info("\n  ".join([f"{type(self).__name__}: {self.recipe.scheme}.", *self._notes]))
+        rank_zero_info("\n  ".join([f"{type(self).__name__}: quantized {summary(record)}.", *self._notes]))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore(pl_module, self.keep)

@@ -16,10 +16,9 @@ from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import CallLog, record_calls
 from lightning_compress.quantization.layers.plan import check_overrides
-from lightning_compress.quantization.quantize import make_plan
+from lightning_compress.quantization.plan import explain, make_plan, summary
 from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
 from lightning_compress.quantization.traced import Traced
-from lightning_compress.quantization.units import explain
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window
 
@@ -133,8 +132,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self.bring_in_line(trainer, pl_module)
         rebuild_ddp(trainer, pl_module)
         self._notes = explain(plan.describe())
-        units = ", ".join(unit.path or "the whole module" for unit in plan.units)
-        rank_zero_info("\n  ".join([f"{type(self).__name__}: fake-quantizes {units}.", *self._notes]))
+        rank_zero_info("\n  ".join([f"{type(self).__name__}: quantizes {summary(plan.describe())}.", *self._notes]))
 
     def _freeze(self, pl_module: pl.LightningModule) -> None:
         progress = self.bounds.progress(self._step)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal, TypeVar
@@ -20,15 +19,14 @@ from lightning_compress.quantization.equalize import adjust_
 from lightning_compress.quantization.flows import FLOWS, fx
 from lightning_compress.quantization.forms import convert_, forget_, form_of, prepare_
 from lightning_compress.quantization.layers.fast_path import without_fast_path
-from lightning_compress.quantization.layers.plan import Overrides, check_overrides, plan_layers
+from lightning_compress.quantization.layers.plan import Overrides, check_overrides
+from lightning_compress.quantization.plan import make_plan
 from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
 from lightning_compress.quantization.signature import canonical
-from lightning_compress.quantization.units import Plan, Unit, explain, plan_units, tied_to_float, without_kernel
+from lightning_compress.quantization.unit import Unit
 from lightning_compress.targets import Targets, compressible_modules
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_logger = logging.getLogger("lightning_compress")
 
 
 def quantize(
@@ -154,52 +152,7 @@ def _adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8) ->
     return replace(unit, widened=tuple(relu6))
 
 
-def make_plan(
-    model: nn.Module,
-    log: CallLog | None,
-    scheme: Scheme,
-    targets: Targets | None,
-    overrides: Mapping[str, Scheme],
-    flow: str,
-    *,
-    training: bool,
-) -> Plan:
-    """What of ``model`` to quantize, and how; changes nothing. The arguments are those of `quantize`.
-
-    Raises:
-        CompressionError: there is nothing that can be quantized, or a pattern matches nothing.
-    """
-    if targets is not None:
-        targets.check_patterns(model)
-    called = None if log is None else log.inputs
-    layers, floats = plan_layers(model, called, scheme, targets, overrides, tied_to_float(model))
-    if isinstance(scheme, StaticInt8):
-        assert log is not None
-        chosen = "fx" if flow == "auto" else flow
-        plan = plan_units(model, log, scheme, targets, layers, training=training, flow=chosen)
-        if flow == "auto" and not plan.units and not training:
-            other = plan_units(model, log, scheme, targets, layers, training=training, flow="pt2e")
-            if other.units:
-                _logger.info("flow 'fx' can quantize nothing here, 'pt2e' can: %s", "; ".join(explain(plan.describe())))
-                plan = other
-    else:
-        plan = Plan(layers=layers, floats=without_kernel(model))
-    plan.floats = {path: reason for path, reason in (plan.floats | floats).items() if path not in layers}
-    if not plan:
-        raise _nothing_to_quantize(plan.floats)
-    return plan
-
-
 def dry_run(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] = run_step) -> CallLog:
     """What one look at the model calls, in its present mode; draws nothing from the global random state."""
     with torch.no_grad(), quiet_random_state(), without_fast_path():
         return record_calls(model, lambda: run(model, batch))
-
-
-def _nothing_to_quantize(floats: dict[str, str]) -> CompressionError:
-    """The error of a model in which no layer can be quantized, with the reasons."""
-    reasons = "; ".join(f"{path or 'the module'}: {reason}" for path, reason in list(floats.items())[:5])
-    return CompressionError(
-        "The model must have a layer that the scheme can quantize. Received: none. "
-        f"{reasons or 'It has no convolution or linear layer'}."
-    )

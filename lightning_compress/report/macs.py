@@ -17,7 +17,7 @@ from lightning_compress.report.inputs import call
 from lightning_compress.report.storage import packed_weights
 from lightning_compress.report.undisturbed import undisturbed
 
-_TRANSPARENT = ("aten", "prim", "prims", "profiler", "quantized", "torchvision")
+_TRANSPARENT = ("aten", "prim", "prims", "profiler", "quantized", "quantized_decomposed", "torchvision")
 # Fused operators of aten that multiply and have no formula here.
 _OPAQUE = ("_trilinear", "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_native_multi_head_attention",
            "_transformer_encoder_layer_fwd")  # fmt: skip

@@ -18,7 +18,13 @@ _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 # What quantized modules save beside their weights; it belongs to activations.
 _ACTIVATION_KEYS = ("scale", "zero_point")
 # Put around a module by `torch.compile` and by the traced form of quantization: a layer keeps its name inside of them.
-_WRAPPERS = ("_orig_mod.", "_traced_forward.graph.")
+_WRAPPERS = (
+    "_orig_mod.",
+    "_traced_forward.graph.graph.module.",
+    "_traced_forward.graph.graph",
+    "_traced_forward.graph.",
+    "._traced_forward",
+)
 _COMPRESS_AT_MOST = 512_000_000
 
 
@@ -129,6 +135,7 @@ def _held(model: nn.Module) -> Iterator[_Held]:
             parameters = [tensor for child in module.modules() for tensor in _packed(child)]
         else:
             parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+            parameters += _int8_weights(module)
         yield _Held(_unwrapped(name), module, fresh(parameters), fresh(_persistent_buffers(module)))
 
 
@@ -146,6 +153,13 @@ def _packed(module: nn.Module) -> list[Tensor]:
     saved: dict[str, Any] = {}
     module._save_to_state_dict(saved, "", keep_vars=True)
     return [tensor for key, value in saved.items() if key not in _ACTIVATION_KEYS for tensor in packed_weights(value)]
+
+
+def _int8_weights(module: nn.Module) -> list[Tensor]:
+    """Weights that are held as int8 buffers, and the bias beside them."""
+    weights = [buffer for buffer in module._buffers.values() if buffer is not None and buffer.dtype is torch.int8]
+    bias = module._buffers.get("bias") if weights else None
+    return weights if bias is None else [*weights, bias]
 
 
 def _persistent_buffers(module: nn.Module) -> list[Tensor]:

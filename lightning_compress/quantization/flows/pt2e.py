@@ -40,6 +40,7 @@ def _quiet() -> Iterator[None]:
 
 with _quiet(), torch._inductor.config.patch(pre_grad_custom_pass=torch._inductor.config.pre_grad_custom_pass):
     # Importing them sets this flag of inductor's for the whole process; only our own compilations are to have it.
+    from torch._inductor.compile_fx import compile_fx
     from torchao.quantization.pt2e.observer import (
         HistogramObserver,
         MinMaxObserver,
@@ -104,7 +105,8 @@ class Int8Graph(Exported):
         values = [[float(value) for value in node.args[1:3]] for node in self._roundings()]  # type: ignore[arg-type]
         self.register_buffer("qparams", torch.tensor(values, dtype=torch.float64).reshape(-1, 2))
         self._compiled: Any = None
-        self._seen: set[Any] = set()
+        self._compilations = 0
+        self._known: set[Any] = set()  # calls that were compiled for
 
     def _roundings(self) -> list[Node]:
         return [node for node in self.graph.graph.nodes if node.target in _ROUNDINGS]
@@ -123,10 +125,11 @@ class Int8Graph(Exported):
 
     def _compiled_call(self, *tensors: Tensor) -> Any:
         if self._compiled is None:
-            self._compiled = torch.compile(self.graph.forward)
+            self._compiled = torch.compile(self.graph.forward, backend=self._compile)
         key = (*[(tensor.shape, tensor.dtype) for tensor in tensors], torch.is_inference_mode_enabled())
-        if self._compiled == self.graph.forward or key in self._seen:
+        if self._compiled == self.graph.forward or key in self._known:
             return self._compiled(*tensors)
+        before = self._compilations
         try:
             # Weights become constants that are packed once; that is decided while compiling, for each new shape.
             with _quiet(), torch._inductor.config.patch(_INDUCTOR):
@@ -143,8 +146,13 @@ class Int8Graph(Exported):
                 NoEffectWarning,
                 stacklevel=2,
             )
-        self._seen.add(key)
+        if self._compilations > before:
+            self._known.add(key)
         return output
+
+    def _compile(self, graph: GraphModule, inputs: list[Tensor]) -> Any:
+        self._compilations += 1
+        return compile_fx(graph, inputs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -152,10 +160,10 @@ class Int8Graph(Exported):
             node.args = (node.args[0], scale, int(zero_point), *node.args[3:])
         self.graph.recompile()
         self._compiled = None
-        self._seen.clear()
+        self._known.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None, "_seen": set()}
+        return {**self.__dict__, "_compiled": None, "_known": set()}
 
 
 def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> tuple[nn.Module, frozenset[str]]:
@@ -280,4 +288,16 @@ def convert(prepared: nn.Module, scheme: StaticInt8) -> Int8Graph:
     """A new int8 graph on the CPU; ``prepared`` is left as it is."""
     assert isinstance(prepared, Exported)
     with _quiet(), torch.no_grad():
-        return Int8Graph(convert_pt2e(copy.deepcopy(prepared.graph).cpu()))
+        converted = convert_pt2e(copy.deepcopy(prepared.graph).cpu())
+    _drop_unread_(converted)
+    return Int8Graph(converted)
+
+
+def _drop_unread_(graph: GraphModule) -> None:
+    """Take out the float weights that upstream leaves behind."""
+    read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    for path, module in list(graph.named_modules()):
+        for tensors in (module._parameters, module._buffers):
+            for name in [name for name in tensors if f"{path}.{name}".lstrip(".") not in read]:
+                del tensors[name]
+    graph.delete_all_unused_submodules()

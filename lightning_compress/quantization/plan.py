@@ -2,70 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
-from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization import flows
-from lightning_compress.quantization.agreement import cosine, same_outputs, same_structure
-from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, is_below, quiet_random_state
-from lightning_compress.quantization.equalize import widen_
-from lightning_compress.quantization.layers.fast_path import without_fast_path
+from lightning_compress.quantization.calls import CallLog, is_below
+from lightning_compress.quantization.layers.plan import plan_layers
 from lightning_compress.quantization.schemes import Scheme, StaticInt8, WeightOnly, describe
 from lightning_compress.quantization.signature import Signature, canonical
-from lightning_compress.quantization.traced import Traced
+from lightning_compress.quantization.unit import Unit, no_kernel, verify
 from lightning_compress.targets import Targets, clean_name, compressible_modules
 
-LIKENESS = 0.8
-"""The least cosine similarity to float of a unit's int8 output on the batch that it was traced with."""
+_logger = logging.getLogger("lightning_compress")
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One module to be traced and quantized as a whole.
-
-    Attributes:
-        path: where it stands, without ``_orig_mod``.
-        signature: the calls that it is traced for.
-        hooked: inner modules (paths in the unit) whose forward hooks must go on firing.
-        floats: inner modules (paths in the unit) that stay float by the user's choice.
-        flow: name of the flow that traces it.
-        widened: inner ReLU6 (paths in the unit) that are ReLU in its traced form.
-    """
-
-    path: str
-    signature: Signature
-    hooked: tuple[str, ...] = ()
-    floats: tuple[str, ...] = ()
-    flow: str = "fx"
-    widened: tuple[str, ...] = ()
-
-    def describe(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
-        return {
-            "path": self.path,
-            "example": self.signature.example,
-            "hooked": list(self.hooked),
-            "floats": list(self.floats),
-            "flow": self.flow,
-            "widened": list(self.widened),
-        }
-
-    @classmethod
-    def from_description(cls, plain: dict[str, Any]) -> Unit:
-        args, kwargs = plain["example"]
-        signature = Signature(tuple(args), kwargs)
-        lists = {name: tuple(plain[name]) for name in ("hooked", "floats", "widened")}
-        return cls(plain["path"], signature, flow=plain["flow"], **lists)
 
 
 @dataclass
@@ -92,6 +48,51 @@ class Plan:
             "layers": [{"path": path, "scheme": describe(scheme)} for path, scheme in self.layers.items()],
             "floats": dict(self.floats),
         }
+
+
+def make_plan(
+    model: nn.Module,
+    log: CallLog | None,
+    scheme: Scheme,
+    targets: Targets | None,
+    overrides: Mapping[str, Scheme],
+    flow: str,
+    *,
+    training: bool,
+) -> Plan:
+    """What of ``model`` to quantize, and how; changes nothing. The arguments are those of `quantize`.
+
+    Raises:
+        CompressionError: there is nothing that can be quantized, or a pattern matches nothing.
+    """
+    if targets is not None:
+        targets.check_patterns(model)
+    called = None if log is None else log.inputs
+    layers, floats = plan_layers(model, called, scheme, targets, overrides, tied_to_float(model))
+    if isinstance(scheme, StaticInt8):
+        assert log is not None
+        chosen = "fx" if flow == "auto" else flow
+        plan = plan_units(model, log, scheme, targets, layers, training=training, flow=chosen)
+        if flow == "auto" and not plan.units and not training:
+            other = plan_units(model, log, scheme, targets, layers, training=training, flow="pt2e")
+            if other.units:
+                _logger.info("flow 'fx' can quantize nothing here, 'pt2e' can: %s", "; ".join(explain(plan.describe())))
+                plan = other
+    else:
+        plan = Plan(layers=layers, floats=without_kernel(model))
+    plan.floats = {path: reason for path, reason in (plan.floats | floats).items() if path not in layers}
+    if not plan:
+        raise _nothing_to_quantize(plan.floats)
+    return plan
+
+
+def _nothing_to_quantize(floats: dict[str, str]) -> CompressionError:
+    """The error of a model in which no layer can be quantized, with the reasons."""
+    reasons = "; ".join(f"{path or 'the module'}: {reason}" for path, reason in list(floats.items())[:5])
+    return CompressionError(
+        "The model must have a layer that the scheme can quantize. Received: none. "
+        f"{reasons or 'It has no convolution or linear layer'}."
+    )
 
 
 def plan_units(
@@ -251,8 +252,18 @@ def without_kernel(model: nn.Module) -> dict[str, str]:
         elif type(module).__module__.partition(".")[0] != "torch" and next(module.children(), None) is not None:
             continue
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
-            found[path] = _no_kernel(type(module))
+            found[path] = no_kernel(type(module))
     return found
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """What is quantized, in a line for the log: units with their flow, layers with their scheme."""
+    parts = [f"{_name(unit['path'])} (flow {unit['flow']})" for unit in record["units"]]
+    return ", ".join([*parts, *[f"{_name(layer['path'])} ({layer['scheme']['name']})" for layer in record["layers"]]])
+
+
+def _name(path: str) -> str:
+    return f"`{path}`" if path else "the module"
 
 
 def explain(record: Mapping[str, Any]) -> list[str]:
@@ -263,7 +274,7 @@ def explain(record: Mapping[str, Any]) -> list[str]:
     """
     lines = []
     for path, reason in record["floats"].items():
-        name, reason = f"`{path}`" if path else "the module", reason.partition("\n")[0][:160]
+        name, reason = _name(path), reason.partition("\n")[0][:160]
         whole = reason.startswith("not as a whole")
         lines.append(f"{name} is quantized layer by layer, {reason}" if whole else f"{name} stays float: {reason}")
     stored = [f"`{layer['path']}`" for layer in record["layers"] if layer["scheme"]["name"] == WeightOnly.name]
@@ -292,82 +303,3 @@ def _excluded(model: nn.Module, targets: Targets | None, layers: Collection[str]
             f"The model has {', '.join(list(found)[:8]) or 'none'}."
         )
     return (set(found) - chosen) | tied
-
-
-def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:
-    """The traced, prepared form of ``module``; sharing its parameters, not yet in its place."""
-    flow = flows.load(unit.flow)
-    graph, used = flow.trace(module, unit.signature, unit.hooked)
-    widen_(graph, unit.widened)
-    prepared = flow.prepare(graph, scheme, training=training, floats=unit.floats)
-    return Traced(prepared, unit.signature, used, unit.flow)
-
-
-def verify(
-    module: nn.Module, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], scheme: StaticInt8, training: bool
-) -> tuple[str, dict[str, str]]:
-    """Why the prepared form can't stand for ``module`` (empty if it can), and which layers in it stay float.
-
-    It can if, with fake-quantization off, it gives the outputs that ``module`` gives in each mode, and then converts
-    and runs. Works on copies.
-    """
-    flow, left = flows.load(unit.flow), dict[str, str]()
-    for mode in (True, False) if training else (False,):
-        original, twin = _without_hooks(module), _without_hooks(module)
-        twin.train(training)
-        traced = prepared_form(twin, unit, scheme, training=training)
-        if not flow.quantizes(traced.graph):
-            return "no layer in it can be quantized", {}
-        flow.fake_quantize_(traced.graph, False)
-        traced.calibrating = True  # so that its int8 form knows the ranges
-        for model in (original, twin, traced):
-            model.train(mode)
-        expected = _run(original, args, kwargs)
-        tensors = unit.signature.tensors(*copy_tensors((args, kwargs)))
-        assert tensors is not None
-        if not same_outputs(expected, _run(traced, tuple(tensors), {})):
-            return f"its traced form computes something else in {'training' if mode else 'evaluation'}", {}
-        kinds = {clean_name(name): type(child) for name, child in twin.named_modules()}
-        left = {path: _no_kernel(kinds.get(path)) for path in map(clean_name, flow.float_layers(traced.graph))}
-    # Found out now, not when hours of training end; some int8 kernels of torch compute something else altogether.
-    int8, expected = flow.convert(traced.graph, scheme), _on_cpu(expected)
-    for _ in range(3):  # such a kernel reads memory that isn't its own, and is right by chance at times
-        with torch.compiler.set_stance("force_eager"):
-            got = _run(int8, tuple(_on_cpu(tensors)), {})
-        if not same_structure(expected, got):
-            return "its int8 form gives outputs of another structure", {}
-        if (likeness := cosine(expected, got)) < LIKENESS:
-            return f"its int8 form computes something else (cosine {likeness:.2f} to float)", {}
-    return "", left
-
-
-_DYNAMIC = (nn.LSTM, nn.GRU, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-
-
-def _no_kernel(kind: type | None) -> str:
-    remedy = " (`overrides` can give it int8_dynamic)" if kind in _DYNAMIC else ""
-    return f"no static int8 kernel for {'it' if kind is None else kind.__name__}{remedy}"
-
-
-def _without_hooks(module: nn.Module) -> nn.Module:
-    twin = copy_module(module)
-    for inner in twin.modules():
-        inner._forward_hooks.clear()
-    return twin
-
-
-def _on_cpu(tree: Any) -> Any:
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.float().cpu() if leaf.is_floating_point() else leaf.cpu()
-
-    return pytree.tree_map(move, tree)
-
-
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    args, kwargs = copy_tensors((args, kwargs))
-    device = next((leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
-    with torch.no_grad(), quiet_random_state(), without_fast_path(), torch.autocast(device, enabled=False):
-        torch.manual_seed(0)
-        return module(*args, **kwargs)

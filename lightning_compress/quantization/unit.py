@@ -1,0 +1,142 @@
+"""One unit: a module that is traced and quantized as a whole, and whether its quantized form may stand for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.quantization import flows
+from lightning_compress.quantization.agreement import cosine, same_outputs, same_structure
+from lightning_compress.quantization.calls import copy_module, copy_tensors, quiet_random_state
+from lightning_compress.quantization.equalize import widen_
+from lightning_compress.quantization.layers.fast_path import without_fast_path
+from lightning_compress.quantization.schemes import StaticInt8
+from lightning_compress.quantization.signature import Signature
+from lightning_compress.quantization.traced import Traced
+from lightning_compress.targets import clean_name
+
+LIKENESS = 0.8
+"""The least cosine similarity to float of a unit's int8 output on the batch that it was traced with."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One module to be traced and quantized as a whole.
+
+    Attributes:
+        path: where it stands, without ``_orig_mod``.
+        signature: the calls that it is traced for.
+        hooked: inner modules (paths in the unit) whose forward hooks must go on firing.
+        floats: inner modules (paths in the unit) that stay float by the user's choice.
+        flow: name of the flow that traces it.
+        widened: inner ReLU6 (paths in the unit) that are ReLU in its traced form.
+    """
+
+    path: str
+    signature: Signature
+    hooked: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
+    flow: str = "fx"
+    widened: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {
+            "path": self.path,
+            "example": self.signature.example,
+            "hooked": list(self.hooked),
+            "floats": list(self.floats),
+            "flow": self.flow,
+            "widened": list(self.widened),
+        }
+
+    @classmethod
+    def from_description(cls, plain: dict[str, Any]) -> Unit:
+        args, kwargs = plain["example"]
+        signature = Signature(tuple(args), kwargs)
+        lists = {name: tuple(plain[name]) for name in ("hooked", "floats", "widened")}
+        return cls(plain["path"], signature, flow=plain["flow"], **lists)
+
+
+def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:
+    """The traced, prepared form of ``module``; sharing its parameters, not yet in its place."""
+    flow = flows.load(unit.flow)
+    graph, used = flow.trace(module, unit.signature, unit.hooked)
+    widen_(graph, unit.widened)
+    prepared = flow.prepare(graph, scheme, training=training, floats=unit.floats)
+    return Traced(prepared, unit.signature, used, unit.flow)
+
+
+def verify(
+    module: nn.Module, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], scheme: StaticInt8, training: bool
+) -> tuple[str, dict[str, str]]:
+    """Why the prepared form can't stand for ``module`` (empty if it can), and which layers in it stay float.
+
+    It can if, with fake-quantization off, it gives the outputs that ``module`` gives in each mode, and then converts
+    and runs. Works on copies.
+    """
+    flow, left = flows.load(unit.flow), dict[str, str]()
+    for mode in (True, False) if training else (False,):
+        original, twin = _without_hooks(module), _without_hooks(module)
+        twin.train(training)
+        traced = prepared_form(twin, unit, scheme, training=training)
+        if not flow.quantizes(traced.graph):
+            return "no layer in it can be quantized", {}
+        flow.fake_quantize_(traced.graph, False)
+        traced.calibrating = True  # so that its int8 form knows the ranges
+        for model in (original, twin, traced):
+            model.train(mode)
+        expected = _run(original, args, kwargs)
+        tensors = unit.signature.tensors(*copy_tensors((args, kwargs)))
+        assert tensors is not None
+        if not same_outputs(expected, _run(traced, tuple(tensors), {})):
+            return f"its traced form computes something else in {'training' if mode else 'evaluation'}", {}
+        kinds = {clean_name(name): type(child) for name, child in twin.named_modules()}
+        left = {path: no_kernel(kinds.get(path)) for path in map(clean_name, flow.float_layers(traced.graph))}
+    # Found out now, not when hours of training end; some int8 kernels of torch compute something else altogether.
+    int8, expected = flow.convert(traced.graph, scheme), _on_cpu(expected)
+    for _ in range(3):  # such a kernel reads memory that isn't its own, and is right by chance at times
+        with torch.compiler.set_stance("force_eager"):
+            got = _run(int8, tuple(_on_cpu(tensors)), {})
+        if not same_structure(expected, got):
+            return "its int8 form gives outputs of another structure", {}
+        if (likeness := cosine(expected, got)) < LIKENESS:
+            return f"its int8 form computes something else (cosine {likeness:.2f} to float)", {}
+    return "", left
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    twin = copy_module(module)
+    for inner in twin.modules():
+        inner._forward_hooks.clear()
+    return twin
+
+
+def _on_cpu(tree: Any) -> Any:
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.float().cpu() if leaf.is_floating_point() else leaf.cpu()
+
+    return pytree.tree_map(move, tree)
+
+
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = copy_tensors((args, kwargs))
+    device = next((leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
+    with torch.no_grad(), quiet_random_state(), without_fast_path(), torch.autocast(device, enabled=False):
+        torch.manual_seed(0)
+        return module(*args, **kwargs)
+
+
+_DYNAMIC = (nn.LSTM, nn.GRU, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+def no_kernel(kind: type | None) -> str:
+    """The reason why a layer of this type stays float."""
+    remedy = " (`overrides` can give it int8_dynamic)" if kind in _DYNAMIC else ""
+    return f"no static int8 kernel for {'it' if kind is None else kind.__name__}{remedy}"
