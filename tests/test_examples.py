@@ -170,3 +170,27 @@ def named_as_on_the_page() -> Classifier:
     module = Classifier()
     module.stem, module.layer4 = nn.Linear(16, 16), nn.Linear(64, 64)
     return module
+
+
+def test_quantization_page_python(own_folder: Path) -> None:
+    post, by_pattern, training = blocks("python", "docs/quantization.md")
+    names: dict[str, Any] = {"model": Classifier(), "data": TinyData()}
+    exec(compile(post, "docs/quantization.md", "exec"), names)
+    assert {"test_acc", "float/test_acc"} <= names["trainer"].callback_metrics.keys()
+    assert quiet_trainer().test(names["int8_model"], TinyData(), verbose=False)
+
+    class Named(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.ModuleDict({"rnn": nn.GRU(16, 16)})
+            self.auxiliary = nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x, _ = self.decoder["rnn"](x[None])
+            return super().forward(x[0]) + self.auxiliary(x[0])
+
+    exec(compile(by_pattern, "docs/quantization.md", "exec"), names)
+    quiet_trainer(callbacks=[names["ptq"]]).test(Named(), TinyData(), verbose=False)
+    assert any("`head`: weights are stored in int8" in note for note in names["ptq"].report_notes())
+    exec(compile(training, "docs/quantization.md", "exec"), names)
+    quiet_trainer(max_epochs=2, callbacks=[names["qat"]]).fit(Classifier(), TinyData())

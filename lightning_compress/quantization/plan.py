@@ -246,13 +246,13 @@ def without_kernel(model: nn.Module) -> dict[str, str]:
     found = {}
     for path, module in compressible_modules(model).items():
         if is_parametrized(module):
-            found[path] = f"the weight of this {type(module).__name__} is computed by a parametrization"
+            found[path] = no_kernel(module)
         elif isinstance(module, (ParametrizationList, NonDynamicallyQuantizableLinear)) or _has_kernel(module):
             continue  # the latter is a part of attention, which is told of as a whole
         elif type(module).__module__.partition(".")[0] != "torch" and next(module.children(), None) is not None:
             continue
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
-            found[path] = no_kernel(type(module))
+            found[path] = no_kernel(module)
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from lightning_compress.quantization import flows
@@ -95,8 +96,8 @@ def verify(
         assert tensors is not None
         if not same_outputs(expected, _run(traced, tuple(tensors), {})):
             return f"its traced form computes something else in {'training' if mode else 'evaluation'}", {}
-        kinds = {clean_name(name): type(child) for name, child in twin.named_modules()}
-        left = {path: no_kernel(kinds.get(path)) for path in map(clean_name, flow.float_layers(traced.graph))}
+        layers = {clean_name(name): child for name, child in twin.named_modules()}
+        left = {path: no_kernel(layers.get(path)) for path in map(clean_name, flow.float_layers(traced.graph))}
     # Found out now, not when hours of training end; some int8 kernels of torch compute something else altogether.
     int8, expected = flow.convert(traced.graph, scheme), _on_cpu(expected)
     for _ in range(3):  # such a kernel reads memory that isn't its own, and is right by chance at times
@@ -136,7 +137,10 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 _DYNAMIC = (nn.LSTM, nn.GRU, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
-def no_kernel(kind: type | None) -> str:
-    """The reason why a layer of this type stays float."""
-    remedy = " (`overrides` can give it int8_dynamic)" if kind in _DYNAMIC else ""
-    return f"no static int8 kernel for {'it' if kind is None else kind.__name__}{remedy}"
+def no_kernel(layer: nn.Module | None) -> str:
+    """The reason why a layer stays float."""
+    kind = "it" if layer is None else type(layer).__name__
+    if layer is not None and is_parametrized(layer):
+        return f"the weight of this {kind} is computed by a parametrization"
+    remedy = " (`overrides` can give it int8_dynamic)" if type(layer) in _DYNAMIC else ""
+    return f"no static int8 kernel for {kind}{remedy}"

@@ -106,6 +106,7 @@ ROWS = (
         (
             ({"scheme": "int8_statik"}, "Nearest: int8_static"),
             ({"scheme": "int8_dynamic"}, "`scheme` must be static int8"),
+            ({"overrides": {"head": "int9"}}, "`scheme` must be the name of a scheme"),
             ({"flow": "pt2"}, "`flow` must be"),
             ({"freeze_observers": 0.0}, "`freeze_observers` must lie in"),
         ),
@@ -115,11 +116,18 @@ ROWS = (
         lambda: PostTrainingQuantization("int8_static", calibration_batches=2),
         {
             "class_path": "lightning_compress.PostTrainingQuantization",
-            "init_args": {"scheme": {"class_path": "lightning_compress.StaticInt8", "init_args": {"engine": "fbgemm"}}},
+            "init_args": {
+                "scheme": {"class_path": "lightning_compress.StaticInt8", "init_args": {"observer": "histogram"}},
+                "overrides": {"head": "int8_weight_only"},
+                "compare": True,
+            },
         },
         (
             ({"scheme": "int8_statik"}, "Nearest: int8_static"),
             ({"calibration_batches": 0}, "`calibration_batches` must be at least 1"),
+            ({"flow": "pt2"}, "`flow` must be one of auto, fx, pt2e"),
+            ({"scheme": "int8_dynamic", "flow": "fx"}, "`flow` must be 'auto' for a scheme that works layer by layer"),
+            ({"overrides": {"head": "int8_static"}}, "`overrides` must name schemes that work layer by layer"),
         ),
     ),
     Row(

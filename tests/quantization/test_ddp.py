@@ -23,3 +23,4 @@ def test_q21_observers_and_the_int8_model_are_equal_on_both_ranks(start: float, 
     assert_same_state(first["observers"], second["observers"])
     assert_same_state(first["int8"], second["int8"])
     assert_same_state(first["outputs"], second["outputs"])
+    assert_same_state(first["calibrated"], second["calibrated"])

@@ -275,7 +275,7 @@ def float_layers(prepared: nn.Module) -> list[str]:
     assert isinstance(prepared, Exported)
     graph = prepared.graph
     return [
-        str(node.target).removeprefix("module.").rpartition(".")[0]
+        str(node.target).removeprefix("module.").rpartition(".")[0].partition(".parametrizations")[0]
         for node, tensor in _tensors(graph)
         if tensor.dim() > 1
         and str(node.target).startswith("module.")
