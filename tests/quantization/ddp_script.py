@@ -30,6 +30,7 @@ def main(start: float, folder: Path) -> None:
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
     warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
     warnings.filterwarnings("ignore", "Please use quant_min and quant_max")
+    warnings.filterwarnings("ignore", "Using `DistributedSampler` with the dataloaders")
     # The modules of these tests log without `sync_dist`.
     warnings.filterwarnings("ignore", "It is recommended to use `self.log")
     torch.set_num_threads(1)
