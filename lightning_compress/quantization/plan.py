@@ -76,7 +76,9 @@ def make_plan(
         if flow == "auto" and not plan.units and not training:
             other = plan_units(model, log, scheme, targets, layers, training=training, flow="pt2e")
             if other.units:
-                _logger.warning("flow 'fx' can quantize nothing here, 'pt2e' can: %s", "; ".join(explain(plan.describe())))
+                _logger.warning(
+                    "flow 'fx' can quantize nothing here, 'pt2e' can: %s", "; ".join(explain(plan.describe()))
+                )
                 plan = other
     else:
         plan = Plan(layers=layers, floats=without_kernel(model))

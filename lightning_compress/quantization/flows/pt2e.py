@@ -105,6 +105,8 @@ class Int8Graph(Exported):
         values = [[float(value) for value in node.args[1:3]] for node in self._roundings()]  # type: ignore[arg-type]
         self.register_buffer("qparams", torch.tensor(values, dtype=torch.float64).reshape(-1, 2))
         self._compiled: Any = None
+        self._dynamic: bool | None = None
+        self._gave_up = False
         self._compilations = 0
         self._known: set[Any] = set()  # calls that were compiled for
 
@@ -113,42 +115,49 @@ class Int8Graph(Exported):
 
     @torch.no_grad()
     def forward(self, *tensors: Tensor) -> Any:
-        if torch.compiler.is_compiling():  # also while it is exported
+        if self._gave_up or torch.compiler.is_compiling():  # the latter also while it is exported
             return self.graph(*tensors)
+        key = (*[(tensor.shape, tensor.dtype) for tensor in tensors], torch.is_inference_mode_enabled())
+        if key in self._known:
+            return self._compiled(*tensors)
+        return self._first_call(key, *tensors)
+
+    def _first_call(self, key: Any, *tensors: Tensor) -> Any:
+        """Compile for a new shape: for any where inductor can, else for this one, else not at all."""
+        reason = ""
+        for dynamic in (None, False) if self._compiled is None else (self._dynamic, False):
+            if self._compiled is None or dynamic != self._dynamic:
+                self._compiled = torch.compile(self.graph.forward, backend=self._compile, dynamic=dynamic)
+                self._dynamic = dynamic
+            before = self._compilations
+            try:
+                # Weights become constants that are packed once; that is decided while compiling.
+                with _quiet(), torch._inductor.config.patch(_INDUCTOR):
+                    output = self._compiled(*tensors)
+            except Exception as error:  # of the compiler, or of what it made
+                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                self._check_shapes(*tensors)
+                continue
+            if self._compilations > before:
+                self._known.add(key)
+            return output
+        self._gave_up = True
+        warnings.warn(
+            f"pt2e: inductor couldn't compile the int8 form ({reason}). It runs uncompiled, and so slower than "
+            "float32. Install a C++ compiler, or use flow='fx'.",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+        return self.graph(*tensors)
+
+    def _check_shapes(self, *tensors: Tensor) -> None:
         try:
-            return self._compiled_call(*tensors)
+            self.graph(*tensors)
         except AssertionError as error:
             raise CompressionError(
                 "An int8 form that pt2e made must be called with the shapes that it was exported for. "
                 f"Received: {[tuple(tensor.shape) for tensor in tensors]}, {error}. Calibrate with such a batch."
             ) from error
-
-    def _compiled_call(self, *tensors: Tensor) -> Any:
-        if self._compiled is None:
-            self._compiled = torch.compile(self.graph.forward, backend=self._compile)
-        key = (*[(tensor.shape, tensor.dtype) for tensor in tensors], torch.is_inference_mode_enabled())
-        if self._compiled == self.graph.forward or key in self._known:
-            return self._compiled(*tensors)
-        before = self._compilations
-        try:
-            # Weights become constants that are packed once; that is decided while compiling, for each new shape.
-            with _quiet(), torch._inductor.config.patch(_INDUCTOR):
-                output = self._compiled(*tensors)
-        except AssertionError:
-            raise
-        except Exception as error:  # no compiler, say
-            output = self.graph(*tensors)
-            self._compiled = self.graph.forward
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            warnings.warn(
-                f"pt2e: inductor couldn't compile the int8 form ({reason}). It runs uncompiled, and so slower than "
-                "float32. Install a C++ compiler, or use flow='fx'.",
-                NoEffectWarning,
-                stacklevel=2,
-            )
-        if self._compilations > before:
-            self._known.add(key)
-        return output
 
     def _compile(self, graph: GraphModule, inputs: list[Tensor]) -> Any:
         self._compilations += 1
@@ -169,23 +178,36 @@ class Int8Graph(Exported):
 def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> tuple[nn.Module, frozenset[str]]:
     """The exported form of ``module`` in evaluation, and the names of its children and tensors that went into it.
 
-    All sizes but those that its code fixes may vary. Raises whatever `torch.export` raises where control flow depends
-    on data.
+    All sizes that its code leaves open may vary, or the first alone where else it couldn't be one. Raises whatever
+    `torch.export` raises where control flow depends on data.
     """
     if hooked:
         raise CompressionError(f"its `{next(iter(hooked))}` has a forward hook, which an exported graph doesn't call")
     device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     inputs = tuple(tensor.to(device) for tensor in _sizes_above_one(signature.inputs))
-    dynamic = (tuple(dict.fromkeys(range(tensor.dim()), Dim.AUTO) for tensor in inputs),)
     with _quiet(), torch.no_grad(), torch.random.fork_rng(), without_fast_path():
-        exported = torch.export.export(_Call(module, signature), inputs, dynamic_shapes=dynamic).module()
-    assert isinstance(exported, GraphModule)
+        exported = _export(_Call(module, signature), inputs)
     for node in exported.graph.nodes:
-        if node.target is torch.ops.aten.linear.default:
+        if node.target is torch.ops.aten.linear.default and node.args[1].op == "get_attr":
             # The products inside attention come from a function that the quantizer doesn't know.
             node.meta["source_fn_stack"] = [(node.name, nn.functional.linear)]
     read = [str(node.target) for node in exported.graph.nodes if node.op == "get_attr" and node.users]
     return Exported(exported), frozenset(name.split(".")[1] for name in read if name.startswith("module."))
+
+
+def _export(call: nn.Module, inputs: tuple[Tensor, ...]) -> GraphModule:
+    """The graph with as many variable sizes as leave a batch of one possible."""
+    several = [range(tensor.dim()) for tensor in inputs]
+    for dims in (several, [sizes[:1] for sizes in several]):
+        dynamic = (tuple(dict.fromkeys(sizes, Dim.AUTO) for sizes in dims),)
+        exported = torch.export.export(call, inputs, dynamic_shapes=dynamic).module()
+        assert isinstance(exported, GraphModule)
+        try:
+            exported(*[tensor[:1] for tensor in inputs])
+            break
+        except (AssertionError, RuntimeError, IndexError):  # with all sizes variable, some code excludes a one
+            continue
+    return exported
 
 
 def _sizes_above_one(inputs: list[Tensor]) -> list[Tensor]:
