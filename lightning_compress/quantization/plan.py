@@ -16,10 +16,13 @@ from lightning_compress.quantization.calls import CallLog, is_below
 from lightning_compress.quantization.layers.plan import plan_layers
 from lightning_compress.quantization.schemes import Scheme, StaticInt8, WeightOnly, describe
 from lightning_compress.quantization.signature import Signature, canonical
-from lightning_compress.quantization.unit import Unit, no_kernel, verify
+from lightning_compress.quantization.unit import Unit, holds_layers, no_kernel, verify
 from lightning_compress.targets import Targets, clean_name, compressible_modules
 
 _logger = logging.getLogger("lightning_compress")
+
+_MANY = 8
+"""From so many pieces on a static int8 model is worth a hint."""
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
@@ -251,7 +254,7 @@ def without_kernel(model: nn.Module) -> dict[str, str]:
             found[path] = no_kernel(module)
         elif isinstance(module, (ParametrizationList, NonDynamicallyQuantizableLinear)) or _has_kernel(module):
             continue  # the latter is a part of attention, which is told of as a whole
-        elif type(module).__module__.partition(".")[0] != "torch" and next(module.children(), None) is not None:
+        elif holds_layers(module):
             continue
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             found[path] = no_kernel(module)
@@ -282,6 +285,11 @@ def explain(record: Mapping[str, Any]) -> list[str]:
     stored = [f"`{layer['path']}`" for layer in record["layers"] if layer["scheme"]["name"] == WeightOnly.name]
     if stored:
         lines.append(f"{', '.join(stored)}: weights are stored in int8 and computed with in float; this is no faster")
+    if len(record["units"]) >= _MANY and record["units"][0]["flow"] == "fx":
+        lines.append(
+            f"quantized in {len(record['units'])} pieces, with activations rounded at each border; flow='pt2e' may take "
+            "it whole, and int8_dynamic keeps the outputs of linear layers in float"
+        )
     if any(unit["flow"] == "pt2e" for unit in record["units"]):
         lines.append("flow pt2e: compiled by inductor at the first call with each new shape, which takes a while")
     return lines
