@@ -287,8 +287,8 @@ def explain(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"{', '.join(stored)}: weights are stored in int8 and computed with in float; this is no faster")
     if len(record["units"]) >= _MANY and record["units"][0]["flow"] == "fx":
         lines.append(
-            f"quantized in {len(record['units'])} pieces, with activations rounded at each border; flow='pt2e' may take "
-            "it whole, and int8_dynamic keeps the outputs of linear layers in float"
+            f"quantized in {len(record['units'])} pieces, with activations rounded at each border; flow='pt2e' may "
+            "take it whole, and int8_dynamic keeps the outputs of linear layers in float"
         )
     if any(unit["flow"] == "pt2e" for unit in record["units"]):
         lines.append("flow pt2e: compiled by inductor at the first call with each new shape, which takes a while")
