@@ -14,7 +14,7 @@ from lightning_compress.quantization.ptq import PostTrainingQuantization
 from lightning_compress.quantization.qat import QuantizationAwareTraining
 from lightning_compress.report import CompressionReport, compare, measure
 from lightning_compress.schedules import Cosine, Exponential, Linear, OneShot, Polynomial, Steps
-from lightning_compress.structure import load_compressed
+from lightning_compress.structure import load_compressed, save_compressed
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window
 
@@ -48,5 +48,6 @@ __all__ = [
     "measure",
     "prune_",
     "quantize",
+    "save_compressed",
     "sparsity",
 ]

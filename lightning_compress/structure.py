@@ -186,6 +186,30 @@ def _plain(record: Mapping[str, Any]) -> list[Any]:
     return [record["scheme"], units, record["layers"]]
 
 
+def save_compressed(model: nn.Module, path: str) -> None:
+    """Save a quantized module that has no Trainer, as `quantize` returns it; `load_compressed` reads the file.
+
+    Args:
+        model: any module, float or quantized.
+        path: of the file.
+
+    Example:
+        >>> import tempfile, os
+        >>> from lightning_compress import quantize
+        >>> int8 = quantize(nn.Sequential(nn.Linear(8, 4)), "int8_dynamic")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_compressed(int8, os.path.join(folder, "int8.ckpt"))
+        ...     again = load_compressed(os.path.join(folder, "int8.ckpt"), nn.Sequential(nn.Linear(8, 4)))
+        >>> torch.equal(again(torch.ones(1, 8)), int8(torch.ones(1, 8)))
+        True
+    """
+    record = forms.record_of(model)
+    entry: dict[str, Any] = {"version": VERSION}
+    if record is not None:
+        entry["quantization"] = copy.deepcopy(record)
+    torch.save({"state_dict": model.state_dict(), ENTRY: entry}, path)
+
+
 def load_compressed(path: str, model: Model) -> Model:
     """Load any checkpoint of ours, or of plain Lightning, into a freshly built float ``model``.
 
@@ -201,8 +225,8 @@ def load_compressed(path: str, model: Model) -> Model:
     """
     try:
         with warnings.catch_warnings():
-            # torch warns of its own storages whenever it reads a quantized tensor.
-            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+            # torch warns of its own storages and kinds of tensors whenever it reads a quantized one.
+            warnings.filterwarnings("ignore", message=".*(TypedStorage|quantize_per_tensor).*")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types, by file format
         raise invalid("path", "be a readable checkpoint", str(path), f"{type(error).__name__}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,9 @@ from torch import nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization.calls import quiet_random_state
-from lightning_compress.quantization.traced import Traced
+from lightning_compress.quantization.layers.fast_path import without_fast_path
+from lightning_compress.quantization.traced import CHILD, Traced
+from lightning_compress.targets import clean_name
 
 
 def calibrate(
@@ -29,7 +32,14 @@ def calibrate(
         CompressionError: there wasn't a single batch.
     """
     count = 0
-    with torch.inference_mode(False), torch.no_grad(), quiet_random_state(), evaluating(model), _observing(model):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        quiet_random_state(),
+        without_fast_path(),
+        evaluating(model),
+        _observing(model),
+    ):
         for batch in batches:
             if count == limit:
                 break
@@ -37,7 +47,19 @@ def calibrate(
             count += 1
     if count == 0:
         raise CompressionError("`calibration` must give at least one batch. Received: an empty loader.")
+    _check_ranges(model)
     return count
+
+
+def _check_ranges(model: nn.Module) -> None:
+    """Raise where an observer saw what has no range; before it has seen anything its minimum is inf."""
+    for name, module in model.named_modules():
+        low, high = (module._buffers.get(name) for name in ("min_val", "max_val"))
+        if low is None or high is None:
+            continue
+        if (low.isnan() | (low == -math.inf)).any() or (high.isnan() | (high == math.inf)).any():
+            place = clean_name(name).replace(f"{CHILD}.graph.", "")
+            raise CompressionError(f"`calibration` must be finite. Received: NaN or infinity, seen by `{place}`.")
 
 
 @contextmanager

@@ -108,10 +108,10 @@ def copy_module(module: Module) -> Module:
     memo = {id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None}
     try:
         return copy.deepcopy(module, memo)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise CompressionError(
             f"`{type(module).__name__}` must be a module that can be deep-copied. Received: {error}. Keep on it "
-            "what can be copied; after torch.nn.utils.prune call prune.remove."
+            "what can be copied; after torch.nn.utils.prune call prune.remove, and run lazy layers once."
         ) from error
 
 

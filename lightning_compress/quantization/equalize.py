@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,16 +57,21 @@ def adjust_(
     before = graph(*inputs)
     weights = {parameter: parameter.clone() for parameter in graph.parameters()}
     for wider in (True, False) if widen and equalize else (False,):
-        relu6 = equalize_(graph, kept, wider) if equalize else []
-        widen_(graph, relu6)
-        if smooth:
-            smooth_(graph, kept, inputs)
-        after = graph(*inputs)
-        if cosine(before, after) >= _LIKENESS if relu6 else same_outputs(before, after):
+        accepted, relu6 = False, list[str]()
+        try:
+            relu6 = equalize_(graph, kept, wider) if equalize else []
+            widen_(graph, relu6)
+            if smooth:
+                smooth_(graph, kept, inputs)
+            after = graph(*inputs)
+            accepted = cosine(before, after) >= _LIKENESS if relu6 else same_outputs(before, after)
+        finally:
+            if not accepted:
+                widen_(graph, relu6, nn.ReLU6)
+                for parameter, weight in weights.items():
+                    parameter.copy_(weight)
+        if accepted:
             return relu6
-        widen_(graph, relu6, nn.ReLU6)
-        for parameter, weight in weights.items():
-            parameter.copy_(weight)
     return []
 
 
@@ -214,7 +219,7 @@ def _flattens(graph: GraphModule, node: Node) -> bool:
         module = graph.get_submodule(str(node.target))
         return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
     if node.target in ("mean", torch.mean):
-        return len(options) == 1 and list(cast("Any", options[0])) in ([2, 3], [-2, -1])
+        return len(options) == 1 and options[0] in ([2, 3], (2, 3), [-2, -1], (-2, -1))
     return node.target in ("flatten", torch.flatten) and options == (1,)
 
 
@@ -244,8 +249,8 @@ def smooth_(graph: GraphModule, kept: set[int], inputs: list[Tensor]) -> None:
         scales = largest**ALPHA / weights ** (1 - ALPHA)
         scales = torch.where((largest > 0) & (weights > 0), scales, 1.0).clamp(1e-4, 1e4)
         _divide_output_(norm, scales)
-        for layer in layers:
-            layer.weight *= scales
+        for linear in layers:
+            linear.weight *= scales
 
 
 class _Outputs(torch.fx.Interpreter):

@@ -74,6 +74,7 @@ def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) ->
     for module, traced in built:
         route_(module, traced)
         traced.keep_frozen_batchnorm_()
+    quiet_fast_path_(model)
     model.__dict__[_RECORD] = {
         "form": "prepared",
         "scheme": describe(scheme),
@@ -95,15 +96,16 @@ def convert_(model: nn.Module) -> None:
         graph = flows.load(traced.flow).convert(traced.graph, scheme)
         for layer in [layer for layer in layers if is_below(layer, path)]:
             # What a unit leaves in float was copied into its int8 form, where it is quantized in turn.
-            leaf = graph.get_submodule(layer.removeprefix(path).lstrip("."))
+            leaf: Any = graph.get_submodule(layer.removeprefix(path).lstrip("."))
+            if type(leaf).__module__.startswith("torch.ao.nn.intrinsic"):
+                leaf = leaf[0]  # upstream fuses float layers too
             _swap_in_(leaf, quantized_form(leaf, layers.pop(layer)))
             forget_aside_(leaf)
         converted[path] = Traced(graph, traced.signature, traced.used, traced.flow, is_int8=True)
     converted |= {path: quantized_form(_unit_module(model, path), one) for path, one in layers.items()}
     for path, child in converted.items():
         _swap_in_(_unit_module(model, path), child)
-    if record["layers"]:
-        quiet_fast_path_(model)
+    quiet_fast_path_(model)
     record["form"] = "converted"
 
 
@@ -139,6 +141,7 @@ def revert_(model: nn.Module, form: str = "prepared") -> None:
             unroute_(module)
         else:
             route_(module, child)
+    quiet_fast_path_(model)
     record["form"] = "prepared"
 
 
@@ -149,8 +152,7 @@ def transplant_(model: nn.Module, twin: nn.Module) -> None:
     pairs = zip(_converted_modules(model, record), _converted_modules(twin, record), strict=True)
     for module, other in list(pairs):
         _swap_in_(module, other._modules[CHILD])
-    if record["layers"]:
-        quiet_fast_path_(model)
+    quiet_fast_path_(model)
     model.__dict__[_RECORD] = record
 
 

@@ -131,7 +131,8 @@ def plan_units(
     plan = planner.plan
     seen = {path for unit in plan.units for path in compressible_modules(model) if is_below(path, unit.path)}
     for path, reason in (tied_to_float(model) | without_kernel(model)).items():
-        if flow == "fx" or path not in seen:  # an exported unit tells itself what it leaves in float
+        # An exported unit tells itself what it leaves in float, but for an embedding that shares its matrix.
+        if flow == "fx" or path not in seen or isinstance(compressible_modules(model)[path], nn.Embedding):
             plan.floats.setdefault(path, reason)
     plan.layers = dict(layers)
     return plan
@@ -282,6 +283,9 @@ def explain(record: Mapping[str, Any]) -> list[str]:
         name, reason = _name(path), reason.partition("\n")[0][:160]
         whole = reason.startswith("not as a whole")
         lines.append(f"{name} is quantized layer by layer, {reason}" if whole else f"{name} stays float: {reason}")
+    hooked = [f"`{name}`" for unit in record["units"] for name in unit["hooked"]]
+    if hooked:
+        lines.append(f"{', '.join(hooked)}: forward hooks fire while training, and not in the int8 form")
     stored = [f"`{layer['path']}`" for layer in record["layers"] if layer["scheme"]["name"] == WeightOnly.name]
     if stored:
         lines.append(f"{', '.join(stored)}: weights are stored in int8 and computed with in float; this is no faster")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm.auto import tqdm
 
 from lightning_compress import structure
@@ -91,7 +94,11 @@ class PostTrainingQuantization(Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.compare and forms.form_of(pl_module) == "float":
-            self._twin = FloatTwin(make_probe(trainer, pl_module), pl_module.log)
+            self._twin = FloatTwin(make_probe(trainer, pl_module), pl_module.log, isolate_rng)
+        elif self.compare:
+            rank_zero_warn(
+                f"{type(self).__name__}: the model is quantized already; there is no float model to compare."
+            )
         self._quantize(trainer, pl_module)
         self._beside("on_test_start")
 
@@ -102,7 +109,8 @@ class PostTrainingQuantization(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._twin is not None:
-            several = len(trainer.num_test_batches) > 1
+            in_turn = getattr(trainer.test_loop, "_is_sequential", True)
+            several = in_turn and len(trainer.num_test_batches) > 1
             self._twin.step(batch, batch_idx, *[dataloader_idx] * several)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -124,7 +132,7 @@ class PostTrainingQuantization(Callback):
         if forms.form_of(pl_module) == "prepared":
             convert_prepared_(pl_module)
             return
-        with torch.inference_mode(False), torch.random.fork_rng():
+        with torch.inference_mode(False), isolate_rng():
             torch.manual_seed(0)  # every rank shuffles alike
             batches: Iterator[Any] = iter(())
             if isinstance(self.recipe.scheme, StaticInt8):
@@ -154,9 +162,10 @@ class PostTrainingQuantization(Callback):
 
     def _restore(self, pl_module: pl.LightningModule, keep: bool = False) -> None:
         self._twin = None
-        if self._ours and not keep:
-            forms.revert_(pl_module, "float")
-            restore_modes_(self._modes)
+        if self._ours:
+            if not keep:
+                forms.revert_(pl_module, "float")
+            restore_modes_(self._modes)  # also those of what is kept aside
         self._ours = False
         self._modes = {}
         structure.detach(pl_module)
@@ -171,11 +180,10 @@ class PostTrainingQuantization(Callback):
 
 def _way_to_run(probe: pl.LightningModule, batch: Any) -> Callable[[Any, Any], Any]:
     """How a batch goes through: ``calibration_step`` or ``forward``; a step of the module's own where that fails."""
-    ways = [
-        run_step,
-        lambda module, batch: module.validation_step(batch, 0),
-        lambda module, batch: module.test_step(batch, 0),
-    ]
+    ways: list[Callable[[Any, Any], Any]] = [run_step]
+    for step in ("validation_step", "test_step"):
+        if is_overridden(step, probe):
+            ways.append(partial(_call_step, step))
     errors = []
     for run in ways if batch is not None else ():
         try:
@@ -191,6 +199,10 @@ def _way_to_run(probe: pl.LightningModule, batch: Any) -> Callable[[Any, Any], A
     return run_step
 
 
+def _call_step(step: str, module: pl.LightningModule, batch: Any) -> Any:
+    return getattr(module, step)(batch, 0)
+
+
 def _calibration_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int) -> Iterator[Any]:
     """Batches on the module's device from the loader that may be calibrated on, with a progress bar."""
     loader = _calibration_loader(trainer, pl_module)
@@ -200,15 +212,31 @@ def _calibration_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, lim
     except TypeError:  # an iterable dataset has no length
         count = limit
     hidden = bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero
+    if isinstance(loader, (dict, list, tuple)):
+        # As a fit reads several loaders.
+        loader = (batch for batch, _, _ in CombinedLoader(loader, "max_size_cycle"))
     for batch in tqdm(islice(loader, limit), "Calibrating", count, leave=False, disable=hidden):
         yield trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
 
 
 def _calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
     source: Any = getattr(trainer, "datamodule", None) or pl_module
-    if isinstance(source, pl.LightningDataModule):
-        # Under `test` only setup("test") has run, so what it knows of the training data comes now.
-        source.setup("fit")
+    if not isinstance(source, pl.LightningDataModule):
+        return _own_loader(source)
+    # Under `test` only setup("test") has run. Where that made the training data too, a second setup could split anew.
+    try:
+        loader = _own_loader(source)
+        if getattr(loader, "dataset", loader) is not None:
+            return loader
+    except CompressionError:
+        raise
+    except Exception:  # there is no training data yet
+        pass
+    source.setup("fit")
+    return _own_loader(source)
+
+
+def _own_loader(source: Any) -> Any:
     own = getattr(source, "calibration_dataloader", None)
     if own is not None:
         return own()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -9,14 +10,15 @@ from itertools import chain
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization.calibrate import calibrate, evaluating
-from lightning_compress.quantization.calls import CallLog, copy_module, quiet_random_state, record_calls
+from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, quiet_random_state, record_calls
 from lightning_compress.quantization.equalize import adjust_
-from lightning_compress.quantization.flows import FLOWS, fx
+from lightning_compress.quantization.flows import FLOWS, load
 from lightning_compress.quantization.forms import convert_, forget_, form_of, prepare_
 from lightning_compress.quantization.layers.fast_path import without_fast_path
 from lightning_compress.quantization.layers.plan import Overrides, check_overrides
@@ -64,11 +66,13 @@ def quantize(
         True
     """
     recipe = Recipe(scheme, calibration_batches, targets, overrides, flow)
+    if isinstance(calibration, Tensor):
+        raise invalid("calibration", "be batches", f"a tensor of shape {tuple(calibration.shape)}", "Put it in a list.")
     if form_of(model) != "float":
         raise CompressionError(f"`model` must be a float model. Received: one that is {form_of(model)} already.")
     with torch.inference_mode(False):
         twin = copy_module(model).cpu()
-        batches = iter(calibration or ())
+        batches = iter(calibration if calibration is not None else ())
         first = next(batches, None)
         with evaluating(twin):
             quantize_(twin, recipe, first, batches)
@@ -92,6 +96,8 @@ class Recipe:
         flow: str,
     ) -> None:
         self.scheme = resolve(scheme)
+        if not isinstance(targets, Targets | None):
+            raise invalid("targets", "be a Targets", targets, "Write Targets(include=[...]).")
         self.targets = targets
         self.overrides = check_overrides(overrides)
         if flow not in ("auto", *FLOWS):
@@ -99,7 +105,7 @@ class Recipe:
         if flow != "auto" and not isinstance(self.scheme, StaticInt8):
             raise invalid("flow", "be 'auto' for a scheme that works layer by layer", flow)
         self.flow = flow
-        if calibration_batches < 1:
+        if not isinstance(calibration_batches, int) or calibration_batches < 1:
             raise invalid("calibration_batches", "be at least 1", calibration_batches)
         self.calibration_batches = calibration_batches
 
@@ -121,6 +127,9 @@ def quantize_(
         run: how a batch goes through the model.
     """
     scheme, log = recipe.scheme, None
+    if isinstance(scheme, StaticInt8):
+        _check_float32(model)
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     if first is not None or getattr(model, "example_input_array", None) is not None:
         log = dry_run(model, first, run)
     elif isinstance(scheme, StaticInt8):
@@ -131,7 +140,38 @@ def quantize_(
     prepare_(model, plan, scheme, training=False)
     if plan.units:
         calibrate(model, chain([first], batches), recipe.calibration_batches, run)
+    with torch.no_grad():
+        for buffer, value in buffers.items():
+            buffer.copy_(value)  # what a forward pass counts, it shall count for its user alone
     convert_(model)
+    if first is not None:
+        _check_runs(model, first, run)
+
+
+def _check_float32(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise CompressionError(
+                f"`model` must be in float32 for static int8. Received: `{name}` in {parameter.dtype}. Call .float()."
+            )
+
+
+def _check_runs(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any]) -> None:
+    """Raise now if the quantized model can't run; code that reads a layer's weights finds none there."""
+    try:
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            quiet_random_state(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            warnings.simplefilter("ignore")  # copying an exported graph, torch warns of itself
+            run(copy_module(model), copy_tensors(batch))
+    except Exception as error:
+        raise CompressionError(
+            f"The quantized model must run on a calibration batch. Received: {type(error).__name__}: {error}. "
+            "Code that reads the weights of a quantized layer can't; exclude that layer from `targets`."
+        ) from error
 
 
 def _adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8) -> Unit:
@@ -140,9 +180,10 @@ def _adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8) ->
     inputs = unit.signature.tensors(*canonical(module, *log.inputs[unit.path]))
     assert inputs is not None
     try:
-        graph, _ = fx.trace(module, unit.signature)
+        graph, _ = load("fx").trace(module, unit.signature, ())
     except Exception:  # as with any tracing of a user's forward
         return unit
+    assert isinstance(graph, GraphModule)
     owners = Counter(id(one) for layer in model.modules() for one in layer.parameters(recurse=False))
     kept = {key for key, count in owners.items() if count > 1}
     kept |= {id(one) for path in unit.floats for one in compressible_modules(module)[path].parameters()}

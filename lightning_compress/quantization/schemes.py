@@ -11,7 +11,7 @@ import torch
 from lightning_compress.errors import CompressionError, invalid, nearest
 
 ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
-OBSERVERS = ("moving_average", "minmax", "histogram")
+OBSERVERS = ("minmax", "histogram", "moving_average")
 
 AVERAGING_CONSTANT = 0.1
 """Weight of each new batch in a moving average of activation ranges; with torch's 0.01 a short fit would end first."""
@@ -32,9 +32,9 @@ class StaticInt8(Scheme):
 
     Args:
         engine: the int8 kernels of torch: ``x86`` (the default), ``fbgemm``, ``onednn`` or ``qnnpack``.
-        observer: how calibration finds the activations' ranges: ``moving_average`` of the batches' extremes (training
-            always does so), ``minmax`` of all, or ``histogram``, whose range has the least squared error and takes
-            several times longer.
+        observer: how calibration finds the activations' ranges: ``minmax`` takes the extremes of all batches,
+            ``histogram`` the range of least squared error, in several times the time, ``moving_average`` a mean of the
+            batches' extremes, for batches of 32 and more (training always does so).
         reduce_range: 7-bit weights, without which CPUs that lack VNNI overflow in int8 products; None asks this CPU.
         equalize: before calibration, give the channels between two layers like ranges; the float function stays.
         smooth: before calibration, move the ranges of LayerNorm's outlier channels into the linear layers behind it.
@@ -46,7 +46,7 @@ class StaticInt8(Scheme):
     """
 
     engine: str = "x86"
-    observer: str = "moving_average"
+    observer: str = "minmax"
     reduce_range: bool | None = None
     equalize: bool = True
     smooth: bool = True
@@ -101,7 +101,7 @@ def resolve(scheme: str | Scheme) -> Scheme:
 
     Example:
         >>> resolve("int8_static")
-        StaticInt8(engine='x86', observer='moving_average', reduce_range=None, equalize=True, smooth=True)
+        StaticInt8(engine='x86', observer='minmax', reduce_range=None, equalize=True, smooth=True)
     """
     if isinstance(scheme, Scheme):
         return scheme

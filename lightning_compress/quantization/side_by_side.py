@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from lightning_compress.quantization.calls import copy_tensors, quiet_random_state
+from lightning_compress.quantization.calls import copy_tensors
 
 
 class FloatTwin:
@@ -17,11 +19,19 @@ class FloatTwin:
     Args:
         twin: the copy; its ``log`` and ``log_dict`` are replaced.
         log: what logs for it; takes what `LightningModule.log` takes.
+        isolated: makes the context that puts every random state back.
         prefix: comes before each name.
     """
 
-    def __init__(self, twin: Any, log: Callable[..., None], prefix: str = "float/") -> None:
+    def __init__(
+        self,
+        twin: Any,
+        log: Callable[..., None],
+        isolated: Callable[[], AbstractContextManager[None]],
+        prefix: str = "float/",
+    ) -> None:
         self.twin = twin
+        self._isolated = isolated
         self._log = log
         self._prefix = prefix
         twin.__dict__["log"] = self._forward
@@ -43,12 +53,15 @@ class FloatTwin:
         parameters = inspect.signature(method).parameters.values()
         if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
             args = args[: len(parameters)]
-        with quiet_random_state():
+        with self._isolated():
             return method(*args)
 
     def step(self, batch: Any, *indices: int) -> None:
         """One test batch, with the hooks around it; works on a copy of the batch."""
-        batch = copy_tensors(batch)
+        try:
+            batch = copy.deepcopy(batch)
+        except Exception:  # a batch of the user's own that can't be copied as a whole
+            batch = copy_tensors(batch)
         self.call("on_test_batch_start", batch, *indices)
         outputs = self.call("test_step", batch, *indices)
         self.call("on_test_batch_end", outputs, batch, *indices)

@@ -31,12 +31,14 @@ def _quiet() -> Iterator[None]:
     """Upstream warns of its kernels for other devices, and of what follows from torch's own changes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(max(before, logging.WARNING))
+        levels = {logging.getLogger(name): logging.getLogger(name).level for name in ("torch", "torchao")}
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logging.disable(before)
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 with _quiet(), torch._inductor.config.patch(pre_grad_custom_pass=torch._inductor.config.pre_grad_custom_pass):
@@ -230,7 +232,7 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
     quantizer = X86InductorQuantizer().set_global(_configuration(scheme))
     for path in floats:
         quantizer.set_module_name_qconfig(f"module.{path}", None)
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), torch.random.fork_rng():
         prepared = prepare_pt2e(copy.deepcopy(graph.graph), quantizer)
         for node, tensor in _tensors(prepared):
             for user in node.users:
@@ -310,7 +312,7 @@ def float_layers(prepared: nn.Module) -> list[str]:
 def convert(prepared: nn.Module, scheme: StaticInt8) -> Int8Graph:
     """A new int8 graph on the CPU; ``prepared`` is left as it is."""
     assert isinstance(prepared, Exported)
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), torch.random.fork_rng():
         converted = convert_pt2e(copy.deepcopy(prepared.graph).cpu())
     _drop_unread_(converted)
     return Int8Graph(converted)

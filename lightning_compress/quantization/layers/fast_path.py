@@ -8,16 +8,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lightning_compress.quantization.traced import CHILD
+
 _FAST_PATH = "_fast_path"
 _SWITCHES = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 """The attribute of each that is false where it can't take that path."""
 
 
 def quiet_fast_path_(model: nn.Module) -> None:
-    """Keep torch's transformer encoders from their fused path in evaluation."""
+    """Keep torch's transformer encoders from their fused path, if anything in them has a quantized form."""
     for module in model.modules():
         for kind, switch in _SWITCHES.items():
-            if isinstance(module, kind) and _FAST_PATH not in vars(module):
+            if not isinstance(module, kind) or _FAST_PATH in vars(module):
+                continue
+            if any(CHILD in inner._modules for inner in module.modules()):
                 module.__dict__[_FAST_PATH] = (switch, getattr(module, switch))
                 setattr(module, switch, 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ class DynamicLinear(nn.Module):
         rows = x.float().reshape(-1, x.shape[-1])
         magnitudes = rows.abs()
         columns = magnitudes.amax(dim=0) if len(rows) else magnitudes.new_zeros(x.shape[-1])
+        broken = None
+        if not columns.isfinite().all():
+            broken = ~rows.isfinite().all(dim=1, keepdim=True)
+            rows = rows.masked_fill(broken, 0.0)
+            magnitudes = rows.abs()
+            columns = magnitudes.amax(dim=0)
         outliers = (columns > OUTLIER * columns.mean()).nonzero().flatten()
         apart = None
         if len(outliers):
@@ -67,6 +74,8 @@ class DynamicLinear(nn.Module):
         largest = magnitudes.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         product: Tensor = torch.ops.quantized.linear_dynamic(rows / largest, self._packed, self.reduce_range)
         product = product.mul_(largest)
+        if broken is not None:
+            product.masked_fill_(broken, torch.nan)  # these rows, and no other
         for term in (apart, self.bias):
             if term is not None:
                 product += term
@@ -75,7 +84,9 @@ class DynamicLinear(nn.Module):
     def pack(self, bias: Tensor | None) -> Any:
         """The weights, and a bias, in the kernel's own order."""
         zeros = torch.zeros(len(self.scale), dtype=torch.long)
-        weight = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch announces the end of the tensors that its kernels still take
+            weight = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
         return torch.ops.quantized.linear_prepack(weight, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
