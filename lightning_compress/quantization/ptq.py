@@ -93,14 +93,20 @@ class PostTrainingQuantization(Callback):
         structure.attach(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.compare and forms.form_of(pl_module) == "float":
-            self._twin = FloatTwin(make_probe(trainer, pl_module), pl_module.log, isolate_rng)
-        elif self.compare:
-            rank_zero_warn(
-                f"{type(self).__name__}: the model is quantized already; there is no float model to compare."
-            )
+        if self.compare:
+            self._twin = self._make_twin(trainer, pl_module)
         self._quantize(trainer, pl_module)
         self._beside("on_test_start")
+
+    def _make_twin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> FloatTwin | None:
+        with torch.inference_mode(False):
+            probe = make_probe(trainer, pl_module)
+            try:
+                forms.revert_(probe, "float")
+            except CompressionError:  # it came from a file, and its float weights are gone
+                rank_zero_warn(f"{type(self).__name__}: the model has no float weights to compare with.")
+                return None
+        return FloatTwin(probe.eval(), pl_module.log, isolate_rng)
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._beside("on_test_epoch_start")
@@ -213,8 +219,9 @@ def _calibration_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, lim
         count = limit
     hidden = bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero
     if isinstance(loader, (dict, list, tuple)):
-        # As a fit reads several loaders.
-        loader = (batch for batch, _, _ in CombinedLoader(loader, "max_size_cycle"))
+        loader = CombinedLoader(loader, "max_size_cycle")  # as a fit reads several loaders
+    if isinstance(loader, CombinedLoader):
+        loader = (batch for batch, _, _ in loader)
     for batch in tqdm(islice(loader, limit), "Calibrating", count, leave=False, disable=hidden):
         yield trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
 

@@ -1,0 +1,552 @@
+"""Schemes that work layer by layer: who gets which, and what the layers compute."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_compress import (
+    CompressionError,
+    DynamicInt8,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    StaticInt8,
+    Targets,
+    Window,
+    load_compressed,
+    quantize,
+)
+from lightning_compress.quantization.forms import record_of
+from tests.quantization.test_qat import fake_quantizers, int8_layers
+from tests.quantization.test_quantize import agreement
+from tests.support.data import TinyData
+from tests.support.modules import Classifier, quiet_trainer
+from tests.support.oracles import assert_different_state, assert_same_state, snapshot
+from tests.support.zoo import row
+
+
+def schemes(model: nn.Module) -> dict[str, str]:
+    """Path to the scheme of each layer that has one of its own."""
+    return {layer["path"]: layer["scheme"]["name"] for layer in (record_of(model) or {})["layers"]}
+
+
+def count(model: nn.Module, kind: str) -> int:
+    """How many modules are of the class with this name."""
+    return sum(type(module).__name__ == kind for module in model.modules())
+
+
+def block() -> nn.Sequential:
+    # No layer has a ReLU right behind it; that is another test.
+    return nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.ReLU(), nn.Linear(16, 16), nn.Tanh())
+
+
+class Nested(nn.Module):
+    """Two blocks of two layers each, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = block(), block()
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x)))
+
+
+WEIGHT_ONLY, DYNAMIC = "int8_weight_only", "int8_dynamic"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"head": WEIGHT_ONLY}, {"head": WEIGHT_ONLY}),
+        ({"first": DYNAMIC}, {"first.0": DYNAMIC, "first.3": DYNAMIC}),
+        ({"*.0": DYNAMIC, "head": WEIGHT_ONLY}, {"first.0": DYNAMIC, "second.0": DYNAMIC, "head": WEIGHT_ONLY}),
+        # The last match wins, however exact an earlier one is.
+        ({"first": DYNAMIC, "first.3": WEIGHT_ONLY}, {"first.0": DYNAMIC, "first.3": WEIGHT_ONLY}),
+        ({"first.3": WEIGHT_ONLY, "first": DYNAMIC}, {"first.0": DYNAMIC, "first.3": DYNAMIC}),
+        ({"head": DynamicInt8(reduce_range=True)}, {"head": DYNAMIC}),
+    ],
+    ids=str,
+)
+def test_overrides_inside_a_traced_unit(overrides: Any, expected: dict[str, str]) -> None:
+    # Q3: a first and last layer of another kind.
+    torch.manual_seed(0)
+    model, x = Nested().eval(), torch.randn(64, 16)
+    before = snapshot(model)
+    int8 = quantize(model, calibration=[x], overrides=overrides).eval()
+    assert schemes(int8) == expected
+    values = list(expected.values())
+    assert count(int8, "WeightOnlyLayer") == values.count(WEIGHT_ONLY)
+    assert count(int8, "DynamicLinear") == values.count(DYNAMIC)
+    assert len(int8_layers(int8)) == 5 - len(values)
+    assert [unit["path"] for unit in (record_of(int8) or {})["units"]] == [""]
+    assert agreement(model(x), int8(x)) > 0.99
+    assert_same_state(before, model)
+
+
+def conv_bn_relu() -> nn.Module:
+    return row("conv_bn_relu").build()
+
+
+@pytest.mark.parametrize("scheme", [WEIGHT_ONLY, DYNAMIC])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_overridden_layer_with_a_relu_behind_it(scheme: str, training: bool) -> None:
+    class Relu(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.Identity()  # type: ignore[assignment]
+            self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU())  # type: ignore[assignment]
+
+    module, data = Relu(), TinyData()
+    if training:
+        quiet_trainer(callbacks=[QuantizationAwareTraining(overrides={"body": scheme})]).fit(module, data)
+        assert schemes(module) == {"body.0": scheme}
+        return
+    floats = quiet_trainer().test(module, data, verbose=False)[0]["test_loss"]
+    ptq = PostTrainingQuantization(overrides={"body": scheme}, keep=True)
+    loss = quiet_trainer(callbacks=[ptq]).test(module, data, verbose=False)[0]["test_loss"]
+    assert schemes(module) == {"body.0": scheme}
+    assert loss == pytest.approx(floats, rel=0.05)
+
+
+@pytest.mark.parametrize("flow", ["fx", "auto"])
+def test_a_first_convolution_with_batchnorm_and_relu_behind_it(flow: Any) -> None:
+    model, x = conv_bn_relu().eval(), torch.randn(8, 3, 8, 8)
+    int8 = quantize(model, calibration=[x], overrides={"0": WEIGHT_ONLY, "8": WEIGHT_ONLY}, flow=flow).eval()
+    assert schemes(int8) == {"0": WEIGHT_ONLY, "8": WEIGHT_ONLY}
+    assert agreement(model(x), int8(x)) > 0.99
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_an_excluded_layer_with_batchnorm_behind_it_keeps_its_function(relu: bool) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU() if relu else nn.Tanh(), nn.Flatten(), nn.Linear(288, 4)
+    )
+    x = torch.randn(8, 3, 8, 8)
+    for _ in range(3):
+        model(x * 3 + 1)
+    model.eval()
+    int8 = quantize(model, calibration=[x], targets=Targets(exclude=["0"])).eval()
+    assert (record_of(int8) or {})["floats"]["0"] == "excluded"
+    assert len(int8_layers(int8)) == 1
+    assert agreement(model(x), int8(x)) > 0.99
+
+
+def test_overrides_outside_of_any_unit() -> None:
+    class Branches(nn.Module):
+        """Can't be traced; its layers are units of their own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.rnn = nn.Linear(16, 16), nn.Linear(16, 8), nn.LSTM(8, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.rnn(self.b(x.relu() if x.sum() > 0 else -x))[0]
+
+    model, x = Branches().eval(), torch.randn(8, 5, 16)
+    int8 = quantize(model, calibration=[x], overrides={"a": WEIGHT_ONLY, "rnn": DYNAMIC}).eval()
+    assert schemes(int8) == {"a": WEIGHT_ONLY, "rnn": DYNAMIC}
+    assert [unit["path"] for unit in (record_of(int8) or {})["units"]] == ["b"]
+    for sign in (1, -1):
+        assert agreement(model(sign * x), int8(sign * x)) > 0.98
+
+
+def test_an_override_of_a_scheme_that_works_layer_by_layer() -> None:
+    int8 = quantize(Nested(), DYNAMIC, overrides={"head": WEIGHT_ONLY})
+    assert schemes(int8) == {
+        **dict.fromkeys(["first.0", "first.3", "second.0", "second.3"], DYNAMIC),
+        "head": WEIGHT_ONLY,
+    }
+
+
+def test_an_excluded_layer_stays_float_whatever_overrides_say() -> None:
+    int8 = quantize(
+        Nested(), calibration=[torch.randn(8, 16)], overrides={"*": WEIGHT_ONLY}, targets=Targets(exclude=["head"])
+    )
+    assert set(schemes(int8)) == {"first.0", "first.3", "second.0", "second.3"}
+    assert (record_of(int8) or {})["floats"]["head"] == "excluded"
+
+
+def test_a_layer_that_the_scheme_has_no_kernel_for_stays_float_and_says_so() -> None:
+    model = row("conv_bn_relu").build()
+    int8 = quantize(model, calibration=[torch.randn(4, 3, 8, 8)], overrides={"0": DYNAMIC})
+    assert schemes(int8) == {}
+    assert (record_of(int8) or {})["floats"]["0"] == "no int8_dynamic kernel for Conv2d"
+
+
+@pytest.mark.parametrize("make", [PostTrainingQuantization, QuantizationAwareTraining])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"head": "int8_static"}, "`overrides` must name schemes that work layer by layer.*Make the static scheme"),
+        ({"head": StaticInt8()}, "`overrides` must name schemes that work layer by layer"),
+        ({"head": "int8_dynamik"}, "`scheme` must be the name of a scheme.*Nearest: int8_dynamic"),
+        (["head"], "`overrides` must be a mapping"),
+    ],
+    ids=str,
+)
+def test_overrides_that_cannot_be_are_refused_at_once(make: Any, overrides: Any, message: str) -> None:
+    with pytest.raises(CompressionError, match=message):
+        make(overrides=overrides)
+
+
+@pytest.mark.parametrize("way", ["quantize", "ptq", "qat"])
+def test_a_pattern_that_matches_nothing_lists_the_nearest_and_changes_nothing(way: str) -> None:
+    module = Classifier()
+    before = snapshot(module)
+    overrides = {"heat": WEIGHT_ONLY}
+    with pytest.raises(CompressionError, match=r"`overrides` must match layers of the model.*heat.*Nearest: head"):
+        if way == "quantize":
+            quantize(module, calibration=[torch.randn(4, 16)], overrides=overrides)
+        elif way == "ptq":
+            quiet_trainer(callbacks=[PostTrainingQuantization(overrides=overrides)]).test(
+                module, TinyData(), verbose=False
+            )
+        else:
+            quiet_trainer(callbacks=[QuantizationAwareTraining(overrides=overrides)]).fit(module, TinyData())
+    assert_same_state(before, module)
+
+
+# In training.
+
+
+def qat(**options: Any) -> QuantizationAwareTraining:
+    return QuantizationAwareTraining(**{"window": Window(0.25), "overrides": {"head": WEIGHT_ONLY}, **options})
+
+
+def fitted(folder: Path, callback: Any, ckpt_path: Any = None, epochs: int = 4) -> Classifier:
+    torch.manual_seed(0)
+    module = Classifier()
+    save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    trainer = quiet_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=[callback, save])
+    trainer.fit(module, TinyData(), ckpt_path=ckpt_path, weights_only=True)
+    return module
+
+
+@pytest.mark.parametrize("scheme", [WEIGHT_ONLY, DYNAMIC])
+def test_in_training_an_overridden_layer_is_float_and_converted_at_the_end(scheme: str, tmp_path: Path) -> None:
+    seen: list[set[str]] = []
+
+    class Watches(QuantizationAwareTraining):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            super().on_train_batch_end(trainer, pl_module, *args)
+            seen.append({path for path in fake_quantizers(pl_module) if "weight_fake_quant" in path})
+
+    module = fitted(tmp_path, Watches(window=Window(0.25), overrides={"head": scheme}))
+    assert any("body" in path for path in seen[-1])
+    assert not any("head" in path for path in seen[-1])
+    assert schemes(module) == {"head": scheme}
+    assert count(module, {WEIGHT_ONLY: "WeightOnlyLayer", DYNAMIC: "DynamicLinear"}[scheme]) == 1
+    assert len(int8_layers(module)) == 1
+    # Its weights are those that were trained, to half a step.
+    trained = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)["state_dict"]["head.weight"]
+    [layer] = [one for one in module.modules() if type(one).__name__ in ("WeightOnlyLayer", "DynamicLinear")]
+    scale = layer.scale.view(-1, 1)
+    assert (layer.weight * scale - trained).abs().div(scale).max() <= 0.5 + 1e-4
+    quiet_trainer(callbacks=[qat(overrides={"head": scheme})]).fit(module, TinyData())  # the float form goes on
+    assert schemes(module) == {"head": scheme}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_resumed_equals_uninterrupted_with_overrides(epoch: int, tmp_path: Path) -> None:
+    whole = fitted(tmp_path / "whole", qat())
+    resumed = fitted(tmp_path / "again", qat(), ckpt_path=tmp_path / f"whole/epoch={epoch}.ckpt")
+    a, b = (torch.load(tmp_path / name / "epoch=3.ckpt", weights_only=True) for name in ("whole", "again"))
+    for key in ("state_dict", "optimizer_states", "lightning_compress"):
+        assert_same_state(a[key], b[key])
+    earlier = torch.load(tmp_path / f"whole/epoch={epoch}.ckpt", weights_only=True)
+    assert_different_state(a["state_dict"], earlier["state_dict"])
+    assert schemes(whole) == schemes(resumed) == {"head": WEIGHT_ONLY}
+    x = torch.randn(16, 16)
+    assert torch.equal(whole.eval()(x), resumed.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+def test_files_of_a_model_with_overrides_load(tmp_path: Path) -> None:
+    module, data = fitted(tmp_path, qat()), TinyData()
+    expected = quiet_trainer().test(module, data, verbose=False)
+    trainer = quiet_trainer(callbacks=[qat()])
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "int8.ckpt")
+    # Prepared: a plain module takes it strictly, `load_compressed` brings the form back, a test converts it.
+    prepared = tmp_path / "epoch=3.ckpt"
+    Classifier().load_state_dict(torch.load(prepared, weights_only=True)["state_dict"], strict=True)
+    loaded = load_compressed(str(prepared), Classifier())
+    assert fake_quantizers(loaded) and schemes(loaded) == {"head": WEIGHT_ONLY}
+    ours = quiet_trainer(callbacks=[qat()])
+    assert ours.test(Classifier(), data, ckpt_path=prepared, weights_only=True, verbose=False) == expected
+    # Converted.
+    int8 = load_compressed(str(tmp_path / "int8.ckpt"), Classifier())
+    assert quiet_trainer().test(int8, data, verbose=False) == expected
+
+
+@pytest.mark.parametrize("scheme", [WEIGHT_ONLY, DYNAMIC])
+def test_everything_overridden_leaves_nothing_to_train_and_still_converts(scheme: str) -> None:
+    module = Classifier()
+    quiet_trainer(callbacks=[qat(window=Window(), overrides={"*": scheme})]).fit(module, TinyData())
+    assert schemes(module) == {"body": scheme, "head": scheme}
+
+
+# Weights alone.
+
+LAYERS: dict[str, Any] = {"1d": nn.Conv1d, "2d": nn.Conv2d, "3d": nn.Conv3d}
+
+
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(sorted(LAYERS)),
+    groups=st.sampled_from([1, 2, 4]),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    dilation=st.integers(1, 2),
+    padding=st.sampled_from([0, 1, "same"]),
+    mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+    bias=st.booleans(),
+    spread=st.sampled_from([0.0, 4.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_weight_only_convolutions_round_to_half_a_step_and_compute_the_rest_as_they_did(
+    kind: str,
+    groups: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    padding: Any,
+    mode: str,
+    bias: bool,
+    spread: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    if padding == "same":
+        stride = 1
+    layer = LAYERS[kind](
+        4, 8, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, padding_mode=mode
+    )
+    with torch.no_grad():  # channels of very different ranges, one of them dead
+        layer.weight *= (torch.randn(8) * spread).exp().view(-1, *[1] * (layer.weight.dim() - 1))
+        layer.weight[3] = 0
+    model = nn.Sequential(layer)
+    int8 = quantize(model, WEIGHT_ONLY)
+    [quantized] = [module for module in int8.modules() if type(module).__name__ == "WeightOnlyLayer"]
+    assert quantized.weight.dtype == torch.int8
+    step = layer.weight.detach().abs().flatten(1).amax(1) / 127
+    values = quantized.weight.double() * quantized.scale.double()
+    error = (values - layer.weight.double()).abs().flatten(1).amax(1)
+    assert (error <= step * (0.5 + 1e-5)).all()
+    assert not values[3].any()
+    # The same float layer around the rounded weights.
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        expected.weight.copy_(values)
+    x = torch.randn(3, 4, *[6] * int(kind[0]))
+    torch.testing.assert_close(int8(x), expected(x), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    bias=st.booleans(),
+    batch=st.sampled_from([(5,), (0,), (), (2, 3)]),
+    seed=st.integers(0, 2**16),
+)
+@pytest.mark.parametrize("scheme", [WEIGHT_ONLY, DYNAMIC])
+def test_linear_weights_round_to_half_a_step_in_any_shape(
+    scheme: str, shape: tuple[int, int], bias: bool, batch: tuple[int, ...], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = nn.Linear(*shape, bias=bias)
+    int8 = quantize(nn.Sequential(layer), scheme)
+    [quantized] = [one for one in int8.modules() if type(one).__name__ in ("WeightOnlyLayer", "DynamicLinear")]
+    step = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+    values = quantized.weight * quantized.scale.view(-1, 1)
+    assert ((values - layer.weight).abs() <= step * (0.5 + 1e-4)).all()
+    x = torch.randn(*batch, shape[0])
+    expected, got = F.linear(x, values, layer.bias), int8(x)
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    if x.numel() == 0:
+        return
+    # Activations of a row to half a step of their largest, in 8 or 7 bits.
+    steps = {WEIGHT_ONLY: 1e5, DYNAMIC: 2 * 60}[scheme]
+    bound = x.abs().amax(-1, keepdim=True) / steps * values.abs().sum(1) + 1e-5
+    assert ((got - expected).abs() <= bound).all()
+
+
+def test_weight_only_takes_half_precision_inputs() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    int8, x = quantize(model, WEIGHT_ONLY), torch.randn(2, 3, 8, 8)
+    got = int8(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert agreement(model(x), got) > 0.99
+
+
+@pytest.mark.parametrize("scheme", [WEIGHT_ONLY, DYNAMIC])
+def test_an_int8_layer_says_that_it_cannot_be_moved_off_the_cpu_or_to_half(scheme: str) -> None:
+    # Q11, Q15.
+    int8 = quantize(row("mlp").build(), scheme)
+    if scheme == WEIGHT_ONLY:
+        int8.to(torch.float32)
+        return  # it computes in float, wherever it is
+    for move in (lambda: int8.to("meta"), lambda: int8.half()):
+        with pytest.raises(CompressionError, match="An int8 model must stay on the CPU"):
+            move()
+
+
+# Dynamic.
+
+
+def outlier_transformer() -> nn.Module:
+    """Four layers whose LayerNorms blow up a few channels, as those of large language models do."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=256, dropout=0.0, batch_first=True, norm_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), nn.Linear(64, 32)).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight[[3, 17, 40]] *= 40
+    return model
+
+
+def test_dynamic_keeps_a_deep_transformer_with_outlier_channels() -> None:
+    model, x = outlier_transformer(), torch.randn(8, 20, 64)
+    int8 = quantize(model, DYNAMIC, calibration=[x]).eval()
+    with torch.no_grad():
+        expected, got = model(x), int8(x)
+    assert F.cosine_similarity(expected.flatten(), got.flatten(), dim=0) >= 0.99
+    assert count(int8, "DynamicAttention") == 4 and count(int8, "DynamicLinear") == 4 * 4 + 1
+    assert not [
+        module for module in int8.modules() if type(module) is nn.Linear and module._parameters["weight"] is not None
+    ]
+
+
+class Padded(nn.Module):
+    def __init__(self, nested: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.encoder(x, src_key_padding_mask=mask))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # the float model's own path
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("scheme", [DYNAMIC, WEIGHT_ONLY, "int8_static"])
+def test_q2_an_encoder_with_a_padding_mask(scheme: str, nested: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Padded(nested).eval(), torch.randn(4, 6, 16)
+    mask = torch.arange(6) >= torch.tensor([6, 4, 2, 1])[:, None]
+    int8 = quantize(model, scheme, calibration=[{"x": x, "mask": mask}]).eval()
+    with torch.no_grad():
+        expected, got = model(x, mask), int8(x, mask=mask)
+        assert got.shape == expected.shape
+        assert F.cosine_similarity(expected[~mask].flatten(), got[~mask].flatten(), dim=0) > 0.99
+        # What stands in the padding doesn't matter.
+        torch.testing.assert_close(int8(x.masked_fill(mask[..., None], 0.5), mask)[~mask], got[~mask])
+        none = torch.zeros_like(mask)
+        assert agreement(model(x, none), int8(x, none)) > 0.98
+
+
+def test_dynamic_takes_an_empty_batch_and_a_single_row() -> None:
+    model = row("mlp").build().eval()
+    int8, x = quantize(model, DYNAMIC).eval(), torch.randn(6, 16)
+    assert int8(x[:0]).shape == (0, 4)
+    assert int8(x[:0].reshape(3, 0, 16)).shape == (3, 0, 4)
+    assert int8(x[0]).shape == (4,)
+    for one in x:
+        assert agreement(model(one), int8(one)) > 0.99
+    assert torch.equal(int8(torch.zeros(3, 16)), int8(torch.zeros(1, 16)).expand(3, 4))
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, 1e-30, 1e-42])
+def test_dynamic_rows_of_any_magnitude_leave_the_others_alone(value: float) -> None:
+    model, x = nn.Sequential(nn.Linear(32, 8, bias=False)), torch.randn(6, 32)
+    int8 = quantize(model, DYNAMIC)
+    other = x.clone()
+    other[2] = value * x[2].abs()
+    got = int8(other)
+    assert got.isfinite().all()
+    keep = [0, 1, 3, 4, 5]
+    assert agreement(model(x)[keep], got[keep]) > 0.99
+
+
+@pytest.mark.parametrize("at", [0, 2, 5])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_dynamic_rows_that_are_not_finite_leave_the_others_alone(value: float, at: int) -> None:
+    # Attention gives NaN for a query that may attend to nothing; the float layer behind it passes that row on.
+    model, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(6, 32)
+    int8 = quantize(model, DYNAMIC)
+    other = x.clone()
+    other[at] = value
+    got = int8(other)
+    assert not got[at].isfinite().any()
+    keep = [index for index in range(6) if index != at]
+    assert agreement(model(x)[keep], got[keep]) > 0.99
+
+
+def test_dynamic_one_infinite_value_makes_no_finite_or_wrongly_signed_output() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 8)), torch.randn(6, 32)
+    x[2, 3] = -torch.inf
+    got, expected = quantize(model, DYNAMIC)(x)[2], model(x)[2]
+    assert (got.isnan() | (got == expected)).all()
+
+
+# Shared and tied.
+
+
+@pytest.mark.parametrize("scheme", [DYNAMIC, WEIGHT_ONLY])
+def test_a_shared_module_is_quantized_once(scheme: str) -> None:
+    model = row("shared").build().eval()
+    int8, x = quantize(model, scheme).eval(), torch.randn(8, 16)
+    assert set(schemes(int8)) == {"first", "head"}
+    assert int8.first is int8.again
+    assert agreement(model(x), int8(x)) > 0.99
+
+
+@pytest.mark.parametrize("scheme", [DYNAMIC, WEIGHT_ONLY])
+def test_two_layers_of_one_weight_hold_the_same_int8_weight(scheme: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16, bias=False))
+    model[2].weight = model[0].weight
+    before = snapshot(model)
+    int8, x = quantize(model, scheme).eval(), torch.randn(8, 16)
+    assert agreement(model(x), int8(x)) > 0.99
+    weights = [
+        module.weight for module in int8.modules() if type(module).__name__ in ("WeightOnlyLayer", "DynamicLinear")
+    ]
+    assert len(weights) == 2 and torch.equal(*weights)
+    assert_same_state(before, model)
+    assert model[2].weight is model[0].weight
+
+
+@pytest.mark.parametrize("scheme", [DYNAMIC, WEIGHT_ONLY])
+def test_embeddings_and_what_is_tied_to_them_stay_float(scheme: str) -> None:
+    model, (ids,) = row("tied").build().eval(), row("tied").inputs()[0]
+    int8 = quantize(model, scheme, calibration=[(ids,)]).eval()
+    assert set(schemes(int8)) == {"body"}
+    floats = (record_of(int8) or {})["floats"]
+    assert floats["lm_head"] == "its weight is tied to `embedding`, which stays float"
+    assert "Embedding" in floats["embedding"]
+    assert int8.lm_head.weight is int8.embedding.weight
+    assert agreement(model(ids), int8(ids)) > 0.98
+
+
+def test_a_shared_layer_that_is_overridden_inside_a_traced_unit() -> None:
+    model = row("shared").build().eval()
+    x = torch.randn(32, 16)
+    int8 = quantize(model, calibration=[x], overrides={"first": WEIGHT_ONLY}).eval()
+    assert schemes(int8) == {"first": WEIGHT_ONLY}
+    assert agreement(model(x), int8(x)) > 0.99
