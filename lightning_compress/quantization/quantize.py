@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -158,15 +157,12 @@ def _check_float32(model: nn.Module) -> None:
 
 def _check_runs(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any]) -> None:
     """Raise now if the quantized model can't run; code that reads a layer's weights finds none there."""
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     try:
-        with (
-            warnings.catch_warnings(),
-            torch.no_grad(),
-            quiet_random_state(),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            warnings.simplefilter("ignore")  # copying an exported graph, torch warns of itself
-            run(copy_module(model), copy_tensors(batch))
+        with torch.no_grad(), quiet_random_state(), torch.compiler.set_stance("force_eager"):
+            run(model, copy_tensors(batch))
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
     except Exception as error:
         raise CompressionError(
             f"The quantized model must run on a calibration batch. Received: {type(error).__name__}: {error}. "

@@ -20,7 +20,7 @@ from lightning_compress.quantization.signature import Signature
 from lightning_compress.quantization.traced import Traced
 from lightning_compress.targets import clean_name
 
-LIKENESS = 0.98
+LIKENESS = 0.8
 """The least cosine similarity to float of a unit's int8 output on the batch that it was traced with."""
 
 
