@@ -108,7 +108,7 @@ def test_an_entry_that_names_a_missing_module_is_refused(scheme: str, tmp_path: 
     int8 = quantize(net, scheme, calibration=[torch.randn(8, 4)])
     record = copy.deepcopy(forms.record_of(int8))
     assert record is not None
-    record["units"][0]["path"] = "nowhere"
+    record["layers" if scheme == "int8_dynamic" else "units"][0]["path"] = "nowhere"
     checkpoint = {"state_dict": int8.state_dict(), "lightning_compress": {"version": 1, "quantization": record}}
     torch.save(checkpoint, tmp_path / "a.ckpt")
     other = copy.deepcopy(net)
