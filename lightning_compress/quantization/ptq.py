@@ -212,16 +212,16 @@ def _call_step(step: str, module: pl.LightningModule, batch: Any) -> Any:
 def _calibration_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int) -> Iterator[Any]:
     """Batches on the module's device from the loader that may be calibrated on, with a progress bar."""
     loader = _calibration_loader(trainer, pl_module)
-    bar = trainer.progress_bar_callback
-    try:
-        count = min(limit, len(loader))
-    except TypeError:  # an iterable dataset has no length
-        count = limit
-    hidden = bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero
     if isinstance(loader, (dict, list, tuple)):
         loader = CombinedLoader(loader, "max_size_cycle")  # as a fit reads several loaders
     if isinstance(loader, CombinedLoader):
-        loader = (batch for batch, _, _ in loader)
+        loader = (batch for batch, *_ in loader)
+    bar = trainer.progress_bar_callback
+    try:
+        count = min(limit, len(loader))
+    except TypeError:  # an iterable dataset has no length, nor have combined loaders
+        count = limit
+    hidden = bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero
     for batch in tqdm(islice(loader, limit), "Calibrating", count, leave=False, disable=hidden):
         yield trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
 

@@ -128,7 +128,7 @@ def quantize_(
     scheme, log = recipe.scheme, None
     if isinstance(scheme, StaticInt8):
         _check_float32(model)
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    buffers = _buffers(model)
     if first is not None or getattr(model, "example_input_array", None) is not None:
         log = dry_run(model, first, run)
     elif isinstance(scheme, StaticInt8):
@@ -139,12 +139,21 @@ def quantize_(
     prepare_(model, plan, scheme, training=False)
     if plan.units:
         calibrate(model, chain([first], batches), recipe.calibration_batches, run)
-    with torch.no_grad():
-        for buffer, value in buffers.items():
-            buffer.copy_(value)  # what a forward pass counts, it shall count for its user alone
+    _put_back_(buffers)
     convert_(model)
     if first is not None:
         _check_runs(model, first, run)
+
+
+def _buffers(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Each buffer with its value now: what a forward pass counts, it shall count for its user alone."""
+    return {buffer: buffer.clone() for buffer in model.buffers()}
+
+
+@torch.no_grad()
+def _put_back_(buffers: dict[Tensor, Tensor]) -> None:
+    for buffer, value in buffers.items():
+        buffer.copy_(value)
 
 
 def _check_float32(model: nn.Module) -> None:
@@ -157,12 +166,11 @@ def _check_float32(model: nn.Module) -> None:
 
 def _check_runs(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any]) -> None:
     """Raise now if the quantized model can't run; code that reads a layer's weights finds none there."""
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    buffers = _buffers(model)
     try:
         with torch.no_grad(), quiet_random_state(), torch.compiler.set_stance("force_eager"):
             run(model, copy_tensors(batch))
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
+        _put_back_(buffers)
     except Exception as error:
         raise CompressionError(
             f"The quantized model must run on a calibration batch. Received: {type(error).__name__}: {error}. "

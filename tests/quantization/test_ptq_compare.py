@@ -509,10 +509,7 @@ def test_calibration_leaves_torchs_generator_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(at_start[::2], at_start[1::2], strict=True))
 
 
-_COMBINED = pytest.mark.xfail(strict=True, reason="len() of a CombinedLoader raises before it is iterated")
-
-
-@pytest.mark.parametrize("kind", ["list", "dict", pytest.param("combined", marks=_COMBINED)])
+@pytest.mark.parametrize("kind", ["list", "dict", "combined"])
 def test_train_loaders_that_lightning_combines_are_combined_for_calibration_too(kind: str) -> None:
     class Combines(TinyData):
         def train_dataloader(self) -> Any:
