@@ -1,10 +1,17 @@
 """Pruning, quantization and knowledge distillation as callbacks of a PyTorch Lightning Trainer."""
 
 from lightning_compress.distillation import (
+    DIST,
+    DKD,
+    AttentionTransfer,
     DistillationModule,
     FeatureCosine,
     FeatureMSE,
     HardTarget,
+    LogitMSE,
+    RelationalAngle,
+    RelationalDistance,
+    SimilarityPreserving,
     SoftTarget,
 )
 from lightning_compress.errors import CompressionError, MissingExtraError, NoEffectWarning
@@ -19,6 +26,9 @@ from lightning_compress.targets import Targets
 from lightning_compress.window import Window
 
 __all__ = [
+    "DIST",
+    "DKD",
+    "AttentionTransfer",
     "CompressionError",
     "CompressionReport",
     "Cosine",
@@ -29,14 +39,18 @@ __all__ = [
     "FeatureMSE",
     "HardTarget",
     "Linear",
+    "LogitMSE",
     "MissingExtraError",
     "NoEffectWarning",
     "OneShot",
     "Polynomial",
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
+    "RelationalAngle",
+    "RelationalDistance",
     "Rewind",
     "ScheduledPruning",
+    "SimilarityPreserving",
     "SoftTarget",
     "StaticInt8",
     "Steps",

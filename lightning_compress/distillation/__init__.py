@@ -2,20 +2,42 @@
 
 from lightning_compress.distillation.adapters import adapt, make_adapter
 from lightning_compress.distillation.features import Taps, find_layer
-from lightning_compress.distillation.functional import feature_cosine, feature_mse, hard_target, soft_target
+from lightning_compress.distillation.functional import (
+    attention_transfer,
+    dist,
+    dkd,
+    feature_cosine,
+    feature_mse,
+    hard_target,
+    logit_mse,
+    relational_angle,
+    relational_distance,
+    similarity_preserving,
+    soft_target,
+)
 from lightning_compress.distillation.losses import (
+    DIST,
+    DKD,
+    AttentionTransfer,
     DistillationLoss,
     FeatureCosine,
     FeatureLoss,
     FeatureMSE,
     HardTarget,
     LogitLoss,
+    LogitMSE,
+    RelationalAngle,
+    RelationalDistance,
+    SimilarityPreserving,
     SoftTarget,
 )
 from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.distillation.teacher import load_weights_
 
 __all__ = [
+    "DIST",
+    "DKD",
+    "AttentionTransfer",
     "DistillationLoss",
     "DistillationModule",
     "FeatureCosine",
@@ -23,14 +45,25 @@ __all__ = [
     "FeatureMSE",
     "HardTarget",
     "LogitLoss",
+    "LogitMSE",
+    "RelationalAngle",
+    "RelationalDistance",
+    "SimilarityPreserving",
     "SoftTarget",
     "Taps",
     "adapt",
+    "attention_transfer",
+    "dist",
+    "dkd",
     "feature_cosine",
     "feature_mse",
     "find_layer",
     "hard_target",
     "load_weights_",
+    "logit_mse",
     "make_adapter",
+    "relational_angle",
+    "relational_distance",
+    "similarity_preserving",
     "soft_target",
 ]

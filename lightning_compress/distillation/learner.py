@@ -52,8 +52,8 @@ class Learner(nn.Module):
         self.task_weight = task_weight
         self.teacher_checkpoint = teacher_checkpoint
         features = [loss for loss in self.losses.values() if isinstance(loss, FeatureLoss)]
-        self._student_taps = Taps([loss.student_layer for loss in features], "student_layer")
-        self._teacher_layers = [loss.teacher_layer for loss in features]
+        self._student_taps = Taps([str(loss.student_layer) for loss in features], "student_layer")
+        self._teacher_layers = [str(loss.teacher_layer) for loss in features]
         self._prepared = self._checked = False
         self.teacher = teacher
 
@@ -170,7 +170,7 @@ class Learner(nn.Module):
             logits = (self.logits(outputs), self.logits(theirs))
             check_logits(*logits)
             taps = (self._student_taps, self._teacher.taps)
-            terms = distillation_terms(self.losses, logits, taps, self.adapters, self.valid_positions(batch))
+            terms = distillation_terms(self.losses, logits, taps, self.adapters, self.valid_positions(batch), targets)
             weighted = [self.losses[name].weight * value for name, value in terms.items()]
             if self.task_weight > 0:
                 terms = {"task": self._task(outputs, targets), **terms}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import Adapters, adapt, make_adapter
 from lightning_compress.distillation.features import Taps, is_compiled
-from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss
+from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
 from lightning_compress.distillation.teacher import Teacher
 from lightning_compress.errors import invalid
 
@@ -66,6 +66,7 @@ def distillation_terms(
     taps: tuple[Taps, Taps],
     adapters: Adapters,
     valid: Tensor | None = None,
+    targets: Any = None,
 ) -> dict[str, Tensor]:
     """The raw value of each loss by name.
 
@@ -75,20 +76,22 @@ def distillation_terms(
         taps: Of student and teacher, after both forwards.
         adapters: By loss name, where shapes differ.
         valid: Which positions of the logits count; None: all.
+        targets: The batch's targets.
     """
     values = {}
     for name, loss in losses.items():
         if isinstance(loss, FeatureLoss):
-            theirs = taps[1][loss.teacher_layer]
+            ours, theirs = taps[0][str(loss.student_layer)], taps[1][str(loss.teacher_layer)]
             adapter = adapters[name] if name in adapters else None  # noqa: SIM401 - a ModuleDict has no get
-            ours = adapt(taps[0][loss.student_layer], theirs.shape, adapter)
-            if ours.shape != theirs.shape:
+            if loss.adapts:
+                ours = adapt(ours, theirs.shape, adapter)
+            if loss.adapts and ours.shape != theirs.shape:
                 make_adapter(ours.shape, theirs.shape)  # its error names the shapes, if there is no adapter at all
                 remedy = "Call `prepare_` with an example input of this shape before the optimizer is made."
                 raise invalid("student_layer", f"have an adapter for {name}", tuple(ours.shape), remedy)
-            values[name] = loss(ours, theirs)
-        else:
-            values[name] = loss(*logits, valid)
+            values[name] = loss(ours, theirs, valid)
+        elif isinstance(loss, LogitLoss):
+            values[name] = loss(*logits, valid, targets)
     return values
 
 
@@ -151,8 +154,8 @@ def plan_adapters(
     with random_state_kept():
         torch.manual_seed(torch.initial_seed())
         for name, loss in losses.items():
-            if isinstance(loss, FeatureLoss):
-                adapter = make_adapter(shapes[0][loss.student_layer], shapes[1][loss.teacher_layer])
+            if isinstance(loss, FeatureLoss) and loss.adapts:
+                adapter = make_adapter(shapes[0][str(loss.student_layer)], shapes[1][str(loss.teacher_layer)])
                 if adapter is not None:
                     planned[name] = adapter if parameter is None else adapter.to(parameter.device, parameter.dtype)
     return planned

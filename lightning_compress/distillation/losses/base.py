@@ -1,0 +1,109 @@
+"""What all losses share: a weight, a name, and what they compare. Derive your own from these classes."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from lightning_compress.errors import invalid
+
+
+class DistillationLoss(ABC):
+    """A loss with a ``weight`` in the sum of all terms and a ``name`` in the log."""
+
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """The loss's name in the log: its class name in lower case.
+
+        Example:
+            >>> from lightning_compress.distillation.losses import SoftTarget
+            >>> SoftTarget().name
+            'soft_target'
+        """
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__)
+        return words.lower()
+
+
+class LogitLoss(DistillationLoss):
+    """A loss between the logits of student and teacher, whose classes stand along ``class_dim``."""
+
+    class_dim: int
+
+    @abstractmethod
+    def __call__(
+        self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        """The unweighted loss, a scalar.
+
+        Args:
+            student: Logits.
+            teacher: Logits of the same shape.
+            valid: Which positions count, a boolean tensor of the logits' shape without ``class_dim``; None: all.
+            targets: The batch's targets, for losses that look at the true class.
+        """
+
+
+class FeatureLoss(DistillationLoss):
+    """A loss between what two layers see or put out, named by path: see :mod:`~.distillation.features`.
+
+    ``pairs="auto"`` in place of the two layers pairs the deepest layers of each resolution that both models have.
+    """
+
+    student_layer: str | None
+    teacher_layer: str | None
+    pairs: Literal["auto"] | None
+
+    adapts: ClassVar[bool] = True
+    """Whether an adapter has to bring the student's features to the teacher's shape."""
+
+    @abstractmethod
+    def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The unweighted loss, a scalar.
+
+        Args:
+            student: Features (B, ...), of the teacher's shape if ``adapts``.
+            teacher: Features (B, ...).
+            valid: Which samples (B,) or positions (B, L) count; None: all.
+        """
+
+
+def check_number(name: str, value: float, above: float = 0.0, remedy: str = "") -> None:
+    """Raise unless ``value`` is a finite number above ``above``."""
+    if not (_is_number(value) and value > above):
+        raise invalid(name, f"be a finite number above {above:g}", value, remedy)
+
+
+def check_weight(name: str, value: float) -> None:
+    """Raise unless ``value`` is a finite number, at least 0."""
+    if not (_is_number(value) and value >= 0):
+        raise invalid(name, "be a finite number, at least 0", value)
+
+
+def check_class_dim(class_dim: int) -> None:
+    """Raise unless ``class_dim`` may be a dimension of classes."""
+    if isinstance(class_dim, bool) or not isinstance(class_dim, int) or class_dim == 0:
+        raise invalid("class_dim", "be a dimension other than 0, which is the batch", class_dim, "Usual: -1 or 1.")
+
+
+def check_layers(loss: FeatureLoss) -> None:
+    """Raise unless a feature loss names either both layers or ``pairs``."""
+    named = [layer for layer in (loss.student_layer, loss.teacher_layer) if layer is not None]
+    if loss.pairs not in (None, "auto"):
+        raise invalid("pairs", "be 'auto', or left out where the layers are named", loss.pairs)
+    if len(named) != (0 if loss.pairs else 2):
+        raise invalid(
+            "student_layer",
+            "be named together with `teacher_layer`, or both be left out with pairs='auto'",
+            loss.student_layer,
+            f"`teacher_layer` is {loss.teacher_layer!r}, `pairs` is {loss.pairs!r}.",
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
