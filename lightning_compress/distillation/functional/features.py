@@ -16,7 +16,11 @@ from torch import Tensor
 from lightning_compress.distillation.functional.precision import check_shapes, exact, full, mean, unit
 from lightning_compress.errors import invalid
 
-_POOLS: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_POOLS: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
 
 
 def feature_cosine(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
