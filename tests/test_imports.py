@@ -19,7 +19,9 @@ MAY_IMPORT_LIGHTNING = {
     "pruning/callback.py",
     "quantization/qat.py",
     "quantization/ptq.py",
+    "distillation/callback.py",
     "distillation/module.py",
+    "distillation/teaching.py",
     "report/callback.py",
 }
 # Other third parties beside torch, each where it belongs and nowhere else.
@@ -30,7 +32,7 @@ MAY_ALSO_IMPORT = {
     "report/compare.py": {"rich"},
     "report/render.py": {"rich"},
     "report/callback.py": {"rich"},
-    "distillation/module.py": {"torchmetrics"},
+    "distillation/check.py": {"torchmetrics"},
     "quantization/ptq.py": {"tqdm"},
     "quantization/flows/pt2e.py": {"torchao"},
 }

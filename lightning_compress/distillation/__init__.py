@@ -1,6 +1,7 @@
 """Knowledge distillation: losses, taps, adapters, the teacher, and the module that puts them together."""
 
 from lightning_compress.distillation.adapters import adapt, make_adapter
+from lightning_compress.distillation.callback import Distillation
 from lightning_compress.distillation.features import Taps, find_layer
 from lightning_compress.distillation.functional import (
     attention_transfer,
@@ -31,24 +32,30 @@ from lightning_compress.distillation.losses import (
     SimilarityPreserving,
     SoftTarget,
 )
+from lightning_compress.distillation.made import EMATeacher, Snapshot
 from lightning_compress.distillation.module import DistillationModule
-from lightning_compress.distillation.teacher import load_weights_
+from lightning_compress.distillation.ramps import Ramp
+from lightning_compress.distillation.weights import load_weights_
 
 __all__ = [
     "DIST",
     "DKD",
     "AttentionTransfer",
+    "Distillation",
     "DistillationLoss",
     "DistillationModule",
+    "EMATeacher",
     "FeatureCosine",
     "FeatureLoss",
     "FeatureMSE",
     "HardTarget",
     "LogitLoss",
     "LogitMSE",
+    "Ramp",
     "RelationalAngle",
     "RelationalDistance",
     "SimilarityPreserving",
+    "Snapshot",
     "SoftTarget",
     "Taps",
     "adapt",

@@ -1,15 +1,56 @@
-"""Taps: the outputs of layers, by dotted name, for the length of one step."""
+"""Taps: what layers see or put out, by path, for the length of one step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError, invalid, nearest
+from lightning_compress.targets import clean_name
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A place in a model: a layer, its input or its output, and which part of that.
+
+    Attributes:
+        layer: Dotted path of the layer; empty is the whole model.
+        side: What of the layer.
+        keys: From the outside in, how to reach the tensor: positions of a tuple, keys or attributes of anything else.
+    """
+
+    layer: str
+    side: Literal["input", "output"] = "output"
+    keys: tuple[str, ...] = ()
+
+
+def parse(path: str, argument: str = "layer") -> Spot:
+    """Read a path such as ``features.4``, ``features.4:input``, ``encoder:output.hidden.2`` or ``:output.logits``.
+
+    Without keys, a tuple's first tensor is meant (recurrent and attention layers: the hidden states come first). Of an
+    input, positions count the positional arguments, and names are keyword arguments.
+
+    Raises:
+        CompressionError: If what follows the colon begins with neither ``input`` nor ``output``.
+
+    Example:
+        >>> parse("encoder:output.hidden.2")
+        Spot(layer='encoder', side='output', keys=('hidden', '2'))
+    """
+    layer, colon, rest = path.partition(":")
+    if not colon:
+        return Spot(layer)
+    side, *keys = rest.split(".")
+    if side == "input":
+        return Spot(layer, "input", tuple(keys))
+    if side == "output":
+        return Spot(layer, "output", tuple(keys))
+    raise invalid(argument, "have `input` or `output` after the colon", path, "Such as encoder:output.hidden.2.")
 
 
 def find_layer(model: nn.Module, layer: str, argument: str = "layer") -> nn.Module:
@@ -30,7 +71,7 @@ def find_layer(model: nn.Module, layer: str, argument: str = "layer") -> nn.Modu
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         # The compiled wrapper comes before what it wraps, and its hooks run outside the compiled graph: prefer it.
-        layers.setdefault(_plain_name(name), module)
+        layers.setdefault(clean_name(name), module)
     layers.pop("", None)
     if layer not in layers:
         raise invalid(argument, f"name a layer of the {type(model).__name__}", layer, nearest(layer, layers))
@@ -38,43 +79,67 @@ def find_layer(model: nn.Module, layer: str, argument: str = "layer") -> nn.Modu
 
 
 class Tap:
-    """A forward hook that keeps what its layer put out last, while it listens.
+    """A hook that keeps what its layer saw or put out last, while it listens.
 
-    It never looks at the layer's inputs, may fire several times in a step (the last one wins), does nothing while
-    a model is traced, and holds no reference to anything but the kept tensor. The tensor is a copy: an in-place
-    operation after the layer would rewrite the original.
+    It may fire several times in a step (the last one wins), does nothing while a model is traced, and holds no
+    reference to anything but the kept tensor. The tensor is a copy: an in-place operation would rewrite the original.
     """
 
-    def __init__(self, layer: str) -> None:
-        self.layer = layer
+    def __init__(self, path: str, argument: str = "layer") -> None:
+        self.path = path
+        self.spot = parse(path, argument)
         self.listening = False
         self.value: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
+        """A forward hook, whose last argument is the output; or a forward pre-hook, where it is the keywords."""
         if not self.listening:
             return
-        if isinstance(output, tuple | list) and output:
-            output = output[0]  # recurrent and attention layers: the hidden states come first
-        if isinstance(output, torch.fx.Proxy):
+        found = {**dict(enumerate(args)), **last} if self.spot.side == "input" else last
+        for key in self.spot.keys:
+            found = self._part(found, key)
+        if not self.spot.keys and not isinstance(found, Tensor):
+            found = self._first(found)
+        if isinstance(found, torch.fx.Proxy):
             return
-        if not isinstance(output, Tensor):
+        if not isinstance(found, Tensor):
             raise CompressionError(
-                f"Layer `{self.layer}` must put out a tensor, or a tuple that starts with one. "
-                f"Received: {type(output).__name__}. Name a layer inside or after it."
+                f"Layer `{self.path}` must have a tensor there, or a tuple that starts with one. "
+                f"Received: {_describe(found)}. Name a part of it, such as {self.spot.layer}:{self.spot.side}.0, or a "
+                "layer inside or after it."
             )
-        self.value = output.clone()
+        self.value = found.clone()
+
+    def _part(self, value: Any, key: str) -> Any:
+        index = int(key) if key.removeprefix("-").isdigit() else key
+        try:
+            if isinstance(value, Mapping):
+                return value[index] if index in value else value[key]
+            return getattr(value, key) if isinstance(index, str) else value[index]
+        except (KeyError, IndexError, AttributeError, TypeError):
+            raise CompressionError(
+                f"Layer `{self.path}` must have `{key}` there. Received: {_describe(value)}."
+            ) from None
+
+    def _first(self, value: Any) -> Any:
+        if self.spot.side == "input":  # positional arguments come before keywords
+            return next((part for part in value.values() if isinstance(part, Tensor)), value)
+        return value[0] if isinstance(value, tuple | list) and value else value
 
     def __getstate__(self) -> dict[str, Any]:
         # A tensor with a graph can be neither copied nor pickled, and belongs to this step of this model alone.
-        return {"layer": self.layer, "listening": False, "value": None}
+        return {**self.__dict__, "listening": False, "value": None}
 
 
 class Taps:
-    """One tap for each named layer of one model, shared by all losses that name the layer.
+    """One tap for each named place of one model, shared by all losses that name it.
 
     Args:
-        layers: Dotted paths within the model; duplicates share a tap.
+        paths: Of layers within the model, as :func:`parse` reads them; duplicates share a tap.
         argument: What errors call these paths, ``student_layer`` or ``teacher_layer``.
+
+    Raises:
+        CompressionError: If a path can't be read.
 
     Example:
         >>> model, taps = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True)), Taps(["0"])
@@ -86,10 +151,10 @@ class Taps:
         >>> taps.detach(model)
     """
 
-    def __init__(self, layers: Iterable[str], argument: str = "layer") -> None:
+    def __init__(self, paths: Iterable[str], argument: str = "layer") -> None:
         self.argument = argument
         self.attached = False
-        self._taps = {layer: Tap(layer) for layer in layers}
+        self._taps = {path: Tap(path, argument) for path in paths}
 
     def attach(self, model: nn.Module) -> None:
         """Register the hooks, once; nothing is registered if a layer doesn't exist.
@@ -99,32 +164,35 @@ class Taps:
         """
         found = self.find(model)
         self.detach(model)
-        for layer, module in found.items():
-            module.register_forward_hook(self._taps[layer])
+        for path, module in found.items():
+            tap = self._taps[path]
+            if tap.spot.side == "input":
+                module.register_forward_pre_hook(tap, with_kwargs=True)
+            else:
+                module.register_forward_hook(tap)
+        if found and is_compiled(model):
+            torch.compiler.reset()  # code that was compiled before wouldn't call them
         self.attached = True
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The tapped modules of ``model`` by layer name.
+        """The tapped modules of ``model`` by path.
 
         Raises:
             CompressionError: If a layer doesn't exist.
         """
-        return {layer: find_layer(model, layer, self.argument) for layer in self._taps}
+        return {
+            path: model if path.startswith(":") else find_layer(model, tap.spot.layer, self.argument)
+            for path, tap in self._taps.items()
+        }
 
     def detach(self, model: nn.Module) -> None:
         """Remove the hooks, if there are any. Works on a deep copy too, whose hooks are copies of its own."""
-        ours = {id(tap) for tap in self._taps.values()}
-        for module in model.modules():
-            for key in [key for key, hook in module._forward_hooks.items() if id(hook) in ours]:
-                del module._forward_hooks[key]
+        drop_taps_(model, {id(tap) for tap in self._taps.values()})
         self.attached = False
-        if ours and is_compiled(model):
-            # Compiled code has the hooks of its first call built in, and would neither lose nor see others.
-            torch.compiler.reset()
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Keep outputs inside the block, and forget them at its end, so that no graph outlives its step."""
+        """Keep tensors inside the block, and forget them at its end, so that no graph outlives its step."""
         self._switch(listening=True)
         try:
             yield
@@ -135,13 +203,13 @@ class Taps:
         for tap in self._taps.values():
             tap.listening, tap.value = listening, None
 
-    def __getitem__(self, layer: str) -> Tensor:
-        value = self._taps[layer].value
+    def __getitem__(self, path: str) -> Tensor:
+        value = self._taps[path].value
         if value is None:
             raise invalid(
                 self.argument,
                 "name a layer that the model calls in its forward",
-                layer,
+                path,
                 "Layers whose weights are used without a call (such as `out_proj` in attention) can't be tapped: "
                 "name the layer around them.",
             )
@@ -154,6 +222,21 @@ class Taps:
         return len(self._taps)
 
 
+def drop_taps_(model: nn.Module, ours: Collection[int] | None = None) -> None:
+    """Take taps off a model: those with an `id` in ``ours``, or all."""
+    dropped = False
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, Tap) and (ours is None or id(hook) in ours):
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    dropped = True
+    if dropped and is_compiled(model):
+        # Compiled code has the hooks of its first call built in, and would neither lose nor see others.
+        torch.compiler.reset()
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether ``model`` or a submodule of it went through ``torch.compile``.
 
@@ -164,5 +247,7 @@ def is_compiled(model: nn.Module) -> bool:
     return any("_orig_mod" in module._modules for module in model.modules())
 
 
-def _plain_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with {', '.join(map(str, value)) or 'nothing in it'}"
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from lightning_compress.distillation.adapters import Adapters
-from lightning_compress.distillation.features import Taps
-from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, SoftTarget
-from lightning_compress.distillation.objective import (
-    buffers_kept,
-    check_logits,
-    distillation_terms,
-    dry_run,
-    find_logits,
-    merge_adapters_,
-    name_losses,
-    plan_adapters,
-    to_device_of,
-)
-from lightning_compress.distillation.teacher import Teacher, call, shared_with
+from lightning_compress.distillation.check import TeacherCheck, check_teacher
+from lightning_compress.distillation.features import drop_taps_
+from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
+from lightning_compress.distillation.objective import Objective, find_logits
+from lightning_compress.distillation.quiet import buffers_kept, evaluating, to_device_of
+from lightning_compress.distillation.ramps import TASK, Ramp
+from lightning_compress.distillation.rehearsal import Plan
+from lightning_compress.distillation.teacher import TeacherDtype, call, shared_with
 from lightning_compress.errors import invalid
+from lightning_compress.quantization import forms
+from lightning_compress.quantization.calls import copy_module
 
 
 class Learner(nn.Module):
@@ -33,27 +29,33 @@ class Learner(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
-        losses: list[DistillationLoss] | None,
-        task_loss: nn.Module | None,
-        task_weight: float,
-        teacher_checkpoint: str | None,
+        teacher: nn.Module | None = None,
+        losses: Sequence[DistillationLoss] | None = None,
+        task_loss: nn.Module | None = None,
+        task_weight: float = 0.25,
+        teacher_checkpoint: str | None = None,
+        teacher_adapter: nn.Module | None = None,
+        teacher_dtype: TeacherDtype | None = None,
+        teacher_compile: bool = False,
+        ramps: Sequence[Ramp] = (),
     ) -> None:
         super().__init__()
         number = isinstance(task_weight, int | float) and not isinstance(task_weight, bool)
         if not (number and math.isfinite(task_weight) and task_weight >= 0):
             raise invalid("task_weight", "be a finite number, at least 0", task_weight)
-        self.losses = name_losses([SoftTarget()] if losses is None else losses)
-        if not self.losses and task_weight == 0:
-            raise invalid("losses", "name something to learn", losses, "`task_weight` is 0 too.")
+        self.objective = Objective(
+            [SoftTarget()] if losses is None else losses,
+            task_weight,
+            ramps,
+            checkpoint=teacher_checkpoint,
+            adapter=teacher_adapter,
+            dtype=teacher_dtype,
+            compile=teacher_compile,
+        )
         self.student = student
-        self.adapters = Adapters()
+        self.adapters = self.objective.adapters
         self.task_loss = nn.CrossEntropyLoss() if task_loss is None else task_loss
-        self.task_weight = task_weight
-        self.teacher_checkpoint = teacher_checkpoint
-        features = [loss for loss in self.losses.values() if isinstance(loss, FeatureLoss)]
-        self._student_taps = Taps([str(loss.student_layer) for loss in features], "student_layer")
-        self._teacher_layers = [str(loss.teacher_layer) for loss in features]
+        self.teacher_check: TeacherCheck | None = None
         self._prepared = self._checked = False
         self.teacher = teacher
 
@@ -76,8 +78,12 @@ class Learner(nn.Module):
         """The student's outputs."""
         return self.student(*args, **kwargs)
 
+    def student_inputs(self, inputs: Any) -> Any:
+        """What the student gets of the ``inputs``, where the two models get different ones."""
+        return inputs
+
     def teacher_inputs(self, inputs: Any) -> Any:
-        """What the teacher gets in place of the student's ``inputs``: another normalisation or resolution."""
+        """What the teacher gets of the ``inputs``, before its ``teacher_adapter``."""
         return inputs
 
     def logits(self, outputs: Any) -> Tensor:
@@ -105,18 +111,28 @@ class Learner(nn.Module):
     @property
     def teacher(self) -> nn.Module | None:
         """The frozen teacher; it may be set until ``fit`` starts."""
-        return self._teacher.module
+        return self.objective.teacher.given
 
     @teacher.setter
     def teacher(self, teacher: nn.Module | None) -> None:
         if teacher is not None and (error := shared_with(teacher, self.student)) is not None:
             raise error
         self._prepared = False
-        self._teacher = Teacher(teacher, Taps(self._teacher_layers, "teacher_layer"))
+        self.objective.set_teacher(teacher)
+
+    @property
+    def losses(self) -> Mapping[str, DistillationLoss]:
+        """The losses by their names in the log."""
+        return self.objective.losses
+
+    @property
+    def task_weight(self) -> float:
+        """Factor of the task loss, where its ramp ends."""
+        return self.objective.task_weight
 
     def teacher_outputs(self, inputs: Any) -> Any:
-        """The teacher's outputs for the student's ``inputs``, without a graph."""
-        return self._teacher(self.teacher_inputs(inputs), like=self.student)
+        """The teacher's outputs for ``inputs``, without a graph."""
+        return self.objective.teacher(self.teacher_inputs(inputs), like=self.student)
 
     # The work ---------------------------------------------------------------------------------------------------
 
@@ -124,80 +140,107 @@ class Learner(nn.Module):
         """What the optimizer trains: student, adapters and task loss, as far as they ask for gradients."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def prepare_(self, inputs: Any = None) -> None:
+    def prepare_(self, inputs: Any = None) -> Plan | None:
         """Check teacher, layers and shapes, and make the adapters. ``fit`` calls it; a hand-written loop does so first.
 
         Args:
             inputs: An example of the models' inputs; needed where a loss compares features.
 
+        Returns:
+            What was planned, to be printed; None without an example.
+
         Raises:
             CompressionError: If something doesn't fit; the module is as it was.
         """
-        self._teacher.require()
-        planned: dict[str, nn.Module] = {}
-        taps = (self._student_taps, self._teacher.taps)
-        if inputs is not None:
-            inputs = to_device_of(inputs, self.student)
-            shapes = dry_run(
-                lambda x: self.logits(call(self, x)),
-                lambda x: self.logits(self.teacher_outputs(x)),
-                self.student,
-                taps,
-                self._teacher,
-                inputs,
-            )
-            planned = plan_adapters(self.losses, shapes, self.student)
-        elif len(self._student_taps):
+        objective, plan = self.objective, None
+        if inputs is None and objective.needs_example:
             raise invalid(
                 "example_input_array",
                 "be set on the module or the student, as the losses compare features",
                 None,
                 "A batch can only be borrowed from a DataLoader over a map-style dataset.",
             )
-        if self.teacher_checkpoint is not None:
-            self._teacher.load_once(self.teacher_checkpoint)
-        merge_adapters_(self.adapters, planned)
-        self._prepared, self._checked = True, inputs is not None
+        objective.teacher.take_(self._float_student())
+        objective.teacher.require()
+        if inputs is not None:
+            inputs = to_device_of(inputs, self.student)
+            with evaluating(self.student):
+                plan = objective.plan(self.student, lambda: self._ask(inputs))
+        objective.teacher.load_once()
+        if plan is not None:
+            objective.follow_(plan, self.student)
+        self._prepared, self._checked = True, plan is not None
+        return plan
 
     def distill(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
         """One step on ``batch``: the total loss, each raw term by name, and the student's outputs."""
+        terms, outputs = self.compute_terms(batch)
+        return sum_terms(self.objective.weighted(terms)), terms, outputs
+
+    def compute_terms(self, batch: Any) -> tuple[dict[str, Tensor], Any]:
+        """The raw terms by name, the task's first, and the student's outputs."""
         inputs, targets = self.split_batch(batch)
-        self._attach()
+        self.objective.attach(self.student)
         # The first step may still find that something doesn't fit; BatchNorm must not have moved then.
         first = nullcontext() if self._checked else buffers_kept(self.student, on_error_only=True)
-        with self._student_taps.listen(), self._teacher.taps.listen(), first:
-            outputs, theirs = call(self, inputs), self.teacher_outputs(inputs)
-            logits = (self.logits(outputs), self.logits(theirs))
-            check_logits(*logits)
-            taps = (self._student_taps, self._teacher.taps)
-            terms = distillation_terms(self.losses, logits, taps, self.adapters, self.valid_positions(batch), targets)
-            weighted = [self.losses[name].weight * value for name, value in terms.items()]
-            if self.task_weight > 0:
-                terms = {"task": self._task(outputs, targets), **terms}
-                weighted.insert(0, self.task_weight * terms["task"])
+        with self.objective.listening(), first:
+            outputs, ours, theirs = self._ask(inputs)
+            valid = self.valid_positions(batch)
+            terms = self.objective.terms(ours, theirs, valid, targets)
+            if self.objective.task_weight > 0 or self.objective.clock.weight(TASK, 0.0) > 0:
+                terms = {TASK: self._task(outputs, targets), **terms}
+            self._check(ours, theirs, targets, valid)
         self._checked = True
-        return sum(weighted[1:], weighted[0]), terms, outputs
+        return terms, outputs
+
+    def export_student(self) -> nn.Module:
+        """The plain student: a copy without hooks of ours, adapters or teacher, in the form that it has now.
+
+        Example:
+            >>> Learner(nn.Linear(4, 3), nn.Linear(4, 3)).export_student()
+            Linear(in_features=4, out_features=3, bias=True)
+        """
+        student = copy_module(self.student)
+        drop_taps_(student)
+        return student
 
     def close(self) -> None:
         """Take the taps off and send the teacher home; safe to call at any time."""
-        self._student_taps.detach(self.student)
-        if self._teacher.module is not None:
-            self._teacher.taps.detach(self._teacher.module)
-            self._teacher.return_home()
+        self.objective.detach(self.student)
         self._prepared = self._checked = False
+        self.teacher_check = None
 
-    def _attach(self) -> None:
-        teacher = self._teacher.require()
-        if not self._student_taps.attached:
-            self._teacher.taps.find(teacher)  # both are checked before either is touched
-            self._student_taps.attach(self.student)
-        if not self._teacher.taps.attached:
-            self._teacher.taps.attach(teacher)
+    def _ask(self, inputs: Any) -> tuple[Any, Tensor | None, Tensor | None]:
+        """The student's outputs, and the logits of both if a loss looks at them."""
+        # A copy, as a student may change its inputs in place.
+        theirs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+        outputs = call(self, self.student_inputs(inputs))
+        answers = self.teacher_outputs(theirs)
+        if not self.objective.compares_logits:
+            return outputs, None, None
+        return outputs, self.logits(outputs), self.logits(answers)
+
+    def _check(self, ours: Tensor | None, theirs: Tensor | None, targets: Any, valid: Tensor | None) -> None:
+        """Look at the teacher, once."""
+        if self.teacher_check is None and ours is not None and theirs is not None:
+            class_dim = self.objective.class_dim(ours, targets)
+            if class_dim is not None:
+                self.teacher_check = check_teacher(ours.detach(), theirs, targets, class_dim, valid)
 
     def _task(self, outputs: Any, targets: Any) -> Tensor:
         if targets is None:
             raise invalid("batch", "hold targets for the task loss", None, "Override `split_batch`, or the step.")
         return self.compute_task_loss(outputs, targets)
 
-    def _weight(self, name: str) -> float:
-        return self.losses[name].weight if name in self.losses else self.task_weight
+    def _float_student(self) -> nn.Module:
+        if forms.form_of(self) == "float":
+            return self.student
+        twin = copy_module(self)
+        forms.revert_(twin, "float")
+        return twin.student
+
+
+def sum_terms(weighted: Mapping[str, Tensor]) -> Tensor:
+    """The sum, in the order of the terms."""
+    first, *rest = weighted.values()
+    return sum(rest, first)

@@ -12,17 +12,20 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from lightning_compress.callback import refuse_strategy
+from lightning_compress.distillation.check import accuracy, closeness
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses import DistillationLoss
-from lightning_compress.distillation.objective import random_state_kept, take_examples
-from lightning_compress.distillation.teacher import call
-from lightning_compress.errors import CompressionError
+from lightning_compress.distillation.quiet import random_state_kept, take_examples
+from lightning_compress.distillation.ramps import Ramp
+from lightning_compress.distillation.teacher import TeacherDtype, call
+from lightning_compress.distillation.teaching import Teaching, logs_now, share_values, step_values
+from lightning_compress.quantization import forms
 
 if TYPE_CHECKING:
     _Base = L.LightningModule
@@ -43,10 +46,27 @@ class DistillationSteps(Learner, _Base):
         teacher_checkpoint: str | None = None,
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
+        teacher_adapter: nn.Module | None = None,
+        teacher_dtype: TeacherDtype | None = None,
+        teacher_compile: bool = False,
+        ramps: list[Ramp] | None = None,
+        log_gradient_share: bool = False,
     ) -> None:
-        super().__init__(student, teacher, losses, task_loss, task_weight, teacher_checkpoint)
+        super().__init__(
+            student,
+            teacher,
+            losses,
+            task_loss,
+            task_weight,
+            teacher_checkpoint,
+            teacher_adapter,
+            teacher_dtype,
+            teacher_compile,
+            ramps or (),
+        )
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.log_gradient_share = log_gradient_share
         if type(self).__init__ is DistillationSteps.__init__:  # a subclass decides for itself what it saves
             self.save_hyperparameters()
 
@@ -63,8 +83,10 @@ class DistillationSteps(Learner, _Base):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One distillation step; logs every term raw and weighted."""
         loss, terms, outputs = self.distill(batch)
-        values = {f"train_{name}": value.detach() for name, value in terms.items()}
-        values |= {f"train_{name}_weighted": self._weight(name) * value.detach() for name, value in terms.items()}
+        weighted = self.objective.weighted(terms)
+        values = step_values(terms, weighted)
+        if self.log_gradient_share and logs_now(self.trainer):
+            values |= share_values(weighted, self.student)
         size = len(self.logits(outputs))
         self.log_dict(values, batch_size=size)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size)
@@ -83,54 +105,54 @@ class DistillationSteps(Learner, _Base):
         return call(self, self.split_batch(batch)[0])
 
     def _evaluate(self, batch: Any, stage: str) -> None:
-        # The student's own loss: the same number with and without a teacher, and no forward of it.
+        # The student's own loss: the same number with and without a teacher.
         inputs, targets = self.split_batch(batch)
-        outputs = call(self, inputs)
-        logits = self.logits(outputs)
+        outputs = call(self, self.student_inputs(inputs))
+        logits, valid = self.logits(outputs), self.valid_positions(batch)
         values = {f"{stage}_loss": self._task(outputs, targets)}
-        accuracy = _accuracy(logits, targets, getattr(self.task_loss, "ignore_index", None))
-        if accuracy is not None:
-            values[f"{stage}_acc"] = accuracy
-        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(logits))
+        found = accuracy(logits, targets, valid, getattr(self.task_loss, "ignore_index", None))
+        size = len(logits)
+        if found is not None:
+            values[f"{stage}_acc"], size = found
+        class_dim = self.objective.class_dim(logits, targets)
+        if self.trainer.state.fn == TrainerFn.FITTING and self.objective.compares_logits and class_dim is not None:
+            theirs = self.logits(self.teacher_outputs(inputs))
+            self._check(logits, theirs, targets, valid)
+            close, size = closeness(logits, theirs, class_dim, valid)
+            values |= {f"{stage}_{name}": value for name, value in close.items()}
+        # Means over positions that count, whatever the batches' sizes and masks.
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=max(size, 1))
 
-    # When ---------------------------------------------------------------------------------------------------------
+    # When: see also `_ModuleTeaching` ------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         if stage == TrainerFn.FITTING:
             refuse_strategy(self.trainer, "DistillationModule")
-            self._attach()
 
     def configure_model(self) -> None:
         """Make the adapters before the optimizer, and before averaging callbacks copy the module."""
         trainer = self._trainer
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and not self._prepared:
-            self.prepare_(self._example_inputs())
-
-    def on_fit_start(self) -> None:
-        self._teacher.place(self.student)
-        self._teacher.seal()
-
-    def teardown(self, stage: str) -> None:
-        moved = self._teacher.moved()
-        self.close()
-        if moved:
-            raise CompressionError(
-                f"The teacher must not change while it teaches. Changed: {', '.join(moved[:5])}"
-                f"{' ...' if len(moved) > 5 else ''}. The student learnt from a moving teacher."
-            )
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._prepared:
+            return
+        if forms.form_of(self) == "converted":
+            return  # called before a callback of ours has made it float again; the Trainer calls once more
+        plan = self.prepare_(self._example_inputs())
+        self.objective.attach(self.student)
+        if plan is not None:
+            rank_zero_info(f"{type(self).__name__}: the student learns from {type(self.teacher).__name__}.\n  {plan}")
 
     def configure_callbacks(self) -> list[Callback]:
-        # No hook of a LightningModule runs then. Once is enough: Lightning tells the user of each that it replaces.
+        # Once is enough: Lightning tells the user of each that it replaces.
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        present = any(isinstance(callback, _CloseOnException) for callback in callbacks)
-        return [] if present else [_CloseOnException()]
+        present = any(isinstance(callback, _ModuleTeaching) for callback in callbacks)
+        return [] if present else [_ModuleTeaching()]
 
     def _example_inputs(self) -> Any:
         for owner in (self, self.student):
             example = getattr(owner, "example_input_array", None)
             if example is not None:
                 return example
-        if not len(self._student_taps):
+        if not self.objective.needs_example:
             return None  # nothing to make; the first step checks the rest
         with random_state_kept():  # a `train_dataloader` may split at random
             batch = take_examples(self.trainer.fit_loop._data_source.dataloader())
@@ -153,19 +175,27 @@ class DistillationModule(DistillationSteps, L.LightningModule):
 
     Args:
         student: The model that is trained; ``forward`` gives its outputs.
-        teacher: Any module, also a LightningModule; None is legal until ``fit``.
+        teacher: Any module, also a LightningModule, :class:`Snapshot` or :class:`EMATeacher`; None is legal until
+            ``fit``.
         losses: Distillation losses; None: soft targets.
         task_loss: A module called with (logits, targets); None: cross-entropy.
         task_weight: Factor of the task loss. With 0, batches need no targets to train.
-        teacher_checkpoint: File with the teacher's weights: see :func:`~.teacher.load_weights_`.
+        teacher_checkpoint: File with the teacher's weights: see :func:`~.weights.load_weights_`.
         optimizer: Called with the trainable parameters; None: `torch.optim.AdamW`.
         scheduler: Called with the optimizer; stepped each epoch.
+        teacher_adapter: Called with the teacher's inputs: another normalisation or resolution.
+        teacher_dtype: The teacher's floating dtype; None: the student's.
+        teacher_compile: Ask the teacher through `torch.compile`.
+        ramps: Weights and temperatures that change: see :class:`Ramp`.
+        log_gradient_share: Log each term's share of the gradient whenever the Trainer logs; a backward pass for each
+            term, then.
 
     Raises:
         CompressionError: If a value is out of range, or teacher and student share parameters.
 
     Logs ``train_loss``, ``train_<term>`` and ``train_<term>_weighted``; ``val_loss`` and ``test_loss`` (the student's
-    task loss) and, for classification, ``val_acc`` and ``test_acc``.
+    task loss) and, for classification, ``val_acc`` and ``test_acc``; while fitting, ``val_agreement`` (same first
+    choice as the teacher) and ``val_kl``, if a loss compares logits.
 
     Example:
         >>> from lightning_compress.distillation import SoftTarget
@@ -183,35 +213,46 @@ class DistillationModule(DistillationSteps, L.LightningModule):
     References:
         Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
 
-    Hooks: ``setup`` (checks, taps), ``configure_model`` (adapters, ``teacher_checkpoint``), ``on_fit_start`` (the
-    teacher moves to the student's device), ``teardown`` (it goes home, and must be bit-identical).
+    Hooks: ``setup`` (refuses strategies), ``configure_model`` (dry run, adapters, ``teacher_checkpoint``, taps), and a
+    callback that ``configure_callbacks`` adds: see :mod:`~.distillation.teaching` for the order.
     """
 
 
-class _CloseOnException(Callback):
+class _ModuleTeaching(Teaching):
+    """The hooks of a :class:`DistillationModule`, out of the way of those that a subclass writes."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING and isinstance(pl_module, DistillationSteps):
+            self.reset(pl_module.objective)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(pl_module, DistillationSteps):
+            self.begin(pl_module.objective, trainer, pl_module.student)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start_clock(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(pl_module, DistillationSteps):
+            self.count_step(trainer, pl_module.student)
+            self.say(pl_module.teacher_check, type(pl_module).__name__)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
+        if isinstance(pl_module, DistillationSteps):
+            self.say(pl_module.teacher_check, type(pl_module).__name__)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, DistillationSteps):
+            self.finish(pl_module.objective, pl_module.close)
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(pl_module, DistillationSteps):
             pl_module.close()
 
-
-def _accuracy(logits: Tensor, targets: Any, ignore_index: int | None) -> Tensor | None:
-    """Accuracy where this looks like classification: integer targets, logits with a dimension more (1 or last)."""
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
-        return None
-    if logits.dim() != targets.dim() + 1:
-        return None
-    for class_dim in (1, -1):
-        classes = logits.movedim(class_dim, 1)
-        if classes.shape[:1] + classes.shape[2:] == targets.shape:
-            return multiclass_accuracy(
-                classes.detach().float(),
-                targets,
-                num_classes=classes.shape[1],
-                average="micro",
-                ignore_index=ignore_index,
-                validate_args=False,
-            )
-    return None
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_objective": None}
 
 
 def _is_plain(value: Any) -> bool:

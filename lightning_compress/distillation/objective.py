@@ -1,40 +1,176 @@
-"""What a distillation step computes, and the dry run that checks it before anything changes."""
+"""What a distillation step computes: losses, taps, adapters and the teacher, of a student that stands elsewhere."""
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import Adapters, adapt, make_adapter
-from lightning_compress.distillation.features import Taps, is_compiled
+from lightning_compress.distillation.check import find_class_dim
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
+from lightning_compress.distillation.quiet import random_state_kept
+from lightning_compress.distillation.ramps import TASK, Clock, Ramp, check_ramps
+from lightning_compress.distillation.rehearsal import Plan, Run, make_taps, name_losses, rehearse
 from lightning_compress.distillation.teacher import Teacher
 from lightning_compress.errors import invalid
 
 
-def name_losses(losses: Sequence[DistillationLoss]) -> dict[str, DistillationLoss]:
-    """The losses by name; a name that comes again is numbered.
+class Objective:
+    """The losses of one student against one teacher.
 
-    Example:
-        >>> from lightning_compress.distillation.losses import SoftTarget
-        >>> list(name_losses([SoftTarget(), SoftTarget(temperature=8.0)]))
-        ['soft_target', 'soft_target_2']
+    Args:
+        losses: What is compared.
+        task_weight: Factor of the student's own loss.
+        ramps: Numbers of the losses that change.
+        teacher: Arguments of :class:`Teacher` beside its module and taps.
+
+    Attributes:
+        losses: By name in the log; those with ``pairs`` stand for each pair once that is known.
+        adapters: By loss name.
+        clock: Where the ramps stand.
+        teacher: The box that answers.
+        taps: Of the student.
     """
-    named: dict[str, DistillationLoss] = {}
-    for loss in losses:
-        if not isinstance(loss, DistillationLoss):
-            raise invalid("losses", "be a list of distillation losses", loss, "Such as [SoftTarget(temperature=2.0)].")
-        name, count = loss.name, 2
-        while name in named:
-            name, count = f"{loss.name}_{count}", count + 1
-        named[name] = loss
-    return named
+
+    def __init__(
+        self, losses: Sequence[DistillationLoss], task_weight: float, ramps: Sequence[Ramp], **teacher: Any
+    ) -> None:
+        for loss in losses:
+            if not isinstance(loss, LogitLoss | FeatureLoss):
+                remedy = "Such as [SoftTarget(temperature=2.0)]."
+                raise invalid("losses", "be a list of distillation losses", loss, remedy)
+        self.losses: Mapping[str, DistillationLoss] = name_losses(losses)
+        self.task_weight = task_weight
+        check_ramps(ramps, self.losses)
+        if not self.losses and task_weight == 0:
+            raise invalid("losses", "name something to learn", losses, "`task_weight` is 0 too.")
+        self.clock = Clock(ramps)
+        self.adapters = Adapters()
+        self._asked = self.losses
+        self._teacher_options = teacher
+        self.taps, theirs = make_taps(self.losses)
+        self.teacher = Teacher(None, theirs, **teacher)
+
+    def set_teacher(self, module: nn.Module | None) -> None:
+        """Put another teacher in the place of this one."""
+        self.losses = self._asked
+        self.taps, theirs = make_taps(self.losses)
+        self.teacher = Teacher(module, theirs, **self._teacher_options)
+
+    @property
+    def compares_logits(self) -> bool:
+        """Whether any loss looks at logits."""
+        return any(isinstance(loss, LogitLoss) for loss in self.losses.values())
+
+    @property
+    def needs_example(self) -> bool:
+        """Whether shapes have to be known before an optimizer is made."""
+        return any(isinstance(loss, FeatureLoss) for loss in self._asked.values())
+
+    def class_dim(self, logits: Tensor, targets: Any) -> int | None:
+        """Where the logits' classes stand; None if neither a loss nor the targets say that there are any."""
+        named = (loss.class_dim for loss in self.losses.values() if isinstance(loss, LogitLoss) and loss.of_classes)
+        return next(named, find_class_dim(logits, targets))
+
+    def plan(self, student: nn.Module, run: Run) -> Plan:
+        """The dry run: see :func:`~.rehearsal.rehearse`. Nothing is changed yet.
+
+        Adapters are in the device and dtype of ``student``; their initial weights depend on ``torch.initial_seed()``
+        alone and take nothing from the global generator.
+        """
+        models = (student, self.teacher.require())
+        with random_state_kept():
+            torch.manual_seed(torch.initial_seed())
+            plan = rehearse(self._asked, models, make_taps(self._asked), run, self.task_weight > 0)
+        parameter = next((p for p in student.parameters() if p.is_floating_point()), None)
+        if parameter is not None:
+            for adapter in plan.adapters.values():
+                adapter.to(parameter.device, parameter.dtype)
+        return plan
+
+    def follow_(self, plan: Plan, student: nn.Module) -> None:
+        """Do as planned; adapters that are there, trained and of the right shape stay."""
+        if plan.losses != self.losses:
+            attached = self.taps.attached
+            self.taps.detach(student)
+            self.teacher.taps.detach(self.teacher.require())
+            self.losses = plan.losses
+            self.taps, self.teacher.taps = make_taps(plan.losses)
+            if attached:
+                self.attach(student)
+        for name in set(self.adapters) - set(plan.adapters):
+            del self.adapters[name]
+        for name, adapter in plan.adapters.items():
+            if name not in self.adapters or _shapes(self.adapters[name]) != _shapes(adapter):
+                self.adapters[name] = adapter
+
+    def attach(self, student: nn.Module) -> None:
+        """Put the taps on student and teacher, where they aren't."""
+        teacher = self.teacher.require()
+        if not self.taps.attached:
+            self.teacher.taps.find(teacher)  # both are checked before either is touched
+            self.taps.attach(student)
+        if not self.teacher.taps.attached:
+            self.teacher.taps.attach(teacher)
+
+    def detach(self, student: nn.Module) -> None:
+        """Take the taps off and send the teacher home; safe to call at any time."""
+        self.taps.detach(student)
+        if self.teacher.module is not None:
+            self.teacher.taps.detach(self.teacher.module)
+            self.teacher.return_home()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keep tapped tensors inside the block."""
+        with self.taps.listen(), self.teacher.taps.listen():
+            yield
+
+    def terms(
+        self, student: Tensor | None, teacher: Tensor | None, valid: Tensor | None = None, targets: Any = None
+    ) -> dict[str, Tensor]:
+        """The raw value of each loss by name, from the logits of both and what the taps kept.
+
+        Args:
+            student: Logits; None where no loss looks at them.
+            teacher: Logits of the same shape.
+            valid: Which positions count; None: all.
+            targets: The batch's targets.
+
+        Raises:
+            CompressionError: If shapes differ.
+        """
+        values = {}
+        for name, asked in self.losses.items():
+            loss = self.clock.loss(name, asked)
+            if isinstance(loss, LogitLoss) and student is not None and teacher is not None:
+                values[name] = loss(student, teacher, valid, targets)
+            elif isinstance(loss, FeatureLoss):
+                values[name] = loss(*self._features(name, loss), valid)
+        return values
+
+    def weighted(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each term times the weight that it has now; those with weight 0 too, so that the log shows them."""
+        weights = {name: self.clock.loss(name, loss).weight for name, loss in self.losses.items()}
+        weights[TASK] = self.clock.weight(TASK, self.task_weight)
+        return {name: weights[name] * value for name, value in terms.items()}
+
+    def _features(self, name: str, loss: FeatureLoss) -> tuple[Tensor, Tensor]:
+        if loss.pairs:
+            raise invalid("pairs", "be found before a step", loss.pairs, "Call `prepare_` with an example input.")
+        ours, theirs = self.taps[str(loss.student_layer)], self.teacher.taps[str(loss.teacher_layer)]
+        if loss.adapts:
+            adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401 - a ModuleDict has no get
+            ours = adapt(ours, theirs.shape, adapter)
+            if ours.shape != theirs.shape:
+                make_adapter(ours.shape, theirs.shape)  # its error names the shapes, if there is no adapter at all
+                remedy = "Call `prepare_` with an example input of this shape before the optimizer is made."
+                raise invalid("student_layer", f"have an adapter for {name}", tuple(ours.shape), remedy)
+        return ours, theirs
 
 
 def find_logits(outputs: Any) -> Tensor:
@@ -60,184 +196,27 @@ def find_logits(outputs: Any) -> Tensor:
     return found
 
 
-def distillation_terms(
-    losses: Mapping[str, DistillationLoss],
-    logits: tuple[Tensor, Tensor],
-    taps: tuple[Taps, Taps],
-    adapters: Adapters,
-    valid: Tensor | None = None,
-    targets: Any = None,
-) -> dict[str, Tensor]:
-    """The raw value of each loss by name.
+def gradient_shares(weighted: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:
+    """Each term's share of the gradient: the norm of its own gradient over the sum of all terms' norms.
 
-    Args:
-        losses: The losses by name.
-        logits: Of student and teacher, same shape.
-        taps: Of student and teacher, after both forwards.
-        adapters: By loss name, where shapes differ.
-        valid: Which positions of the logits count; None: all.
-        targets: The batch's targets.
-    """
-    values = {}
-    for name, loss in losses.items():
-        if isinstance(loss, FeatureLoss):
-            ours, theirs = taps[0][str(loss.student_layer)], taps[1][str(loss.teacher_layer)]
-            adapter = adapters[name] if name in adapters else None  # noqa: SIM401 - a ModuleDict has no get
-            if loss.adapts:
-                ours = adapt(ours, theirs.shape, adapter)
-            if loss.adapts and ours.shape != theirs.shape:
-                make_adapter(ours.shape, theirs.shape)  # its error names the shapes, if there is no adapter at all
-                remedy = "Call `prepare_` with an example input of this shape before the optimizer is made."
-                raise invalid("student_layer", f"have an adapter for {name}", tuple(ours.shape), remedy)
-            values[name] = loss(ours, theirs, valid)
-        elif isinstance(loss, LogitLoss):
-            values[name] = loss(*logits, valid, targets)
-    return values
-
-
-def check_logits(student: Tensor, teacher: Tensor) -> None:
-    """Refuse a teacher whose logits have another shape than the student's.
-
-    Raises:
-        CompressionError: If the shapes differ.
+    It takes a backward pass for each term.
 
     Example:
-        >>> check_logits(torch.zeros(2, 3), torch.zeros(2, 3))
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> shares = gradient_shares({"task": weight.sum(), "kd": 3 * weight.sum()}, [weight])
+        >>> [round(float(share), 2) for share in shares.values()]
+        [0.25, 0.75]
     """
-    if student.shape != teacher.shape:
-        remedy = "Both must predict the same classes at the same positions; override `logits` to pick or reshape them."
-        must = f"put out logits of the student's shape {tuple(student.shape)}"
-        raise invalid("teacher", must, tuple(teacher.shape), remedy)
-
-
-def dry_run(
-    forward: Callable[[Any], Tensor],
-    teacher_forward: Callable[[Any], Tensor],
-    student: nn.Module,
-    taps: tuple[Taps, Taps],
-    teacher: Teacher,
-    inputs: Any,
-) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
-    """The shapes of all tapped features, from one pass in evaluation mode that leaves no trace, and checked logits."""
-    modes = [(module, module.training) for module in student.modules()]
-    attached = [each.attached for each in taps]
-    models = (student, teacher.require())
-    try:
-        for each, model, was in zip(taps, models, attached, strict=True):
-            if not was:
-                each.attach(model)
-        student.eval()
-        # Eager, or the compiled code would be that of the dry run.
-        eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, models)) else nullcontext()
-        with random_state_kept(), buffers_kept(student), eager, torch.no_grad(), taps[0].listen(), taps[1].listen():
-            check_logits(forward(inputs), teacher_forward(inputs))
-            return {k: taps[0][k].shape for k in taps[0]}, {k: taps[1][k].shape for k in taps[1]}
-    finally:
-        for module, training in modes:
-            module.training = training
-        for each, model, was in zip(taps, models, attached, strict=True):
-            if not was:
-                each.detach(model)
-
-
-def plan_adapters(
-    losses: Mapping[str, DistillationLoss],
-    shapes: tuple[Mapping[str, torch.Size], Mapping[str, torch.Size]],
-    like: nn.Module,
-) -> dict[str, nn.Module]:
-    """The adapters that the feature losses need, by loss name, on the device and in the dtype of ``like``.
-
-    Their initial weights depend on ``torch.initial_seed()`` alone and take nothing from the global generator.
-    """
-    planned: dict[str, nn.Module] = {}
-    parameter = next((p for p in like.parameters() if p.is_floating_point()), None)
-    with random_state_kept():
-        torch.manual_seed(torch.initial_seed())
-        for name, loss in losses.items():
-            if isinstance(loss, FeatureLoss) and loss.adapts:
-                adapter = make_adapter(shapes[0][str(loss.student_layer)], shapes[1][str(loss.teacher_layer)])
-                if adapter is not None:
-                    planned[name] = adapter if parameter is None else adapter.to(parameter.device, parameter.dtype)
-    return planned
-
-
-def merge_adapters_(adapters: Adapters, planned: Mapping[str, nn.Module]) -> None:
-    """Make ``adapters`` what was ``planned``, but keep those that are there, trained, and of the right shape."""
-    for name in set(adapters) - set(planned):
-        del adapters[name]
-    for name, adapter in planned.items():
-        if name not in adapters or _shapes(adapters[name]) != _shapes(adapter):
-            adapters[name] = adapter
-
-
-def take_examples(loader: Any, count: int = 2) -> Any | None:
-    """A small batch from a ``DataLoader`` over a map-style dataset, or None.
-
-    Its first items are collated by hand: no iterator, worker or sampler of the user's is started or moved on. A dataset
-    that draws from a generator of its own does draw; ``example_input_array`` avoids that.
-
-    Example:
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> [x.shape for x in take_examples(DataLoader(TensorDataset(torch.ones(9, 3), torch.ones(9)), batch_size=4))]
-        [torch.Size([2, 3]), torch.Size([2])]
-    """
-    dataset: Any = getattr(loader, "dataset", None)
-    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__") or len(dataset) == 0:
-        return None
-    with random_state_kept():
-        if loader.batch_sampler is None:  # the dataset's items are batches already
-            return loader.collate_fn(dataset[0])
-        return loader.collate_fn([dataset[index] for index in range(min(count, len(dataset)))])
-
-
-def to_device_of(inputs: Any, module: nn.Module) -> Any:
-    """Nested ``inputs`` on the device of ``module``, floating tensors in its dtype."""
-    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if parameter is None:
-        return inputs
-    if isinstance(inputs, Tensor):
-        return inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else inputs.dtype)
-    if isinstance(inputs, Mapping):
-        return {key: to_device_of(value, module) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return [to_device_of(value, module) for value in inputs]
-    return inputs
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put the global generators of Python, numpy and torch (all CUDA devices) back at the end of the block."""
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
-
-
-@contextmanager
-def buffers_kept(module: nn.Module, on_error_only: bool = False) -> Iterator[None]:
-    """Put all buffers of ``module`` back at the end of the block, the same tensors with the same values."""
-    kept = [
-        (child, name, buffer, None if nn.parameter.is_lazy(buffer) else buffer.detach().clone())
-        for child in module.modules()
-        for name, buffer in child._buffers.items()
-        if buffer is not None
-    ]
-    passed = False
-    try:
-        yield
-        passed = True
-    finally:
-        if not (passed and on_error_only):
-            for child, name, buffer, values in kept:
-                if values is not None:
-                    buffer.data = values
-                    child._buffers[name] = buffer
+    norms = {}
+    for name, term in weighted.items():
+        gradients = (
+            torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True) if term.requires_grad else ()
+        )
+        norms[name] = torch.stack(
+            [term.new_zeros(()), *(g.detach().float().norm().to(term.dtype) for g in gradients if g is not None)]
+        ).norm()
+    total = torch.stack(list(norms.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return {name: norm / total for name, norm in norms.items()}
 
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import pickle
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from lightning_compress.distillation.features import Taps
+from lightning_compress.distillation.features import Taps, find_layer
+from lightning_compress.distillation.made import EMATeacher, Snapshot
+from lightning_compress.distillation.weights import load_weights_
 from lightning_compress.errors import CompressionError, invalid
+
+TeacherDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Positional and keyword arguments together."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class Teacher:
@@ -22,8 +34,12 @@ class Teacher:
     placed or asked, and :meth:`return_home` gives it the very tensors back that it came with.
 
     Args:
-        module: Any module, frozen here; a LightningModule serves as a plain module. None: to be set later.
+        given: Any module, frozen here; a LightningModule serves as a plain module. None: to be set later.
         taps: The teacher's layers that losses look at.
+        checkpoint: File with its weights.
+        adapter: Called with what the student gets; gives what the teacher gets.
+        dtype: Its floating dtype; None: the student's.
+        compile: Ask it through `torch.compile`.
 
     Example:
         >>> teacher = Teacher(nn.Linear(2, 2), Taps([]))
@@ -31,19 +47,43 @@ class Teacher:
         False
     """
 
-    def __init__(self, module: nn.Module | None, taps: Taps) -> None:
+    def __init__(
+        self,
+        given: nn.Module | None,
+        taps: Taps,
+        checkpoint: str | None = None,
+        adapter: nn.Module | None = None,
+        dtype: TeacherDtype | None = None,
+        compile: bool = False,
+    ) -> None:
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise invalid("teacher_dtype", "be float32, bfloat16, float16 or None", dtype)
+        if isinstance(given, Snapshot) and checkpoint is not None:
+            raise invalid("teacher_checkpoint", f"be left out with {type(given).__name__}", checkpoint)
+        self.given = given
         self.taps = taps
-        self.module = module
+        self.checkpoint = checkpoint
+        self.adapter = adapter
+        self.compile = compile
+        self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._loaded: str | None = None
+        self._entry = ""
+        self._answering: Callable[..., Any] | None = None
         self._placed: tuple[torch.device, torch.dtype] | None = None
         self._home_parameters: list[tuple[nn.Parameter, Tensor]] = []
         self._home_buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._sealed: dict[str, str] | None = None
-        if module is not None:
-            module.requires_grad_(False).eval()
+        for module in (given, adapter):
+            if module is not None:
+                module.requires_grad_(False).eval()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What answers: the module itself, or the copy that a `Snapshot` holds."""
+        return self.given.model if isinstance(self.given, Snapshot) else self.given
 
     def __call__(self, inputs: Any, like: nn.Module) -> Any:
         """Ask the teacher: the one place where that happens.
@@ -57,11 +97,19 @@ class Teacher:
         """
         module = self.require()
         self.place(like)
-        if any(child.training for child in module.modules()):  # someone called `train()` on it
-            module.eval()
+        for each in (module, self.adapter):
+            if each is not None and any(child.training for child in each.modules()):  # someone called `train()` on it
+                each.eval()
+        if self._answering is None:
+            entered = find_layer(module, self._entry) if self._entry else module
+            self._answering = torch.compile(entered) if self.compile else entered
         # Not inference mode: its tensors can't be saved for the backward pass of the student's loss.
         with torch.no_grad():
-            return call(module, inputs)
+            if self.adapter is not None:
+                inputs = call(self.adapter, inputs)
+            if self._dtype is not None:
+                inputs = cast(inputs, self._dtype)
+            return call(self._answering, inputs)
 
     def require(self) -> nn.Module:
         """The teacher's module.
@@ -73,28 +121,48 @@ class Teacher:
             raise invalid("teacher", "be given before `fit`", None, "Pass `teacher=`, or set `module.teacher`.")
         return self.module
 
-    def load_once(self, path: str) -> None:
-        """Load weights from ``path`` by the rule of :func:`load_weights_`, unless that has been done."""
-        if self._loaded != path:
-            load_weights_(self.require(), path)
-            self._loaded = path
+    def take_(self, student: nn.Module) -> None:
+        """Let a teacher that is made in the run take its copy of the student."""
+        if isinstance(self.given, Snapshot):
+            self.given.take_(student)
+            self.enter("")
+
+    def enter(self, path: str) -> None:
+        """Call the submodule at ``path`` from now on; empty is the module itself."""
+        self._entry, self._answering = path, None
+
+    def follow_(self, student: nn.Module) -> None:
+        """Let a teacher that follows the student move, after an optimizer step."""
+        if isinstance(self.given, EMATeacher):
+            self.given.follow_(student)
+
+    def load_once(self) -> None:
+        """Load its weights by the rule of :func:`load_weights_`, unless that has been done."""
+        if self.checkpoint is not None and self._loaded != self.checkpoint:
+            load_weights_(self.require(), self.checkpoint)
+            self._loaded = self.checkpoint
 
     def place(self, like: nn.Module) -> None:
-        """Move the teacher to the device and floating dtype of ``like``."""
-        target = _whereabouts(like)
+        """Move the teacher to the device and floating dtype of ``like``; its own dtype, if it has one, wins."""
+        device, dtype = _whereabouts(like)
+        target = (device, self._dtype or dtype)
         if self._placed == target:
             return
-        module = self.require()
-        if self._placed is None:
-            self._home_parameters = [(parameter, parameter.data) for parameter in module.parameters()]
+        modules = [module for module in (self.require(), self.adapter) if module is not None]
+        if self._placed is None and not isinstance(self.given, Snapshot):
+            children = [child for module in modules for child in module.modules()]
+            self._home_parameters = [
+                (p, p.data) for child in children for p in child._parameters.values() if p is not None
+            ]
             self._home_buffers = [
                 (child, name, buffer)
-                for child in module.modules()
+                for child in children
                 for name, buffer in child._buffers.items()
                 if buffer is not None
             ]
         with torch.inference_mode(False), torch.no_grad():
-            module.to(*target)
+            for module in modules:
+                module.to(*target)
         self._placed = target
 
     def return_home(self) -> None:
@@ -103,33 +171,66 @@ class Teacher:
             parameter.data = data
         for module, name, buffer in self._home_buffers:
             module._buffers[name] = buffer
+        if self._placed is not None and isinstance(self.given, Snapshot):
+            self.given.to("cpu")
+        if self.compile and self._answering is not None:
+            torch.compiler.reset()  # compiled code has the taps of its first call built in
         self._home_parameters, self._home_buffers, self._placed, self._sealed = [], [], None, None
+        self._answering = None
 
     def seal(self) -> None:
-        """Remember what the teacher is now, for :meth:`check_seal`."""
+        """Remember what the teacher is now, for :meth:`moved`."""
         self._sealed = fingerprint(self.require())
 
     def moved(self) -> list[str]:
-        """The names of parameters and buffers that changed since :meth:`seal`."""
-        if self._sealed is None or self.module is None:
+        """The names of parameters and buffers that changed since :meth:`seal`; none, if it follows the student."""
+        if self._sealed is None or self.module is None or isinstance(self.given, EMATeacher):
             return []
         now = fingerprint(self.module)
         return [name for name in sorted({*now, *self._sealed}) if now.get(name) != self._sealed.get(name)]
 
+    def reference(self) -> dict[str, Any]:
+        """What a checkpoint says of the teacher: its class, its file, and one hash of what was sealed."""
+        kind = type(self.given)
+        sealed = sorted((self._sealed or {}).items())
+        return {
+            "class": f"{kind.__module__}.{kind.__qualname__}",
+            "checkpoint": self.checkpoint,
+            "fingerprint": hashlib.blake2b(repr(sealed).encode(), digest_size=16).hexdigest() if sealed else None,
+        }
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_placed": None, "_home_parameters": [], "_home_buffers": [], "_sealed": None}
+        return {
+            **self.__dict__,
+            "_placed": None,
+            "_home_parameters": [],
+            "_home_buffers": [],
+            "_sealed": None,
+            "_answering": None,
+        }
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
+def call(model: Callable[..., Any], inputs: Any) -> Any:
     """Call ``model``: a tuple or list gives positional, a dict keyword arguments, anything else is the only argument.
 
     Example:
         >>> call(nn.Bilinear(2, 3, 4), (torch.ones(1, 2), torch.ones(1, 3))).shape
         torch.Size([1, 4])
     """
+    if isinstance(inputs, Arguments):
+        return model(*inputs.args, **inputs.kwargs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def cast(inputs: Any, dtype: torch.dtype) -> Any:
+    """Nested ``inputs`` with floating tensors in ``dtype``."""
+    if isinstance(inputs, Arguments):
+        return Arguments(cast(inputs.args, dtype), cast(inputs.kwargs, dtype))
+    return pytree.tree_map(
+        lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, inputs
+    )
 
 
 def fingerprint(module: nn.Module) -> dict[str, str]:
@@ -141,95 +242,6 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
     """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: _digest(tensor) for name, tensor in tensors.items()}
-
-
-def load_weights_(module: nn.Module, path: str) -> None:
-    """Load the weights of ``module`` from a Lightning checkpoint or a plain state dict.
-
-    The rule: the file's weights are its ``state_dict`` entry, or else the file itself; ``_orig_mod.`` is left out of
-    all names. Then there must be one prefix (``""``, ``model.``, ``student.``, ...) under which *every* key of the
-    module stands with its shape; the empty prefix wins. Other keys in the file are ignored.
-
-    Args:
-        module: The model whose weights are replaced.
-        path: A file that ``torch.load(weights_only=True)`` reads.
-
-    Raises:
-        CompressionError: If the file can't be read, no prefix fits, several do, or a shape differs. Nothing is
-            changed then.
-
-    Example:
-        >>> import tempfile
-        >>> source, target = nn.Linear(2, 2), nn.Linear(2, 2)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     torch.save({f"model.{key}": value for key, value in source.state_dict().items()}, f"{folder}/t.pt")
-        ...     load_weights_(target, f"{folder}/t.pt")
-        >>> torch.equal(source.weight, target.weight)
-        True
-    """
-    stored = _read(path)
-    wanted = {_uncompiled(key): key for key in module.state_dict()}
-    prefix = _find_prefix(stored, list(wanted), path)
-    own = module.state_dict()
-    chosen = {key: stored[prefix + name] for name, key in wanted.items()}
-    for key, value in chosen.items():
-        if isinstance(value, Tensor) and isinstance(own[key], Tensor) and value.shape != own[key].shape:
-            raise invalid(
-                "teacher_checkpoint",
-                f"hold `{prefix}{_uncompiled(key)}` in the teacher's shape {tuple(own[key].shape)}",
-                path,
-                f"The file has shape {tuple(value.shape)}: is it of another teacher?",
-            )
-    module.load_state_dict(chosen)
-
-
-def _read(path: str) -> dict[str, Any]:
-    remedy = "Save the teacher's weights alone: torch.save(teacher.state_dict(), path)."
-    try:
-        content = torch.load(os.fspath(path), map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise invalid("teacher_checkpoint", "be an existing file", path) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        must = "be readable by `torch.load(weights_only=True)`"
-        raise invalid("teacher_checkpoint", must, path, f"{reason} {remedy}") from error
-    weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
-        raise invalid("teacher_checkpoint", "hold a state dict", path, remedy)
-    return {_uncompiled(key): value for key, value in weights.items()}
-
-
-def _find_prefix(stored: Mapping[str, Any], wanted: list[str], path: str) -> str:
-    if not wanted:
-        raise invalid("teacher", "have weights to load", path, "Leave `teacher_checkpoint` out.")
-    found = {
-        prefix: sum(prefix + name in stored for name in wanted) for prefix in dict.fromkeys(_prefixes(stored, wanted))
-    }
-    fitting = [prefix for prefix, count in found.items() if count == len(wanted)]
-    if "" in fitting:
-        return ""
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        remedy = f"All of these fit: {', '.join(sorted(fitting))}. Save the one that you mean in a file of its own."
-        raise invalid("teacher_checkpoint", "hold the teacher's weights once", path, remedy)
-    best = max(found, key=lambda prefix: found[prefix], default="")
-    missing = [best + name for name in wanted if best + name not in stored]
-    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-    raise invalid("teacher_checkpoint", "hold every weight of the teacher", path, f"Missing: {shown}.")
-
-
-def _prefixes(stored: Mapping[str, Any], wanted: Collection[str]) -> Iterator[str]:
-    names = set(wanted)
-    for key in stored:
-        parts = key.split(".")
-        for cut in range(len(parts)):
-            if ".".join(parts[cut:]) in names:
-                yield "".join(f"{part}." for part in parts[:cut])
-
-
-def _uncompiled(key: str) -> str:
-    return key.replace("_orig_mod.", "")
 
 
 def _whereabouts(module: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -16,6 +16,7 @@ from tests.distillation.nets import bits, dataset, loader, trainer, with_feature
 def main(folder: Path) -> None:
     warnings.filterwarnings("ignore", "The '\\w+_dataloader' does not have many workers")
     warnings.filterwarnings("ignore", "GPU available but not used")
+    warnings.filterwarnings("ignore", ".*teacher's accuracy is near chance")
     # Lightning's combined loader asks torch's pytree in a way that torch has deprecated.
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_compress.distillation import DistillationModule, FeatureMSE
+from lightning_compress.distillation import DistillationModule, FeatureMSE, SoftTarget
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import (
     ConvNet,
@@ -52,7 +52,7 @@ REFUSED = [
     ({"losses": [FeatureMSE("head", "features.0")]}, r"\(2, 8, 8, 8\). Received: student_layer=\(2, 4\)"),
     ({"teacher": ConvNet(classes=7)}, r"student's shape \(8, 4\). Received: teacher=\(8, 7\)"),
     (
-        {"teacher": ConvNet(classes=7), "losses": [FeatureMSE("head", "head")]},
+        {"teacher": ConvNet(classes=7), "losses": [SoftTarget(), FeatureMSE("head", "head")]},
         r"student's shape \(2, 4\). Received: teacher=\(2, 7\)",
     ),
     ({"teacher_checkpoint": "missing.ckpt"}, "`teacher_checkpoint` must be an existing file"),
@@ -115,3 +115,11 @@ def test_a_moving_teacher_is_an_error_that_names_the_layer() -> None:
     module = soft_only()
     with pytest.raises(CompressionError, match=r"Changed: features\.1\.running_mean"):
         trainer(callbacks=[Meddles()]).fit(module, loader())
+
+
+def test_features_alone_are_learnt_from_a_teacher_of_other_classes() -> None:
+    fit = trainer()
+    fit.fit(
+        soft_only(teacher=ConvNet(8, classes=7), losses=[FeatureMSE("features.0", "features.0")]), loader(), loader()
+    )
+    assert "train_feature_mse" in fit.callback_metrics and "val_kl" not in fit.callback_metrics

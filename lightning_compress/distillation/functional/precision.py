@@ -48,5 +48,5 @@ def check_shapes(student: Tensor, teacher: Tensor) -> None:
             "teacher",
             f"give a tensor of the student's shape {tuple(student.shape)}",
             tuple(teacher.shape),
-            "Student and teacher must agree on the classes (or features) that they are compared on.",
+            "Both must agree on what they are compared on; override `logits` to pick or reshape what a model puts out.",
         )

@@ -35,6 +35,9 @@ class LogitLoss(DistillationLoss):
 
     class_dim: int
 
+    of_classes: ClassVar[bool] = True
+    """Whether what it compares are classes; a regression's outputs may be too, for a loss that needs no softmax."""
+
     @abstractmethod
     def __call__(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None

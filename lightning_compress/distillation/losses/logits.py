@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -102,6 +103,8 @@ class LogitMSE(LogitLoss):
     weight: float = 0.5
     class_dim: int = -1
     standardize: bool = False
+
+    of_classes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_weight("weight", self.weight)

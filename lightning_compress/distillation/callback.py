@@ -1,0 +1,347 @@
+"""WHEN: `Distillation`, a callback for a LightningModule that exists. `teaching` draws the order of a fit."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_compress.callback import make_probe, refuse_strategy
+from lightning_compress.distillation.check import TeacherCheck, check_teacher, closeness
+from lightning_compress.distillation.features import drop_taps_, find_layer
+from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
+from lightning_compress.distillation.objective import Objective, find_logits
+from lightning_compress.distillation.ramps import TASK, Ramp
+from lightning_compress.distillation.student_call import StudentCall
+from lightning_compress.distillation.teacher import TeacherDtype, shared_with
+from lightning_compress.distillation.teaching import Teaching, logs_now, share_values, step_values
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.quantization import forms
+
+
+class Distillation(Teaching):
+    """Adds distillation to a LightningModule that exists: its own ``training_step`` stays, and so does its class.
+
+    ``loss = task_weight · (the module's own loss) + Σ weight · distillation loss``
+
+    The teacher is asked with what the student was called with in that step, after all augmentation. The student is the
+    LightningModule's own ``forward`` where ``training_step`` calls that, or else the one child that it calls. The
+    module's parameters, keys, hooks and checkpoints stay as they are; adapters live in the callback, and in the
+    optimizer from the first step.
+
+    Args:
+        teacher: Any module, also a LightningModule, :class:`Snapshot` or :class:`EMATeacher`.
+        losses: Distillation losses; None: soft targets.
+        task_weight: Factor of the module's own loss.
+        student: Path of the student within the LightningModule, to which the losses' ``student_layer`` is relative;
+            None is the LightningModule itself.
+        teacher_checkpoint: File with the teacher's weights: see :func:`~.weights.load_weights_`.
+        teacher_adapter: Called with what the student was called with; gives the teacher's inputs: another normalisation
+            or resolution.
+        teacher_dtype: The teacher's floating dtype; None: the student's.
+        teacher_compile: Ask the teacher through `torch.compile`.
+        ramps: Weights and temperatures that change: see :class:`Ramp`.
+        log_gradient_share: Log each term's share of the gradient whenever the Trainer logs; a backward pass for each
+            term, then.
+
+    Raises:
+        CompressionError: If a value is out of range; in ``setup``, with manual optimization, without a teacher, or with
+            a strategy that shards; at the first batch, if shapes or logits don't fit. Nothing has changed then.
+
+    Logs ``train_<term>`` and ``train_<term>_weighted`` with ``task`` for the module's own loss; in validation,
+    ``val_agreement`` (same first choice as the teacher) and ``val_kl``.
+
+    Example:
+        >>> from lightning_compress.distillation import FeatureMSE
+        >>> callback = Distillation(nn.Linear(4, 3), [SoftTarget(temperature=4.0)], task_weight=0.25)
+        >>> # L.Trainer(callbacks=[callback]).fit(model, data)
+
+    References:
+        Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
+
+    Hooks: ``setup``, ``on_fit_start``, ``on_train_start``, ``on_train_batch_start`` (first batch),
+    ``on_after_backward`` (adapters under DDP), ``on_train_batch_end``, ``on_validation_batch_start`` and ``_end``,
+    ``teardown``, ``on_exception``. Override ``logits``, ``targets`` and ``valid_positions`` where outputs or batches
+    differ.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None = None,
+        losses: list[DistillationLoss] | None = None,
+        task_weight: float = 1.0,
+        student: str | None = None,
+        teacher_checkpoint: str | None = None,
+        teacher_adapter: nn.Module | None = None,
+        teacher_dtype: TeacherDtype | None = None,
+        teacher_compile: bool = False,
+        ramps: Sequence[Ramp] = (),
+        log_gradient_share: bool = False,
+    ) -> None:
+        super().__init__()
+        number = isinstance(task_weight, int | float) and not isinstance(task_weight, bool)
+        if not (number and math.isfinite(task_weight) and task_weight >= 0):
+            raise invalid("task_weight", "be a finite number, at least 0", task_weight)
+        self.objective = Objective(
+            [SoftTarget()] if losses is None else losses,
+            task_weight,
+            ramps,
+            checkpoint=teacher_checkpoint,
+            adapter=teacher_adapter,
+            dtype=teacher_dtype,
+            compile=teacher_compile,
+        )
+        self.objective.set_teacher(teacher)
+        self.student = student
+        self.log_gradient_share = log_gradient_share
+        self._call = StudentCall()
+        self._entry: str | None = None
+        self._serves: int | None = None
+        self._check: TeacherCheck | None = None
+
+    # What a subclass may override.
+
+    def logits(self, outputs: Any) -> Tensor:
+        """The logits within the outputs of student or teacher: see :func:`~.objective.find_logits`."""
+        return find_logits(outputs)
+
+    def targets(self, batch: Any) -> Any:
+        """The true classes of a batch, for losses that look at them; by default the second of a pair."""
+        return batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+
+    def valid_positions(self, batch: Any) -> Tensor | None:
+        """Which positions of the logits the losses count, as a boolean tensor; None: all."""
+        return None
+
+    # Lightning's hooks.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        refuse_strategy(trainer, type(self).__name__)
+        if not pl_module.automatic_optimization:
+            raise CompressionError(
+                "`automatic_optimization` must be True for Distillation, which adds to the loss that training_step "
+                "returns. Received: automatic_optimization=False. Use DistillationModule's `compute_terms` in the step."
+            )
+        pl_module.configure_model()
+        student = self._scope(pl_module)
+        self.reset(self.objective)
+        self.objective.adapters.clear()
+        self._entry, self._check = None, None
+        if self.objective.teacher.given is None:
+            self.objective.teacher.require()
+        twin = pl_module
+        if forms.form_of(pl_module) != "float":
+            twin = make_probe(trainer, pl_module)
+            forms.revert_(twin, "float")
+        self.objective.teacher.take_(student if twin is pl_module else self._scope(twin))
+        teacher = self.objective.teacher.require()
+        if (error := shared_with(teacher, student)) is not None:
+            raise error
+        self.objective.taps.find(student)
+        self.objective.teacher.taps.find(teacher)
+        self.objective.teacher.load_once()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        student = self._scope(pl_module)
+        self.begin(self.objective, trainer, student)
+        self.objective.attach(student)
+        if self._restored is not None and self._restored["adapters"]:
+            self.objective.adapters.load_state_dict(self._restored["adapters"])
+            self._join(trainer, student)
+        _wrap(pl_module)
+        self._serves = id(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.start_clock(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._entry is None:
+            self._rehearse(trainer, pl_module, batch, batch_idx)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size > 1:  # the DDP wrapper doesn't know the adapters
+            for parameter in self.objective.adapters.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.count_step(trainer, self._scope(pl_module))
+        self.say(self._check, type(self).__name__)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if self._entry is not None:
+            self._call.switch(listening=True)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not self._call.fired:
+            return
+        ours, theirs = self._answers(self._scope(pl_module))
+        self._call.switch(listening=False)
+        class_dim = None if ours is None else self.objective.class_dim(ours, self.targets(batch))
+        if ours is not None and theirs is not None and class_dim is not None:
+            values, count = closeness(ours, theirs, class_dim, self.valid_positions(batch))
+            logged = {f"val_{name}": value for name, value in values.items()}
+            pl_module.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=max(count, 1))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.finish(self.objective, partial(self.close, pl_module))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.close(pl_module)
+
+    def close(self, pl_module: pl.LightningModule) -> None:
+        """Take all hooks away; may be called twice."""
+        _unwrap(pl_module)
+        self._call.detach()
+        self.objective.detach(pl_module)
+        self._serves = None
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return {**state, "adapters": self.objective.adapters.state_dict()} if state else state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_serves": None}
+
+    # The work.
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether this is the very module that is taught, not a copy of it."""
+        return self._serves == id(module) and self._entry is not None
+
+    def teach(self, step: Callable[..., Any], module: pl.LightningModule, args: tuple[Any, ...]) -> Any:
+        """Run the module's own step, and add the terms to its loss."""
+        student, batch = self._scope(module), args[0]
+        with self.objective.listening(), self._call.listen():
+            result = step(*args)
+            if result is None:  # the module skips this batch
+                return None
+            terms = {TASK: result["loss"] if isinstance(result, Mapping) else result}
+            ours, theirs = self._answers(student)
+            valid, targets = self.valid_positions(batch), self.targets(batch)
+            terms |= self.objective.terms(ours, theirs, valid, targets)
+        weighted = self.objective.weighted(terms)
+        loss = torch.stack([value.reshape(()) for value in weighted.values()]).sum()
+        if self._check is None and ours is not None and theirs is not None:
+            class_dim = self.objective.class_dim(ours, targets)
+            if class_dim is not None:
+                self._check = check_teacher(ours.detach(), theirs, targets, class_dim, valid)
+        values = step_values(terms, weighted)
+        if self.log_gradient_share and logs_now(module.trainer):
+            values |= share_values(weighted, student)
+        module.log_dict(values, batch_size=None if ours is None else len(ours))
+        return {**result, "loss": loss} if isinstance(result, Mapping) else loss
+
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """The dry run on a copy of the module with the first batch; then adapters, taps and witness are in place."""
+        probe = make_probe(trainer, pl_module)
+        forms.revert_(probe, "float")
+        drop_taps_(probe)
+        student, call = self._scope(probe), StudentCall()
+        names = list(inspect.signature(type(probe).training_step).parameters.values())[1:]
+        takes_index = len(names) > 1 or any(name.kind is name.VAR_POSITIONAL for name in names)
+
+        def run() -> tuple[Any, Tensor | None, Tensor | None]:
+            with call.listen(), trainer.precision_plugin.train_step_context():
+                probe.training_step(batch, batch_idx) if takes_index else probe.training_step(batch)
+                entry, inputs, outputs = call.seen()
+                self._entry = entry
+                self.objective.teacher.enter(entry if self._made() else "")
+                answers = self.objective.teacher(inputs, like=student)
+                if not self.objective.compares_logits:
+                    return outputs, None, None
+                return outputs, self.logits(outputs), self.logits(answers)
+
+        call.attach(student)
+        try:
+            plan = self.objective.plan(student, run)
+        except BaseException:
+            self._entry = None
+            raise
+        finally:
+            call.detach()
+        live = self._scope(pl_module)
+        before = set(self.objective.taps)
+        joined = set(self.objective.adapters)
+        self.objective.follow_(plan, live)
+        if set(self.objective.taps) - before and self._restored is None and forms.form_of(pl_module) == "prepared":
+            raise invalid(
+                "callbacks",
+                "list Distillation before QuantizationAwareTraining where pairs='auto'",
+                [type(callback).__name__ for callback in trainer.callbacks],  # type: ignore[attr-defined]
+            )
+        self._call.attach(live, self._entry)
+        if not joined:
+            self._join(trainer, live)
+        rank_zero_info(f"{type(self).__name__}: the student learns from {self._name()}.\n  {plan}")
+
+    def _join(self, trainer: pl.Trainer, student: nn.Module) -> None:
+        """Bring the adapters where the student is, equal on all ranks, and into the optimizer."""
+        adapters = self.objective.adapters
+        parameter = next(iter(student.parameters()))
+        adapters.to(parameter.device)
+        if trainer.world_size > 1:
+            adapters.load_state_dict(trainer.strategy.broadcast(adapters.state_dict()))
+        # Into the first group: a scheduler holds one base rate for each group and would not know of another one.
+        trainer.optimizers[0].param_groups[0]["params"].extend(adapters.parameters())
+
+    def _answers(self, student: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        _, inputs, outputs = self._call.seen()
+        answers = self.objective.teacher(inputs, like=student)
+        if not self.objective.compares_logits:
+            return None, None
+        return self.logits(outputs), self.logits(answers)
+
+    def _scope(self, pl_module: nn.Module) -> nn.Module:
+        return pl_module if self.student is None else find_layer(pl_module, self.student, "student")
+
+    def _made(self) -> bool:
+        return self.objective.teacher.given is not self.objective.teacher.module
+
+    def _name(self) -> str:
+        return type(self.objective.teacher.given).__name__
+
+
+def _wrap(module: pl.LightningModule) -> None:
+    """Let the instance's ``training_step`` be taught; a deep copy of it is not."""
+    # A partial of a plain function: a deep copy gets one of its own, and no callback with its Trainer.
+    wrapped = partial(_taught_step, module, module.__dict__.get("training_step"))
+    wrapped.__wrapped__ = type(module).training_step  # type: ignore[attr-defined]  # Lightning reads its signature
+    module.__dict__["training_step"] = wrapped
+
+
+def _unwrap(module: pl.LightningModule) -> None:
+    wrapped = module.__dict__.get("training_step")
+    if isinstance(wrapped, partial) and wrapped.func is _taught_step:
+        del module.__dict__["training_step"]
+        if wrapped.args[1] is not None:
+            module.__dict__["training_step"] = wrapped.args[1]
+
+
+def _taught_step(module: pl.LightningModule, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    step = previous or partial(type(module).training_step, module)
+    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Distillation) and callback.serves(module):
+            return callback.teach(partial(step, **kwargs), module, args)
+    return step(*args, **kwargs)

@@ -1,0 +1,171 @@
+"""How teacher and student compare on a batch: what a start of training should know before hours are spent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from lightning_compress.distillation.functional import soft_target
+
+
+@dataclass(frozen=True)
+class TeacherCheck:
+    """What one batch says of a teacher.
+
+    Attributes:
+        positions: How many predictions it rests on.
+        classes: How many classes there are.
+        entropy: Of the teacher's predictions, mean in nats; at most log(classes).
+        agreement: Fraction of positions where teacher and student choose the same class.
+        teacher: The teacher's accuracy; None where the targets are no classes.
+        student: The student's accuracy.
+    """
+
+    positions: int
+    classes: int
+    entropy: float
+    agreement: float
+    teacher: float | None
+    student: float | None
+
+    def __str__(self) -> str:
+        accuracy = "" if self.teacher is None else f"accuracy {self.teacher:.3f} (student {self.student:.3f}), "
+        return (
+            f"teacher on the first {self.positions:,} predictions: {accuracy}entropy {self.entropy:.3f} of at most "
+            f"{math.log(self.classes):.3f} nats, same choice as the student's on {self.agreement:.3f}"
+        )
+
+    def warnings(self) -> list[str]:
+        """What looks wrong; one standard error of the accuracies is allowed for."""
+        if self.teacher is None or self.student is None:
+            return []
+        chance = 1 / self.classes
+        error = math.sqrt(chance * (1 - chance) / self.positions)
+        if self.teacher <= chance + error:
+            return [
+                f"The teacher's accuracy is near chance: {self.teacher:.3f} on {self.positions:,} predictions, where "
+                f"guessing among {self.classes} classes gives {chance:.3f}. Check its weights (`teacher_checkpoint`), "
+                "its normalisation and resolution (`teacher_adapter`) and the order of its classes."
+            ]
+        error = math.sqrt(max(self.student * (1 - self.student), chance * (1 - chance)) / self.positions)
+        if self.teacher < self.student - error:
+            return [
+                f"The teacher is behind the student: accuracy {self.teacher:.3f} against {self.student:.3f} on "
+                f"{self.positions:,} predictions. A student seldom gains from a weaker teacher."
+            ]
+        return []
+
+
+@torch.no_grad()
+def check_teacher(
+    student: Tensor, teacher: Tensor, targets: object, class_dim: int, valid: Tensor | None = None
+) -> TeacherCheck | None:
+    """Compare the logits of student and teacher on one batch; None where nothing counts.
+
+    Args:
+        student: Logits.
+        teacher: Logits of the same shape.
+        targets: True classes, where the batch has them.
+        class_dim: Where the classes stand.
+        valid: Which positions count; None: all.
+
+    Example:
+        >>> logits = torch.eye(3) * 9
+        >>> check = check_teacher(torch.zeros(3, 3), logits, torch.tensor([0, 1, 2]), -1)
+        >>> check.teacher, round(check.agreement, 3), round(check.entropy, 3)
+        (1.0, 0.333, 0.002)
+    """
+    ours, theirs = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
+    counts = torch.ones(ours.shape[:-1], dtype=torch.bool, device=ours.device) if valid is None else valid.bool()
+    labels = targets if isinstance(targets, Tensor) and is_classes(targets, counts.shape) else None
+    if labels is not None:
+        counts = counts & (labels >= 0) & (labels < ours.shape[-1])
+    ours, theirs = ours[counts].float(), theirs[counts].float()
+    if not len(ours):
+        return None
+    accuracies = [
+        None if labels is None else (each.argmax(-1) == labels[counts]).float().mean().item() for each in (ours, theirs)
+    ]
+    return TeacherCheck(
+        positions=len(ours),
+        classes=ours.shape[-1],
+        entropy=torch.distributions.Categorical(logits=theirs, validate_args=False).entropy().mean().item(),
+        agreement=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+        teacher=accuracies[1],
+        student=accuracies[0],
+    )
+
+
+@torch.no_grad()
+def closeness(
+    student: Tensor, teacher: Tensor, class_dim: int, valid: Tensor | None = None
+) -> tuple[dict[str, Tensor], int]:
+    """How close two predictions are, and over how many positions that is a mean.
+
+    Returns:
+        ``agreement``, the fraction of positions with the same first choice, and ``kl``, the divergence at temperature
+        1 in nats; and the number of positions.
+
+    Example:
+        >>> values, count = closeness(torch.eye(2), torch.eye(2).flip(0), -1)
+        >>> float(values["agreement"]), round(float(values["kl"]), 3), count
+        (0.0, 0.462, 2)
+    """
+    same = (student.argmax(class_dim) == teacher.argmax(class_dim)).float()
+    counts = torch.ones_like(same, dtype=torch.bool) if valid is None else valid.bool()
+    count = int(counts.sum())
+    agreement = same.where(counts, 0.0).sum() / max(count, 1)
+    return {"agreement": agreement, "kl": soft_target(student, teacher, 1.0, class_dim, valid)}, count
+
+
+def accuracy(
+    logits: Tensor, targets: object, valid: Tensor | None, ignore_index: int | None
+) -> tuple[Tensor, int] | None:
+    """Accuracy, and over how many positions; None unless this looks like classification.
+
+    That is: integer targets, and logits with a dimension more, which is 1 or the last.
+
+    Example:
+        >>> value, count = accuracy(torch.eye(3), torch.tensor([0, 1, -100]), None, ignore_index=-100)
+        >>> float(value), count
+        (1.0, 2)
+    """
+    class_dim = find_class_dim(logits, targets)
+    if class_dim is None or not isinstance(targets, Tensor):
+        return None
+    ignored = -100 if ignore_index is None else ignore_index
+    if valid is not None:
+        targets = targets.masked_fill(~valid.bool(), ignored)
+    count = int((targets != ignored).sum())
+    classes = logits.detach().movedim(class_dim, 1).float()
+    value = multiclass_accuracy(
+        classes, targets, classes.shape[1], average="micro", ignore_index=ignored, validate_args=False
+    )
+    return value, count
+
+
+def find_class_dim(logits: Tensor, targets: object) -> int | None:
+    """The dimension of the classes, if ``targets`` are classes of ``logits``: 1 or the last.
+
+    Example:
+        >>> find_class_dim(torch.zeros(2, 5, 7), torch.zeros(2, 5, dtype=torch.long))
+        -1
+    """
+    for class_dim in (1, -1):
+        positions = logits.movedim(class_dim, -1).shape[:-1] if logits.dim() > 1 else None
+        if positions is not None and is_classes(targets, positions):
+            return class_dim
+    return None
+
+
+def is_classes(targets: object, shape: torch.Size) -> bool:
+    """Whether ``targets`` are integers of this shape."""
+    return (
+        isinstance(targets, Tensor)
+        and not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+        and targets.shape == shape
+    )

@@ -1,0 +1,90 @@
+"""Teachers that are made in the run, from the student itself; modules like any other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.distillation.features import drop_taps_
+from lightning_compress.errors import invalid
+from lightning_compress.quantization.calls import copy_module
+
+
+class Snapshot(nn.Module):
+    """A frozen copy of the student as it is when a fit begins: before it is pruned, shrunk or quantized in it.
+
+    Layers are named as in the student. A fit that resumes takes its copy before the checkpoint is loaded, from a
+    student that was built and initialised as the first time; a warning says if it isn't the same.
+
+    Example:
+        >>> from lightning_compress.distillation import DistillationModule, SoftTarget
+        >>> module = DistillationModule(nn.Linear(4, 3), teacher=Snapshot(), losses=[SoftTarget()])
+        >>> module.prepare_()
+        >>> torch.equal(module.teacher.model.weight, module.student.weight)
+        True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: nn.Module | None = None
+
+    def take_(self, student: nn.Module) -> None:
+        """Copy the student, frozen and without taps."""
+        model = copy_module(student)
+        drop_taps_(model)
+        self.model = model.requires_grad_(False).eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.model is None:
+            raise invalid("teacher", "have been taken from a student", type(self).__name__, "`fit` does so.")
+        return self.model(*args, **kwargs)
+
+
+class EMATeacher(Snapshot):
+    """A mean teacher: the exponential moving average of the student's weights, after each optimizer step.
+
+    ``θ' ← decay · θ' + (1 - decay) · θ`` for parameters; buffers (BatchNorm's statistics) are the student's own. It
+    begins as a copy of the student. As nothing else could bring it back, a whole checkpoint holds it, apart from the
+    model's weights.
+
+    Args:
+        decay: In [0, 1); 0.999 remembers about the last thousand steps.
+
+    Raises:
+        CompressionError: If the decay is out of range.
+
+    Example:
+        >>> student, teacher = nn.Linear(1, 1, bias=False), EMATeacher(decay=0.75)
+        >>> teacher.take_(student.requires_grad_(False))
+        >>> before = student.weight.clone()
+        >>> student.weight += 4.0
+        >>> teacher.follow_(student)
+        >>> torch.allclose(teacher.model.weight, before + 1.0)
+        True
+
+    References:
+        Tarvainen and Valpola, "Mean teachers are better role models" (2017), eq. 2.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__()
+        number = isinstance(decay, int | float) and not isinstance(decay, bool)
+        if not (number and math.isfinite(decay) and 0 <= decay < 1):
+            raise invalid("decay", "lie in [0, 1)", decay, "Usual values: 0.99 to 0.9999.")
+        self.decay = decay
+
+    @torch.no_grad()
+    def follow_(self, student: nn.Module) -> None:
+        """Move towards the student's weights; its form may be prepared for int8 meanwhile."""
+        if self.model is None:
+            return
+        parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
+        for name, average in self.model.named_parameters():
+            if average.is_floating_point():
+                average.lerp_(parameters[name].to(average.device, average.dtype), 1 - self.decay)
+        for name, buffer in self.model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])

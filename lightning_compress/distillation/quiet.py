@@ -1,0 +1,94 @@
+"""Looks at models and data that leave no trace: random state, buffers and modes are put back."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def take_examples(loader: Any, count: int = 2) -> Any | None:
+    """A small batch from a ``DataLoader`` over a map-style dataset, or None.
+
+    Its first items are collated by hand: no iterator, worker or sampler of the user's is started or moved on. A dataset
+    that draws from a generator of its own does draw; ``example_input_array`` avoids that.
+
+    Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> [x.shape for x in take_examples(DataLoader(TensorDataset(torch.ones(9, 3), torch.ones(9)), batch_size=4))]
+        [torch.Size([2, 3]), torch.Size([2])]
+    """
+    dataset: Any = getattr(loader, "dataset", None)
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__") or len(dataset) == 0:
+        return None
+    with random_state_kept():
+        if loader.batch_sampler is None:  # the dataset's items are batches already
+            return loader.collate_fn(dataset[0])
+        return loader.collate_fn([dataset[index] for index in range(min(count, len(dataset)))])
+
+
+def to_device_of(inputs: Any, module: nn.Module) -> Any:
+    """Nested ``inputs`` on the device of ``module``, floating tensors in its dtype."""
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return inputs
+    if isinstance(inputs, Tensor):
+        return inputs.to(parameter.device, parameter.dtype if inputs.is_floating_point() else inputs.dtype)
+    if isinstance(inputs, Mapping):
+        return {key: to_device_of(value, module) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return [to_device_of(value, module) for value in inputs]
+    return inputs
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put the global generators of Python, numpy and torch (all CUDA devices) back at the end of the block."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def buffers_kept(module: nn.Module, on_error_only: bool = False) -> Iterator[None]:
+    """Put all buffers of ``module`` back at the end of the block, the same tensors with the same values."""
+    kept = [
+        (child, name, buffer, None if nn.parameter.is_lazy(buffer) else buffer.detach().clone())
+        for child in module.modules()
+        for name, buffer in child._buffers.items()
+        if buffer is not None
+    ]
+    passed = False
+    try:
+        yield
+        passed = True
+    finally:
+        if not (passed and on_error_only):
+            for child, name, buffer, values in kept:
+                if values is not None:
+                    buffer.data = values
+                    child._buffers[name] = buffer
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put ``module`` into evaluation mode for the length of the block."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training

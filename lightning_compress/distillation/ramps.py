@@ -1,0 +1,119 @@
+"""Weights and temperatures that change while the student learns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lightning_compress.distillation.losses import DistillationLoss
+from lightning_compress.errors import invalid, nearest
+from lightning_compress.schedules import Linear, Schedule
+from lightning_compress.window import Bounds, Window
+
+TASK = "task"
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Moves one number of a loss over a window: from ``initial`` to what the loss itself says.
+
+    Before the window ``initial`` holds, after it the loss's own value. To stop distilling at 80 % of the fit:
+    ``SoftTarget(weight=0.0)`` with ``Ramp("soft_target", initial=0.75, schedule=OneShot(), window=Window(0.8))``.
+
+    Args:
+        loss: Name of the loss as in the log, an `fnmatch` pattern; ``task`` is the task loss, which has a ``weight``.
+        number: Which of its numbers: ``weight``, ``temperature``, ...
+        initial: The value before the window.
+        schedule: How it goes from there; None: `Linear`.
+        window: When.
+
+    Raises:
+        CompressionError: In the module or callback, if no loss has that name or number, or the value is out of range.
+
+    Example:
+        >>> ramp = Ramp("soft_target", "temperature", initial=8.0, window=Window(0.0, 0.5))
+        >>> ramp.value(final=2.0, progress=0.25)
+        6.5
+    """
+
+    loss: str
+    number: str = "weight"
+    initial: float = 0.0
+    schedule: Schedule | None = None
+    window: Window = field(default_factory=Window)
+
+    def value(self, final: float, progress: float | None) -> float:
+        """The number at ``progress`` in the window; None is before it."""
+        if progress is None:
+            return self.initial
+        return (self.schedule or Linear()).value(progress, final, self.initial)
+
+
+class Clock:
+    """Where in their windows the ramps stand: optimizer steps, and bounds that are fixed when training starts.
+
+    Args:
+        ramps: What it keeps the time for.
+
+    Example:
+        >>> clock = Clock([Ramp("task", window=Window(0.0, 0.5))])
+        >>> clock.start(total=100, per_epoch=10)
+        >>> clock.step = 25
+        >>> clock.weight("task", 1.0)
+        0.5
+    """
+
+    def __init__(self, ramps: Sequence[Ramp]) -> None:
+        self.ramps = list(ramps)
+        self.step = 0
+        self.bounds: list[Bounds] | None = None
+
+    def start(self, total: float, per_epoch: float) -> None:
+        """Fix the bounds, unless a checkpoint brought them, in a fit of ``total`` optimizer steps."""
+        if self.bounds is None:
+            self.bounds = [ramp.window.bounds(total, per_epoch) for ramp in self.ramps]
+
+    def loss(self, name: str, loss: DistillationLoss) -> DistillationLoss:
+        """The loss with the numbers that it has now; those that it says while no fit has started."""
+        now = {ramp.number: ramp.value(getattr(loss, ramp.number), progress) for ramp, progress in self._now(name)}
+        return dataclasses.replace(loss, **now) if now else loss  # type: ignore[type-var]
+
+    def weight(self, name: str, final: float) -> float:
+        """A weight that belongs to no loss."""
+        for ramp, progress in self._now(name):
+            final = ramp.value(final, progress)
+        return final
+
+    def _now(self, name: str) -> list[tuple[Ramp, float | None]]:
+        pairs = zip(self.ramps, self.bounds or [], strict=False)
+        return [(ramp, at.progress(self.step)) for ramp, at in pairs if fnmatchcase(name, ramp.loss)]
+
+    def state_dict(self) -> dict[str, Any]:
+        bounds = None if self.bounds is None else [[each.start, each.end] for each in self.bounds]
+        return {"step": self.step, "bounds": bounds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = state["step"]
+        self.bounds = None if state["bounds"] is None else [Bounds(*each) for each in state["bounds"]]
+
+
+def check_ramps(ramps: Sequence[Ramp], losses: Mapping[str, DistillationLoss]) -> None:
+    """Raise if a ramp moves nothing, or to where a loss can't be."""
+    for ramp in ramps:
+        if not isinstance(ramp, Ramp):
+            raise invalid("ramps", "be a list of Ramp", ramp, 'Such as [Ramp("soft_target", initial=0.0)].')
+        hit = {name: loss for name, loss in losses.items() if fnmatchcase(name, ramp.loss)}
+        task = fnmatchcase(TASK, ramp.loss)
+        if not hit and not task:
+            raise invalid("loss", "name a loss for a ramp", ramp.loss, nearest(ramp.loss, [*losses, TASK]))
+        for loss in hit.values():
+            fields: tuple[Any, ...] = dataclasses.fields(loss) if dataclasses.is_dataclass(loss) else ()
+            known = [each.name for each in fields if each.type in ("float", float)]
+            if ramp.number not in known:
+                raise invalid("number", f"name a number of {ramp.loss}", ramp.number, nearest(ramp.number, known))
+            dataclasses.replace(loss, **{ramp.number: ramp.initial})  # type: ignore[type-var]
+        if task and ramp.number != "weight":
+            raise invalid("number", "be 'weight' for the task", ramp.number)

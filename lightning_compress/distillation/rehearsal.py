@@ -1,0 +1,254 @@
+"""The dry run: what is paired with what, which adapters that takes, and what will get no gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.distillation.adapters import make_adapter
+from lightning_compress.distillation.features import Taps, is_compiled
+from lightning_compress.distillation.functional.precision import check_shapes
+from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
+from lightning_compress.distillation.quiet import buffers_kept, random_state_kept
+from lightning_compress.errors import CompressionError
+from lightning_compress.targets import clean_name
+
+Run = Callable[[], tuple[Any, Tensor | None, Tensor | None]]
+"""Runs student and teacher; gives the student's outputs, and the logits of both if they are compared."""
+
+Shapes = Mapping[str, torch.Size]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What one loss compares.
+
+    Attributes:
+        loss: Its name in the log.
+        student: Path and shape of the student's side; the path of logits is empty.
+        teacher: The same of the teacher's side.
+        adapter: What brings the one to the other; None where nothing is needed.
+    """
+
+    loss: str
+    student: tuple[str, tuple[int, ...]]
+    teacher: tuple[str, tuple[int, ...]]
+    adapter: nn.Module | None = None
+
+    def __str__(self) -> str:
+        if not self.student[0]:
+            return f"{self.loss}: logits {self.student[1]}"
+        text = f"{self.loss}: {self.student[0]} {self.student[1]} with {self.teacher[0]} {self.teacher[1]}"
+        if self.adapter is None:
+            return text
+        count = sum(parameter.numel() for parameter in self.adapter.parameters())
+        return f"{text} by {type(self.adapter).__name__}, {count:,} parameters"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a student will learn from, before anything has changed.
+
+    Attributes:
+        losses: By name; those that asked for pairs stand for each pair.
+        pairs: What each compares.
+        without_gradient: Trainable parameters of the student that no loss reaches.
+    """
+
+    losses: Mapping[str, DistillationLoss]
+    pairs: tuple[Pair, ...]
+    without_gradient: tuple[str, ...]
+
+    @property
+    def adapters(self) -> dict[str, nn.Module]:
+        """The adapters by loss name."""
+        return {pair.loss: pair.adapter for pair in self.pairs if pair.adapter is not None}
+
+    def __str__(self) -> str:
+        lines = [str(pair) for pair in self.pairs]
+        if self.without_gradient:
+            shown = ", ".join(self.without_gradient[:6]) + (" ..." if len(self.without_gradient) > 6 else "")
+            lines.append(
+                f"no loss reaches {len(self.without_gradient)} parameters of the student: {shown}. They won't learn; "
+                "freeze them (`requires_grad_(False)`), or DDP will miss their gradients."
+            )
+        return "\n  ".join(lines)
+
+
+def rehearse(
+    losses: Mapping[str, DistillationLoss],
+    models: tuple[nn.Module, nn.Module],
+    taps: tuple[Taps, Taps],
+    run: Run,
+    task: bool,
+) -> Plan:
+    """Run student and teacher once, leave no trace, and tell what will happen.
+
+    Args:
+        losses: By name.
+        models: Student and teacher; their modes are the caller's business.
+        taps: Of student and teacher, for the layers that are named.
+        run: See :data:`Run`.
+        task: Whether a task loss learns from the student's outputs too.
+
+    Raises:
+        CompressionError: If layers, shapes or logits don't fit.
+    """
+    student = models[0]
+    # Eager, or the compiled code would be that of this run.
+    eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, models)) else nullcontext()
+    with random_state_kept(), buffers_kept(student), eager:
+        if any(isinstance(loss, FeatureLoss) and loss.pairs for loss in losses.values()):
+            with torch.no_grad(), _resolutions(models[0]) as ours, _resolutions(models[1]) as theirs:
+                run()
+            losses = _expanded(losses, _matching(ours, theirs))
+            taps = make_taps(losses)
+        with _attached(taps, models), taps[0].listen(), taps[1].listen(), torch.enable_grad():
+            outputs, *logits = run()
+            pairs = [_pair(name, loss, taps, logits) for name, loss in losses.items()]
+            roots: list[Any] = [taps[0][path] for path in taps[0]]
+            if task or any(isinstance(loss, LogitLoss) for loss in losses.values()):
+                roots.append(outputs)
+            missed = _missed(student, roots)
+    return Plan(losses, tuple(pairs), missed)
+
+
+def make_taps(losses: Mapping[str, DistillationLoss]) -> tuple[Taps, Taps]:
+    """Taps of student and teacher for the layers that feature losses name."""
+    named = [loss for loss in losses.values() if isinstance(loss, FeatureLoss) and not loss.pairs]
+    return (
+        Taps([str(loss.student_layer) for loss in named], "student_layer"),
+        Taps([str(loss.teacher_layer) for loss in named], "teacher_layer"),
+    )
+
+
+def _pair(name: str, loss: DistillationLoss, taps: tuple[Taps, Taps], logits: list[Any]) -> Pair:
+    if not isinstance(loss, FeatureLoss):
+        check_shapes(*logits)
+        return Pair(name, ("", tuple(logits[0].shape)), ("", tuple(logits[1].shape)))
+    paths = (str(loss.student_layer), str(loss.teacher_layer))
+    shapes = [tuple(each[path].shape) for each, path in zip(taps, paths, strict=True)]
+    adapter = make_adapter(*shapes) if loss.adapts else None
+    if not loss.adapts:  # its own demands on the shapes, before training
+        loss(*(each[path].detach() for each, path in zip(taps, paths, strict=True)))
+    return Pair(name, (paths[0], shapes[0]), (paths[1], shapes[1]), adapter)
+
+
+@contextmanager
+def _attached(taps: tuple[Taps, Taps], models: tuple[nn.Module, nn.Module]) -> Iterator[None]:
+    """Taps on both models inside the block; those that were on stay on."""
+    added = [(each, model) for each, model in zip(taps, models, strict=True) if not each.attached]
+    try:
+        for each, model in added:
+            each.attach(model)
+        yield
+    finally:
+        for each, model in added:
+            each.detach(model)
+
+
+@contextmanager
+def _resolutions(model: nn.Module) -> Iterator[dict[str, torch.Size]]:
+    """The shape that each inner layer put out, in the order in which they finished."""
+    shapes: dict[str, torch.Size] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                shapes.pop(path, None)
+                shapes[path] = output.shape
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(clean_name(name)))
+        for name, module in model.named_modules()
+        if clean_name(name)
+    ]
+    try:
+        yield shapes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _matching(ours: Shapes, theirs: Shapes) -> list[tuple[str, str]]:
+    """The deepest layers of each resolution that both have: the sizes of maps, or the lengths of sequences."""
+    for length in (1, 2):  # where the length of features of rank 3 stands: (B, L, D), or else (B, C, L)
+        deepest = [
+            {
+                (shape.numel() and len(shape), *_size(shape, length)): path
+                for path, shape in shapes.items()
+                if len(shape) > 2
+            }
+            for shapes in (ours, theirs)
+        ]
+        found = [(path, deepest[1][size]) for size, path in deepest[0].items() if size in deepest[1]]
+        if found:
+            return found
+    raise CompressionError(
+        "`pairs` must find layers of equal resolution in student and teacher. Received: pairs='auto', and none that "
+        "put out maps or sequences of one size. Name `student_layer` and `teacher_layer`."
+    )
+
+
+def _size(shape: torch.Size, length: int) -> tuple[int, ...]:
+    return tuple(shape[2:]) if len(shape) > 3 else (shape[length],)
+
+
+def _expanded(losses: Mapping[str, DistillationLoss], pairs: list[tuple[str, str]]) -> dict[str, DistillationLoss]:
+    """The losses, those with ``pairs`` once for each pair; their weight is that of the mean over pairs."""
+    expanded: list[DistillationLoss] = []
+    for loss in losses.values():
+        if isinstance(loss, FeatureLoss) and loss.pairs:
+            share = loss.weight / len(pairs)
+            for ours, theirs in pairs:
+                named = {"student_layer": ours, "teacher_layer": theirs, "pairs": None, "weight": share}
+                expanded.append(dataclasses.replace(loss, **named))  # type: ignore[type-var]
+        else:
+            expanded.append(loss)
+    return name_losses(expanded)
+
+
+def name_losses(losses: Iterable[DistillationLoss]) -> dict[str, DistillationLoss]:
+    """The losses by name; a name that comes again is numbered.
+
+    Example:
+        >>> from lightning_compress.distillation import SoftTarget
+        >>> list(name_losses([SoftTarget(), SoftTarget(temperature=8.0)]))
+        ['soft_target', 'soft_target_2']
+    """
+    named: dict[str, DistillationLoss] = {}
+    for loss in losses:
+        name, count = loss.name, 2
+        while name in named:
+            name, count = f"{loss.name}_{count}", count + 1
+        named[name] = loss
+    return named
+
+
+def _missed(student: nn.Module, roots: list[Any]) -> tuple[str, ...]:
+    """The student's trainable parameters that no graph of ``roots`` leads to; none where that can't be seen."""
+    seen: set[Any] = set()
+    ahead = [leaf.grad_fn for leaf in pytree.tree_leaves(roots) if isinstance(leaf, Tensor)]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():  # reentrant checkpointing hides what it recomputes
+            return ()
+        seen.add(node)
+        ahead.extend(following for following, _ in node.next_functions)
+    reached = {id(node.variable) for node in seen if hasattr(node, "variable")}
+    return tuple(
+        clean_name(name)
+        for name, parameter in student.named_parameters()
+        if parameter.requires_grad and id(parameter) not in reached
+    )

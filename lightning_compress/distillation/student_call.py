@@ -1,0 +1,112 @@
+"""What the student of a foreign LightningModule was given and gave back, seen by hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lightning_compress.distillation.teacher import Arguments
+from lightning_compress.errors import invalid
+from lightning_compress.quantization.calls import copy_tensors
+from lightning_compress.targets import clean_name
+
+
+class _Witness:
+    """A pair of hooks on one module: its last call while it listens."""
+
+    def __init__(self) -> None:
+        self.listening = False
+        self.inputs: Arguments | None = None
+        self.outputs: Any = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.listening:  # copied: the student may change its inputs in place
+            self.inputs, self.outputs = Arguments(*copy_tensors((args, kwargs))), None
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.listening:
+            self.outputs = output
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"listening": False, "inputs": None, "outputs": None}
+
+
+class StudentCall:
+    """Watches the module that is called for the logits: the student itself or, if that isn't called, its one child.
+
+    Example:
+        >>> import torch
+        >>> call, module = StudentCall(), nn.Sequential(nn.Linear(2, 3))
+        >>> call.attach(module)
+        >>> with call.listen():
+        ...     y = module(torch.ones(1, 2))
+        ...     path, inputs, outputs = call.seen()
+        >>> path, inputs.args, outputs is y
+        ('', (tensor([[1., 1.]]),), True)
+    """
+
+    def __init__(self) -> None:
+        self._witnesses: dict[str, _Witness] = {}
+        self._handles: list[Any] = []
+
+    def attach(self, student: nn.Module, path: str | None = None) -> None:
+        """Watch the module at ``path``; None watches ``student`` and its children that have parameters."""
+        self.detach()
+        children = {clean_name(name): child for name, child in student.named_children() if list(child.parameters())}
+        for each, module in {"": student, **children}.items():
+            if path not in (None, each):
+                continue
+            witness = self._witnesses[each] = _Witness()
+            self._handles.append(module.register_forward_pre_hook(witness.before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(witness.after))
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._witnesses = [], {}
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Keep calls inside the block."""
+        self.switch(listening=True)
+        try:
+            yield
+        finally:
+            self.switch(listening=False)
+
+    def switch(self, listening: bool) -> None:
+        """Begin or end to listen; either forgets what was seen."""
+        for witness in self._witnesses.values():
+            witness.listening, witness.inputs, witness.outputs = listening, None, None
+
+    @property
+    def fired(self) -> bool:
+        """Whether anything was called."""
+        return any(each.inputs is not None for each in self._witnesses.values())
+
+    def seen(self) -> tuple[str, Arguments, Any]:
+        """Which module was called (a path within the student), with what, and its outputs.
+
+        Raises:
+            CompressionError: If nothing was called, or several children and not the student itself.
+        """
+        called = {path: each for path, each in self._witnesses.items() if each.inputs is not None}
+        path = "" if "" in called else next(iter(called), None)
+        if path is None or (path and len(called) > 1):
+            raise invalid(
+                "student",
+                "name the layer whose forward takes the inputs and gives the logits",
+                None,
+                f"The step calls {', '.join(called) or 'no layer that has parameters'}. Give the module a `forward` "
+                "that does all of it, and call that; or name the layer.",
+            )
+        inputs = called[path].inputs
+        assert inputs is not None
+        return path, inputs, called[path].outputs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_witnesses": {}, "_handles": []}

@@ -1,0 +1,136 @@
+"""What `Distillation` and `DistillationModule` share of a fit: when the teacher comes and goes, and what is said.
+
+The order of a fit::
+
+    setup                    refuse what can't work, take a `Snapshot`
+    (checkpoint is loaded)
+    on_fit_start             the teacher moves to the student and is sealed; taps are on
+    on_train_start           the bounds of ramps are fixed
+      on_train_batch_start   (`Distillation`) the first time: the dry run, adapters join the optimizer
+      training_step          the terms are added to the loss
+      on_train_batch_end     count the optimizer step, `EMATeacher` follows
+    teardown, on_exception   the teacher goes home and must be bit-identical; no hook stays
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_compress.callback import check_version, without_logging
+from lightning_compress.distillation.check import TeacherCheck
+from lightning_compress.distillation.made import EMATeacher
+from lightning_compress.distillation.objective import Objective, gradient_shares
+from lightning_compress.errors import CompressionError
+from lightning_compress.window import fit_length
+
+STATE_VERSION = 1
+
+
+class Teaching(Callback):
+    """When the teacher comes and goes, ramps move, and what is said and kept; the same for module and callback.
+
+    A subclass says whose objective it is, and who the student is.
+    """
+
+    def __init__(self) -> None:
+        self._objective: Objective | None = None
+        self._restored: dict[str, Any] | None = None
+        self._last_step = 0
+        self._said = False
+
+    def begin(self, objective: Objective, trainer: pl.Trainer, student: nn.Module) -> None:
+        """At fit start: bring back what a checkpoint said, place and seal the teacher."""
+        self._objective, self._said = objective, False
+        teacher, restored = objective.teacher, self._restored
+        if restored is not None:
+            objective.clock.load_state_dict(restored["clock"])
+            if "average" in restored and isinstance(teacher.given, EMATeacher):
+                teacher.require().load_state_dict(restored["average"])
+        teacher.place(student)
+        teacher.seal()
+        known = None if restored is None else restored["teacher"]["fingerprint"]
+        if known not in (None, teacher.reference()["fingerprint"]) and not isinstance(teacher.given, EMATeacher):
+            rank_zero_warn(
+                f"The teacher isn't the one that this checkpoint was trained with: {restored['teacher']['class']}"  # type: ignore[index]
+                f", file {restored['teacher']['checkpoint']}. The student goes on with another one."  # type: ignore[index]
+            )
+
+    def start_clock(self, trainer: pl.Trainer) -> None:
+        """At the start of training: fix the bounds of ramps."""
+        if self._objective is not None:
+            if self._objective.clock.ramps:
+                self._objective.clock.start(*fit_length(trainer))
+            self._last_step = trainer.global_step
+
+    def count_step(self, trainer: pl.Trainer, student: nn.Module) -> None:
+        """After a batch: count it if it made an optimizer step, and let the teacher follow."""
+        if self._objective is not None and trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self._objective.clock.step += 1
+            self._objective.teacher.follow_(student)
+
+    def say(self, check: TeacherCheck | None, name: str) -> None:
+        """Tell once what the first batch said of the teacher."""
+        if check is not None and not self._said:
+            self._said = True
+            rank_zero_info(f"{name}: {check}.")
+            for warning in check.warnings():
+                rank_zero_warn(f"{name}: {warning}")
+
+    def finish(self, objective: Objective, close: Callable[[], None]) -> None:
+        """At the end: close, then raise if the teacher has moved."""
+        moved = objective.teacher.moved()
+        close()
+        if moved:
+            raise CompressionError(
+                f"The teacher must not change while it teaches. Changed: {', '.join(moved[:5])}"
+                f"{' ...' if len(moved) > 5 else ''}. The student learnt from a moving teacher."
+            )
+
+    def reset(self, objective: Objective) -> None:
+        """Before a fit: forget where an earlier one stood."""
+        self._restored = None
+        objective.clock.step, objective.clock.bounds = 0, None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._objective is None:
+            return {}
+        teacher = self._objective.teacher
+        state = {
+            "version": STATE_VERSION,
+            "clock": self._objective.clock.state_dict(),
+            "teacher": teacher.reference(),
+        }
+        if isinstance(teacher.given, EMATeacher):
+            state["average"] = teacher.require().state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version(state_dict, type(self).__name__)
+        self._restored = state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**without_logging(self), "_restored": None}
+
+
+def step_values(terms: Mapping[str, Tensor], weighted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a training step logs: every term raw and weighted."""
+    values = {f"train_{name}": value.detach() for name, value in terms.items()}
+    return values | {f"train_{name}_weighted": value.detach() for name, value in weighted.items()}
+
+
+def share_values(weighted: Mapping[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
+    """Each term's share of the student's gradient, as it is logged."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    return {f"train_{name}_share": share for name, share in gradient_shares(weighted, trained).items()}
+
+
+def logs_now(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer logs after this step."""
+    return (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0  # type: ignore[attr-defined, no-any-return]

@@ -1,0 +1,102 @@
+"""The weights of a teacher, found in a Lightning checkpoint or a plain state dict by one rule."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import invalid
+
+
+def load_weights_(module: nn.Module, path: str) -> None:
+    """Load the weights of ``module`` from a Lightning checkpoint or a plain state dict.
+
+    The rule: the file's weights are its ``state_dict`` entry, or else the file itself; ``_orig_mod.`` is left out of
+    all names. Then there must be one prefix (``""``, ``model.``, ``student.``, ...) under which *every* key of the
+    module stands with its shape; the empty prefix wins. Other keys in the file are ignored.
+
+    Args:
+        module: The model whose weights are replaced.
+        path: A file that ``torch.load(weights_only=True)`` reads.
+
+    Raises:
+        CompressionError: If the file can't be read, no prefix fits, several do, or a shape differs. Nothing is
+            changed then.
+
+    Example:
+        >>> import tempfile
+        >>> source, target = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({f"model.{key}": value for key, value in source.state_dict().items()}, f"{folder}/t.pt")
+        ...     load_weights_(target, f"{folder}/t.pt")
+        >>> torch.equal(source.weight, target.weight)
+        True
+    """
+    stored = _read(path)
+    wanted = {_uncompiled(key): key for key in module.state_dict()}
+    prefix = _find_prefix(stored, list(wanted), path)
+    own = module.state_dict()
+    chosen = {key: stored[prefix + name] for name, key in wanted.items()}
+    for key, value in chosen.items():
+        if isinstance(value, Tensor) and isinstance(own[key], Tensor) and value.shape != own[key].shape:
+            raise invalid(
+                "teacher_checkpoint",
+                f"hold `{prefix}{_uncompiled(key)}` in the teacher's shape {tuple(own[key].shape)}",
+                path,
+                f"The file has shape {tuple(value.shape)}: is it of another teacher?",
+            )
+    module.load_state_dict(chosen)
+
+
+def _read(path: str) -> dict[str, Any]:
+    remedy = "Save the teacher's weights alone: torch.save(teacher.state_dict(), path)."
+    try:
+        content = torch.load(os.fspath(path), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise invalid("teacher_checkpoint", "be an existing file", path) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        must = "be readable by `torch.load(weights_only=True)`"
+        raise invalid("teacher_checkpoint", must, path, f"{reason} {remedy}") from error
+    weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
+        raise invalid("teacher_checkpoint", "hold a state dict", path, remedy)
+    return {_uncompiled(key): value for key, value in weights.items()}
+
+
+def _find_prefix(stored: Mapping[str, Any], wanted: list[str], path: str) -> str:
+    if not wanted:
+        raise invalid("teacher", "have weights to load", path, "Leave `teacher_checkpoint` out.")
+    found = {
+        prefix: sum(prefix + name in stored for name in wanted) for prefix in dict.fromkeys(_prefixes(stored, wanted))
+    }
+    fitting = [prefix for prefix, count in found.items() if count == len(wanted)]
+    if "" in fitting:
+        return ""
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        remedy = f"All of these fit: {', '.join(sorted(fitting))}. Save the one that you mean in a file of its own."
+        raise invalid("teacher_checkpoint", "hold the teacher's weights once", path, remedy)
+    best = max(found, key=lambda prefix: found[prefix], default="")
+    missing = [best + name for name in wanted if best + name not in stored]
+    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    raise invalid("teacher_checkpoint", "hold every weight of the teacher", path, f"Missing: {shown}.")
+
+
+def _prefixes(stored: Mapping[str, Any], wanted: Collection[str]) -> Iterator[str]:
+    names = set(wanted)
+    for key in stored:
+        parts = key.split(".")
+        for cut in range(len(parts)):
+            if ".".join(parts[cut:]) in names:
+                yield "".join(f"{part}." for part in parts[:cut])
+
+
+def _uncompiled(key: str) -> str:
+    return key.replace("_orig_mod.", "")
