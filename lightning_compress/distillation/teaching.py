@@ -80,7 +80,8 @@ class Teaching(Callback):
         if check is not None and not self._said:
             self._said = True
             rank_zero_info(f"{name}: {check}.")
-            for warning in check.warnings():
+            follows = self._objective is not None and isinstance(self._objective.teacher.given, EMATeacher)
+            for warning in [] if follows else check.warnings():  # an average begins where the student does
                 rank_zero_warn(f"{name}: {warning}")
 
     def finish(self, objective: Objective, close: Callable[[], None]) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 import lightning_compress
 from lightning_compress import (
     CompressionReport,
+    Distillation,
+    FeatureMSE,
     PostTrainingQuantization,
     QuantizationAwareTraining,
+    Ramp,
     Rewind,
     ScheduledPruning,
+    SoftTarget,
     Targets,
     Window,
 )
@@ -35,6 +41,7 @@ class Row:
         yaml: the same as LightningCLI reads it.
         bad: settings that must be refused, and the words of the error.
         changes: tensors beside its targets that it changes by design.
+        manual: whether it works with manual optimization.
     """
 
     name: str
@@ -42,9 +49,18 @@ class Row:
     yaml: dict[str, object]
     bad: tuple[tuple[dict[str, object], str], ...] = ()
     changes: tuple[str, ...] = ()
+    manual: bool = True
 
     def __str__(self) -> str:
         return self.name
+
+
+def distillation() -> Distillation:
+    """An adapter, a ramp, and a teacher that is the same each time."""
+    torch.manual_seed(7)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 4))
+    ramps = [Ramp("soft_target", "temperature", 8.0, window=Window(0.2, 0.7))]
+    return Distillation(teacher, [SoftTarget(), FeatureMSE("body", "1")], task_weight=0.5, ramps=ramps)
 
 
 ROWS = (
@@ -134,6 +150,41 @@ ROWS = (
         "ptq dynamic",
         lambda: PostTrainingQuantization("int8_dynamic"),
         {"class_path": "lightning_compress.PostTrainingQuantization", "init_args": {"scheme": "int8_dynamic"}},
+    ),
+    Row(
+        "distillation",
+        distillation,
+        {
+            "class_path": "lightning_compress.Distillation",
+            "init_args": {
+                "teacher": {"class_path": "tests.support.modules.Classifier", "init_args": {"hidden": 48}},
+                "losses": [
+                    {"class_path": "lightning_compress.DKD"},
+                    {
+                        "class_path": "lightning_compress.FeatureMSE",
+                        "init_args": {"student_layer": "body:output", "teacher_layer": "body"},
+                    },
+                    {
+                        "class_path": "lightning_compress.RelationalAngle",
+                        "init_args": {"student_layer": "body:input", "teacher_layer": "body"},
+                    },
+                ],
+                "ramps": [{"loss": "dkd", "schedule": "Cosine", "window": {"end": 0.5}}],
+                "teacher_adapter": {"class_path": "torch.nn.Identity"},
+                "teacher_dtype": "float32",
+            },
+        },
+        (
+            ({"task_weight": -1.0}, "`task_weight` must be a finite number, at least 0. Received: task_weight=-1.0"),
+            ({"losses": [], "task_weight": 0.0}, "`losses` must name something to learn"),
+            ({"losses": ["kd"]}, "`losses` must be a list of distillation losses"),
+            ({"teacher_dtype": "int8"}, "`teacher_dtype` must be float32, bfloat16, float16 or None"),
+            ({"ramps": [Ramp("soft_tarrget")]}, "`loss` must name a loss for a ramp.*Nearest: soft_target"),
+            ({"ramps": [Ramp("soft_target", "temprature", 1.0)]}, "`number` must name a number.*Nearest: temperature"),
+            ({"ramps": [Ramp("soft_target", "temperature")]}, "`temperature` must be a finite number above 0"),
+            ({"ramps": [Ramp("task", "temperature", 1.0)]}, "`number` must be 'weight' for the task"),
+        ),
+        manual=False,
     ),
     Row(
         "report",
