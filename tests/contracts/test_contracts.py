@@ -21,8 +21,6 @@ from tests.support.modules import Classifier, ManualClassifier, quiet_trainer
 from tests.support.oracles import assert_different_state, assert_float_keys, assert_same_state, hooks, snapshot
 
 EPOCHS = 3
-# The teacher of these contracts was never trained, which a fit says.
-pytestmark = pytest.mark.filterwarnings("ignore:.*teacher's accuracy is near chance")
 each_row = pytest.mark.parametrize("row", ROWS, ids=str)
 
 
