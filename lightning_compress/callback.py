@@ -30,7 +30,7 @@ from lightning_compress import structure
 from lightning_compress.errors import CompressionError
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization import forms
-from lightning_compress.quantization.calls import copy_module, quiet_random_state
+from lightning_compress.quantization.calls import copy_module, copy_tensors, quiet_random_state
 from lightning_compress.quantization.traced import all_modules
 from lightning_compress.window import Bounds, Window, fit_length
 
@@ -184,9 +184,10 @@ def look(
     """
     probe = make_probe(trainer, pl_module)
     forms.revert_(probe, "float")
-    looks: list[Callable[[], Any]] = [lambda: run_step(probe, batch)]
+    # A batch of its own for each: a step may change or empty what it is given.
+    looks: list[Callable[[], Any]] = [lambda: run_step(probe, copy_tensors(batch))]
     if pl_module.automatic_optimization:
-        looks.insert(0, lambda: probe.training_step(batch, batch_idx))
+        looks.insert(0, lambda: probe.training_step(copy_tensors(batch), batch_idx))
     seen, errors = list[Seen](), []
     with quiet_random_state(), trainer.precision_plugin.train_step_context():
         for run in looks:
@@ -208,6 +209,10 @@ def make_probe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.Lightni
     probe = copy_module(pl_module)
     probe.__dict__["log"] = probe.__dict__["log_dict"] = lambda *args, **kwargs: None
     probe._trainer = trainer
+    if getattr(probe, "_compiler_ctx", None) is not None:
+        # Of a module that went through `torch.compile` as a whole; they are bound to the original.
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            probe.__dict__.pop(name, None)
     return probe
 
 

@@ -9,21 +9,20 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress.callback import make_probe, refuse_strategy
 from lightning_compress.distillation.check import TeacherCheck, check_teacher, closeness
 from lightning_compress.distillation.features import drop_taps_, find_layer
 from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
-from lightning_compress.distillation.objective import Objective, find_logits
+from lightning_compress.distillation.objective import Objective, find_logits, sum_terms
 from lightning_compress.distillation.ramps import TASK, Ramp
 from lightning_compress.distillation.student_call import StudentCall
 from lightning_compress.distillation.teacher import TeacherDtype, shared_with
-from lightning_compress.distillation.teaching import Teaching, logs_now, share_values, step_values
+from lightning_compress.distillation.teaching import Teaching, announce, logs_now, share_values, step_values
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
+from lightning_compress.quantization.calls import copy_tensors
 
 
 class Distillation(Teaching):
@@ -133,9 +132,9 @@ class Distillation(Teaching):
             )
         pl_module.configure_model()
         student = self._scope(pl_module)
-        self.reset(self.objective)
+        self.objective.reset()
         self.objective.adapters.clear()
-        self._entry, self._check = None, None
+        self._restored, self._entry, self._check = None, None, None
         if self.objective.teacher.given is None:
             self.objective.teacher.require()
         twin = pl_module
@@ -152,7 +151,7 @@ class Distillation(Teaching):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         student = self._scope(pl_module)
-        self.begin(self.objective, trainer, student)
+        self.begin(self.objective, student)
         self.objective.attach(student)
         if self._restored is not None and self._restored["adapters"]:
             self.objective.adapters.load_state_dict(self._restored["adapters"])
@@ -233,16 +232,16 @@ class Distillation(Teaching):
     def teach(self, step: Callable[..., Any], module: pl.LightningModule, args: tuple[Any, ...]) -> Any:
         """Run the module's own step, and add the terms to its loss."""
         student, batch = self._scope(module), args[0]
+        valid, targets = self.valid_positions(batch), self.targets(batch)  # before the step may change the batch
         with self.objective.listening(), self._call.listen():
             result = step(*args)
             if result is None:  # the module skips this batch
                 return None
             terms = {TASK: result["loss"] if isinstance(result, Mapping) else result}
             ours, theirs = self._answers(student)
-            valid, targets = self.valid_positions(batch), self.targets(batch)
             terms |= self.objective.terms(ours, theirs, valid, targets)
         weighted = self.objective.weighted(terms)
-        loss = torch.stack([value.reshape(()) for value in weighted.values()]).sum()
+        loss = sum_terms(weighted)
         if self._check is None and ours is not None and theirs is not None:
             class_dim = self.objective.class_dim(ours, targets)
             if class_dim is not None:
@@ -259,23 +258,29 @@ class Distillation(Teaching):
         forms.revert_(probe, "float")
         drop_taps_(probe)
         student, call = self._scope(probe), StudentCall()
-        names = list(inspect.signature(type(probe).training_step).parameters.values())[1:]
+        step = type(probe).training_step
+        names = list(inspect.signature(step).parameters.values())[1:]
         takes_index = len(names) > 1 or any(name.kind is name.VAR_POSITIONAL for name in names)
 
         def run() -> tuple[Any, Tensor | None, Tensor | None]:
             with call.listen(), trainer.precision_plugin.train_step_context():
-                probe.training_step(batch, batch_idx) if takes_index else probe.training_step(batch)
+                own = copy_tensors(batch)  # the step may change or empty what it is given
+                loss = step(probe, own, batch_idx) if takes_index else step(probe, own)
+                if loss is None and not call.fired:
+                    raise _Skipped
                 entry, inputs, outputs = call.seen()
                 self._entry = entry
                 self.objective.teacher.enter(entry if self._made() else "")
                 answers = self.objective.teacher(inputs, like=student)
                 if not self.objective.compares_logits:
-                    return outputs, None, None
-                return outputs, self.logits(outputs), self.logits(answers)
+                    return loss, None, None
+                return loss, self.logits(outputs), self.logits(answers)
 
         call.attach(student)
         try:
             plan = self.objective.plan(student, run)
+        except _Skipped:
+            return  # the next batch may do
         except BaseException:
             self._entry = None
             raise
@@ -283,7 +288,6 @@ class Distillation(Teaching):
             call.detach()
         live = self._scope(pl_module)
         before = set(self.objective.taps)
-        joined = set(self.objective.adapters)
         self.objective.follow_(plan, live)
         if set(self.objective.taps) - before and self._restored is None and forms.form_of(pl_module) == "prepared":
             raise invalid(
@@ -292,19 +296,18 @@ class Distillation(Teaching):
                 [type(callback).__name__ for callback in trainer.callbacks],  # type: ignore[attr-defined]
             )
         self._call.attach(live, self._entry)
-        if not joined:
-            self._join(trainer, live)
-        rank_zero_info(f"{type(self).__name__}: the student learns from {self._name()}.\n  {plan}")
+        self._join(trainer, live)
+        announce(plan, type(self).__name__, self.objective.teacher.given)
 
     def _join(self, trainer: pl.Trainer, student: nn.Module) -> None:
         """Bring the adapters where the student is, equal on all ranks, and into the optimizer."""
-        adapters = self.objective.adapters
-        parameter = next(iter(student.parameters()))
-        adapters.to(parameter.device)
+        adapters, groups = self.objective.adapters, trainer.optimizers[0].param_groups
+        adapters.to(next(student.parameters()).device)
         if trainer.world_size > 1:
             adapters.load_state_dict(trainer.strategy.broadcast(adapters.state_dict()))
+        held = {id(parameter) for group in groups for parameter in group["params"]}
         # Into the first group: a scheduler holds one base rate for each group and would not know of another one.
-        trainer.optimizers[0].param_groups[0]["params"].extend(adapters.parameters())
+        groups[0]["params"].extend(each for each in adapters.parameters() if id(each) not in held)
 
     def _answers(self, student: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         _, inputs, outputs = self._call.seen()
@@ -319,8 +322,9 @@ class Distillation(Teaching):
     def _made(self) -> bool:
         return self.objective.teacher.given is not self.objective.teacher.module
 
-    def _name(self) -> str:
-        return type(self.objective.teacher.given).__name__
+
+class _Skipped(Exception):
+    """The module's step returned None before it called the student."""
 
 
 def _wrap(module: pl.LightningModule) -> None:
@@ -341,7 +345,7 @@ def _unwrap(module: pl.LightningModule) -> None:
 
 def _taught_step(module: pl.LightningModule, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     step = previous or partial(type(module).training_step, module)
-    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in getattr(module._trainer, "callbacks", ()):  # a copy may have no Trainer
         if isinstance(callback, Distillation) and callback.serves(module):
             return callback.teach(partial(step, **kwargs), module, args)
     return step(*args, **kwargs)

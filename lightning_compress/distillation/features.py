@@ -81,8 +81,9 @@ def find_layer(model: nn.Module, layer: str, argument: str = "layer") -> nn.Modu
 class Tap:
     """A hook that keeps what its layer saw or put out last, while it listens.
 
-    It may fire several times in a step (the last one wins), does nothing while a model is traced, and holds no
-    reference to anything but the kept tensor. The tensor is a copy: an in-place operation would rewrite the original.
+    It may fire several times in a step: the last call wins, but one without gradients (a metric's, say) replaces none
+    that has them. It does nothing while a model is traced, and holds no reference to anything but the kept tensor. The
+    tensor is a copy: an in-place operation would rewrite the original.
     """
 
     def __init__(self, path: str, argument: str = "layer") -> None:
@@ -90,10 +91,11 @@ class Tap:
         self.spot = parse(path, argument)
         self.listening = False
         self.value: Tensor | None = None
+        self._with_graph = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], last: Any) -> None:
         """A forward hook, whose last argument is the output; or a forward pre-hook, where it is the keywords."""
-        if not self.listening:
+        if not self.listening or (self._with_graph and not torch.is_grad_enabled()):
             return
         found = {**dict(enumerate(args)), **last} if self.spot.side == "input" else last
         for key in self.spot.keys:
@@ -108,7 +110,11 @@ class Tap:
                 f"Received: {_describe(found)}. Name a part of it, such as {self.spot.layer}:{self.spot.side}.0, or a "
                 "layer inside or after it."
             )
-        self.value = found.clone()
+        self.value, self._with_graph = found.clone(), torch.is_grad_enabled()
+
+    def listen(self, listening: bool) -> None:
+        """Begin or end to listen; either forgets what was kept."""
+        self.listening, self.value, self._with_graph = listening, None, False
 
     def _part(self, value: Any, key: str) -> Any:
         index = int(key) if key.removeprefix("-").isdigit() else key
@@ -128,7 +134,7 @@ class Tap:
 
     def __getstate__(self) -> dict[str, Any]:
         # A tensor with a graph can be neither copied nor pickled, and belongs to this step of this model alone.
-        return {**self.__dict__, "listening": False, "value": None}
+        return {**self.__dict__, "listening": False, "value": None, "_with_graph": False}
 
 
 class Taps:
@@ -201,7 +207,7 @@ class Taps:
 
     def _switch(self, listening: bool) -> None:
         for tap in self._taps.values():
-            tap.listening, tap.value = listening, None
+            tap.listen(listening)
 
     def __getitem__(self, path: str) -> Tensor:
         value = self._taps[path].value

@@ -13,12 +13,12 @@ from torch.utils import _pytree as pytree
 from lightning_compress.distillation.check import TeacherCheck, check_teacher
 from lightning_compress.distillation.features import drop_taps_
 from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
-from lightning_compress.distillation.objective import Objective, find_logits
-from lightning_compress.distillation.quiet import buffers_kept, evaluating, to_device_of
+from lightning_compress.distillation.objective import Objective, find_logits, sum_terms
+from lightning_compress.distillation.quiet import buffers_kept, to_device_of
 from lightning_compress.distillation.ramps import TASK, Ramp
 from lightning_compress.distillation.rehearsal import Plan
 from lightning_compress.distillation.teacher import TeacherDtype, call, shared_with
-from lightning_compress.errors import invalid
+from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import copy_module
 
@@ -118,7 +118,9 @@ class Learner(nn.Module):
         if teacher is not None and (error := shared_with(teacher, self.student)) is not None:
             raise error
         self._prepared = False
+        self.objective.detach(self.student)
         self.objective.set_teacher(teacher)
+        self.objective.teacher.freeze_()  # before DDP wraps the student, and before anyone counts parameters
 
     @property
     def losses(self) -> Mapping[str, DistillationLoss]:
@@ -160,12 +162,14 @@ class Learner(nn.Module):
                 None,
                 "A batch can only be borrowed from a DataLoader over a map-style dataset.",
             )
-        objective.teacher.take_(self._float_student())
+        # The student may keep what it saw, its forward may differ in training, and it may be int8: all on a copy.
+        twin = copy_module(self)
+        forms.revert_(twin, "float")
+        drop_taps_(twin.student)
+        objective.teacher.take_(twin.student)
         objective.teacher.require()
         if inputs is not None:
-            inputs = to_device_of(inputs, self.student)
-            with evaluating(self.student):
-                plan = objective.plan(self.student, lambda: self._ask(inputs))
+            plan = objective.plan(twin.student, lambda: twin._try(to_device_of(inputs, self.student)))
         objective.teacher.load_once()
         if plan is not None:
             objective.follow_(plan, self.student)
@@ -196,12 +200,15 @@ class Learner(nn.Module):
     def export_student(self) -> nn.Module:
         """The plain student: a copy without hooks of ours, adapters or teacher, in the form that it has now.
 
+        An int8 student runs and, with :func:`save_compressed`, can be saved as it is.
+
         Example:
             >>> Learner(nn.Linear(4, 3), nn.Linear(4, 3)).export_student()
             Linear(in_features=4, out_features=3, bias=True)
         """
         student = copy_module(self.student)
         drop_taps_(student)
+        forms.keep_record_(student, self, "student")
         return student
 
     def close(self) -> None:
@@ -232,15 +239,12 @@ class Learner(nn.Module):
             raise invalid("batch", "hold targets for the task loss", None, "Override `split_batch`, or the step.")
         return self.compute_task_loss(outputs, targets)
 
-    def _float_student(self) -> nn.Module:
-        if forms.form_of(self) == "float":
-            return self.student
-        twin = copy_module(self)
-        forms.revert_(twin, "float")
-        return twin.student
-
-
-def sum_terms(weighted: Mapping[str, Tensor]) -> Tensor:
-    """The sum, in the order of the terms."""
-    first, *rest = weighted.values()
-    return sum(rest, first)
+    def _try(self, inputs: Any) -> tuple[Any, Tensor | None, Tensor | None]:
+        """What :meth:`_ask` gives; in evaluation, if a batch so small fails in training (BatchNorm of one value)."""
+        try:
+            return self._ask(inputs)
+        except ValueError as error:
+            if isinstance(error, CompressionError) or not any(child.training for child in self.student.modules()):
+                raise
+            self.student.eval()
+            return self._ask(inputs)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.distillation.features import drop_taps_
 from lightning_compress.errors import invalid
@@ -75,6 +75,11 @@ class EMATeacher(Snapshot):
         if not (number and math.isfinite(decay) and 0 <= decay < 1):
             raise invalid("decay", "lie in [0, 1)", decay, "Usual values: 0.99 to 0.9999.")
         self.decay = decay
+        self._exact: dict[str, Tensor] = {}
+
+    def take_(self, student: nn.Module) -> None:
+        super().take_(student)
+        self._exact = {}
 
     @torch.no_grad()
     def follow_(self, student: nn.Module) -> None:
@@ -83,8 +88,23 @@ class EMATeacher(Snapshot):
             return
         parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
         for name, average in self.model.named_parameters():
-            if average.is_floating_point():
-                average.lerp_(parameters[name].to(average.device, average.dtype), 1 - self.decay)
+            if not average.is_floating_point():
+                continue
+            # In 16 bits a thousandth of a step would be rounded away.
+            exact = average.data if average.element_size() > 2 else self._exact.setdefault(name, average.float())
+            exact.lerp_(parameters[name].to(exact.device, exact.dtype), 1 - self.decay)
+            average.copy_(exact)
         for name, buffer in self.model.named_buffers():
             if name in buffers:
                 buffer.copy_(buffers[name])
+
+    def average(self) -> dict[str, Any]:
+        """The average in full precision, for a checkpoint."""
+        return {} if self.model is None else {**self.model.state_dict(), **self._exact}
+
+    def restore_(self, average: dict[str, Any]) -> None:
+        """Go on from what :meth:`average` gave."""
+        if self.model is not None:
+            self.model.load_state_dict(average)
+            parameters = dict(self.model.named_parameters())
+            self._exact = {name: average[name].float().clone() for name in parameters if name in average}

@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -24,7 +23,8 @@ from lightning_compress.distillation.losses import DistillationLoss
 from lightning_compress.distillation.quiet import random_state_kept, take_examples
 from lightning_compress.distillation.ramps import Ramp
 from lightning_compress.distillation.teacher import TeacherDtype, call
-from lightning_compress.distillation.teaching import Teaching, logs_now, share_values, step_values
+from lightning_compress.distillation.teaching import Teaching, announce, logs_now, share_values, step_values
+from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import forms
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class DistillationSteps(Learner, _Base):
         values = step_values(terms, weighted)
         if self.log_gradient_share and logs_now(self.trainer):
             values |= share_values(weighted, self.student)
-        size = len(self.logits(outputs))
+        size = len(self.logits(outputs)) if self.objective.compares_logits else None
         self.log_dict(values, batch_size=size)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size)
         return loss
@@ -134,12 +134,18 @@ class DistillationSteps(Learner, _Base):
         trainer = self._trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._prepared:
             return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, _ModuleTeaching) for callback in callbacks):
+            raise CompressionError(
+                "`configure_callbacks` must return the callback of DistillationModule too. Received: none of it. "
+                "Override it as: return [*super().configure_callbacks(), ...]."
+            )
         if forms.form_of(self) == "converted":
             return  # called before a callback of ours has made it float again; the Trainer calls once more
         plan = self.prepare_(self._example_inputs())
         self.objective.attach(self.student)
         if plan is not None:
-            rank_zero_info(f"{type(self).__name__}: the student learns from {type(self.teacher).__name__}.\n  {plan}")
+            announce(plan, type(self).__name__, self.teacher)
 
     def configure_callbacks(self) -> list[Callback]:
         # Once is enough: Lightning tells the user of each that it replaces.
@@ -223,11 +229,12 @@ class _ModuleTeaching(Teaching):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == TrainerFn.FITTING and isinstance(pl_module, DistillationSteps):
-            self.reset(pl_module.objective)
+            self._restored = None
+            pl_module.objective.clock.reset()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, DistillationSteps):
-            self.begin(pl_module.objective, trainer, pl_module.student)
+            self.begin(pl_module.objective, pl_module.student)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start_clock(trainer)

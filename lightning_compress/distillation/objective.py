@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import Adapters, adapt, make_adapter
 from lightning_compress.distillation.check import find_class_dim
+from lightning_compress.distillation.features import Taps
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
 from lightning_compress.distillation.quiet import random_state_kept
 from lightning_compress.distillation.ramps import TASK, Clock, Ramp, check_ramps
@@ -51,15 +53,22 @@ class Objective:
         self.clock = Clock(ramps)
         self.adapters = Adapters()
         self._asked = self.losses
+        self._asked_as = {name: name for name in self.losses}
         self._teacher_options = teacher
         self.taps, theirs = make_taps(self.losses)
         self.teacher = Teacher(None, theirs, **teacher)
 
     def set_teacher(self, module: nn.Module | None) -> None:
         """Put another teacher in the place of this one."""
+        self.teacher = Teacher(module, Taps([]), **self._teacher_options)
+        self.reset()
+
+    def reset(self) -> None:
+        """Go back to what was asked for: no pairs, no progress. No tap may be on."""
         self.losses = self._asked
-        self.taps, theirs = make_taps(self.losses)
-        self.teacher = Teacher(module, theirs, **self._teacher_options)
+        self._asked_as = {name: name for name in self.losses}
+        self.taps, self.teacher.taps = make_taps(self.losses)
+        self.clock.reset()
 
     @property
     def compares_logits(self) -> bool:
@@ -98,7 +107,7 @@ class Objective:
             attached = self.taps.attached
             self.taps.detach(student)
             self.teacher.taps.detach(self.teacher.require())
-            self.losses = plan.losses
+            self.losses, self._asked_as = plan.losses, dict(plan.asked)
             self.taps, self.teacher.taps = make_taps(plan.losses)
             if attached:
                 self.attach(student)
@@ -145,8 +154,7 @@ class Objective:
             CompressionError: If shapes differ.
         """
         values = {}
-        for name, asked in self.losses.items():
-            loss = self.clock.loss(name, asked)
+        for name, loss in self._losses_now().items():
             if isinstance(loss, LogitLoss) and student is not None and teacher is not None:
                 values[name] = loss(student, teacher, valid, targets)
             elif isinstance(loss, FeatureLoss):
@@ -154,10 +162,14 @@ class Objective:
         return values
 
     def weighted(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each term times the weight that it has now; those with weight 0 too, so that the log shows them."""
-        weights = {name: self.clock.loss(name, loss).weight for name, loss in self.losses.items()}
+        """Each term times the weight that it has now, that of several pairs divided among them."""
+        pairs = Counter(self._asked_as.values())
+        weights = {name: loss.weight / pairs[self._asked_as[name]] for name, loss in self._losses_now().items()}
         weights[TASK] = self.clock.weight(TASK, self.task_weight)
         return {name: weights[name] * value for name, value in terms.items()}
+
+    def _losses_now(self) -> dict[str, DistillationLoss]:
+        return {name: self.clock.loss(self._asked_as[name], loss) for name, loss in self.losses.items()}
 
     def _features(self, name: str, loss: FeatureLoss) -> tuple[Tensor, Tensor]:
         if loss.pairs:
@@ -194,6 +206,12 @@ def find_logits(outputs: Any) -> Tensor:
         received = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
         raise invalid("outputs", "contain `logits`", received, "Override `logits(outputs)` on the module.")
     return found
+
+
+def sum_terms(weighted: Mapping[str, Tensor]) -> Tensor:
+    """The sum, in the order of the terms."""
+    first, *rest = weighted.values()
+    return sum(rest, first)
 
 
 def gradient_shares(weighted: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:

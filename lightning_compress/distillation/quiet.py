@@ -80,15 +80,3 @@ def buffers_kept(module: nn.Module, on_error_only: bool = False) -> Iterator[Non
                 if values is not None:
                     buffer.data = values
                     child._buffers[name] = buffer
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put ``module`` into evaluation mode for the length of the block."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training

@@ -68,6 +68,10 @@ class Clock:
 
     def __init__(self, ramps: Sequence[Ramp]) -> None:
         self.ramps = list(ramps)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget an earlier fit."""
         self.step = 0
         self.bounds: list[Bounds] | None = None
 
@@ -77,7 +81,12 @@ class Clock:
             self.bounds = [ramp.window.bounds(total, per_epoch) for ramp in self.ramps]
 
     def loss(self, name: str, loss: DistillationLoss) -> DistillationLoss:
-        """The loss with the numbers that it has now; those that it says while no fit has started."""
+        """The loss with the numbers that it has now; those that it says while no fit has started.
+
+        Args:
+            name: The name that it was asked for with.
+            loss: As it was asked for.
+        """
         now = {ramp.number: ramp.value(getattr(loss, ramp.number), progress) for ramp, progress in self._now(name)}
         return dataclasses.replace(loss, **now) if now else loss  # type: ignore[type-var]
 

@@ -15,13 +15,13 @@ from torch.utils import _pytree as pytree
 from lightning_compress.distillation.adapters import make_adapter
 from lightning_compress.distillation.features import Taps, is_compiled
 from lightning_compress.distillation.functional.precision import check_shapes
-from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
-from lightning_compress.distillation.quiet import buffers_kept, random_state_kept
+from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss
+from lightning_compress.distillation.quiet import random_state_kept
 from lightning_compress.errors import CompressionError
 from lightning_compress.targets import clean_name
 
 Run = Callable[[], tuple[Any, Tensor | None, Tensor | None]]
-"""Runs student and teacher; gives the student's outputs, and the logits of both if they are compared."""
+"""Runs student and teacher; gives what the task's loss is made of, and the logits of both if they are compared."""
 
 Shapes = Mapping[str, torch.Size]
 
@@ -58,13 +58,17 @@ class Plan:
 
     Attributes:
         losses: By name; those that asked for pairs stand for each pair.
+        asked: For each name the one under which it was asked for, which differs for pairs.
         pairs: What each compares.
         without_gradient: Trainable parameters of the student that no loss reaches.
+        idle: Losses that reach no parameter of the student.
     """
 
     losses: Mapping[str, DistillationLoss]
+    asked: Mapping[str, str]
     pairs: tuple[Pair, ...]
     without_gradient: tuple[str, ...]
+    idle: tuple[str, ...]
 
     @property
     def adapters(self) -> dict[str, nn.Module]:
@@ -81,6 +85,14 @@ class Plan:
             )
         return "\n  ".join(lines)
 
+    def warnings(self) -> list[str]:
+        """What has no effect."""
+        return [
+            f"{name} can't teach the student: nothing before its layer gets a gradient. The layers are frozen, or "
+            "recomputed by checkpointing, which hides them with use_reentrant=True."
+            for name in self.idle
+        ]
+
 
 def rehearse(
     losses: Mapping[str, DistillationLoss],
@@ -93,7 +105,7 @@ def rehearse(
 
     Args:
         losses: By name.
-        models: Student and teacher; their modes are the caller's business.
+        models: Student and teacher; the student is a copy, whose state may change.
         taps: Of student and teacher, for the layers that are named.
         run: See :data:`Run`.
         task: Whether a task loss learns from the student's outputs too.
@@ -101,23 +113,26 @@ def rehearse(
     Raises:
         CompressionError: If layers, shapes or logits don't fit.
     """
-    student = models[0]
     # Eager, or the compiled code would be that of this run.
     eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, models)) else nullcontext()
-    with random_state_kept(), buffers_kept(student), eager:
+    asked = {name: name for name in losses}
+    with random_state_kept(), eager:
         if any(isinstance(loss, FeatureLoss) and loss.pairs for loss in losses.values()):
             with torch.no_grad(), _resolutions(models[0]) as ours, _resolutions(models[1]) as theirs:
                 run()
-            losses = _expanded(losses, _matching(ours, theirs))
+            losses, asked = _expanded(losses, _matching(ours, theirs))
             taps = make_taps(losses)
         with _attached(taps, models), taps[0].listen(), taps[1].listen(), torch.enable_grad():
             outputs, *logits = run()
             pairs = [_pair(name, loss, taps, logits) for name, loss in losses.items()]
-            roots: list[Any] = [taps[0][path] for path in taps[0]]
-            if task or any(isinstance(loss, LogitLoss) for loss in losses.values()):
-                roots.append(outputs)
-            missed = _missed(student, roots)
-    return Plan(losses, tuple(pairs), missed)
+            roots = [taps[0][path] for path in taps[0]] + [each for each in logits[:1] if each is not None]
+            missed = _missed(models[0], roots + (_tensors(outputs) if task else []))
+            idle = [
+                name
+                for name, loss in losses.items()
+                if isinstance(loss, FeatureLoss) and not taps[0][str(loss.student_layer)].requires_grad
+            ]
+    return Plan(losses, asked, tuple(pairs), missed, tuple(idle))
 
 
 def make_taps(losses: Mapping[str, DistillationLoss]) -> tuple[Taps, Taps]:
@@ -203,18 +218,19 @@ def _size(shape: torch.Size, length: int) -> tuple[int, ...]:
     return tuple(shape[2:]) if len(shape) > 3 else (shape[length],)
 
 
-def _expanded(losses: Mapping[str, DistillationLoss], pairs: list[tuple[str, str]]) -> dict[str, DistillationLoss]:
-    """The losses, those with ``pairs`` once for each pair; their weight is that of the mean over pairs."""
+def _expanded(
+    losses: Mapping[str, DistillationLoss], pairs: list[tuple[str, str]]
+) -> tuple[dict[str, DistillationLoss], dict[str, str]]:
+    """The losses, those with ``pairs`` once for each pair; and for each name the one it was asked for with."""
     expanded: list[DistillationLoss] = []
-    for loss in losses.values():
-        if isinstance(loss, FeatureLoss) and loss.pairs:
-            share = loss.weight / len(pairs)
-            for ours, theirs in pairs:
-                named = {"student_layer": ours, "teacher_layer": theirs, "pairs": None, "weight": share}
-                expanded.append(dataclasses.replace(loss, **named))  # type: ignore[type-var]
-        else:
-            expanded.append(loss)
-    return name_losses(expanded)
+    asked: list[str] = []
+    for name, loss in losses.items():
+        for ours, theirs in pairs if isinstance(loss, FeatureLoss) and loss.pairs else [("", "")]:
+            layers = {"student_layer": ours, "teacher_layer": theirs, "pairs": None} if ours else {}
+            expanded.append(dataclasses.replace(loss, **layers) if layers else loss)  # type: ignore[type-var]
+            asked.append(name)
+    named = name_losses(expanded)
+    return named, dict(zip(named, asked, strict=True))
 
 
 def name_losses(losses: Iterable[DistillationLoss]) -> dict[str, DistillationLoss]:
@@ -234,10 +250,19 @@ def name_losses(losses: Iterable[DistillationLoss]) -> dict[str, DistillationLos
     return named
 
 
-def _missed(student: nn.Module, roots: list[Any]) -> tuple[str, ...]:
+def _tensors(outputs: Any) -> list[Tensor]:
+    """All tensors in nested outputs, and in the attributes of objects in them."""
+    leaves = pytree.tree_leaves(outputs)
+    leaves += [
+        part for leaf in leaves if not isinstance(leaf, Tensor) for part in getattr(leaf, "__dict__", {}).values()
+    ]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _missed(student: nn.Module, roots: list[Tensor]) -> tuple[str, ...]:
     """The student's trainable parameters that no graph of ``roots`` leads to; none where that can't be seen."""
     seen: set[Any] = set()
-    ahead = [leaf.grad_fn for leaf in pytree.tree_leaves(roots) if isinstance(leaf, Tensor)]
+    ahead = [root.grad_fn for root in roots]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_compress.distillation.teacher import Arguments
@@ -15,23 +16,29 @@ from lightning_compress.targets import clean_name
 
 
 class _Witness:
-    """A pair of hooks on one module: its last call while it listens."""
+    """A pair of hooks on one module: its last call while it listens, like a :class:`Tap`'s."""
 
     def __init__(self) -> None:
-        self.listening = False
+        self.listen(listening=False)
+
+    def listen(self, listening: bool) -> None:
+        self.listening = self._keeps = listening
         self.inputs: Arguments | None = None
         self.outputs: Any = None
+        self._with_graph = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.listening:  # copied: the student may change its inputs in place
+        self._keeps = self.listening and (torch.is_grad_enabled() or not self._with_graph)
+        if self._keeps:  # copied: the student may change its inputs in place
             self.inputs, self.outputs = Arguments(*copy_tensors((args, kwargs))), None
+            self._with_graph = torch.is_grad_enabled()
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.listening:
+        if self._keeps:
             self.outputs = output
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"listening": False, "inputs": None, "outputs": None}
+        return vars(_Witness())
 
 
 class StudentCall:
@@ -81,7 +88,7 @@ class StudentCall:
     def switch(self, listening: bool) -> None:
         """Begin or end to listen; either forgets what was seen."""
         for witness in self._witnesses.values():
-            witness.listening, witness.inputs, witness.outputs = listening, None, None
+            witness.listen(listening)
 
     @property
     def fired(self) -> bool:

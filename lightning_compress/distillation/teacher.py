@@ -34,7 +34,7 @@ class Teacher:
     placed or asked, and :meth:`return_home` gives it the very tensors back that it came with.
 
     Args:
-        given: Any module, frozen here; a LightningModule serves as a plain module. None: to be set later.
+        given: Any module, frozen when it is placed; a LightningModule serves as a plain module. None: to be set later.
         taps: The teacher's layers that losses look at.
         checkpoint: File with its weights.
         adapter: Called with what the student gets; gives what the teacher gets.
@@ -73,9 +73,6 @@ class Teacher:
         self._home_parameters: list[tuple[nn.Parameter, Tensor]] = []
         self._home_buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._sealed: dict[str, str] | None = None
-        for module in (given, adapter):
-            if module is not None:
-                module.requires_grad_(False).eval()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
@@ -121,6 +118,12 @@ class Teacher:
             raise invalid("teacher", "be given before `fit`", None, "Pass `teacher=`, or set `module.teacher`.")
         return self.module
 
+    def freeze_(self) -> None:
+        """Put it into evaluation mode, without gradients, as it is whenever it is asked."""
+        for module in (self.given, self.adapter):
+            if module is not None:
+                module.requires_grad_(False).eval()
+
     def take_(self, student: nn.Module) -> None:
         """Let a teacher that is made in the run take its copy of the student."""
         if isinstance(self.given, Snapshot):
@@ -148,6 +151,7 @@ class Teacher:
         target = (device, self._dtype or dtype)
         if self._placed == target:
             return
+        self.freeze_()
         modules = [module for module in (self.require(), self.adapter) if module is not None]
         if self._placed is None and not isinstance(self.given, Snapshot):
             children = [child for module in modules for child in module.modules()]
@@ -161,8 +165,9 @@ class Teacher:
                 if buffer is not None
             ]
         with torch.inference_mode(False), torch.no_grad():
-            for module in modules:
-                module.to(*target)
+            self.require().to(*target)
+            if self.adapter is not None:
+                self.adapter.to(device, dtype)  # the student's: normalisation constants keep their precision
         self._placed = target
 
     def return_home(self) -> None:

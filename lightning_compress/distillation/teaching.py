@@ -26,7 +26,8 @@ from lightning_compress.callback import check_version, without_logging
 from lightning_compress.distillation.check import TeacherCheck
 from lightning_compress.distillation.made import EMATeacher
 from lightning_compress.distillation.objective import Objective, gradient_shares
-from lightning_compress.errors import CompressionError
+from lightning_compress.distillation.rehearsal import Plan
+from lightning_compress.errors import CompressionError, NoEffectWarning
 from lightning_compress.window import fit_length
 
 STATE_VERSION = 1
@@ -44,14 +45,14 @@ class Teaching(Callback):
         self._last_step = 0
         self._said = False
 
-    def begin(self, objective: Objective, trainer: pl.Trainer, student: nn.Module) -> None:
+    def begin(self, objective: Objective, student: nn.Module) -> None:
         """At fit start: bring back what a checkpoint said, place and seal the teacher."""
         self._objective, self._said = objective, False
         teacher, restored = objective.teacher, self._restored
         if restored is not None:
             objective.clock.load_state_dict(restored["clock"])
             if "average" in restored and isinstance(teacher.given, EMATeacher):
-                teacher.require().load_state_dict(restored["average"])
+                teacher.given.restore_(restored["average"])
         teacher.place(student)
         teacher.seal()
         known = None if restored is None else restored["teacher"]["fingerprint"]
@@ -94,11 +95,6 @@ class Teaching(Callback):
                 f"{' ...' if len(moved) > 5 else ''}. The student learnt from a moving teacher."
             )
 
-    def reset(self, objective: Objective) -> None:
-        """Before a fit: forget where an earlier one stood."""
-        self._restored = None
-        objective.clock.step, objective.clock.bounds = 0, None
-
     def state_dict(self) -> dict[str, Any]:
         if self._objective is None:
             return {}
@@ -109,7 +105,7 @@ class Teaching(Callback):
             "teacher": teacher.reference(),
         }
         if isinstance(teacher.given, EMATeacher):
-            state["average"] = teacher.require().state_dict()
+            state["average"] = teacher.given.average()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -118,6 +114,13 @@ class Teaching(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**without_logging(self), "_restored": None}
+
+
+def announce(plan: Plan, name: str, teacher: nn.Module | None) -> None:
+    """Tell what was planned, and warn of what has no effect."""
+    rank_zero_info(f"{name}: the student learns from {type(teacher).__name__}.\n  {plan}")
+    for warning in plan.warnings():
+        rank_zero_warn(f"{name}: {warning}", category=NoEffectWarning)
 
 
 def step_values(terms: Mapping[str, Tensor], weighted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ convertible as the original and a checkpoint can rebuild the form.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import flows
-from lightning_compress.quantization.calls import is_below
+from lightning_compress.quantization.calls import is_at_or_below, is_below
 from lightning_compress.quantization.layers.fast_path import quiet_fast_path_, restore_fast_path_
 from lightning_compress.quantization.layers.plan import quantized_form
 from lightning_compress.quantization.plan import Plan
@@ -46,6 +47,21 @@ def form_of(model: nn.Module) -> str:
     """``float``, ``prepared`` or ``converted``."""
     record = record_of(model)
     return "float" if record is None else str(record["form"])
+
+
+def keep_record_(part: nn.Module, model: nn.Module, path: str) -> None:
+    """Let ``part``, a copy of the module at ``path`` of ``model``, know by itself what was done to it."""
+    record = copy.deepcopy(record_of(model))
+    if record is None:
+        return
+    for name in ("units", "layers"):
+        record[name] = [
+            {**each, "path": each["path"].removeprefix(path).lstrip(".")}
+            for each in record[name]
+            if is_at_or_below(each["path"], path)
+        ]
+    if record["units"] or record["layers"]:
+        part.__dict__[_RECORD] = record
 
 
 def _unit_module(model: nn.Module, path: str) -> nn.Module:
@@ -225,22 +241,22 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in values if isinstance(tensor, Tensor)]
 
 
-def quantized_like_(copy: nn.Module, model: nn.Module) -> None:
+def quantized_like_(twin: nn.Module, model: nn.Module) -> None:
     """Give an averaged copy the form of ``model``, and its observers' values, which are copied and never averaged."""
     record = record_of(model)
     if record is None:
-        revert_(copy, "float")
+        revert_(twin, "float")
         return
-    if form_of(copy) != record["form"]:
-        rebuild_(copy, record)
+    if form_of(twin) != record["form"]:
+        rebuild_(twin, record)
     if record["form"] == "prepared":
-        _copy_observers_(copy, model)
+        _copy_observers_(twin, model)
 
 
 @torch.no_grad()
-def _copy_observers_(copy: nn.Module, model: nn.Module) -> None:
+def _copy_observers_(twin: nn.Module, model: nn.Module) -> None:
     added = added_keys(model)
-    source, target = model.state_dict(keep_vars=True), copy.state_dict(keep_vars=True)
+    source, target = model.state_dict(keep_vars=True), twin.state_dict(keep_vars=True)
     for key, alias in added.items():
         if alias is None and key in target and target[key].shape == source[key].shape:
             target[key].copy_(source[key])

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_compress import QuantizationAwareTraining, load_compressed, save_compressed
 from lightning_compress.distillation import (
     DistillationModule,
     FeatureCosine,
@@ -314,3 +315,14 @@ def test_masked_positions_and_other_inputs_by_subclassing() -> None:
     expected = F.kl_div((logits[keep] / 2).log_softmax(1), (target[keep] / 2).softmax(1), reduction="batchmean") * 4
     torch.testing.assert_close(terms["soft_target"], expected)
     assert 0 < keep.sum() < 8
+
+
+def test_an_int8_student_is_exported_with_what_was_done_to_it(tmp_path: Path) -> None:
+    module = with_features()
+    trainer(callbacks=[QuantizationAwareTraining()]).fit(module, loader())
+    student = module.export_student()
+    x = dataset().tensors[0]
+    assert type(student) is ConvNet and torch.equal(student(x), module(x)) and hooks(student) == 0
+    save_compressed(student, tmp_path / "student.ckpt")
+    again = load_compressed(tmp_path / "student.ckpt", ConvNet())
+    assert torch.equal(again.eval()(x), student.eval()(x))

@@ -24,6 +24,7 @@ def box(module: nn.Module) -> Teacher:
 def test_the_teacher_answers_in_evaluation_mode_without_a_graph_even_after_train() -> None:
     net = ConvNet(dropout=0.9)
     teacher, x, before = box(net), torch.randn(4, 1, 8, 8), bits(net)
+    teacher.freeze_()
     expected = net(x)
     net.train()
     answer = teacher(x, like=ConvNet())
