@@ -88,6 +88,8 @@ class Distillation(Teaching):
         number = isinstance(task_weight, int | float) and not isinstance(task_weight, bool)
         if not (number and math.isfinite(task_weight) and task_weight >= 0):
             raise invalid("task_weight", "be a finite number, at least 0", task_weight)
+        if losses == []:
+            raise invalid("losses", "name something to learn", losses)
         self.objective = Objective(
             [SoftTarget()] if losses is None else losses,
             task_weight,

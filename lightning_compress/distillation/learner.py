@@ -167,10 +167,12 @@ class Learner(nn.Module):
         forms.revert_(twin, "float")
         drop_taps_(twin.student)
         objective.teacher.take_(twin.student)
-        objective.teacher.require()
-        if inputs is not None:
+        if objective.losses:
+            objective.teacher.require()
+        if inputs is not None and objective.losses:
             plan = objective.plan(twin.student, lambda: twin._try(to_device_of(inputs, self.student)))
-        objective.teacher.load_once()
+        if objective.losses:
+            objective.teacher.load_once()
         if plan is not None:
             objective.follow_(plan, self.student)
         self._prepared, self._checked = True, plan is not None
@@ -222,7 +224,7 @@ class Learner(nn.Module):
         # A copy, as a student may change its inputs in place.
         theirs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
         outputs = call(self, self.student_inputs(inputs))
-        answers = self.teacher_outputs(theirs)
+        answers = self.teacher_outputs(theirs) if self.objective.losses else None
         if not self.objective.compares_logits:
             return outputs, None, None
         return outputs, self.logits(outputs), self.logits(answers)

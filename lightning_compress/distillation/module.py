@@ -158,8 +158,6 @@ class DistillationSteps(Learner, _Base):
             example = getattr(owner, "example_input_array", None)
             if example is not None:
                 return example
-        if not self.objective.needs_example:
-            return None  # nothing to make; the first step checks the rest
         with random_state_kept():  # a `train_dataloader` may split at random
             batch = take_examples(self.trainer.fit_loop._data_source.dataloader())
         return None if batch is None else self.split_batch(batch)[0]
@@ -183,7 +181,8 @@ class DistillationModule(DistillationSteps, L.LightningModule):
         student: The model that is trained; ``forward`` gives its outputs.
         teacher: Any module, also a LightningModule, :class:`Snapshot` or :class:`EMATeacher`; None is legal until
             ``fit``.
-        losses: Distillation losses; None: soft targets.
+        losses: Distillation losses; None: soft targets. Without any, ``[]``, the student learns alone and needs no
+            teacher.
         task_loss: A module called with (logits, targets); None: cross-entropy.
         task_weight: Factor of the task loss. With 0, batches need no targets to train.
         teacher_checkpoint: File with the teacher's weights: see :func:`~.weights.load_weights_`.

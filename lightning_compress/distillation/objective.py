@@ -119,6 +119,8 @@ class Objective:
 
     def attach(self, student: nn.Module) -> None:
         """Put the taps on student and teacher, where they aren't."""
+        if not self.losses:
+            return
         teacher = self.teacher.require()
         if not self.taps.attached:
             self.teacher.taps.find(teacher)  # both are checked before either is touched

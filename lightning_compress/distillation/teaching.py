@@ -47,7 +47,9 @@ class Teaching(Callback):
 
     def begin(self, objective: Objective, student: nn.Module) -> None:
         """At fit start: bring back what a checkpoint said, place and seal the teacher."""
-        self._objective, self._said = objective, False
+        self._objective, self._said = (objective, False) if objective.losses else (None, False)
+        if self._objective is None:
+            return  # a student alone
         teacher, restored = objective.teacher, self._restored
         if restored is not None:
             objective.clock.load_state_dict(restored["clock"])

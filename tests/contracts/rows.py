@@ -166,7 +166,7 @@ ROWS = (
                     },
                     {
                         "class_path": "lightning_compress.RelationalAngle",
-                        "init_args": {"student_layer": "body:input", "teacher_layer": "body"},
+                        "init_args": {"student_layer": "head:input", "teacher_layer": "body"},
                     },
                 ],
                 "ramps": [{"loss": "dkd", "schedule": "Cosine", "window": {"end": 0.5}}],
@@ -176,7 +176,7 @@ ROWS = (
         },
         (
             ({"task_weight": -1.0}, "`task_weight` must be a finite number, at least 0. Received: task_weight=-1.0"),
-            ({"losses": [], "task_weight": 0.0}, "`losses` must name something to learn"),
+            ({"losses": []}, "`losses` must name something to learn"),
             ({"losses": ["kd"]}, "`losses` must be a list of distillation losses"),
             ({"teacher_dtype": "int8"}, "`teacher_dtype` must be float32, bfloat16, float16 or None"),
             ({"ramps": [Ramp("soft_tarrget")]}, "`loss` must name a loss for a ramp.*Nearest: soft_target"),

@@ -435,7 +435,6 @@ TARGETS = torch.tensor([1, 0, 3, 2])
 
 
 def extreme(name: str) -> tuple[Tensor, Tensor]:
-    # Four of each, so that a mean of equal numbers is exact: see the strict xfails for other counts.
     s = BIG * torch.tensor([[1, -1, 0, 0.5], [-1, 1, 0.5, 0], [0, 1, -1, 0.75], [0.5, 0, 1, -1]])
     t, each = s.flip(1), torch.arange(4)
     match name:
@@ -542,7 +541,6 @@ def test_temperatures_from_cold_to_hot(temperature: float) -> None:
 # Known to be wrong
 
 
-@pytest.mark.xfail(strict=True, reason="1/|v|² overflows in the gradient of `unit` where |v|² is just above `tiny`")
 @pytest.mark.parametrize("gap", [422.5, 427.5])
 def test_dist_has_a_finite_gradient_where_a_class_is_all_but_ruled_out(gap: float) -> None:
     student = torch.tensor([[0.0, -gap, -gap - 10], [0.0, -gap - 10, -gap]])
@@ -551,7 +549,6 @@ def test_dist_has_a_finite_gradient_where_a_class_is_all_but_ruled_out(gap: floa
     assert gradient.isfinite().all()
 
 
-@pytest.mark.xfail(strict=True, reason="equal numbers minus their rounded mean are not 0, and `unit` blows that up")
 @pytest.mark.parametrize(("b", "c"), [(7, 10), (10, 10), (10, 7), (5, 10)])
 def test_dist_counts_the_correlation_of_equal_predictions_as_0(b: int, c: int) -> None:
     # A head that starts at zero. In float16 the gradient of 1e6 is infinite.
@@ -561,11 +558,22 @@ def test_dist_counts_the_correlation_of_equal_predictions_as_0(b: int, c: int) -
     assert dist(torch.zeros(b, c), torch.zeros(b, c)).item() == pytest.approx(2.0, abs=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="equal numbers minus their rounded mean are not 0")
 def test_standardized_equal_logits_are_0() -> None:
     logits = (torch.arange(1.0, 300.0) * 33.3).unsqueeze(1).repeat(1, 7)
     assert not standardize_logits(logits).any()
     assert logit_mse(logits, torch.zeros_like(logits), standardize=True) == 0
+
+
+def test_dist_takes_logits_of_any_shape() -> None:
+    # One position, (C,), as the other losses do.
+    student, teacher, _ = inputs((1, 4))
+    torch.testing.assert_close(dist(student[0], teacher[0]), dist(student, teacher))
+
+
+@pytest.mark.parametrize("dim", [2, -3, -2])  # beyond the shape; the batch, counted from the end
+def test_classes_along_a_dimension_that_is_not_theirs_are_refused(dim: int) -> None:
+    student, teacher, _ = inputs((3, 4))
+    refuses(lambda: SoftTarget(class_dim=dim)(student, teacher), f"Received: class_dim={dim}.")
 
 
 # Refusals

@@ -50,7 +50,7 @@ REFUSED = [
     ({"losses": [FeatureMSE("head", "features.00")]}, "`teacher_layer` must name a layer of the ConvNet.*features.0"),
     ({"losses": [FeatureMSE("unused", "head")]}, "`student_layer` must name a layer that the model calls"),
     ({"losses": [FeatureMSE("head", "features.0")]}, r"\(2, 8, 8, 8\). Received: student_layer=\(2, 4\)"),
-    ({"teacher": ConvNet(classes=7)}, r"student's shape \(8, 4\). Received: teacher=\(8, 7\)"),
+    ({"teacher": ConvNet(classes=7)}, r"student's shape \(2, 4\). Received: teacher=\(2, 7\)"),
     (
         {"teacher": ConvNet(classes=7), "losses": [SoftTarget(), FeatureMSE("head", "head")]},
         r"student's shape \(2, 4\). Received: teacher=\(2, 7\)",

@@ -74,7 +74,7 @@ def feature_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -
     with exact(student):
         shown = _shown(student, valid)
         if shown is None:
-            return F.mse_loss(full(student), full(teacher))
+            return (full(student) - full(teacher)).square().sum() / max(student.numel(), 1)
         difference = full(student).where(shown, 0.0) - full(teacher).where(shown, 0.0)
         return mean(difference.square(), shown.expand_as(difference))
 
@@ -118,7 +118,10 @@ def attention_transfer(student: Tensor, teacher: Tensor, channel_dim: int = 1, v
         maps = [features.square().mean(channel_dim) for features in (student, teacher)]
         size = [min(sizes) for sizes in zip(maps[0].shape[1:], maps[1].shape[1:], strict=True)]
         ours, theirs = (unit(_pooled(each, size).flatten(1)) for each in maps)
-        return mean((ours - theirs).square().mean(1), samples)
+        squared, counts = (ours - theirs).square(), samples.unsqueeze(1)
+        if valid is not None and valid.shape == squared.shape == student.shape[:2] and student.dim() == 3:
+            counts = counts & valid.bool()  # the positions of sequences
+        return mean(squared, counts.expand_as(squared))
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -235,11 +238,13 @@ def _counted(pair: tuple[Tensor, Tensor], valid: Tensor | None) -> tuple[tuple[T
     """Both features in full precision, zeros where they don't count; and which samples do."""
     samples = torch.ones(len(pair[0]), dtype=torch.bool, device=pair[0].device)
     counted = []
-    for features in pair:
+    for features in (each.unsqueeze(1) if each.dim() == 1 else each for each in pair):
         shown = _shown(features, valid)
         counted.append(full(features) if shown is None else full(features).where(shown, 0.0))
         samples = samples if shown is None else samples & shown.flatten(1).any(1)
-    return (counted[0], counted[1]), samples
+    # A sample that doesn't count on one side counts on neither.
+    ours, theirs = (each.where(samples.view(-1, *[1] * (each.dim() - 1)), 0.0) for each in counted)
+    return (ours, theirs), samples
 
 
 def _shown(features: Tensor, valid: Tensor | None) -> Tensor | None:

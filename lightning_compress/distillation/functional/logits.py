@@ -230,9 +230,9 @@ def dist(
     """
     pair = _compare(student, teacher, class_dim, valid, standardize)
     with exact(student):
-        kept = (pair.kept & pair.counts.unsqueeze(-1)).flatten(0, -2)
+        kept = (pair.kept & pair.counts.unsqueeze(-1)).reshape(-1, pair.kept.shape[-1])
         q, p = (
-            (logits / temperature).softmax(-1).flatten(0, -2).where(kept, 0.0)
+            (logits / temperature).softmax(-1).reshape(kept.shape).where(kept, 0.0)
             for logits in (pair.student, pair.teacher)
         )
         inter = mean(1 - _correlation(q, p, kept, -1), pair.counts.flatten())
@@ -292,6 +292,12 @@ def _compare(
     least_classes: int = 2,
 ) -> _Pair:
     check_shapes(student, teacher)
+    rank = student.dim()
+    if not -rank <= class_dim < rank or (rank > 1 and class_dim % rank == 0):
+        remedy = "Usual: -1, or 1 for (B, C, H, W)."
+        raise invalid(
+            "class_dim", f"be a dimension of the logits {tuple(student.shape)}, not the batch", class_dim, remedy
+        )
     if student.shape[class_dim] < least_classes:
         raise invalid(
             "class_dim",
@@ -339,8 +345,11 @@ def _correlation(x: Tensor, y: Tensor, kept: Tensor, dim: int) -> Tensor:
 
 
 def _centred(x: Tensor, kept: Tensor, dim: int) -> Tensor:
-    """``x``, which is 0 where it isn't kept, minus its mean over what is kept; 0 elsewhere."""
-    return (x - x.sum(dim, keepdim=True) / kept.sum(dim, keepdim=True).clamp(min=1)).where(kept, 0.0)
+    """``x``, which is 0 where it isn't kept, minus its mean over what is kept; 0 elsewhere, and where all is equal."""
+    centred = (x - x.sum(dim, keepdim=True) / kept.sum(dim, keepdim=True).clamp(min=1)).where(kept, 0.0)
+    # Of equal values the rounding of their mean would be left, and be taken for a direction.
+    rounding = 8 * torch.finfo(x.dtype).eps * x.detach().abs().amax(dim, keepdim=True)
+    return centred.where(centred.detach().abs().amax(dim, keepdim=True) > rounding, 0.0)
 
 
 def _check_targets(targets: Tensor, shape: torch.Size) -> None:

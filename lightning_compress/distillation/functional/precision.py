@@ -31,14 +31,19 @@ def mean(values: Tensor, counts: Tensor) -> Tensor:
 def unit(vectors: Tensor, dim: int = -1) -> Tensor:
     """Vectors of length 1 along ``dim``; a zero vector stays zero, and gets no gradient instead of an infinite one.
 
+    Divided by their largest entry first, so that no square overflows or vanishes.
+
     Example:
         >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    squared = vectors.square().sum(dim, keepdim=True)
-    longer = squared > torch.finfo(vectors.dtype).tiny
-    return (vectors / squared.where(longer, 1.0).sqrt()).where(longer, 0.0)
+    if not vectors.numel():
+        return vectors
+    largest = vectors.detach().abs().amax(dim, keepdim=True)
+    longer = largest > torch.finfo(vectors.dtype).tiny ** 0.5
+    scaled = (vectors / largest.where(longer, 1.0)).where(longer, 0.0)
+    return scaled / scaled.square().sum(dim, keepdim=True).where(longer, 1.0).sqrt()
 
 
 def check_shapes(student: Tensor, teacher: Tensor) -> None:

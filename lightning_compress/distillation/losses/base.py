@@ -88,10 +88,10 @@ def check_weight(name: str, value: float) -> None:
         raise invalid(name, "be a finite number, at least 0", value)
 
 
-def check_class_dim(class_dim: int) -> None:
-    """Raise unless ``class_dim`` may be a dimension of classes."""
-    if isinstance(class_dim, bool) or not isinstance(class_dim, int) or class_dim == 0:
-        raise invalid("class_dim", "be a dimension other than 0, which is the batch", class_dim, "Usual: -1 or 1.")
+def check_dim(name: str, dim: int) -> None:
+    """Raise unless ``dim`` may be a dimension other than the batch."""
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim == 0:
+        raise invalid(name, "be a dimension other than 0, which is the batch", dim, "Usual: -1 or 1.")
 
 
 def check_layers(loss: FeatureLoss) -> None:

@@ -12,8 +12,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from lightning_compress.distillation import functional
-from lightning_compress.distillation.losses.base import FeatureLoss, check_layers, check_weight
-from lightning_compress.errors import invalid
+from lightning_compress.distillation.losses.base import FeatureLoss, check_dim, check_layers, check_weight
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,7 @@ class AttentionTransfer(FeatureLoss):
     def __post_init__(self) -> None:
         check_layers(self)
         check_weight("weight", self.weight)
-        if self.channel_dim == 0:
-            raise invalid("channel_dim", "be a dimension other than 0, which is the batch", 0, "Usual: 1 or -1.")
+        check_dim("channel_dim", self.channel_dim)
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
         return functional.attention_transfer(student, teacher, self.channel_dim, valid)

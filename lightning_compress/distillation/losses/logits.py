@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_compress.distillation import functional
-from lightning_compress.distillation.losses.base import LogitLoss, check_class_dim, check_number, check_weight
+from lightning_compress.distillation.losses.base import LogitLoss, check_dim, check_number, check_weight
 from lightning_compress.errors import invalid
 
 _USUAL = "Usual values: 1 to 10."
@@ -42,7 +42,7 @@ class SoftTarget(LogitLoss):
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, remedy=_USUAL)
         check_weight("weight", self.weight)
-        check_class_dim(self.class_dim)
+        check_dim("class_dim", self.class_dim)
 
     def __call__(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
@@ -74,7 +74,7 @@ class HardTarget(LogitLoss):
 
     def __post_init__(self) -> None:
         check_weight("weight", self.weight)
-        check_class_dim(self.class_dim)
+        check_dim("class_dim", self.class_dim)
 
     def __call__(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
@@ -108,7 +108,7 @@ class LogitMSE(LogitLoss):
 
     def __post_init__(self) -> None:
         check_weight("weight", self.weight)
-        check_class_dim(self.class_dim)
+        check_dim("class_dim", self.class_dim)
 
     def __call__(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
@@ -151,7 +151,7 @@ class DKD(LogitLoss):
         check_number("temperature", self.temperature, remedy=_USUAL)
         for name in ("alpha", "beta", "weight"):
             check_weight(name, getattr(self, name))
-        check_class_dim(self.class_dim)
+        check_dim("class_dim", self.class_dim)
 
     def __call__(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
@@ -203,7 +203,7 @@ class DIST(LogitLoss):
         check_number("temperature", self.temperature, remedy=_USUAL)
         for name in ("beta", "gamma", "weight"):
             check_weight(name, getattr(self, name))
-        check_class_dim(self.class_dim)
+        check_dim("class_dim", self.class_dim)
 
     def __call__(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
