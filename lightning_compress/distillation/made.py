@@ -90,8 +90,10 @@ class EMATeacher(Snapshot):
         for name, average in self.model.named_parameters():
             if not average.is_floating_point():
                 continue
+            if average.element_size() > 2:
+                self._exact[name] = average.data
             # In 16 bits a thousandth of a step would be rounded away.
-            exact = average.data if average.element_size() > 2 else self._exact.setdefault(name, average.float())
+            exact = self._exact.setdefault(name, average.float())
             exact.lerp_(parameters[name].to(exact.device, exact.dtype), 1 - self.decay)
             average.copy_(exact)
         for name, buffer in self.model.named_buffers():

@@ -63,7 +63,7 @@ class StudentCall:
         """Watch the module at ``path``; None watches ``student`` and its children that have parameters."""
         self.detach()
         children = {clean_name(name): child for name, child in student.named_children() if list(child.parameters())}
-        for each, module in {"": student, **children}.items():
+        for each, module in {**children, "": student}.items():  # a compiled child may be the student itself
             if path not in (None, each):
                 continue
             witness = self._witnesses[each] = _Witness()

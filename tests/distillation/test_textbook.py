@@ -167,7 +167,10 @@ class Wide(nn.Module):
 
     def __init__(self, width: int = 512) -> None:
         super().__init__()
-        self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, 460)), nn.Linear(460, 4)
+        self.body, self.head = (
+            nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, 460)),
+            nn.Linear(460, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))
