@@ -44,7 +44,8 @@ class Distillation(Teaching):
         teacher_checkpoint: File with the teacher's weights: see :func:`~.weights.load_weights_`.
         teacher_adapter: Called with what the student was called with; gives the teacher's inputs: another normalisation
             or resolution.
-        teacher_dtype: The teacher's floating dtype; None: the student's.
+        teacher_dtype: The teacher's floating dtype; None: the student's. 16 bits are for devices that compute in them: a
+            CPU without such instructions takes many times as long.
         teacher_compile: Ask the teacher through `torch.compile`.
         ramps: Weights and temperatures that change: see :class:`Ramp`.
         log_gradient_share: Log each term's share of the gradient whenever the Trainer logs; a backward pass for each
@@ -195,7 +196,7 @@ class Distillation(Teaching):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not self._call.fired:
+        if not (self._call.fired and self.objective.compares_logits):
             return
         ours, theirs = self._answers(self._scope(pl_module))
         self._call.switch(listening=False)

@@ -160,7 +160,7 @@ class Learner(nn.Module):
                 "example_input_array",
                 "be set on the module or the student, as the losses compare features",
                 None,
-                "A batch can only be borrowed from a DataLoader over a map-style dataset.",
+                "A batch can only be borrowed from a DataLoader over a map-style dataset, or a list.",
             )
         # The student may keep what it saw, its forward may differ in training, and it may be int8: all on a copy.
         twin = copy_module(self)

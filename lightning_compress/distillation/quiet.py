@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def take_examples(loader: Any, count: int = 2) -> Any | None:
-    """A small batch from a ``DataLoader`` over a map-style dataset, or None.
+    """A small batch from a ``DataLoader`` over a map-style dataset, or a list of batches; or None.
 
     Its first items are collated by hand: no iterator, worker or sampler of the user's is started or moved on. A dataset
     that draws from a generator of its own does draw; ``example_input_array`` avoids that.
@@ -23,6 +23,8 @@ def take_examples(loader: Any, count: int = 2) -> Any | None:
         >>> [x.shape for x in take_examples(DataLoader(TensorDataset(torch.ones(9, 3), torch.ones(9)), batch_size=4))]
         [torch.Size([2, 3]), torch.Size([2])]
     """
+    if isinstance(loader, list | tuple):
+        return loader[0] if loader else None
     dataset: Any = getattr(loader, "dataset", None)
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__") or len(dataset) == 0:
         return None

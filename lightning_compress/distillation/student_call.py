@@ -19,22 +19,26 @@ class _Witness:
     """A pair of hooks on one module: its last call while it listens, like a :class:`Tap`'s."""
 
     def __init__(self) -> None:
+        self._open: list[object] = []
         self.listen(listening=False)
 
     def listen(self, listening: bool) -> None:
-        self.listening = self._keeps = listening
+        self.listening = listening
         self.inputs: Arguments | None = None
         self.outputs: Any = None
+        self._kept: object | None = None
         self._with_graph = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._keeps = self.listening and (torch.is_grad_enabled() or not self._with_graph)
-        if self._keeps:  # copied: the student may change its inputs in place
+        self._open.append(call := object())
+        if self.listening and (torch.is_grad_enabled() or not self._with_graph):
+            # Copied: the student may change its inputs in place.
             self.inputs, self.outputs = Arguments(*copy_tensors((args, kwargs))), None
-            self._with_graph = torch.is_grad_enabled()
+            self._kept, self._with_graph = call, torch.is_grad_enabled()
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._keeps:
+        # Under DDP the LightningModule is called for the whole step, and by the step for its forward.
+        if self._open.pop() is self._kept and self.listening:
             self.outputs = output
 
     def __getstate__(self) -> dict[str, Any]:
