@@ -44,8 +44,8 @@ class Distillation(Teaching):
         teacher_checkpoint: File with the teacher's weights: see :func:`~.weights.load_weights_`.
         teacher_adapter: Called with what the student was called with; gives the teacher's inputs: another normalisation
             or resolution.
-        teacher_dtype: The teacher's floating dtype; None: the student's. 16 bits are for devices that compute in them: a
-            CPU without such instructions takes many times as long.
+        teacher_dtype: The teacher's floating dtype; None: the student's. 16 bits are for devices that compute in them:
+            a CPU without such instructions takes many times as long.
         teacher_compile: Ask the teacher through `torch.compile`.
         ramps: Weights and temperatures that change: see :class:`Ramp`.
         log_gradient_share: Log each term's share of the gradient whenever the Trainer logs; a backward pass for each
@@ -134,19 +134,19 @@ class Distillation(Teaching):
                 "returns. Received: automatic_optimization=False. Use DistillationModule's `compute_terms` in the step."
             )
         pl_module.configure_model()
-        student = self._scope(pl_module)
         self.objective.reset()
         self.objective.adapters.clear()
         self._restored, self._entry, self._check = None, None, None
         if self.objective.teacher.given is None:
             self.objective.teacher.require()
         twin = pl_module
-        if forms.form_of(pl_module) != "float":
+        if forms.form_of(pl_module) != "float":  # what makes it float again may come after this
             twin = make_probe(trainer, pl_module)
             forms.revert_(twin, "float")
-        self.objective.teacher.take_(student if twin is pl_module else self._scope(twin))
+        student = self._scope(twin)
+        self.objective.teacher.take_(student)
         teacher = self.objective.teacher.require()
-        if (error := shared_with(teacher, student)) is not None:
+        if (error := shared_with(teacher, self._scope(pl_module))) is not None:
             raise error
         self.objective.taps.find(student)
         self.objective.teacher.taps.find(teacher)

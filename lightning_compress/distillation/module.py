@@ -189,8 +189,8 @@ class DistillationModule(DistillationSteps, L.LightningModule):
         optimizer: Called with the trainable parameters; None: `torch.optim.AdamW`.
         scheduler: Called with the optimizer; stepped each epoch.
         teacher_adapter: Called with the teacher's inputs: another normalisation or resolution.
-        teacher_dtype: The teacher's floating dtype; None: the student's. 16 bits are for devices that compute in them: a
-            CPU without such instructions takes many times as long.
+        teacher_dtype: The teacher's floating dtype; None: the student's. 16 bits are for devices that compute in them:
+            a CPU without such instructions takes many times as long.
         teacher_compile: Ask the teacher through `torch.compile`.
         ramps: Weights and temperatures that change: see :class:`Ramp`.
         log_gradient_share: Log each term's share of the gradient whenever the Trainer logs; a backward pass for each

@@ -111,11 +111,12 @@ class Clock:
 
 def check_ramps(ramps: Sequence[Ramp], losses: Mapping[str, DistillationLoss]) -> None:
     """Raise if a ramp moves nothing, or to where a loss can't be."""
-    for ramp in ramps:
+    for index, ramp in enumerate(ramps):
         if not isinstance(ramp, Ramp):
             raise invalid("ramps", "be a list of Ramp", ramp, 'Such as [Ramp("soft_target", initial=0.0)].')
         hit = {name: loss for name, loss in losses.items() if fnmatchcase(name, ramp.loss)}
         task = fnmatchcase(TASK, ramp.loss)
+        moved = [*hit, *([TASK] if task else [])]
         if not hit and not task:
             raise invalid("loss", "name a loss for a ramp", ramp.loss, nearest(ramp.loss, [*losses, TASK]))
         for loss in hit.values():
@@ -124,5 +125,9 @@ def check_ramps(ramps: Sequence[Ramp], losses: Mapping[str, DistillationLoss]) -
             if ramp.number not in known:
                 raise invalid("number", f"name a number of {ramp.loss}", ramp.number, nearest(ramp.number, known))
             dataclasses.replace(loss, **{ramp.number: ramp.initial})  # type: ignore[type-var]
+        earlier = [each for each in ramps[:index] if each.number == ramp.number]
+        both = next((name for name in moved if any(fnmatchcase(name, each.loss) for each in earlier)), None)
+        if both is not None:
+            raise invalid("ramps", f"move the {ramp.number} of {both} once", [each.loss for each in (*earlier, ramp)])
         if task and ramp.number != "weight":
             raise invalid("number", "be 'weight' for the task", ramp.number)
