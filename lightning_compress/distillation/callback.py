@@ -19,7 +19,14 @@ from lightning_compress.distillation.objective import Objective, find_logits, su
 from lightning_compress.distillation.ramps import TASK, Ramp
 from lightning_compress.distillation.student_call import StudentCall
 from lightning_compress.distillation.teacher import TeacherDtype, shared_with
-from lightning_compress.distillation.teaching import Teaching, announce, logs_now, share_values, step_values
+from lightning_compress.distillation.teaching import (
+    Teaching,
+    announce,
+    join_optimizer_,
+    logs_now,
+    share_values,
+    step_values,
+)
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import copy_tensors
@@ -31,7 +38,8 @@ class Distillation(Teaching):
     ``loss = task_weight · (the module's own loss) + Σ weight · distillation loss``
 
     The teacher is asked with what the student was called with in that step, after all augmentation. The student is the
-    LightningModule's own ``forward`` where ``training_step`` calls that, or else the one child that it calls. The
+    LightningModule's own ``forward`` where ``training_step`` calls that, or else the one child that it calls. Where it
+    is called several times, the last call with gradients counts. The
     module's parameters, keys, hooks and checkpoints stay as they are; adapters live in the callback, and in the
     optimizer from the first step.
 
@@ -304,13 +312,11 @@ class Distillation(Teaching):
 
     def _join(self, trainer: pl.Trainer, student: nn.Module) -> None:
         """Bring the adapters where the student is, equal on all ranks, and into the optimizer."""
-        adapters, groups = self.objective.adapters, trainer.optimizers[0].param_groups
+        adapters = self.objective.adapters
         adapters.to(next(student.parameters()).device)
         if trainer.world_size > 1:
             adapters.load_state_dict(trainer.strategy.broadcast(adapters.state_dict()))
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        # Into the first group: a scheduler holds one base rate for each group and would not know of another one.
-        groups[0]["params"].extend(each for each in adapters.parameters() if id(each) not in held)
+        join_optimizer_(adapters, trainer)
 
     def _answers(self, student: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         _, inputs, outputs = self._call.seen()

@@ -40,24 +40,28 @@ class TeacherCheck:
         )
 
     def warnings(self) -> list[str]:
-        """What looks wrong; one standard error of the accuracies is allowed for."""
+        """What looks wrong, beyond what so few predictions leave to luck."""
         if self.teacher is None or self.student is None:
             return []
         chance = 1 / self.classes
-        error = math.sqrt(chance * (1 - chance) / self.positions)
-        if self.teacher <= chance + error:
+        halfway = (1 + chance) / 2
+        # As bad as guessing, and on enough predictions that a fair teacher would have that once in a hundred times.
+        near = self.teacher <= chance + self._error(chance)
+        if near and self.teacher < halfway - 2.33 * self._error(halfway):
             return [
                 f"The teacher's accuracy is near chance: {self.teacher:.3f} on {self.positions:,} predictions, where "
                 f"guessing among {self.classes} classes gives {chance:.3f}. Check its weights (`teacher_checkpoint`), "
                 "its normalisation and resolution (`teacher_adapter`) and the order of its classes."
             ]
-        error = math.sqrt(max(self.student * (1 - self.student), chance * (1 - chance)) / self.positions)
-        if self.teacher < self.student - error:
+        if self.teacher < self.student - 2.33 * math.hypot(self._error(self.teacher), self._error(self.student)):
             return [
                 f"The teacher is behind the student: accuracy {self.teacher:.3f} against {self.student:.3f} on "
                 f"{self.positions:,} predictions. A student seldom gains from a weaker teacher."
             ]
         return []
+
+    def _error(self, accuracy: float) -> float:
+        return math.sqrt(accuracy * (1 - accuracy) / self.positions)
 
 
 @torch.no_grad()
@@ -156,8 +160,9 @@ def find_class_dim(logits: Tensor, targets: object) -> int | None:
         -1
     """
     for class_dim in (1, -1):
-        positions = logits.movedim(class_dim, -1).shape[:-1] if logits.dim() > 1 else None
-        if positions is not None and is_classes(targets, positions):
+        if logits.dim() < 2 or logits.shape[class_dim] < 2:
+            continue
+        if is_classes(targets, logits.movedim(class_dim, -1).shape[:-1]):
             return class_dim
     return None
 

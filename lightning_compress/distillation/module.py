@@ -23,7 +23,14 @@ from lightning_compress.distillation.losses import DistillationLoss
 from lightning_compress.distillation.quiet import random_state_kept, take_examples
 from lightning_compress.distillation.ramps import Ramp
 from lightning_compress.distillation.teacher import TeacherDtype, call
-from lightning_compress.distillation.teaching import Teaching, announce, logs_now, share_values, step_values
+from lightning_compress.distillation.teaching import (
+    Teaching,
+    announce,
+    join_optimizer_,
+    logs_now,
+    share_values,
+    step_values,
+)
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import forms
 
@@ -109,7 +116,9 @@ class DistillationSteps(Learner, _Base):
         inputs, targets = self.split_batch(batch)
         outputs = call(self, self.student_inputs(inputs))
         logits, valid = self.logits(outputs), self.valid_positions(batch)
-        values = {f"{stage}_loss": self._task(outputs, targets)}
+        values = {}
+        if targets is not None or self.task_weight > 0:
+            values[f"{stage}_loss"] = self._task(outputs, targets)
         found = accuracy(logits, targets, valid, getattr(self.task_loss, "ignore_index", None))
         size = len(logits)
         if found is not None:
@@ -235,6 +244,7 @@ class _ModuleTeaching(Teaching):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, DistillationSteps):
             self.begin(pl_module.objective, pl_module.student)
+            join_optimizer_(pl_module.adapters, trainer)  # a `configure_optimizers` of the user's may not know them
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start_clock(trainer)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import Adapters, adapt, make_adapter
-from lightning_compress.distillation.check import find_class_dim
+from lightning_compress.distillation.check import find_class_dim, is_classes
 from lightning_compress.distillation.features import Taps
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
 from lightning_compress.distillation.quiet import random_state_kept
@@ -81,9 +81,24 @@ class Objective:
         return any(isinstance(loss, FeatureLoss) for loss in self._asked.values())
 
     def class_dim(self, logits: Tensor, targets: Any) -> int | None:
-        """Where the logits' classes stand; None if neither a loss nor the targets say that there are any."""
-        named = (loss.class_dim for loss in self.losses.values() if isinstance(loss, LogitLoss) and loss.of_classes)
-        return next(named, find_class_dim(logits, targets))
+        """Where the logits' classes stand; None if neither a loss nor the targets say that there are any.
+
+        Raises:
+            CompressionError: If the targets say something else than a loss.
+        """
+        found = find_class_dim(logits, targets)
+        for loss in self.losses.values():
+            if isinstance(loss, LogitLoss) and loss.of_classes:
+                positions = logits.movedim(loss.class_dim, -1).shape[:-1]
+                if found is not None and not is_classes(targets, positions):
+                    raise invalid(
+                        "class_dim",
+                        f"be {found}, where the targets {tuple(targets.shape)} leave the classes of the logits "
+                        f"{tuple(logits.shape)}",
+                        loss.class_dim,
+                    )
+                return loss.class_dim
+        return found
 
     def plan(self, student: nn.Module, run: Run) -> Plan:
         """The dry run: see :func:`~.rehearsal.rehearse`. Nothing is changed yet.

@@ -88,8 +88,8 @@ class Plan:
     def warnings(self) -> list[str]:
         """What has no effect."""
         return [
-            f"{name} can't teach the student: nothing before its layer gets a gradient. The layers are frozen, or "
-            "recomputed by checkpointing, which hides them with use_reentrant=True."
+            f"{name} can't teach the student: no gradient leads from there to it. Layers are frozen, called under "
+            "no_grad, or recomputed by checkpointing, which hides them with use_reentrant=True."
             for name in self.idle
         ]
 
@@ -127,11 +127,11 @@ def rehearse(
             pairs = [_pair(name, loss, taps, logits) for name, loss in losses.items()]
             roots = [taps[0][path] for path in taps[0]] + [each for each in logits[:1] if each is not None]
             missed = _missed(models[0], roots + (_tensors(outputs) if task else []))
-            idle = [
-                name
+            compared = {
+                name: taps[0][str(loss.student_layer)] if isinstance(loss, FeatureLoss) else logits[0]
                 for name, loss in losses.items()
-                if isinstance(loss, FeatureLoss) and not taps[0][str(loss.student_layer)].requires_grad
-            ]
+            }
+            idle = [name for name, each in compared.items() if each is not None and not each.requires_grad]
     return Plan(losses, asked, tuple(pairs), missed, tuple(idle))
 
 

@@ -27,15 +27,17 @@ class _Witness:
         self.inputs: Arguments | None = None
         self.outputs: Any = None
         self._kept: object | None = None
-        self._with_graph = False
+        self.with_graph = False
 
+    @torch.compiler.disable  # compiled code would take the last step's tensors for inputs
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._open.append(call := object())
-        if self.listening and (torch.is_grad_enabled() or not self._with_graph):
+        if self.listening and (torch.is_grad_enabled() or not self.with_graph):
             # Copied: the student may change its inputs in place.
             self.inputs, self.outputs = Arguments(*copy_tensors((args, kwargs))), None
-            self._kept, self._with_graph = call, torch.is_grad_enabled()
+            self._kept, self.with_graph = call, torch.is_grad_enabled()
 
+    @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Under DDP the LightningModule is called for the whole step, and by the step for its forward.
         if self._open.pop() is self._kept and self.listening:
@@ -106,6 +108,8 @@ class StudentCall:
             CompressionError: If nothing was called, or several children and not the student itself.
         """
         called = {path: each for path, each in self._witnesses.items() if each.inputs is not None}
+        # A call without gradients, for a metric, is no call for the loss.
+        called = {path: each for path, each in called.items() if each.with_graph} or called
         path = "" if "" in called else next(iter(called), None)
         if path is None or (path and len(called) > 1):
             raise invalid(

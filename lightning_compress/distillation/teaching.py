@@ -118,6 +118,15 @@ class Teaching(Callback):
         return {**without_logging(self), "_restored": None}
 
 
+def join_optimizer_(adapters: nn.Module, trainer: pl.Trainer) -> None:
+    """Let the first optimizer train those adapters that no optimizer has."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    # Into the first group: a scheduler holds one base rate for each group and would not know of another one.
+    for group in groups[:1]:
+        group["params"].extend(each for each in adapters.parameters() if id(each) not in held)
+
+
 def announce(plan: Plan, name: str, teacher: nn.Module | None) -> None:
     """Tell what was planned, and warn of what has no effect."""
     rank_zero_info(f"{name}: the student learns from {type(teacher).__name__}.\n  {plan}")
