@@ -209,10 +209,6 @@ def make_probe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.Lightni
     probe = copy_module(pl_module)
     probe.__dict__["log"] = probe.__dict__["log_dict"] = lambda *args, **kwargs: None
     probe._trainer = trainer
-    if getattr(probe, "_compiler_ctx", None) is not None:
-        # Of a module that went through `torch.compile` as a whole; they are bound to the original.
-        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            probe.__dict__.pop(name, None)
     return probe
 
 

@@ -15,7 +15,8 @@ from lightning_compress.callback import make_probe, refuse_strategy
 from lightning_compress.distillation.check import TeacherCheck, check_teacher, closeness
 from lightning_compress.distillation.features import drop_taps_, find_layer
 from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
-from lightning_compress.distillation.objective import Objective, find_logits, sum_terms
+from lightning_compress.distillation.objective import Objective, sum_terms
+from lightning_compress.distillation.outputs import find_logits
 from lightning_compress.distillation.ramps import TASK, Ramp
 from lightning_compress.distillation.student_call import StudentCall
 from lightning_compress.distillation.teacher import TeacherDtype, shared_with
@@ -39,9 +40,9 @@ class Distillation(Teaching):
 
     The teacher is asked with what the student was called with in that step, after all augmentation. The student is the
     LightningModule's own ``forward`` where ``training_step`` calls that, or else the one child that it calls. Where it
-    is called several times, the last call with gradients counts. The
-    module's parameters, keys, hooks and checkpoints stay as they are; adapters live in the callback, and in the
-    optimizer from the first step.
+    is called several times, the last call with gradients counts. The module's parameters, keys, hooks and checkpoints
+    stay as they are; adapters live in the callback, and in the optimizer from the first step. Lightning's tuner takes
+    callbacks off while it looks for a learning rate or a batch size, and sees the module's own loss alone.
 
     Args:
         teacher: Any module, also a LightningModule, :class:`Snapshot` or :class:`EMATeacher`.
@@ -119,7 +120,7 @@ class Distillation(Teaching):
     # What a subclass may override.
 
     def logits(self, outputs: Any) -> Tensor:
-        """The logits within the outputs of student or teacher: see :func:`~.objective.find_logits`."""
+        """The logits within the outputs of student or teacher: see :func:`~.outputs.find_logits`."""
         return find_logits(outputs)
 
     def targets(self, batch: Any) -> Any:

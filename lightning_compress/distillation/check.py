@@ -127,29 +127,27 @@ def closeness(
 
 
 def accuracy(
-    logits: Tensor, targets: object, valid: Tensor | None, ignore_index: int | None
+    logits: Tensor, targets: object, class_dim: int | None, valid: Tensor | None, ignore_index: int | None
 ) -> tuple[Tensor, int] | None:
-    """Accuracy, and over how many positions; None unless this looks like classification.
-
-    That is: integer targets, and logits with a dimension more, which is 1 or the last.
+    """Accuracy, and over how many positions; None unless the targets are classes along ``class_dim``.
 
     Example:
-        >>> value, count = accuracy(torch.eye(3), torch.tensor([0, 1, -100]), None, ignore_index=-100)
+        >>> value, count = accuracy(torch.eye(3), torch.tensor([0, 1, -100]), -1, None, ignore_index=-100)
         >>> float(value), count
         (1.0, 2)
     """
-    class_dim = find_class_dim(logits, targets)
     if class_dim is None or not isinstance(targets, Tensor):
+        return None
+    classes = logits.detach().movedim(class_dim, 1).float()
+    if not is_classes(targets, classes.shape[:1] + classes.shape[2:]):
         return None
     ignored = -100 if ignore_index is None else ignore_index
     if valid is not None:
         targets = targets.masked_fill(~valid.bool(), ignored)
-    count = int((targets != ignored).sum())
-    classes = logits.detach().movedim(class_dim, 1).float()
     value = multiclass_accuracy(
         classes, targets, classes.shape[1], average="micro", ignore_index=ignored, validate_args=False
     )
-    return value, count
+    return value, int((targets != ignored).sum())
 
 
 def find_class_dim(logits: Tensor, targets: object) -> int | None:

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from lightning_compress.distillation.check import TeacherCheck, check_teacher
 from lightning_compress.distillation.features import drop_taps_
 from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
-from lightning_compress.distillation.objective import Objective, find_logits, sum_terms
+from lightning_compress.distillation.objective import Objective, sum_terms
+from lightning_compress.distillation.outputs import find_logits
 from lightning_compress.distillation.quiet import buffers_kept, to_device_of
 from lightning_compress.distillation.ramps import TASK, Ramp
 from lightning_compress.distillation.rehearsal import Plan
@@ -87,7 +88,7 @@ class Learner(nn.Module):
         return inputs
 
     def logits(self, outputs: Any) -> Tensor:
-        """The logits within the outputs of student or teacher: see :func:`~.objective.find_logits`."""
+        """The logits within the outputs of student or teacher: see :func:`~.outputs.find_logits`."""
         return find_logits(outputs)
 
     def valid_positions(self, batch: Any) -> Tensor | None:

@@ -119,11 +119,10 @@ class DistillationSteps(Learner, _Base):
         values = {}
         if targets is not None or self.task_weight > 0:
             values[f"{stage}_loss"] = self._task(outputs, targets)
-        found = accuracy(logits, targets, valid, getattr(self.task_loss, "ignore_index", None))
-        size = len(logits)
+        class_dim, size = self.objective.class_dim(logits, targets), len(logits)
+        found = accuracy(logits, targets, class_dim, valid, getattr(self.task_loss, "ignore_index", None))
         if found is not None:
             values[f"{stage}_acc"], size = found
-        class_dim = self.objective.class_dim(logits, targets)
         if self.trainer.state.fn == TrainerFn.FITTING and self.objective.compares_logits and class_dim is not None:
             theirs = self.logits(self.teacher_outputs(inputs))
             self._check(logits, theirs, targets, valid)
@@ -151,7 +150,16 @@ class DistillationSteps(Learner, _Base):
             )
         if forms.form_of(self) == "converted":
             return  # called before a callback of ours has made it float again; the Trainer calls once more
-        plan = self.prepare_(self._example_inputs())
+        try:
+            inputs = self._example_inputs()
+        except AttributeError:
+            # The data may be made in the module's `setup`, which comes after those of the callbacks. Where one of these
+            # calls this, the Trainer will once more; but what has copied the module by then misses the adapters.
+            copied = self.objective.needs_example and any(hasattr(each, "_average_model") for each in callbacks)
+            if self._current_fx_name != "setup" or copied:
+                raise
+            return
+        plan = self.prepare_(inputs)
         self.objective.attach(self.student)
         if plan is not None:
             announce(plan, type(self).__name__, self.teacher)

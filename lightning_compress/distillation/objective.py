@@ -202,29 +202,6 @@ class Objective:
         return ours, theirs
 
 
-def find_logits(outputs: Any) -> Tensor:
-    """The logits within outputs: the tensor itself, ``logits`` by key or attribute, or a tuple's first tensor.
-
-    Raises:
-        CompressionError: If there are none.
-
-    Example:
-        >>> find_logits({"logits": torch.zeros(2, 3), "hidden": torch.zeros(2, 8)}).shape
-        torch.Size([2, 3])
-    """
-    found = outputs
-    if isinstance(outputs, Mapping):
-        found = outputs.get("logits")
-    elif not isinstance(outputs, Tensor):
-        found = getattr(outputs, "logits", None)
-        if found is None and isinstance(outputs, tuple | list):
-            found = next((item for item in outputs if isinstance(item, Tensor)), None)
-    if not isinstance(found, Tensor):
-        received = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
-        raise invalid("outputs", "contain `logits`", received, "Override `logits(outputs)` on the module.")
-    return found
-
-
 def sum_terms(weighted: Mapping[str, Tensor]) -> Tensor:
     """The sum, in the order of the terms."""
     first, *rest = weighted.values()

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_compress.distillation.adapters import make_adapter
 from lightning_compress.distillation.features import Taps, is_compiled
 from lightning_compress.distillation.functional.precision import check_shapes
-from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss
+from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
+from lightning_compress.distillation.outputs import find_logits, find_tensors
 from lightning_compress.distillation.quiet import random_state_kept
 from lightning_compress.errors import CompressionError
 from lightning_compress.targets import clean_name
@@ -118,7 +118,8 @@ def rehearse(
     asked = {name: name for name in losses}
     with random_state_kept(), eager:
         if any(isinstance(loss, FeatureLoss) and loss.pairs for loss in losses.values()):
-            with torch.no_grad(), _resolutions(models[0]) as ours, _resolutions(models[1]) as theirs:
+            whole = not (task or any(isinstance(loss, LogitLoss) for loss in losses.values()))
+            with torch.no_grad(), _resolutions(models[0], whole) as ours, _resolutions(models[1], whole) as theirs:
                 run()
             losses, asked = _expanded(losses, _matching(ours, theirs))
             taps = make_taps(losses)
@@ -126,7 +127,7 @@ def rehearse(
             outputs, *logits = run()
             pairs = [_pair(name, loss, taps, logits) for name, loss in losses.items()]
             roots = [taps[0][path] for path in taps[0]] + [each for each in logits[:1] if each is not None]
-            missed = _missed(models[0], roots + (_tensors(outputs) if task else []))
+            missed = _missed(models[0], roots + (find_tensors(outputs) if task else []))
             compared = {
                 name: taps[0][str(loss.student_layer)] if isinstance(loss, FeatureLoss) else logits[0]
                 for name, loss in losses.items()
@@ -170,28 +171,41 @@ def _attached(taps: tuple[Taps, Taps], models: tuple[nn.Module, nn.Module]) -> I
 
 
 @contextmanager
-def _resolutions(model: nn.Module) -> Iterator[dict[str, torch.Size]]:
-    """The shape that each inner layer put out, in the order in which they finished."""
+def _resolutions(model: nn.Module, whole: bool) -> Iterator[dict[str, torch.Size]]:
+    """The shape that each inner layer put out, in the order in which they finished, at the end of the block.
+
+    Without those that put out the model's own logits, unless the ``whole`` is asked for.
+    """
+    tensors: dict[str, Tensor] = {}
+    last: list[Any] = []
     shapes: dict[str, torch.Size] = {}
 
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                shapes.pop(path, None)
-                shapes[path] = output.shape
+            if path and isinstance(output, Tensor):
+                tensors.pop(path, None)
+                tensors[path] = output
+            if next(module.parameters(), None) is not None:  # neither a loss nor a metric
+                last[:] = [output]
 
         return hook
 
-    handles = [
-        module.register_forward_hook(note(clean_name(name)))
-        for name, module in model.named_modules()
-        if clean_name(name)
-    ]
+    layers = {clean_name(name): module for name, module in model.named_modules()}
+    handles = [module.register_forward_hook(note(path)) for path, module in layers.items()]
     try:
         yield shapes
     finally:
         for handle in handles:
             handle.remove()
+        shapes |= {path: each.shape for path, each in tensors.items() if whole or not _is_logits(each, last)}
+
+
+def _is_logits(tensor: Tensor, outputs: list[Any]) -> bool:
+    try:
+        logits = find_logits(outputs[0] if outputs else None)
+    except CompressionError:
+        return False
+    return tensor.shape == logits.shape and tensor.data_ptr() == logits.data_ptr()
 
 
 def _matching(ours: Shapes, theirs: Shapes) -> list[tuple[str, str]]:
@@ -248,15 +262,6 @@ def name_losses(losses: Iterable[DistillationLoss]) -> dict[str, DistillationLos
             name, count = f"{loss.name}_{count}", count + 1
         named[name] = loss
     return named
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    """All tensors in nested outputs, and in the attributes of objects in them."""
-    leaves = pytree.tree_leaves(outputs)
-    leaves += [
-        part for leaf in leaves if not isinstance(leaf, Tensor) for part in getattr(leaf, "__dict__", {}).values()
-    ]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _missed(student: nn.Module, roots: list[Tensor]) -> tuple[str, ...]:

@@ -29,7 +29,8 @@ class _Witness:
         self._kept: object | None = None
         self.with_graph = False
 
-    @torch.compiler.disable  # compiled code would take the last step's tensors for inputs
+    # Compiled code would take the last step's tensors for inputs.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._open.append(call := object())
         if self.listening and (torch.is_grad_enabled() or not self.with_graph):
@@ -37,7 +38,7 @@ class _Witness:
             self.inputs, self.outputs = Arguments(*copy_tensors((args, kwargs))), None
             self._kept, self.with_graph = call, torch.is_grad_enabled()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Under DDP the LightningModule is called for the whole step, and by the step for its forward.
         if self._open.pop() is self._kept and self.listening:

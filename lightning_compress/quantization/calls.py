@@ -107,12 +107,17 @@ def copy_module(module: Module) -> Module:
     kept = (leaf for inner in module.modules() for leaf in pytree.tree_leaves(vars(inner)) if isinstance(leaf, Tensor))
     memo = {id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None}
     try:
-        return copy.deepcopy(module, memo)
+        twin = copy.deepcopy(module, memo)
     except (RuntimeError, TypeError, ValueError) as error:
         raise CompressionError(
             f"`{type(module).__name__}` must be a module that can be deep-copied. Received: {error}. Keep on it "
             "what can be copied; after torch.nn.utils.prune call prune.remove, and run lazy layers once."
         ) from error
+    if getattr(twin, "_compiler_ctx", None) is not None:
+        # Of a LightningModule that went through `torch.compile` as a whole: they are bound to the original.
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            twin.__dict__.pop(name, None)
+    return twin
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_compress.errors import invalid
 
 
-class DistillationLoss(ABC):
+class DistillationLoss(ABC):  # noqa: B024 - what it is called with, its two kinds say
     """A loss with a ``weight`` in the sum of all terms and a ``name`` in the log."""
 
-    weight: float
+    weight: float = 1.0
 
     @property
     def name(self) -> str:
@@ -31,9 +31,21 @@ class DistillationLoss(ABC):
 
 
 class LogitLoss(DistillationLoss):
-    """A loss between the logits of student and teacher, whose classes stand along ``class_dim``."""
+    """A loss between the logits of student and teacher, whose classes stand along ``class_dim``.
 
-    class_dim: int
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class LogitL1(LogitLoss):
+        ...     weight: float = 0.5
+        ...
+        ...     def __call__(self, student, teacher, valid=None, targets=None):
+        ...         return (student - teacher).abs().mean()
+        >>> LogitL1(weight=2.0).name
+        'logit_l1'
+    """
+
+    class_dim: int = -1
 
     of_classes: ClassVar[bool] = True
     """Whether what it compares are classes; a regression's outputs may be too, for a loss that needs no softmax."""
@@ -58,9 +70,9 @@ class FeatureLoss(DistillationLoss):
     ``pairs="auto"`` in place of the two layers pairs the deepest layers of each resolution that both models have.
     """
 
-    student_layer: str | None
-    teacher_layer: str | None
-    pairs: Literal["auto"] | None
+    student_layer: str | None = None
+    teacher_layer: str | None = None
+    pairs: Literal["auto"] | None = None
 
     adapts: ClassVar[bool] = True
     """Whether an adapter has to bring the student's features to the teacher's shape."""

@@ -18,6 +18,8 @@ _USUAL = "Usual values: 1 to 10."
 class SoftTarget(LogitLoss):
     """Soft targets: see :func:`~.functional.soft_target` for the formula.
 
+    For classes that exclude each other. Labels that don't (multi-label) have no softmax: use :class:`LogitMSE`.
+
     Args:
         temperature: T > 0; higher values show the student more of what the teacher finds similar.
         weight: Factor in the sum of all terms.
