@@ -68,6 +68,11 @@ def find_layer(model: nn.Module, layer: str, argument: str = "layer") -> nn.Modu
         >>> find_layer(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), "1")
         ReLU()
     """
+    if layer:
+        try:
+            return model.get_submodule(layer)
+        except AttributeError:
+            pass  # compiled on the way, or not there
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         # The compiled wrapper comes before what it wraps, and its hooks run outside the compiled graph: prefer it.

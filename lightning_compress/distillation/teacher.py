@@ -69,6 +69,7 @@ class Teacher:
         self._loaded: str | None = None
         self._entry = ""
         self._answering: Callable[..., Any] | None = None
+        self._children: list[nn.Module] = []
         self._placed: tuple[torch.device, torch.dtype] | None = None
         self._home_parameters: list[tuple[nn.Parameter, Tensor]] = []
         self._home_buffers: list[tuple[nn.Module, str, Tensor]] = []
@@ -94,9 +95,8 @@ class Teacher:
         """
         module = self.require()
         self.place(like)
-        for each in (module, self.adapter):
-            if each is not None and any(child.training for child in each.modules()):  # someone called `train()` on it
-                each.eval()
+        for child in self._children:
+            child.training = False  # someone may have called `train()` on it
         if self._answering is None:
             entered = find_layer(module, self._entry) if self._entry else module
             self._answering = torch.compile(entered) if self.compile else entered
@@ -169,6 +169,7 @@ class Teacher:
             if self.adapter is not None:
                 self.adapter.to(device, dtype)  # the student's: normalisation constants keep their precision
         self._placed = target
+        self._children = [child for module in modules for child in module.modules()]
 
     def return_home(self) -> None:
         """Give the teacher its own tensors back: device, dtype and every bit."""
@@ -180,7 +181,8 @@ class Teacher:
             self.given.to("cpu")
         if self.compile and self._answering is not None:
             torch.compiler.reset()  # compiled code has the taps of its first call built in
-        self._home_parameters, self._home_buffers, self._placed, self._sealed = [], [], None, None
+        self._home_parameters, self._home_buffers, self._children = [], [], []
+        self._placed, self._sealed = None, None
         self._answering = None
 
     def seal(self) -> None:
@@ -207,6 +209,7 @@ class Teacher:
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
+            "_children": [],
             "_placed": None,
             "_home_parameters": [],
             "_home_buffers": [],
