@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import runpy
@@ -14,7 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+import lightning_compress
 from lightning_compress.cli import main
+from lightning_compress.distillation.losses import DistillationLoss
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 
@@ -47,10 +50,24 @@ def test_add_callbacks(own_folder: Path) -> None:
     assert (own_folder / "demo_output/add_callbacks/report.md").is_file()
 
 
-def test_subclass_distillation(own_folder: Path) -> None:
-    run("examples/subclass_distillation.py", "1")
-    checkpoint = torch.load(own_folder / "demo_output/subclass_distillation.ckpt", weights_only=True)
-    assert {key.partition(".")[0] for key in checkpoint["state_dict"]} == {"student"}
+@pytest.mark.parametrize("task", ["classification", "regression", "segmentation", "language_model", "callback"])
+def test_distillation_by_task(task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, which has imported everything already."""
+    folder = ROOT / "examples/distillation"
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    monkeypatch.setattr(sys, "argv", [f"{task}.py", "1"])
+    monkeypatch.delitem(sys.modules, "plain", raising=False)
+    runpy.run_path(str(folder / f"{task}.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    for row in ("teacher", "alone", "distilled"):
+        assert re.search(rf"^.*{row}.*: +\d+\.\d+$", shown, flags=re.MULTILINE), shown
+
+
+def test_distillation_as_yaml(as_in_the_clone: Path, caplog: pytest.LogCaptureFixture) -> None:
+    main(["fit", "--config=examples/digits/teacher.yaml", *QUICK])
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        main(["fit", "--config=examples/distillation/config.yaml", *QUICK])
+    assert "feature_mse: features (2, 16, 2, 2) with features (2, 96, 2, 2) by Conv2d, 1,632 parameters" in caplog.text
 
 
 def test_configure_by_yaml(as_in_the_clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +110,13 @@ def test_pruning_speed_benchmark(own_folder: Path) -> None:
     output = run("benchmarks/pruning_speed.py", "--step-rounds", "1", "--update-rounds", "1", "--sizes", "1")
     assert output.count("| Lightning's ModelPruning |") == 2
     assert "| 2:4 |" in output
+
+
+@pytest.mark.slow
+def test_distillation_speed_benchmark(own_folder: Path) -> None:
+    output = run("benchmarks/distillation_speed.py", "--rounds", "1", "--steps", "5")
+    assert output.count("| Distillation, the callback |") == 2
+    assert "Fingerprint" in output
 
 
 @pytest.mark.slow
@@ -194,3 +218,75 @@ def test_quantization_page_python(own_folder: Path) -> None:
     assert any("`head`: weights are stored in int8" in note for note in names["ptq"].report_notes())
     exec(compile(training, "docs/quantization.md", "exec"), names)
     quiet_trainer(max_epochs=2, callbacks=[names["qat"]]).fit(Classifier(), TinyData())
+
+
+class Tagger(nn.Module):
+    """A class for each token, as the page on distillation means it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, width, batch_first=True)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+def batches_of(*pairs: Any) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(pairs, batch_size=4)
+
+
+def test_distillation_page_python(own_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, callback, snapshot, ramp, positions = blocks("python", "docs/distillation.md")
+    plan, check = blocks("text", "docs/distillation.md")
+    torch.save(Large().state_dict(), "large.ckpt")
+    pairs = [(torch.randn(16), torch.tensor(index % 4)) for index in range(8)]
+    named = batches_of(*({"image": x, "label": y} for x, y in pairs))
+    names: dict[str, Any] = {"Small": Small, "Large": Large, "named_batches": named, "trained": Small()}
+    names |= {"model": Classifier(), "teacher": Large(), "data": TinyData(), "Tagger": Tagger}
+
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        exec(compile(module, "docs/distillation.md", "exec"), names)
+    assert plan in caplog.text
+    said = re.escape(check.strip()).replace("DistillationModule", r"\w+")
+    assert re.search(re.sub(r"\d+(\\\.\d+)?", r"[\\d.]+", said), caplog.text)
+    assert type(names["student"]) is Small
+
+    exec(compile(callback, "docs/distillation.md", "exec"), names)
+    assert {"train_task", "val_agreement"} <= names["trainer"].callback_metrics.keys()
+    exec(compile(snapshot, "docs/distillation.md", "exec"), names)
+    quiet_trainer(max_epochs=4, callbacks=names["callbacks"]).fit(names["module"], batches_of(*pairs))
+    exec(compile(ramp, "docs/distillation.md", "exec"), names)
+    quiet_trainer(max_epochs=4).fit(names["module"], batches_of(*pairs))
+    assert names["module"].trainer.callback_metrics["train_soft_target_weighted"] == 0  # over
+    exec(compile(positions, "docs/distillation.md", "exec"), names)
+    tokens = [(torch.randn(6, 3), torch.tensor([0, 1, 2, 3, -100, -100])) for _ in range(8)]
+    quiet_trainer(max_epochs=1).fit(names["tokens"], batches_of(*tokens))
+    picture = [(torch.randn(3, 4, 4), torch.randint(5, (4, 4))) for _ in range(8)]
+    quiet_trainer(max_epochs=1).fit(names["pixels"], batches_of(*picture))
+
+
+def test_distillation_page_yaml(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [block] = blocks("yaml", "docs/distillation.md")
+    project = "from tests.test_examples import Large, Small\nfrom tests.support.data import TinyData as Data\n"
+    monkeypatch.delitem(sys.modules, "my_project", raising=False)
+    (own_folder / "my_project.py").write_text(project)
+    (own_folder / "distil.yaml").write_text(block)
+    monkeypatch.setattr(sys, "path", [str(own_folder), *sys.path])
+    torch.save(Large().state_dict(), "large.ckpt")
+    main(["fit", "--config=distil.yaml", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"])
+
+
+def test_distillation_page_has_every_loss_and_its_default() -> None:
+    page = (ROOT / "docs/distillation.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\d.]+)[^|]*\|$", page, flags=re.MULTILINE))
+    public = [getattr(lightning_compress, name) for name in lightning_compress.__all__]
+    losses = [each for each in public if isinstance(each, type) and issubclass(each, DistillationLoss)]
+    losses = [each for each in losses if not inspect.isabstract(each)]
+    assert rows == {each.__name__: f"{each.weight:g}" for each in losses}
+
+
+def test_distillation_page_files() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "docs/distillation.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []

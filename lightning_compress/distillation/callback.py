@@ -252,15 +252,15 @@ class Distillation(Teaching):
             terms = {TASK: result["loss"] if isinstance(result, Mapping) else result}
             ours, theirs = self._answers(student)
             terms |= self.objective.terms(ours, theirs, valid, targets)
-        weighted = self.objective.weighted(terms)
-        loss = sum_terms(weighted)
+        weights = self.objective.weights()
+        loss = sum_terms(terms, weights)
         if self._check is None and ours is not None and theirs is not None:
             class_dim = self.objective.class_dim(ours, targets)
             if class_dim is not None:
                 self._check = check_teacher(ours.detach(), theirs, targets, class_dim, valid)
-        values = step_values(terms, weighted)
+        values = step_values(terms, weights)
         if self.log_gradient_share and logs_now(module.trainer):
-            values |= share_values(weighted, student)
+            values |= share_values(terms, weights, student)
         module.log_dict(values, batch_size=None if ours is None else len(ours))
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 

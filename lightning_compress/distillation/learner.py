@@ -182,7 +182,7 @@ class Learner(nn.Module):
     def distill(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
         """One step on ``batch``: the total loss, each raw term by name, and the student's outputs."""
         terms, outputs = self.compute_terms(batch)
-        return sum_terms(self.objective.weighted(terms)), terms, outputs
+        return sum_terms(terms, self.objective.weights()), terms, outputs
 
     def compute_terms(self, batch: Any) -> tuple[dict[str, Tensor], Any]:
         """The raw terms by name, the task's first, and the student's outputs."""

@@ -90,10 +90,10 @@ class DistillationSteps(Learner, _Base):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One distillation step; logs every term raw and weighted."""
         loss, terms, outputs = self.distill(batch)
-        weighted = self.objective.weighted(terms)
-        values = step_values(terms, weighted)
+        weights = self.objective.weights()
+        values = step_values(terms, weights)
         if self.log_gradient_share and logs_now(self.trainer):
-            values |= share_values(weighted, self.student)
+            values |= share_values(terms, weights, self.student)
         size = len(self.logits(outputs)) if self.objective.compares_logits else None
         self.log_dict(values, batch_size=size)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size)

@@ -178,12 +178,11 @@ class Objective:
                 values[name] = loss(*self._features(name, loss), valid)
         return values
 
-    def weighted(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each term times the weight that it has now, that of several pairs divided among them."""
+    def weights(self) -> dict[str, float]:
+        """The weight that each term has now, that of several pairs divided among them."""
         pairs = Counter(self._asked_as.values())
         weights = {name: loss.weight / pairs[self._asked_as[name]] for name, loss in self._losses_now().items()}
-        weights[TASK] = self.clock.weight(TASK, self.task_weight)
-        return {name: weights[name] * value for name, value in terms.items()}
+        return {TASK: self.clock.weight(TASK, self.task_weight), **weights}
 
     def _losses_now(self) -> dict[str, DistillationLoss]:
         return {name: self.clock.loss(self._asked_as[name], loss) for name, loss in self.losses.items()}
@@ -202,31 +201,41 @@ class Objective:
         return ours, theirs
 
 
-def sum_terms(weighted: Mapping[str, Tensor]) -> Tensor:
-    """The sum, in the order of the terms."""
-    first, *rest = weighted.values()
+def sum_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The weighted sum, in the order of the terms.
+
+    Example:
+        >>> float(sum_terms({"task": torch.tensor(2.0), "kd": torch.tensor(1.0)}, {"task": 0.25, "kd": 0.5}))
+        1.0
+    """
+    first, *rest = (weights[name] * value for name, value in terms.items())
     return sum(rest, first)
 
 
-def gradient_shares(weighted: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:
+def gradient_shares(
+    terms: Mapping[str, Tensor], weights: Mapping[str, float], parameters: Sequence[nn.Parameter]
+) -> dict[str, Tensor]:
     """Each term's share of the gradient: the norm of its own gradient over the sum of all terms' norms.
 
     It takes a backward pass for each term.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(2))
-        >>> shares = gradient_shares({"task": weight.sum(), "kd": 3 * weight.sum()}, [weight])
+        >>> shares = gradient_shares({"task": weight.sum(), "kd": weight.sum()}, {"task": 0.5, "kd": 1.5}, [weight])
         >>> [round(float(share), 2) for share in shares.values()]
         [0.25, 0.75]
     """
     norms = {}
-    for name, term in weighted.items():
+    for name, term in terms.items():
         gradients = (
             torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True) if term.requires_grad else ()
         )
-        norms[name] = torch.stack(
-            [term.new_zeros(()), *(g.detach().float().norm().to(term.dtype) for g in gradients if g is not None)]
-        ).norm()
+        norms[name] = (
+            weights[name]
+            * torch.stack(
+                [term.new_zeros(()), *(g.detach().float().norm().to(term.dtype) for g in gradients if g is not None)]
+            ).norm()
+        )
     total = torch.stack(list(norms.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
     return {name: norm / total for name, norm in norms.items()}
 

@@ -203,6 +203,7 @@ class Teacher:
         return {
             "class": f"{kind.__module__}.{kind.__qualname__}",
             "checkpoint": self.checkpoint,
+            "dtype": str(self._placed[1]) if self._placed else None,
             "fingerprint": hashlib.blake2b(repr(sealed).encode(), digest_size=16).hexdigest() if sealed else None,
         }
 

@@ -57,11 +57,12 @@ class Teaching(Callback):
                 teacher.given.restore_(restored["average"])
         teacher.place(student)
         teacher.seal()
-        known = None if restored is None else restored["teacher"]["fingerprint"]
-        if known not in (None, teacher.reference()["fingerprint"]) and not isinstance(teacher.given, EMATeacher):
+        known, now = {} if restored is None else restored["teacher"], teacher.reference()
+        comparable = known.get("dtype") == now["dtype"] and not isinstance(teacher.given, EMATeacher)
+        if comparable and known["fingerprint"] != now["fingerprint"]:
             rank_zero_warn(
-                f"The teacher isn't the one that this checkpoint was trained with: {restored['teacher']['class']}"  # type: ignore[index]
-                f", file {restored['teacher']['checkpoint']}. The student goes on with another one."  # type: ignore[index]
+                f"The teacher isn't the one that this checkpoint was trained with: {known['class']}, file "
+                f"{known['checkpoint']}. The student goes on with another one."
             )
 
     def start_clock(self, trainer: pl.Trainer) -> None:
@@ -134,16 +135,17 @@ def announce(plan: Plan, name: str, teacher: nn.Module | None) -> None:
         rank_zero_warn(f"{name}: {warning}", category=NoEffectWarning)
 
 
-def step_values(terms: Mapping[str, Tensor], weighted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def step_values(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
     """What a training step logs: every term raw and weighted."""
-    values = {f"train_{name}": value.detach() for name, value in terms.items()}
-    return values | {f"train_{name}_weighted": value.detach() for name, value in weighted.items()}
+    raw = {name: value.detach() for name, value in terms.items()}
+    values = {f"train_{name}": value for name, value in raw.items()}
+    return values | {f"train_{name}_weighted": weights[name] * value for name, value in raw.items()}
 
 
-def share_values(weighted: Mapping[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
+def share_values(terms: Mapping[str, Tensor], weights: Mapping[str, float], student: nn.Module) -> dict[str, Tensor]:
     """Each term's share of the student's gradient, as it is logged."""
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    return {f"train_{name}_share": share for name, share in gradient_shares(weighted, trained).items()}
+    return {f"train_{name}_share": share for name, share in gradient_shares(terms, weights, trained).items()}
 
 
 def logs_now(trainer: pl.Trainer) -> bool:

@@ -285,7 +285,9 @@ def explain(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name} is quantized layer by layer, {reason}" if whole else f"{name} stays float: {reason}")
     hooked = [f"`{name}`" for unit in record["units"] for name in unit["hooked"]]
     if hooked:
-        lines.append(f"{', '.join(hooked)}: forward hooks fire while training, and not in the int8 form")
+        lines.append(
+            f"{', '.join(hooked)}: forward hooks (a distillation's taps are some) fire while training, and not in int8"
+        )
     stored = [f"`{layer['path']}`" for layer in record["layers"] if layer["scheme"]["name"] == WeightOnly.name]
     if stored:
         lines.append(f"{', '.join(stored)}: weights are stored in int8 and computed with in float; this is no faster")

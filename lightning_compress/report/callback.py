@@ -106,9 +106,9 @@ class CompressionReport(Callback):
         if not trainer.is_global_zero:
             return
         self._start(pl_module)
-        self._rows[_BEFORE] = measure(pl_module)
         # Kept until inputs are there: by the first batch a callback may have prepared the model for quantization.
         self._waiting = _structural_copy(pl_module)
+        self._rows[_BEFORE] = measure(self._waiting)
         if pl_module.example_input_array is not None:
             self._measure_waiting(None)
 
@@ -165,7 +165,7 @@ class CompressionReport(Callback):
             self._rows[_BEFORE] = run
 
     def _row_of_tested(self, pl_module: LightningModule) -> str:
-        layers = measure(pl_module).layers
+        layers = measure(_structural_copy(pl_module)).layers
         for name in reversed(self._rows):
             if self._rows[name].layers == layers:
                 return name

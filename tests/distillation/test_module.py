@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import random
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_compress import QuantizationAwareTraining, load_compressed, save_compressed
+from lightning_compress import CompressionReport, QuantizationAwareTraining, load_compressed, save_compressed
 from lightning_compress.distillation import (
     DistillationModule,
     FeatureCosine,
@@ -326,3 +327,15 @@ def test_an_int8_student_is_exported_with_what_was_done_to_it(tmp_path: Path) ->
     save_compressed(student, tmp_path / "student.ckpt")
     again = load_compressed(tmp_path / "student.ckpt", ConvNet())
     assert torch.equal(again.eval()(x), student.eval()(x))
+
+
+def test_a_report_counts_no_adapter(tmp_path: Path) -> None:
+    module = with_features()
+    fit = trainer(callbacks=[CompressionReport(str(tmp_path))])
+    fit.fit(module, loader())
+    fit.test(module, loader(), verbose=False)
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert len(rows) == 2 and len(module.adapters) == 1
+    assert {row["measurement"]["parameters"] for row in rows} == {
+        sum(each.numel() for each in module.student.parameters())
+    }

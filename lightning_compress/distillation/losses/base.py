@@ -67,7 +67,8 @@ class LogitLoss(DistillationLoss):
 class FeatureLoss(DistillationLoss):
     """A loss between what two layers see or put out, named by path: see :mod:`~.distillation.features`.
 
-    ``pairs="auto"`` in place of the two layers pairs the deepest layers of each resolution that both models have.
+    ``pairs="auto"`` in place of the two layers pairs the deepest layers of each resolution that both models have, which
+    suits models of one kind: what ends a resolution in a CNN may begin it in a transformer.
     """
 
     student_layer: str | None = None
