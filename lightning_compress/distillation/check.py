@@ -21,6 +21,7 @@ class TeacherCheck:
         classes: How many classes there are.
         entropy: Of the teacher's predictions, mean in nats; at most log(classes).
         agreement: Fraction of positions where teacher and student choose the same class.
+        probabilities: Whether the teacher puts out probabilities instead of logits.
         teacher: The teacher's accuracy; None where the targets are no classes.
         student: The student's accuracy.
     """
@@ -29,6 +30,7 @@ class TeacherCheck:
     classes: int
     entropy: float
     agreement: float
+    probabilities: bool
     teacher: float | None
     student: float | None
 
@@ -41,6 +43,11 @@ class TeacherCheck:
 
     def warnings(self) -> list[str]:
         """What looks wrong, beyond what so few predictions leave to luck."""
+        if self.probabilities:
+            return [
+                "The teacher puts out probabilities, where logits are compared: after another softmax they say almost "
+                "nothing. Leave its softmax out, or override `logits` to take their logarithm."
+            ]
         if self.teacher is None or self.student is None:
             return []
         chance = 1 / self.classes
@@ -98,6 +105,7 @@ def check_teacher(
         positions=len(ours),
         classes=ours.shape[-1],
         entropy=torch.distributions.Categorical(logits=theirs, validate_args=False).entropy().mean().item(),
+        probabilities=bool(((theirs >= 0) & (theirs <= 1)).all() and (theirs.sum(-1) - 1).abs().max() < 1e-3),
         agreement=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
         teacher=accuracies[1],
         student=accuracies[0],

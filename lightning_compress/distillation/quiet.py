@@ -29,9 +29,11 @@ def take_examples(loader: Any, count: int = 2) -> Any | None:
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__") or len(dataset) == 0:
         return None
     with random_state_kept():
-        if loader.batch_sampler is None:  # the dataset's items are batches already
-            return loader.collate_fn(dataset[0])
-        return loader.collate_fn([dataset[index] for index in range(min(count, len(dataset)))])
+        first = list(range(min(count, len(dataset))))
+        if loader.batch_sampler is None:  # the dataset is asked for whole batches, by a list or one by one
+            by_lists = isinstance(loader.sampler, torch.utils.data.BatchSampler)
+            return loader.collate_fn(dataset[first if by_lists else 0])
+        return loader.collate_fn([dataset[index] for index in first])
 
 
 def to_device_of(inputs: Any, module: nn.Module) -> Any:

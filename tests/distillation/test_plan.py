@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from lightning_compress import NoEffectWarning
 from lightning_compress.distillation import (
@@ -22,8 +23,9 @@ from lightning_compress.distillation import (
     HardTarget,
     SoftTarget,
 )
+from lightning_compress.distillation.quiet import take_examples
 from lightning_compress.errors import CompressionError
-from tests.distillation.nets import ConvNet, assert_same_bits, bits, loader, trainer
+from tests.distillation.nets import ConvNet, assert_same_bits, bits, dataset, loader, trainer
 from tests.distillation.own import Own, large
 from tests.support.oracles import hooks, same_random_state
 
@@ -338,3 +340,9 @@ def test_a_subclass_that_forgets_our_callback_is_told() -> None:
 
     with pytest.raises(CompressionError, match=r"super\(\).configure_callbacks\(\)"):
         trainer().fit(Forgets(ConvNet(), ConvNet(8)), loader())
+
+
+def test_a_loader_whose_sampler_gives_lists_lends_a_batch() -> None:
+    data, sampler = dataset(), BatchSampler(SequentialSampler(range(8)), 4, drop_last=False)
+    batch = take_examples(DataLoader(data, sampler=sampler, batch_size=None))
+    assert batch is not None and [len(part) for part in batch] == [2, 2]

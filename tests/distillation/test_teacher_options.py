@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_compress.distillation import Distillation, DistillationModule, EMATeacher, FeatureMSE, SoftTarget
 from lightning_compress.errors import CompressionError
-from tests.distillation.nets import ConvNet, assert_same_bits, bits, dataset, loader, trainer
+from tests.distillation.nets import ConvNet, assert_same_bits, bits, dataset, loader, soft_only, trainer
 from tests.distillation.own import Own, assert_close, by_hand, large
 from tests.support.oracles import hooks
 
@@ -265,3 +265,9 @@ def test_regression_has_no_chance(way: str) -> None:
 
         callback = Distillation(teacher, losses, student="net")
         trainer(callbacks=[callback]).fit(Regression(student), DataLoader(rows, batch_size=8))
+
+
+def test_a_teacher_of_probabilities_is_told() -> None:
+    module = soft_only(teacher=nn.Sequential(ConvNet(8), nn.Softmax(-1)))
+    with pytest.warns(UserWarning, match="puts out probabilities, where logits are compared"):
+        trainer().fit(module, loader())

@@ -87,7 +87,8 @@ class FeatureMSE(FeatureLoss):
 class AttentionTransfer(FeatureLoss):
     """Where student and teacher are active: see :func:`~.functional.attention_transfer` for the formula.
 
-    Numbers of channels may differ; resolutions are pooled to the smaller. No adapter is trained.
+    Numbers of channels may differ; resolutions are pooled to the smaller. No adapter is trained. The usual weight is
+    for maps of 8x8 and more; on tiny maps it is too much.
 
     Args:
         student_layer: Path of a layer within the student.
