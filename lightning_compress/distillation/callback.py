@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +27,7 @@ from lightning_compress.distillation.teaching import (
     share_values,
     step_values,
 )
+from lightning_compress.distillation.wrapped_step import unwrap_step_, wrap_step_
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import copy_tensors
@@ -95,9 +95,6 @@ class Distillation(Teaching):
         log_gradient_share: bool = False,
     ) -> None:
         super().__init__()
-        number = isinstance(task_weight, int | float) and not isinstance(task_weight, bool)
-        if not (number and math.isfinite(task_weight) and task_weight >= 0):
-            raise invalid("task_weight", "be a finite number, at least 0", task_weight)
         if losses == []:
             raise invalid("losses", "name something to learn", losses)
         self.objective = Objective(
@@ -168,7 +165,7 @@ class Distillation(Teaching):
         if self._restored is not None and self._restored["adapters"]:
             self.objective.adapters.load_state_dict(self._restored["adapters"])
             self._join(trainer, student)
-        _wrap(pl_module)
+        wrap_step_(pl_module)
         self._serves = id(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -223,7 +220,7 @@ class Distillation(Teaching):
 
     def close(self, pl_module: pl.LightningModule) -> None:
         """Take all hooks away; may be called twice."""
-        _unwrap(pl_module)
+        unwrap_step_(pl_module)
         self._call.detach()
         self.objective.detach(pl_module)
         self._serves = None
@@ -335,27 +332,3 @@ class Distillation(Teaching):
 
 class _Skipped(Exception):
     """The module's step returned None before it called the student."""
-
-
-def _wrap(module: pl.LightningModule) -> None:
-    """Let the instance's ``training_step`` be taught; a deep copy of it is not."""
-    # A partial of a plain function: a deep copy gets one of its own, and no callback with its Trainer.
-    wrapped = partial(_taught_step, module, module.__dict__.get("training_step"))
-    wrapped.__wrapped__ = type(module).training_step  # type: ignore[attr-defined]  # Lightning reads its signature
-    module.__dict__["training_step"] = wrapped
-
-
-def _unwrap(module: pl.LightningModule) -> None:
-    wrapped = module.__dict__.get("training_step")
-    if isinstance(wrapped, partial) and wrapped.func is _taught_step:
-        del module.__dict__["training_step"]
-        if wrapped.args[1] is not None:
-            module.__dict__["training_step"] = wrapped.args[1]
-
-
-def _taught_step(module: pl.LightningModule, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    step = previous or partial(type(module).training_step, module)
-    for callback in getattr(module._trainer, "callbacks", ()):  # a copy may have no Trainer
-        if isinstance(callback, Distillation) and callback.serves(module):
-            return callback.teach(partial(step, **kwargs), module, args)
-    return step(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +14,7 @@ from lightning_compress.distillation.features import drop_taps_
 from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
 from lightning_compress.distillation.objective import Objective, sum_terms
 from lightning_compress.distillation.outputs import find_logits
-from lightning_compress.distillation.quiet import buffers_kept, to_device_of
+from lightning_compress.distillation.quiet import buffers_restored_on_error, to_device_of
 from lightning_compress.distillation.ramps import TASK, Ramp
 from lightning_compress.distillation.rehearsal import Plan
 from lightning_compress.distillation.teacher import TeacherDtype, call, shared_with
@@ -41,9 +40,6 @@ class Learner(nn.Module):
         ramps: Sequence[Ramp] = (),
     ) -> None:
         super().__init__()
-        number = isinstance(task_weight, int | float) and not isinstance(task_weight, bool)
-        if not (number and math.isfinite(task_weight) and task_weight >= 0):
-            raise invalid("task_weight", "be a finite number, at least 0", task_weight)
         self.objective = Objective(
             [SoftTarget()] if losses is None else losses,
             task_weight,
@@ -189,7 +185,7 @@ class Learner(nn.Module):
         inputs, targets = self.split_batch(batch)
         self.objective.attach(self.student)
         # The first step may still find that something doesn't fit; BatchNorm must not have moved then.
-        first = nullcontext() if self._checked else buffers_kept(self.student, on_error_only=True)
+        first = nullcontext() if self._checked else buffers_restored_on_error(self.student)
         with self.objective.listening(), first:
             outputs, ours, theirs = self._ask(inputs)
             valid = self.valid_positions(batch)

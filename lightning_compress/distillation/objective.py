@@ -14,6 +14,7 @@ from lightning_compress.distillation.adapters import Adapters, adapt, make_adapt
 from lightning_compress.distillation.check import find_class_dim, is_classes
 from lightning_compress.distillation.features import Taps
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
+from lightning_compress.distillation.losses.base import check_weight
 from lightning_compress.distillation.quiet import random_state_kept
 from lightning_compress.distillation.ramps import TASK, Clock, Ramp, check_ramps
 from lightning_compress.distillation.rehearsal import Plan, Run, make_taps, name_losses, rehearse
@@ -41,6 +42,7 @@ class Objective:
     def __init__(
         self, losses: Sequence[DistillationLoss], task_weight: float, ramps: Sequence[Ramp], **teacher: Any
     ) -> None:
+        check_weight("task_weight", task_weight)
         for loss in losses:
             if not isinstance(loss, LogitLoss | FeatureLoss):
                 remedy = "Such as [SoftTarget(temperature=2.0)]."

@@ -1,4 +1,4 @@
-"""Looks at models and data that leave no trace: random state, buffers and modes are put back."""
+"""Looks at models and data that leave no trace: random state and buffers are put back."""
 
 from __future__ import annotations
 
@@ -66,21 +66,19 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept(module: nn.Module, on_error_only: bool = False) -> Iterator[None]:
-    """Put all buffers of ``module`` back at the end of the block, the same tensors with the same values."""
+def buffers_restored_on_error(module: nn.Module) -> Iterator[None]:
+    """If the block fails, put all buffers of ``module`` back: the same tensors with the same values."""
     kept = [
         (child, name, buffer, None if nn.parameter.is_lazy(buffer) else buffer.detach().clone())
         for child in module.modules()
         for name, buffer in child._buffers.items()
         if buffer is not None
     ]
-    passed = False
     try:
         yield
-        passed = True
-    finally:
-        if not (passed and on_error_only):
-            for child, name, buffer, values in kept:
-                if values is not None:
-                    buffer.data = values
-                    child._buffers[name] = buffer
+    except BaseException:
+        for child, name, buffer, values in kept:
+            if values is not None:
+                buffer.data = values
+                child._buffers[name] = buffer
+        raise

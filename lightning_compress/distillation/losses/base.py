@@ -78,6 +78,10 @@ class FeatureLoss(DistillationLoss):
     adapts: ClassVar[bool] = True
     """Whether an adapter has to bring the student's features to the teacher's shape."""
 
+    def __post_init__(self) -> None:
+        check_layers(self)
+        check_weight("weight", self.weight)
+
     @abstractmethod
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
         """The unweighted loss, a scalar.

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from lightning_compress.distillation import functional
-from lightning_compress.distillation.losses.base import FeatureLoss, check_dim, check_layers, check_weight
+from lightning_compress.distillation.losses.base import FeatureLoss, check_dim
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,6 @@ class FeatureCosine(FeatureLoss):
     teacher_layer: str | None = None
     weight: float = 0.25
     pairs: Literal["auto"] | None = None
-
-    def __post_init__(self) -> None:
-        check_layers(self)
-        check_weight("weight", self.weight)
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
         return functional.feature_cosine(student, teacher, valid)
@@ -74,10 +70,6 @@ class FeatureMSE(FeatureLoss):
     teacher_layer: str | None = None
     weight: float = 0.25
     pairs: Literal["auto"] | None = None
-
-    def __post_init__(self) -> None:
-        check_layers(self)
-        check_weight("weight", self.weight)
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
         return functional.feature_mse(student, teacher, valid)
@@ -116,8 +108,7 @@ class AttentionTransfer(FeatureLoss):
     adapts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_layers(self)
-        check_weight("weight", self.weight)
+        super().__post_init__()
         check_dim("channel_dim", self.channel_dim)
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -152,10 +143,6 @@ class SimilarityPreserving(FeatureLoss):
 
     adapts: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_layers(self)
-        check_weight("weight", self.weight)
-
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
         return functional.similarity_preserving(student, teacher, valid)
 
@@ -188,10 +175,6 @@ class RelationalDistance(FeatureLoss):
 
     adapts: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_layers(self)
-        check_weight("weight", self.weight)
-
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
         return functional.relational_distance(student, teacher, valid)
 
@@ -223,10 +206,6 @@ class RelationalAngle(FeatureLoss):
     pairs: Literal["auto"] | None = None
 
     adapts: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_layers(self)
-        check_weight("weight", self.weight)
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
         return functional.relational_angle(student, teacher, valid)

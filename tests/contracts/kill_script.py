@@ -23,7 +23,18 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_compress import Rewind, ScheduledPruning, Steps, Targets, Window
+from lightning_compress import (
+    Distillation,
+    EMATeacher,
+    FeatureMSE,
+    Ramp,
+    Rewind,
+    ScheduledPruning,
+    SoftTarget,
+    Steps,
+    Targets,
+    Window,
+)
 from tests.support.data import ResumableData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import differing
@@ -32,7 +43,24 @@ PER_EPOCH, EPOCHS, EVERY = 15, 2, 2
 """Never saved at an epoch's last batch: from such a file Lightning itself leaves out an epoch."""
 
 WINDOW = Window(4, 24, unit="step", every_n_steps=3)
-SETTINGS: dict[str, Callable[[], ScheduledPruning]] = {
+
+
+def taught(teacher: torch.nn.Module, layer: str) -> Distillation:
+    """An adapter where the widths differ, and a ramp that is on its way when the run is killed."""
+    losses = [SoftTarget(), FeatureMSE("body", layer)]
+    return Distillation(
+        teacher, losses, task_weight=0.5, ramps=[Ramp("soft_target", "temperature", 8.0, window=WINDOW)]
+    )
+
+
+def wide() -> Classifier:
+    torch.manual_seed(7)
+    return Classifier(hidden=48)
+
+
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "distillation": lambda: taught(wide(), "body"),
+    "mean teacher": lambda: taught(EMATeacher(0.9), "body"),
     "taylor": lambda: ScheduledPruning("taylor", 0.8, window=WINDOW),
     "structured": lambda: ScheduledPruning(
         "ln_structured", 0.5, "layer", window=WINDOW, targets=Targets(include=["body"])
@@ -84,7 +112,6 @@ class KillAfterSaving(ModelCheckpoint):
 
 def run(setting: str, folder: Path, hook: str = "", step: int = 0, resume: Path | None = None) -> None:
     """One fit; it saves what it ended with."""
-    torch.manual_seed(0)
     torch.set_num_threads(1)
     settings: Any = {"filename": "{step}", "every_n_train_steps": EVERY, "save_top_k": -1}
     killers: list[Callback] = []
@@ -93,15 +120,16 @@ def run(setting: str, folder: Path, hook: str = "", step: int = 0, resume: Path 
         save = KillAfterSaving(folder, **settings, step=step, torn=hook == "within a save")
     elif hook:
         killers = [Kill(hook, step)]
-    pruning = SETTINGS[setting]()
+    callback = SETTINGS[setting]()
+    torch.manual_seed(0)
     trainer = quiet_trainer(
-        max_epochs=EPOCHS, enable_checkpointing=True, val_check_interval=3, callbacks=[*killers, pruning, save]
+        max_epochs=EPOCHS, enable_checkpointing=True, val_check_interval=3, callbacks=[*killers, callback, save]
     )
     module = Net()
     trainer.fit(module, ResumableData(samples=8 * PER_EPOCH), ckpt_path=resume, weights_only=True)
     [optimizer] = trainer.optimizers
-    end = {"weights": module.state_dict(), "masks": pruning.masks, "optimizer": optimizer.state_dict()["state"]}
-    torch.save({**end, "callback": pruning.state_dict()}, folder / "end.pt")
+    end = {"weights": module.state_dict(), "optimizer": optimizer.state_dict()["state"]}
+    torch.save({**end, "masks": getattr(callback, "masks", {}), "callback": callback.state_dict()}, folder / "end.pt")
 
 
 def child(*args: Any, **kwargs: Any) -> int:
