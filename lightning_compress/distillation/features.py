@@ -110,10 +110,12 @@ class Tap:
         if isinstance(found, torch.fx.Proxy):
             return
         if not isinstance(found, Tensor):
+            spot = ".".join([f"{self.spot.layer}:{self.spot.side}", *self.spot.keys])
+            part = next(iter(found), 0) if isinstance(found, Mapping) else 0
             raise CompressionError(
                 f"Layer `{self.path}` must have a tensor there, or a tuple that starts with one. "
-                f"Received: {_describe(found)}. Name a part of it, such as {self.spot.layer}:{self.spot.side}.0, or a "
-                "layer inside or after it."
+                f"Received: {_describe(found)}. Name a part of it, such as {spot}.{part}, or a layer inside or after "
+                "it."
             )
         self.value, self._with_graph = found.clone(), torch.is_grad_enabled()
 

@@ -115,10 +115,24 @@ class DistillationSteps(Learner, _Base):
         # The student's own loss: the same number with and without a teacher.
         inputs, targets = self.split_batch(batch)
         outputs = call(self, self.student_inputs(inputs))
-        logits, valid = self.logits(outputs), self.valid_positions(batch)
-        values = {}
+        values: dict[str, Tensor] = {}
         if targets is not None or self.task_weight > 0:
             values[f"{stage}_loss"] = self._task(outputs, targets)
+        size = None
+        try:
+            logits = self.logits(outputs)
+        except CompressionError:
+            if self.objective.compares_logits:
+                raise
+        else:
+            size = self._compare(inputs, targets, logits, self.valid_positions(batch), stage, values)
+        # Means over positions that count, whatever the batches' sizes and masks.
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=size)
+
+    def _compare(
+        self, inputs: Any, targets: Any, logits: Tensor, valid: Tensor | None, stage: str, values: dict[str, Tensor]
+    ) -> int:
+        """Add accuracy and closeness to ``values``; how many positions they are means over."""
         class_dim, size = self.objective.class_dim(logits, targets), len(logits)
         found = accuracy(logits, targets, class_dim, valid, getattr(self.task_loss, "ignore_index", None))
         if found is not None:
@@ -128,8 +142,7 @@ class DistillationSteps(Learner, _Base):
             self._check(logits, theirs, targets, valid)
             close, size = closeness(logits, theirs, class_dim, valid)
             values |= {f"{stage}_{name}": value for name, value in close.items()}
-        # Means over positions that count, whatever the batches' sizes and masks.
-        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=max(size, 1))
+        return max(size, 1)
 
     # When: see also `_ModuleTeaching` ------------------------------------------------------------------------------
 

@@ -151,6 +151,6 @@ def test_a_layer_without_a_tensor_is_refused() -> None:
     taps.attach(net)
     with (
         taps.listen(),
-        pytest.raises(CompressionError, match=r"Layer `0` must have a tensor there.*Received: dict with x.*0:output.0"),
+        pytest.raises(CompressionError, match=r"Layer `0` must have a tensor there.*Received: dict with x.*0:output.x"),
     ):
         net(torch.ones(1))

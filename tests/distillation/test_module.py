@@ -339,3 +339,17 @@ def test_a_report_counts_no_adapter(tmp_path: Path) -> None:
     assert {row["measurement"]["parameters"] for row in rows} == {
         sum(each.numel() for each in module.student.parameters())
     }
+
+
+def test_a_student_without_logits_is_validated_too() -> None:
+    class Hidden(ConvNet):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"hidden": self.features(x)}
+
+    losses = [FeatureMSE(":output.hidden", "features")]
+    module = soft_only(student=Hidden(), losses=losses, task_weight=0)
+    images = DataLoader(dataset().tensors[0], batch_size=8)
+    trainer().fit(module, images, images)
+    wrong = soft_only(student=Hidden(), losses=[FeatureMSE(":output", "features")], task_weight=0)
+    with pytest.raises(CompressionError, match="Received: dict with hidden. Name a part of it, such as :output.hidden"):
+        trainer().fit(wrong, images)
