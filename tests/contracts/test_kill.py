@@ -19,7 +19,7 @@ KILLS, SEED = 28, 0
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     script = Path(__file__).with_name("kill_script.py")
     command = [sys.executable, str(script), str(tmp_path_factory.mktemp("kills")), str(KILLS), str(SEED)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
