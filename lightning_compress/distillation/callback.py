@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_compress.callback import make_probe, refuse_strategy
-from lightning_compress.distillation.check import TeacherCheck, check_teacher, closeness
+from lightning_compress.distillation.check import closeness
 from lightning_compress.distillation.features import drop_taps_, find_layer
 from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
 from lightning_compress.distillation.objective import Objective, sum_terms
@@ -112,7 +112,6 @@ class Distillation(Teaching):
         self._call = StudentCall()
         self._entry: str | None = None
         self._serves: int | None = None
-        self._check: TeacherCheck | None = None
 
     # What a subclass may override.
 
@@ -142,7 +141,7 @@ class Distillation(Teaching):
         pl_module.configure_model()
         self.objective.reset()
         self.objective.adapters.clear()
-        self._restored, self._entry, self._check = None, None, None
+        self._restored, self._entry = None, None
         if self.objective.teacher.given is None:
             self.objective.teacher.require()
         twin = pl_module
@@ -187,7 +186,7 @@ class Distillation(Teaching):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.count_step(trainer, self._scope(pl_module))
-        self.say(self._check, type(self).__name__)
+        self.say(type(self).__name__)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if self._entry is not None:
@@ -204,7 +203,7 @@ class Distillation(Teaching):
     ) -> None:
         if not (self._call.fired and self.objective.compares_logits):
             return
-        ours, theirs = self._answers(self._scope(pl_module))
+        ours, theirs = self._answers(self._call, self._scope(pl_module))
         self._call.switch(listening=False)
         class_dim = None if ours is None else self.objective.class_dim(ours, self.targets(batch))
         if ours is not None and theirs is not None and class_dim is not None:
@@ -247,14 +246,11 @@ class Distillation(Teaching):
             if result is None:  # the module skips this batch
                 return None
             terms = {TASK: result["loss"] if isinstance(result, Mapping) else result}
-            ours, theirs = self._answers(student)
+            ours, theirs = self._answers(self._call, student)
             terms |= self.objective.terms(ours, theirs, valid, targets)
         weights = self.objective.weights()
         loss = sum_terms(terms, weights)
-        if self._check is None and ours is not None and theirs is not None:
-            class_dim = self.objective.class_dim(ours, targets)
-            if class_dim is not None:
-                self._check = check_teacher(ours.detach(), theirs, targets, class_dim, valid)
+        self.objective.look(ours, theirs, targets, valid)
         values = step_values(terms, weights)
         if self.log_gradient_share and logs_now(module.trainer):
             values |= share_values(terms, weights, student)
@@ -277,13 +273,9 @@ class Distillation(Teaching):
                 loss = step(probe, own, batch_idx) if takes_index else step(probe, own)
                 if loss is None and not call.fired:
                     raise _Skipped
-                entry, inputs, outputs = call.seen()
-                self._entry = entry
-                self.objective.teacher.enter(entry if self._made() else "")
-                answers = self.objective.teacher(inputs, like=student)
-                if not self.objective.compares_logits:
-                    return loss, None, None
-                return loss, self.logits(outputs), self.logits(answers)
+                self._entry = call.seen()[0]
+                self.objective.teacher.enter(self._entry if self._made() else "")
+                return loss, *self._answers(call, student)
 
         call.attach(student)
         try:
@@ -316,8 +308,9 @@ class Distillation(Teaching):
             adapters.load_state_dict(trainer.strategy.broadcast(adapters.state_dict()))
         join_optimizer_(adapters, trainer)
 
-    def _answers(self, student: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-        _, inputs, outputs = self._call.seen()
+    def _answers(self, call: StudentCall, student: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        """Ask the teacher what the student was asked; the logits of both, if a loss looks at them."""
+        _, inputs, outputs = call.seen()
         answers = self.objective.teacher(inputs, like=student)
         if not self.objective.compares_logits:
             return None, None

@@ -7,9 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from lightning_compress.distillation.check import TeacherCheck, check_teacher
 from lightning_compress.distillation.features import drop_taps_
 from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
 from lightning_compress.distillation.objective import Objective, sum_terms
@@ -20,7 +18,7 @@ from lightning_compress.distillation.rehearsal import Plan
 from lightning_compress.distillation.teacher import TeacherDtype, call, shared_with
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
-from lightning_compress.quantization.calls import copy_module
+from lightning_compress.quantization.calls import copy_module, copy_tensors
 
 
 class Learner(nn.Module):
@@ -52,7 +50,6 @@ class Learner(nn.Module):
         self.student = student
         self.adapters = self.objective.adapters
         self.task_loss = nn.CrossEntropyLoss() if task_loss is None else task_loss
-        self.teacher_check: TeacherCheck | None = None
         self._prepared = self._checked = False
         self.teacher = teacher
 
@@ -159,16 +156,15 @@ class Learner(nn.Module):
                 None,
                 "A batch can only be borrowed from a DataLoader over a map-style dataset, or a list.",
             )
-        # The student may keep what it saw, its forward may differ in training, and it may be int8: all on a copy.
-        twin = copy_module(self)
-        forms.revert_(twin, "float")
-        drop_taps_(twin.student)
-        objective.teacher.take_(twin.student)
         if objective.losses:
+            # The student may keep what it saw, its forward may differ in training, and it may be int8: all on a copy.
+            twin = copy_module(self)
+            forms.revert_(twin, "float")
+            drop_taps_(twin.student)
+            objective.teacher.take_(twin.student)
             objective.teacher.require()
-        if inputs is not None and objective.losses:
-            plan = objective.plan(twin.student, lambda: twin._try(to_device_of(inputs, self.student)))
-        if objective.losses:
+            if inputs is not None:
+                plan = objective.plan(twin.student, lambda: twin._try(to_device_of(inputs, self.student)))
             objective.teacher.load_once()
         if plan is not None:
             objective.follow_(plan, self.student)
@@ -192,7 +188,7 @@ class Learner(nn.Module):
             terms = self.objective.terms(ours, theirs, valid, targets)
             if self.objective.task_weight > 0 or self.objective.clock.weight(TASK, 0.0) > 0:
                 terms = {TASK: self._task(outputs, targets), **terms}
-            self._check(ours, theirs, targets, valid)
+            self.objective.look(ours, theirs, targets, valid)
         self._checked = True
         return terms, outputs
 
@@ -214,24 +210,16 @@ class Learner(nn.Module):
         """Take the taps off and send the teacher home; safe to call at any time."""
         self.objective.detach(self.student)
         self._prepared = self._checked = False
-        self.teacher_check = None
 
     def _ask(self, inputs: Any) -> tuple[Any, Tensor | None, Tensor | None]:
         """The student's outputs, and the logits of both if a loss looks at them."""
         # A copy, as a student may change its inputs in place.
-        theirs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+        theirs = copy_tensors(inputs)
         outputs = call(self, self.student_inputs(inputs))
         answers = self.teacher_outputs(theirs) if self.objective.losses else None
         if not self.objective.compares_logits:
             return outputs, None, None
         return outputs, self.logits(outputs), self.logits(answers)
-
-    def _check(self, ours: Tensor | None, theirs: Tensor | None, targets: Any, valid: Tensor | None) -> None:
-        """Look at the teacher, once."""
-        if self.teacher_check is None and ours is not None and theirs is not None:
-            class_dim = self.objective.class_dim(ours, targets)
-            if class_dim is not None:
-                self.teacher_check = check_teacher(ours.detach(), theirs, targets, class_dim, valid)
 
     def _task(self, outputs: Any, targets: Any) -> Tensor:
         if targets is None:

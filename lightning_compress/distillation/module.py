@@ -139,7 +139,7 @@ class DistillationSteps(Learner, _Base):
             values[f"{stage}_acc"], size = found
         if self.trainer.state.fn == TrainerFn.FITTING and self.objective.compares_logits and class_dim is not None:
             theirs = self.logits(self.teacher_outputs(inputs))
-            self._check(logits, theirs, targets, valid)
+            self.objective.look(logits, theirs, targets, valid)
             close, size = closeness(logits, theirs, class_dim, valid)
             values |= {f"{stage}_{name}": value for name, value in close.items()}
         return max(size, 1)
@@ -275,11 +275,11 @@ class _ModuleTeaching(Teaching):
     ) -> None:
         if isinstance(pl_module, DistillationSteps):
             self.count_step(trainer, pl_module.student)
-            self.say(pl_module.teacher_check, type(pl_module).__name__)
+            self.say(type(pl_module).__name__)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         if isinstance(pl_module, DistillationSteps):
-            self.say(pl_module.teacher_check, type(pl_module).__name__)
+            self.say(type(pl_module).__name__)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if isinstance(pl_module, DistillationSteps):

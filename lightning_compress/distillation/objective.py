@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import Adapters, adapt, make_adapter
-from lightning_compress.distillation.check import find_class_dim, is_classes
+from lightning_compress.distillation.check import TeacherCheck, check_teacher, find_class_dim, is_classes
 from lightning_compress.distillation.features import Taps
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
 from lightning_compress.distillation.losses.base import check_weight
@@ -37,6 +37,7 @@ class Objective:
         clock: Where the ramps stand.
         teacher: The box that answers.
         taps: Of the student.
+        check: What the first batch said of the teacher; None before it.
     """
 
     def __init__(
@@ -55,10 +56,9 @@ class Objective:
         self.clock = Clock(ramps)
         self.adapters = Adapters()
         self._asked = self.losses
-        self._asked_as = {name: name for name in self.losses}
         self._teacher_options = teacher
-        self.taps, theirs = make_taps(self.losses)
-        self.teacher = Teacher(None, theirs, **teacher)
+        self.check: TeacherCheck | None = None
+        self.set_teacher(None)
 
     def set_teacher(self, module: nn.Module | None) -> None:
         """Put another teacher in the place of this one."""
@@ -102,6 +102,13 @@ class Objective:
                 return loss.class_dim
         return found
 
+    def look(self, student: Tensor | None, teacher: Tensor | None, targets: Any, valid: Tensor | None = None) -> None:
+        """Compare the logits of both, the first time that there are any."""
+        if self.check is None and student is not None and teacher is not None:
+            class_dim = self.class_dim(student, targets)
+            if class_dim is not None:
+                self.check = check_teacher(student.detach(), teacher, targets, class_dim, valid)
+
     def plan(self, student: nn.Module, run: Run) -> Plan:
         """The dry run: see :func:`~.rehearsal.rehearse`. Nothing is changed yet.
 
@@ -111,7 +118,7 @@ class Objective:
         models = (student, self.teacher.require())
         with random_state_kept():
             torch.manual_seed(torch.initial_seed())
-            plan = rehearse(self._asked, models, make_taps(self._asked), run, self.task_weight > 0)
+            plan = rehearse(self._asked, models, run, self.task_weight > 0)
         parameter = next((p for p in student.parameters() if p.is_floating_point()), None)
         if parameter is not None:
             for adapter in plan.adapters.values():
@@ -147,6 +154,7 @@ class Objective:
 
     def detach(self, student: nn.Module) -> None:
         """Take the taps off and send the teacher home; safe to call at any time."""
+        self.check = None
         self.taps.detach(student)
         if self.teacher.module is not None:
             self.teacher.taps.detach(self.teacher.module)

@@ -16,7 +16,6 @@ from lightning_compress.distillation.features import Taps, is_compiled
 from lightning_compress.distillation.functional.precision import check_shapes
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
 from lightning_compress.distillation.outputs import find_logits, find_tensors
-from lightning_compress.distillation.quiet import random_state_kept
 from lightning_compress.errors import CompressionError
 from lightning_compress.targets import clean_name
 
@@ -97,16 +96,14 @@ class Plan:
 def rehearse(
     losses: Mapping[str, DistillationLoss],
     models: tuple[nn.Module, nn.Module],
-    taps: tuple[Taps, Taps],
     run: Run,
     task: bool,
 ) -> Plan:
-    """Run student and teacher once, leave no trace, and tell what will happen.
+    """Run student and teacher once, and tell what will happen; the random state is the caller's to keep.
 
     Args:
         losses: By name.
         models: Student and teacher; the student is a copy, whose state may change.
-        taps: Of student and teacher, for the layers that are named.
         run: See :data:`Run`.
         task: Whether a task loss learns from the student's outputs too.
 
@@ -116,13 +113,13 @@ def rehearse(
     # Eager, or the compiled code would be that of this run.
     eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, models)) else nullcontext()
     asked = {name: name for name in losses}
-    with random_state_kept(), eager:
+    with eager:
         if any(isinstance(loss, FeatureLoss) and loss.pairs for loss in losses.values()):
             whole = not (task or any(isinstance(loss, LogitLoss) for loss in losses.values()))
             with torch.no_grad(), _resolutions(models[0], whole) as ours, _resolutions(models[1], whole) as theirs:
                 run()
             losses, asked = _expanded(losses, _matching(ours, theirs))
-            taps = make_taps(losses)
+        taps = make_taps(losses)
         with _attached(taps, models), taps[0].listen(), taps[1].listen(), torch.enable_grad():
             outputs, *logits = run()
             pairs = [_pair(name, loss, taps, logits) for name, loss in losses.items()]
@@ -159,14 +156,13 @@ def _pair(name: str, loss: DistillationLoss, taps: tuple[Taps, Taps], logits: li
 
 @contextmanager
 def _attached(taps: tuple[Taps, Taps], models: tuple[nn.Module, nn.Module]) -> Iterator[None]:
-    """Taps on both models inside the block; those that were on stay on."""
-    added = [(each, model) for each, model in zip(taps, models, strict=True) if not each.attached]
+    """Taps on both models inside the block."""
     try:
-        for each, model in added:
+        for each, model in zip(taps, models, strict=True):
             each.attach(model)
         yield
     finally:
-        for each, model in added:
+        for each, model in zip(taps, models, strict=True):
             each.detach(model)
 
 
@@ -212,11 +208,7 @@ def _matching(ours: Shapes, theirs: Shapes) -> list[tuple[str, str]]:
     """The deepest layers of each resolution that both have: the sizes of maps, or the lengths of sequences."""
     for length in (1, 2):  # where the length of features of rank 3 stands: (B, L, D), or else (B, C, L)
         deepest = [
-            {
-                (shape.numel() and len(shape), *_size(shape, length)): path
-                for path, shape in shapes.items()
-                if len(shape) > 2
-            }
+            {(len(shape), *_size(shape, length)): path for path, shape in shapes.items() if len(shape) > 2}
             for shapes in (ours, theirs)
         ]
         found = [(path, deepest[1][size]) for size, path in deepest[0].items() if size in deepest[1]]

@@ -23,7 +23,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.callback import check_version, without_logging
-from lightning_compress.distillation.check import TeacherCheck
 from lightning_compress.distillation.made import EMATeacher
 from lightning_compress.distillation.objective import Objective, gradient_shares
 from lightning_compress.distillation.rehearsal import Plan
@@ -79,12 +78,12 @@ class Teaching(Callback):
             self._objective.clock.step += 1
             self._objective.teacher.follow_(student)
 
-    def say(self, check: TeacherCheck | None, name: str) -> None:
+    def say(self, name: str) -> None:
         """Tell once what the first batch said of the teacher."""
-        if check is not None and not self._said:
+        if self._objective is not None and self._objective.check is not None and not self._said:
             self._said = True
+            check, follows = self._objective.check, isinstance(self._objective.teacher.given, EMATeacher)
             rank_zero_info(f"{name}: {check}.")
-            follows = self._objective is not None and isinstance(self._objective.teacher.given, EMATeacher)
             for warning in [] if follows else check.warnings():  # an average begins where the student does
                 rank_zero_warn(f"{name}: {warning}")
 
