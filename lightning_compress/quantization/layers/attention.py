@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.attention import attend
+from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.layers.linear import DynamicLinear
 from lightning_compress.quantization.schemes import DynamicInt8, describe
 
@@ -96,24 +94,18 @@ class DynamicAttention(nn.Module):
         Raises:
             CompressionError: a mask has another shape or is neither boolean nor float, or is_causal without attn_mask.
         """
-        if is_causal and attn_mask is None:
-            raise invalid("attn_mask", "be given where is_causal=True, which only describes it", attn_mask)
-        q, k, v = (self._by_head(x, query.dim() == 3) for x in self._project(query, key, value))
-        # Only the attention without weights to show has a causal form of its own.
-        causal = is_causal and key_padding_mask is None and not need_weights
-        mask = self._mask(None if causal else attn_mask, key_padding_mask, len(q), q.shape[2], k.shape[2])
-        weights: Tensor | None = None
-        if need_weights:
-            scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-            weights = (scores if mask is None else scores + mask).softmax(dim=-1)
-            attended = weights @ v
-            weights = (weights.mean(dim=1) if average_attn_weights else weights).to(query.dtype)
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
-        output = self.out_proj(attended.transpose(1, 2).flatten(2)).to(query.dtype)
-        if query.dim() == 2:
-            return output.squeeze(0), None if weights is None else weights.squeeze(0)
-        return output if self.batch_first else output.transpose(0, 1), weights
+        attended, weights = attend(
+            self._project(query, key, value),
+            self.num_heads,
+            self.batch_first,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        output = self.out_proj(attended).to(query.dtype)
+        return output, None if weights is None else weights.to(query.dtype)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Queries, keys and values, laid out as they came, in float32."""
@@ -126,41 +118,12 @@ class DynamicAttention(nn.Module):
             projections = self._thirds
         return [project(x.float()) for project, x in zip(projections, (query, key, value), strict=True)]
 
-    def _by_head(self, x: Tensor, is_batched: bool) -> Tensor:
-        """``(N, num_heads, L, d)``."""
-        x = x.unsqueeze(0) if not is_batched else x if self.batch_first else x.transpose(0, 1)
-        heads: Tensor = x.unflatten(2, (self.num_heads, -1))
-        return heads.transpose(1, 2)
-
-    def _mask(self, attn: Tensor | None, padding: Tensor | None, batch: int, length: int, keys: int) -> Tensor | None:
-        """What is added to the scores ``(batch, num_heads, length, keys)``, of a shape that broadcasts to theirs."""
-        total = None
-        if attn is not None:
-            total = _additive("attn_mask", attn, (length, keys), (batch * self.num_heads, length, keys))
-            total = total.view(-1, self.num_heads if attn.dim() == 3 else 1, length, keys)
-        if padding is not None:
-            if padding.dim() == 1:
-                padding = padding.unsqueeze(0)
-            added = _additive("key_padding_mask", padding, (batch, keys)).view(batch, 1, 1, keys)
-            total = added if total is None else total + added
-        return total
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._thirds = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_thirds": None}
-
-
-def _additive(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> Tensor:
-    if tuple(mask.shape) not in shapes:
-        raise invalid(name, f"have the shape {' or '.join(map(str, shapes))}", tuple(mask.shape))
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape).masked_fill(mask, -torch.inf)
-    if not mask.is_floating_point():
-        raise invalid(name, "be boolean or float", mask.dtype)
-    return mask.float()
 
 
 def _thirds(linear: nn.Module) -> list[nn.Module]:
