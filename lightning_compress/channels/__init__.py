@@ -1,0 +1,1 @@
+"""Channel removal: what hangs together, what matters least, and taking it out."""

@@ -1,0 +1,181 @@
+"""How many units of each group stay, so that a budget is met: parameters, multiply-accumulates or channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_compress.channels.groups import Structure
+from lightning_compress.channels.verify import kept_slices, width_kept
+from lightning_compress.errors import CompressionError, invalid
+
+Kind = Literal["channels", "params", "macs", "latency"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Scope = Literal["global", "layer"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to remain, as a fraction of what there was."""
+
+    kind: Kind
+    fraction: float
+
+
+def make_budget(given: Mapping[str, float | None]) -> Budget:
+    """The one budget that was given.
+
+    Raises:
+        CompressionError: none or several were, or one isn't a fraction.
+
+    Example:
+        >>> make_budget({"channels": None, "params": None, "macs": 0.5, "latency": None})
+        Budget(kind='macs', fraction=0.5)
+    """
+    mine = {kind: given[kind] for kind in KINDS if given.get(kind) is not None}
+    if len(mine) != 1:
+        raise CompressionError(
+            "`channels`, `params`, `macs` or `latency` must be given, exactly one of them. Received: "
+            f"{', '.join(f'{kind}={value}' for kind, value in mine.items()) or 'none'}. "
+            "Each is the fraction that is to remain: macs=0.5 keeps half."
+        )
+    [(kind, fraction)] = mine.items()
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 < fraction <= 1.0:
+        raise invalid(kind, "lie in (0, 1]", fraction, "It is the fraction that is to remain.")
+    return Budget(kind, float(fraction))
+
+
+class Sizes:
+    """What a structure costs, by what stays of its groups.
+
+    Args:
+        structure: as `explore` found it.
+        macs: multiply-accumulates of the whole model, those that no group changes included.
+    """
+
+    def __init__(self, structure: Structure, macs: int) -> None:
+        self.structure = structure
+        self._fixed_macs = macs - sum(cost.macs for cost in structure.costs)
+
+    def macs(self, keep: Sequence[Tensor]) -> float:
+        """Multiply-accumulates."""
+        total = float(self._fixed_macs)
+        for cost in self.structure.costs:
+            share = float(cost.macs)
+            for groups, units in cost.widths:
+                share *= float(width_kept(groups, units, keep).float().mean())
+            total += share
+        return total
+
+    def params(self, keep: Sequence[Tensor]) -> float:
+        """Elements of all parameters; not those that only help in training."""
+        slices = kept_slices(self.structure, keep)
+        total = 0
+        for name in self.structure.counted:
+            shape = list(self.structure.shapes[name])
+            for dim, indices in slices.get(name, {}).items():
+                shape[dim] = len(indices)
+            total += torch.Size(shape).numel()
+        return float(total)
+
+    def channels(self, keep: Sequence[Tensor]) -> float:
+        """Channels of the groups."""
+        groups = self.structure.groups
+        return float(sum(group.width * float(kept.float().mean()) for group, kept in zip(groups, keep, strict=True)))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be asked of each group: at least so many units, in steps, or just so many."""
+
+    least: int
+    step: int
+    exactly: int | None = None
+
+    def nearest(self, wanted: float, size: int) -> int:
+        """The allowed number of units that is nearest to ``wanted``."""
+        if self.exactly is not None:
+            return self.exactly
+        steps = round(wanted / self.step) * self.step
+        return min(size, max(self.least, steps))
+
+
+def choose(
+    ranked: Sequence[Tensor],
+    limits: Sequence[Limits],
+    cost: Callable[[list[Tensor]], float],
+    target: float,
+    scope: Scope,
+) -> list[Tensor]:
+    """What stays of each group, so that ``cost`` comes nearest to ``target``; the least important units go first.
+
+    Args:
+        ranked: importance of each unit of each group.
+        limits: of each group.
+        cost: of what stays; falls when more goes.
+        target: the cost to come to.
+        scope: rank the units of all groups together, or take the same fraction of each group.
+    """
+    orders = [scores.argsort(stable=True) for scores in ranked]
+    sizes = [len(scores) for scores in ranked]
+
+    def keep(counts: Sequence[int]) -> list[Tensor]:
+        masks = []
+        for order, size, count in zip(orders, sizes, counts, strict=True):
+            mask = torch.ones(size, dtype=torch.bool)
+            mask[order[: size - count]] = False
+            masks.append(mask)
+        return masks
+
+    if scope == "global":
+        owner = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
+        everything = torch.cat(list(ranked)).argsort(stable=True)
+        owners = owner[everything]
+
+        def counts_at(removed: int) -> list[int]:
+            gone = torch.bincount(owners[:removed], minlength=len(sizes)).tolist()
+            return [limit.nearest(size - out, size) for limit, size, out in zip(limits, sizes, gone, strict=True)]
+
+        most = len(owners)
+    else:
+
+        def counts_at(removed: int) -> list[int]:
+            return [
+                limit.nearest(size * (1 - removed / _STEPS), size) for limit, size in zip(limits, sizes, strict=True)
+            ]
+
+        most = _STEPS
+    low, high = 0, most  # as much as `high` is enough, if anything is
+    while low < high:
+        middle = (low + high) // 2
+        if cost(keep(counts_at(middle))) <= target:
+            high = middle
+        else:
+            low = middle + 1
+    counts = counts_at(high)
+    return keep(_fill(counts, counts_at(max(high - 1, 0)), keep, cost, target))
+
+
+_STEPS = 2000
+
+
+def _fill(
+    counts: list[int],
+    before: list[int],
+    keep: Callable[[Sequence[int]], list[Tensor]],
+    cost: Callable[[list[Tensor]], float],
+    target: float,
+) -> list[int]:
+    """Of the steps that were taken last, take back what brings the cost nearer to its target."""
+    best, distance = counts, abs(cost(keep(counts)) - target)
+    for number, (less, more) in enumerate(zip(counts, before, strict=True)):
+        if more > less:
+            tried = [more if place == number else count for place, count in enumerate(best)]
+            off = abs(cost(keep(tried)) - target)
+            if off < distance:
+                best, distance = tried, off
+    return best

@@ -1,0 +1,282 @@
+"""Groups of channels that go together, as plain data: found by tracing a model, applied by `remove`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils import _pytree as pytree
+
+from lightning_compress.channels.atoms import FIXED
+from lightning_compress.channels.remove import named_tensors
+from lightning_compress.channels.tracer import Product, Size, Tracer, following
+from lightning_compress.targets import clean_name, compressible_modules
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A dimension of a tensor that belongs to a group, wholly or in part.
+
+    Attributes:
+        name: of the parameter or buffer.
+        dim: its dimension.
+        units: int64, for each place along the dimension the group's unit, or -1.
+        makes: whether the dimension is what a layer puts out, not what it takes in.
+    """
+
+    name: str
+    dim: int
+    units: Tensor
+    makes: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that are alike: the channels of some layers, the heads of an attention layer.
+
+    Attributes:
+        size: how many units.
+        members: the dimensions that shrink with it.
+        layers: paths of the layers that make these channels.
+        spanned: what is computed across its units, if something is; then removal isn't exact.
+    """
+
+    size: int
+    members: tuple[Member, ...]
+    layers: tuple[str, ...]
+    spanned: str = ""
+
+    @property
+    def name(self) -> str:
+        """The first layer that makes its channels."""
+        return self.layers[0] if self.layers else self.members[0].name
+
+    @cached_property
+    def width(self) -> int:
+        """Channels of the first layer, where a unit is several of them; else the units."""
+        made = [member for member in self.members if member.makes] or list(self.members)
+        return int((made[0].units >= 0).sum())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates that are proportional to widths.
+
+    Attributes:
+        macs: with all channels.
+        widths: for each width, which group's unit each place belongs to; -1 stays.
+    """
+
+    macs: int
+    widths: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A number that a module keeps and that follows a width, such as its heads.
+
+    Attributes:
+        path: of the module.
+        name: of the attribute.
+        groups: for each place of the width its group, or -1.
+        units: and its unit in that.
+        sure: whether the number follows for certain; else it only has the right value, and is to be tried.
+    """
+
+    path: str
+    name: str
+    groups: Tensor
+    units: Tensor
+    sure: bool
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What of a model can go.
+
+    Attributes:
+        groups: in the order of the model's tensors.
+        costs: the multiply-accumulates that change.
+        attributes: numbers that follow.
+        fixed: layers whose outputs stay, with the reason.
+        splits: keys of splits to the groups that they concern.
+        shapes: of all tensors, when this was found.
+        counted: names of the parameters that count as the model's.
+        macs: multiply-accumulates of the first run.
+    """
+
+    groups: tuple[Group, ...]
+    costs: tuple[Cost, ...]
+    attributes: tuple[Attribute, ...]
+    fixed: Mapping[str, str]
+    splits: Mapping[str, frozenset[int]]
+    shapes: Mapping[str, tuple[int, ...]]
+    counted: tuple[str, ...]
+    macs: int
+
+    def only(self, numbers: Sequence[int]) -> Structure:
+        """The same with only some of its groups; what the others have stays."""
+        place = torch.full((len(self.groups) + 1,), -1)
+        place[list(numbers)] = torch.arange(len(numbers))
+        costs = [replace(cost, widths=tuple((place[one], units) for one, units in cost.widths)) for cost in self.costs]
+        attributes = [replace(one, groups=place[one.groups]) for one in self.attributes]
+        groups = tuple(self.groups[number] for number in numbers)
+        return replace(self, groups=groups, costs=tuple(costs), attributes=tuple(attributes))
+
+
+def find_structure(model: nn.Module, runs: Sequence[Run], choices: Mapping[str, int]) -> Structure:
+    """Trace some runs of ``model`` and say which channels hang together in all of them.
+
+    Args:
+        model: nothing of it is changed but what the runs change themselves.
+        runs: each calls the model in some way and returns what it puts out, whose shape must stay.
+        choices: how splits are taken: see `Tracer`.
+    """
+    tensors = named_tensors(model)
+    tracer = Tracer(tensors, _numbers(model), choices)
+    with following(tracer, model):
+        for number, run in enumerate(runs):
+            tracer.counting = number == 0
+            out = run()
+            tracer.pin(pytree.tree_map(_leaf, out), "an output")
+    return _read(tracer, model, tensors)
+
+
+def _leaf(leaf: Any) -> Any:
+    # Output classes of other libraries are no pytrees.
+    return list(vars(leaf).values()) if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor) else leaf
+
+
+def _numbers(model: nn.Module) -> dict[str, set[int]]:
+    return {
+        clean_name(path): {value for value in vars(module).values() if type(value) is int and value > 1}
+        for path, module in model.named_modules()
+    }
+
+
+def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> Structure:
+    units = tracer.atoms.resolve()
+    modules = {clean_name(path): module for path, module in model.named_modules()}
+    along: dict[tuple[str, int], Tensor] = {}
+    for name, factors in tracer.labels_of.items():
+        for factor in factors:
+            dim = next(dim for dim, size in enumerate(factor.shape) if size > 1)
+            along[name, dim] = factor.reshape(-1)
+    where: dict[int, list[tuple[str, int]]] = {}
+    for key, atoms in along.items():
+        for unit in units.of(atoms).unique().tolist():
+            if unit != FIXED:
+                where.setdefault(unit, []).append(key)
+    alike: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    for unit, keys in where.items():
+        alike.setdefault(tuple(keys), []).append(unit)
+    place = torch.full((tracer.atoms.count, 2), -1)
+    groups = []
+    for number, (keys, mine) in enumerate(alike.items()):
+        place[mine, 0], place[mine, 1] = number, torch.arange(len(mine))
+        groups.append((keys, mine))
+
+    def places(atoms: Tensor) -> tuple[Tensor, Tensor]:
+        found = place[units.of(atoms)]
+        return found[:, 0], found[:, 1]
+
+    made = []
+    for number, (keys, mine) in enumerate(groups):
+        members = []
+        for name, dim in keys:
+            group, unit = places(along[name, dim])
+            makes = _makes(modules, name, dim, tensors[name])
+            members.append(Member(name, dim, unit.masked_fill(group != number, -1), makes))
+        weights = [
+            one for one in members if isinstance(tensors[one.name], nn.Parameter) and tensors[one.name].dim() > 1
+        ]
+        layers = dict.fromkeys(layer_of(one.name) for one in weights if one.makes)
+        spanned = next((units.spanned[unit] for unit in mine if unit in units.spanned), "")
+        made.append(Group(len(mine), tuple(members), tuple(layers), spanned))
+    fixed = {}
+    for (name, dim), atoms in along.items():
+        roots = units.all[atoms].unique().tolist()
+        makes = tensors[name].dim() > 1 and _makes(modules, name, dim, tensors[name])
+        if makes and all(root in units.fixed for root in roots):
+            fixed.setdefault(layer_of(name), units.fixed[roots[0]])
+    return Structure(
+        tuple(made),
+        tuple(Cost(one.macs, tuple(places(labels) for labels in one.widths)) for one in _live(tracer.products, units)),
+        tuple(_attributes(tracer.sizes, modules, places)),
+        fixed,
+        {key: frozenset(places(torch.cat(atoms))[0].unique().tolist()) - {-1} for key, atoms in tracer.splits.items()},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        _counted(model, tensors),
+        tracer.macs,
+    )
+
+
+def _counted(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    layers = compressible_modules(model, every_name=True)
+    return tuple(
+        name for name, one in tensors.items() if isinstance(one, nn.Parameter) and name.rpartition(".")[0] in layers
+    )
+
+
+def _live(products: list[Product], units: Any) -> list[Product]:
+    return [one for one in products if any(bool((units.of(labels) != FIXED).any()) for labels in one.widths)]
+
+
+def layer_of(name: str) -> str:
+    """The path of the layer that a tensor belongs to."""
+    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+
+
+def _makes(modules: Mapping[str, nn.Module], name: str, dim: int, tensor: Tensor) -> bool:
+    """Whether a dimension of a tensor is what its layer puts out."""
+    module = modules.get(layer_of(name))
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return dim == 1
+    if isinstance(module, _ConvTransposeNd) and tensor.dim() > 1:
+        return dim == 1
+    if isinstance(module, (nn.Linear, nn.RNNBase, nn.MultiheadAttention, _ConvNd)):
+        return dim == 0
+    return dim == tensor.dim() - 1
+
+
+# What torch's own layers know that no tensor of theirs tells, at least where they have none.
+_OWN = {"groups", "num_features", "num_channels"}
+
+
+def _attributes(
+    sizes: list[Size], modules: Mapping[str, nn.Module], places: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> list[Attribute]:
+    found = list[Attribute]()
+    for size in sizes:
+        groups, units = places(size.labels)
+        module = modules[size.path]
+        sure = type(module).__module__.startswith("torch.nn.")
+        if not bool((groups >= 0).any()) or (
+            sure and next(module.parameters(), None) is not None and not _is_conv(module)
+        ):
+            continue
+        for name, value in vars(module).items():
+            if type(value) is int and value == size.size and (not sure or name in _OWN):
+                one = Attribute(size.path, name, groups, units, sure)
+                if not any(_same(one, other) for other in found):
+                    found.append(one)
+    return found
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd)
+
+
+def _same(one: Attribute, other: Attribute) -> bool:
+    return (
+        (one.path, one.name) == (other.path, other.name)
+        and torch.equal(one.groups, other.groups)
+        and torch.equal(one.units, other.units)
+    )

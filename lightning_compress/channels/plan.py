@@ -1,0 +1,468 @@
+"""`plan_removal`: which channels go, decided before anything is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.channels.budget import Budget, Limits, Scope, Sizes, choose, make_budget
+from lightning_compress.channels.groups import Group, Structure
+from lightning_compress.channels.importance import check_importance, rank, taylor_step
+from lightning_compress.channels.remove import check_shapes, cut_, named_tensors
+from lightning_compress.channels.turns import latency_ratio
+from lightning_compress.channels.verify import Run, clean_modules, explore, followed, kept_slices
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.inputs import bind_example
+from lightning_compress.optimizers import Kept, resize_state_
+from lightning_compress.quantization.calls import copy_module
+from lightning_compress.targets import Targets, matches
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One group of layers in a plan.
+
+    Attributes:
+        layers: paths of the layers that make these channels.
+        before: channels now.
+        after: channels that stay.
+        approximate: what is computed across them, if something is: what stays computes something else then.
+    """
+
+    layers: tuple[str, ...]
+    before: int
+    after: int
+    approximate: str = ""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a model costs on the example inputs."""
+
+    params: int
+    macs: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class RemovalPlan:
+    """Which slices of which tensors stay. Print it before you apply it.
+
+    Attributes:
+        rows: what shrinks.
+        fixed: layers that stay whole, with the reason.
+        before: totals of the model that it was planned for.
+        after: totals once it is applied.
+        missed: what keeps the budget from being met within its tolerance; empty if nothing does.
+        latency: measured time of a run after over before, where the budget is one of latency.
+        kept: tensor name to what stays along its dimensions.
+        numbers: ``path.name`` of attributes that follow, with their new values.
+        shapes: of the tensors that it was planned for.
+    """
+
+    rows: tuple[PlanRow, ...]
+    fixed: Mapping[str, str]
+    before: Totals
+    after: Totals
+    missed: str
+    latency: float | None
+    kept: Mapping[str, Kept]
+    numbers: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __str__(self) -> str:
+        shown = [(_names(row.layers), f"{row.before} -> {row.after}", _mark(row)) for row in self.rows]
+        width = max((len(name) for name, _, _ in shown), default=0)
+        middle = max((len(count) for _, count, _ in shown), default=0)
+        lines = [f"{name:<{width}}  {count:>{middle}}{mark}" for name, count, mark in shown]
+        lines += [f"stays whole: {layer}: {reason}" for layer, reason in self.fixed.items()]
+        for name in ("channels", "params", "macs"):
+            old, new = getattr(self.before, name), getattr(self.after, name)
+            lines.append(f"{name}: {old:,} -> {new:,} ({new / max(old, 1):.3f})")
+        if self.latency is not None:
+            lines.append(f"latency: {self.latency:.3f} of before, measured")
+        return "\n".join([*lines, self.missed] if self.missed else lines)
+
+
+def _names(layers: tuple[str, ...]) -> str:
+    return ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+
+
+def _mark(row: PlanRow) -> str:
+    return f"  (approximate: {row.approximate})" if row.approximate and row.after < row.before else ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How channels are chosen; the arguments of `plan_removal`, checked."""
+
+    budget: Budget
+    importance: str
+    scope: Scope
+    targets: Targets
+    overrides: Mapping[str, float]
+    min_layer_channels: float
+    round_to: int | None
+    seed: int
+
+
+def make_recipe(
+    channels: float | None,
+    params: float | None,
+    macs: float | None,
+    latency: float | None,
+    importance: str,
+    scope: Scope,
+    targets: Targets,
+    overrides: Mapping[str, float] | None,
+    min_layer_channels: float,
+    round_to: int | None,
+    seed: int,
+) -> Recipe:
+    """The recipe of these arguments.
+
+    Raises:
+        CompressionError: one of them is out of range.
+    """
+    budget = make_budget({"channels": channels, "params": params, "macs": macs, "latency": latency})
+    check_importance(importance)
+    if scope not in ("global", "layer"):
+        raise invalid("scope", "be 'global' or 'layer'", scope)
+    for pattern, fraction in (overrides or {}).items():
+        if not isinstance(fraction, (int, float)) or not 0.0 < fraction <= 1.0:
+            raise invalid("overrides", "hold fractions that remain, in (0, 1]", {pattern: fraction})
+    if not 0.0 <= min_layer_channels <= 1.0:
+        raise invalid("min_layer_channels", "lie in [0, 1]", min_layer_channels, "It is the fraction that stays.")
+    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+        raise invalid("round_to", "be a whole number, at least 1", round_to, "1 keeps any number of channels.")
+    return Recipe(budget, importance, scope, targets, overrides or {}, min_layer_channels, round_to, seed)
+
+
+def plan_removal(
+    model: nn.Module,
+    inputs: Any = None,
+    *,
+    channels: float | None = None,
+    params: float | None = None,
+    macs: float | None = None,
+    latency: float | None = None,
+    importance: str = "l2",
+    scope: Scope = "global",
+    targets: Targets | None = None,
+    overrides: Mapping[str, float] | None = None,
+    min_layer_channels: float = 0.1,
+    round_to: int | None = None,
+    seed: int = 0,
+) -> RemovalPlan:
+    """Decide which channels, neurons, heads and hidden widths of ``model`` go, so that a budget is met.
+
+    The model is traced on a copy, so that what hangs together goes together: the layers of a residual sum, a
+    convolution and its BatchNorm, the rows of queries, keys and values of a head. What must keep its size is found
+    too, and stays: outputs, what meets the inputs, what the code writes as a number. Each group is tried on a copy:
+    without its channels the model computes what it computes with zeros in their place.
+
+    Args:
+        model: any module; nothing of it is changed.
+        inputs: example inputs of the real shape: a tensor, a tuple of arguments, a dict of keywords; by default the
+            model's ``example_input_array``.
+        channels: budget: the fraction of the channels that remains.
+        params: budget: the fraction of the parameters that remains.
+        macs: budget: the fraction of the multiply-accumulates on ``inputs`` that remains.
+        latency: budget: the fraction of the time of a run on ``inputs`` that remains, measured here and now.
+        importance: ``l1``, ``l2``, ``batchnorm``, ``taylor`` (call ``loss.backward()`` before), ``fpgm``, ``random``:
+            see `rank`.
+        scope: ``global`` ranks the channels of all layers together, ``layer`` takes the same fraction of each.
+        targets: which layers; by default all that can lose channels and are trained. A width that a norm spans
+            (LayerNorm, GroupNorm) is cut only if ``include`` names one of its layers exactly, as that is approximate.
+        overrides: pattern of layers' paths to the fraction of their channels that remains; the last match wins.
+        min_layer_channels: no layer keeps a smaller fraction of its channels.
+        round_to: keep a multiple of this in each layer; by default 8 in layers of 32 channels and more, else any
+            number.
+        seed: of ``importance="random"``.
+
+    Returns:
+        The plan; print it, then apply it with `remove_channels_`.
+
+    Raises:
+        CompressionError: bad arguments, or nothing can be removed; the reasons are listed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> plan = plan_removal(model, torch.ones(1, 8), channels=0.5)
+        >>> print(plan)
+        0  16 -> 8
+        stays whole: 2: an output
+        channels: 16 -> 8 (0.500)
+        params: 178 -> 90 (0.506)
+        macs: 160 -> 80 (0.500)
+        >>> remove_channels_(model, plan)
+        >>> model
+        Sequential(
+          (0): Linear(in_features=8, out_features=8, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=8, out_features=2, bias=True)
+        )
+    """
+    recipe = make_recipe(channels, params, macs, latency, importance, scope, targets or Targets(), overrides,
+                         min_layer_channels, round_to, seed)  # fmt: skip
+    example = getattr(model, "example_input_array", None) if inputs is None else inputs
+    if example is None:
+        raise invalid("inputs", "be example inputs", None, "Pass a tensor, or set model.example_input_array.")
+    args, kwargs = bind_example(example, next((one.device for one in model.parameters()), None))
+    structure = explore(model, _runs(model, args, kwargs))
+    tensors = named_tensors(model)
+    taylor = dict[str, Tensor]()
+    if importance == "taylor":
+        taylor_step(structure.groups, tensors, taylor)
+        if not taylor:
+            raise CompressionError(
+                "`importance='taylor'` must have gradients. Received: none. Call loss.backward() before."
+            )
+    plan = make_plan(model, structure, recipe, taylor, lambda twin: twin(*args, **kwargs))
+    return plan
+
+
+def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:
+    """Evaluation, and training too if the model runs in it: both must go on working."""
+
+    def evaluate(twin: nn.Module) -> Any:
+        return twin.eval()(*args, **kwargs)
+
+    def train(twin: nn.Module) -> Any:
+        return twin.train()(*args, **kwargs)
+
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            train(copy_module(model))
+    except (ValueError, RuntimeError, TypeError):
+        return [evaluate]  # such as a BatchNorm that gets a single value
+    return [evaluate, train]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the model was before anything was removed; budgets are fractions of this.
+
+    Attributes:
+        params: parameters.
+        macs: multiply-accumulates.
+        channels: of the groups that may lose some.
+        widths: channels of each group, by its name.
+    """
+
+    params: float
+    macs: float
+    channels: float
+    widths: Mapping[str, int]
+
+
+def make_plan(
+    model: nn.Module,
+    structure: Structure,
+    recipe: Recipe,
+    taylor: Mapping[str, Tensor],
+    run: Run,
+    baseline: Baseline | None = None,
+) -> RemovalPlan:
+    """A plan for a structure that is known.
+
+    Args:
+        model: whose structure it is.
+        structure: as `explore` found it.
+        recipe: what is wanted.
+        taylor: as `taylor_step` carried it along.
+        run: what a latency budget times.
+        baseline: what the budget is a fraction of; by default the model as it is.
+
+    Raises:
+        CompressionError: nothing can be removed.
+    """
+    structure, fixed = _selected(model, structure, recipe)
+    if not structure.groups:
+        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(fixed.items())[:6])
+        raise CompressionError(
+            f"`model` must have channels that can be removed. Received: {type(model).__name__}, where everything "
+            f"stays whole: {reasons or 'no layer was called'}."
+        )
+    if baseline is None:
+        baseline = baseline_of(structure)
+    limits = _limits(structure.groups, recipe, baseline)
+    ranked = rank(
+        structure.groups, named_tensors(model), dict(clean_modules(model)), recipe.importance, taylor, recipe.seed
+    )
+    search = _Search(model, structure, recipe, baseline, limits, ranked)
+    keep, latency = search.meet(run)
+    return search.plan(keep, fixed, latency)
+
+
+def baseline_of(structure: Structure) -> Baseline:
+    """The structure's own totals."""
+    sizes = Sizes(structure, structure.macs)
+    every = [torch.ones(group.size, dtype=torch.bool) for group in structure.groups]
+    widths = {group.name: group.width for group in structure.groups}
+    return Baseline(sizes.params(every), sizes.macs(every), sizes.channels(every), widths)
+
+
+@dataclass(frozen=True)
+class _Search:
+    model: nn.Module
+    structure: Structure
+    recipe: Recipe
+    baseline: Baseline
+    limits: list[Limits]
+    ranked: list[Tensor]
+
+    def meet(self, run: Run) -> tuple[list[Tensor], float | None]:
+        """What stays of each group, and the measured latency if the budget is one."""
+        budget = self.recipe.budget
+        if budget.kind != "latency":
+            return self._choose(budget.kind, budget.fraction), None
+        return self._meet_latency(run, budget.fraction)
+
+    def _choose(self, kind: str, fraction: float) -> list[Tensor]:
+        cost = getattr(Sizes(self.structure, self.structure.macs), kind)
+        target = fraction * getattr(self.baseline, kind)
+        return choose(self.ranked, self.limits, cost, target, self.recipe.scope)
+
+    def _meet_latency(self, run: Run, fraction: float) -> tuple[list[Tensor], float]:
+        """Look for the multiply-accumulates at which the measured time is what is wanted."""
+        low, high = 0.0, 1.0
+        best, distance = None, math.inf
+        wanted = fraction
+        for _ in range(7):
+            keep = self._choose("macs", wanted)
+            ratio = latency_ratio(self.model, self._cut(keep), run)
+            if abs(ratio - fraction) < distance:
+                best, distance, measured = keep, abs(ratio - fraction), ratio
+            if distance <= 0.03 * fraction:
+                break
+            low, high = (low, wanted) if ratio > fraction else (wanted, high)
+            wanted = (low + high) / 2
+        assert best is not None
+        return best, measured
+
+    def _cut(self, keep: list[Tensor]) -> nn.Module:
+        twin = copy_module(self.model)
+        cut_(twin, kept_slices(self.structure, keep), followed(self.structure, keep))
+        return twin
+
+    def plan(self, keep: list[Tensor], fixed: Mapping[str, str], latency: float | None) -> RemovalPlan:
+        """The plan that keeps this."""
+        sizes = Sizes(self.structure, self.structure.macs)
+        every = [torch.ones(len(mask), dtype=torch.bool) for mask in keep]
+        before, after = (
+            Totals(round(sizes.params(masks)), round(sizes.macs(masks)), round(sizes.channels(masks)))
+            for masks in (every, keep)
+        )
+        rows = tuple(
+            PlanRow(group.layers, group.width, round(group.width * float(mask.float().mean())), group.spanned)
+            for group, mask in zip(self.structure.groups, keep, strict=True)
+        )
+        return RemovalPlan(
+            rows,
+            fixed,
+            before,
+            after,
+            self._missed(after, latency),
+            latency,
+            kept_slices(self.structure, keep),
+            followed(self.structure, keep),
+            self.structure.shapes,
+        )
+
+    def _missed(self, after: Totals, latency: float | None) -> str:
+        kind, wanted = self.recipe.budget.kind, self.recipe.budget.fraction
+        reached = latency if kind == "latency" else getattr(after, kind) / getattr(self.baseline, kind)
+        tolerance = _TOLERANCE[kind]
+        if reached is None or abs(reached - wanted) <= tolerance * (wanted if kind == "latency" else 1.0):
+            return ""
+        return (
+            f"The budget is missed: {kind}={wanted} was asked for, {reached:.3f} is nearest. Allow more with "
+            "`min_layer_channels`, `round_to` or `targets`, or ask for less."
+        )
+
+
+_TOLERANCE = {"params": 0.02, "macs": 0.02, "latency": 0.1, "channels": 0.02}
+
+
+def _selected(model: nn.Module, structure: Structure, recipe: Recipe) -> tuple[Structure, dict[str, str]]:
+    """The structure with only the groups that may lose channels, and why the others stay."""
+    recipe.targets.check_patterns(model)
+    check_patterns(recipe.overrides, structure)
+    tensors = named_tensors(model)
+    keep, fixed = [], dict(structure.fixed)
+    for number, group in enumerate(structure.groups):
+        reason = _refusal(group, recipe.targets, tensors)
+        if reason:
+            fixed[group.name] = reason
+        else:
+            keep.append(number)
+    return structure.only(keep), fixed
+
+
+def check_patterns(overrides: Mapping[str, float], structure: Structure) -> None:
+    """Raise if an override matches no layer."""
+    layers = [layer for group in structure.groups for layer in group.layers]
+    for pattern in overrides:
+        if not any(matches(layer, pattern) for layer in layers):
+            raise invalid("overrides", "match layers that can lose channels", pattern, f"These are {layers[:8]}.")
+
+
+def _refusal(group: Group, targets: Targets, tensors: Mapping[str, Tensor]) -> str:
+    for layer in group.layers:
+        if reason := targets.leaves_out(layer):
+            return reason
+    for member in group.members:
+        if member.makes and tensors[member.name].dim() > 1 and isinstance(tensors[member.name], nn.Parameter):
+            if not tensors[member.name].requires_grad:
+                return "frozen"
+    owners = {member.name.rpartition(".")[0] for member in group.members}
+    if group.spanned and not owners & set(targets.include or ()):
+        return f"{group.spanned}; name a layer of it exactly in targets.include to cut it all the same, approximately"
+    return ""
+
+
+def _limits(groups: Sequence[Group], recipe: Recipe, baseline: Baseline) -> list[Limits]:
+    limits = []
+    for group in groups:
+        original = round(group.size * baseline.widths.get(group.name, group.width) / group.width)
+        step = recipe.round_to or (8 if original >= 32 else 1)
+        step = step if group.width == group.size and original > step else 1
+        least = max(1, math.ceil(recipe.min_layer_channels * original), min(step, group.size))
+        exactly = None
+        for pattern, fraction in recipe.overrides.items():
+            if any(matches(layer, pattern) for layer in group.layers):
+                exactly = min(group.size, max(1, round(fraction * original)))
+        limits.append(Limits(min(least, group.size), step, exactly))
+    return limits
+
+
+def remove_channels_(model: nn.Module, plan: RemovalPlan, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+    """Apply a plan: channels leave ``model``, and what optimizers remember of them.
+
+    Parameters stay the same objects, with their hooks and places in optimizers; the keys of ``state_dict`` stay.
+
+    Args:
+        model: the module that the plan was made for.
+        plan: from `plan_removal`.
+        optimizers: that train it; their moments are cut with the same indices.
+
+    Raises:
+        CompressionError: the plan is for another model, or for this one before other channels left; nothing has
+            changed then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> remove_channels_(model, plan_removal(model, torch.ones(1, 8), macs=0.25), [optimizer])
+        >>> model[0].weight.shape
+        torch.Size([4, 8])
+    """
+    check_shapes(model, plan.shapes)
+    changes = cut_(model, plan.kept, plan.numbers)
+    resize_state_(optimizers, changes)

@@ -1,0 +1,234 @@
+"""Runs a model and follows every channel through it: which slices of which parameters are one and the same channel.
+
+Each dimension of a parameter gets atoms of its own. Every operator that reaches torch's kernels then says what becomes
+of them: a sum ties the atoms of its terms, a product those of the dimension that it contracts, a view moves them about.
+What an operator isn't known to leave independent stays (`Atoms.pin`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_compress.channels.atoms import Atoms
+from lightning_compress.targets import clean_name
+
+Factors = tuple[Tensor, ...]
+"""The labels of a tensor: atoms, int64, each of the tensor's rank and of size 1 along dimensions that don't matter."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """Multiply-accumulates of one operator, and the labels of the dimensions that they are proportional to."""
+
+    macs: int
+    widths: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that was written into a view or a split by the module at ``path``.
+
+    Attributes:
+        path: of the module that ran.
+        size: the number that was written.
+        labels: atoms along the dimension that it is the size of.
+    """
+
+    path: str
+    size: int
+    labels: Tensor
+
+
+class Tracer(TorchDispatchMode):
+    """Follows channels through everything that runs under it.
+
+    Args:
+        tensors: parameters and buffers by name; their dimensions get atoms.
+        numbers: path of a module to the whole numbers among its attributes: a view that one of them shapes splits a
+            width into that many blocks, such as heads.
+        choices: how often a split is to be taken otherwise than by the first guess, by the split's key.
+
+    Attributes:
+        atoms: all atoms and their ties.
+        labels_of: name of each tensor that was seen to its labels.
+        counting: whether what runs now costs something.
+        products: what costs multiply-accumulates.
+        macs: what all of it costs, also where no channel has a say.
+        sizes: sizes that were written into views.
+        splits: key of each view that split a width, with the atoms of that width.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], numbers: Mapping[str, set[int]], choices: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.atoms = Atoms()
+        self.numbers = numbers
+        self.choices = choices or {}
+        self.labels_of: dict[str, Factors] = {}
+        self.products: list[Product] = []
+        self.counting = True
+        self.macs = 0
+        self.sizes: list[Size] = []
+        self.splits: dict[str, list[Tensor]] = {}
+        self.stack: list[str] = [""]
+        self._names = {id(tensor): name for name, tensor in tensors.items()}
+        self._labels = WeakIdKeyDictionary()
+
+    @property
+    def path(self) -> str:
+        """The module that runs."""
+        return self.stack[-1]
+
+    def labels(self, tensor: Tensor) -> Factors:
+        """What is known of a tensor; of a parameter that is seen for the first time, fresh atoms."""
+        known = self._labels.get(tensor)
+        if known is None:
+            name = self._names.get(id(tensor))
+            known = () if name is None else self._fresh(name, tensor)
+            self._labels[tensor] = known
+        return known  # type: ignore[no-any-return]
+
+    def _fresh(self, name: str, tensor: Tensor) -> Factors:
+        factors = []
+        for dim, size in enumerate(tensor.shape):
+            if size > 1:
+                shape = [1] * tensor.dim()
+                shape[dim] = size
+                factors.append(self.atoms.new(size).view(shape))
+        self.labels_of[name] = tuple(factors)
+        return tuple(factors)
+
+    def set(self, tensor: Any, factors: Factors) -> None:
+        """Say what the labels of a new tensor are."""
+        if isinstance(tensor, Tensor):
+            kept = []
+            for factor in map(compressed, factors):
+                if varying(factor):
+                    kept.append(factor)
+                else:
+                    # All of it hangs on one channel, which some index chose.
+                    self.atoms.pin(factor, f"an index of its own, in {self.where()}")
+            self._labels[tensor] = tuple(kept)
+
+    def where(self) -> str:
+        """The module that runs, as an error names it."""
+        return f"`{self.path}`" if self.path else "the model's forward"
+
+    def costs(self, macs: int, *widths: Tensor | None) -> None:
+        """Note what an operator costs, and the widths that it is proportional to."""
+        if self.counting:
+            self.macs += macs
+            self.products.append(Product(macs, tuple(labels for labels in widths if labels is not None)))
+
+    def pin(self, tensors: Any, reason: str) -> None:
+        """Let every channel of some tensors stay."""
+        for leaf in pytree.tree_leaves(tensors):
+            if isinstance(leaf, Tensor):
+                for factor in self.labels(leaf):
+                    self.atoms.pin(factor, reason)
+
+    def along(self, tensor: Tensor, dim: int) -> Tensor | None:
+        """The atoms along one dimension, ``(size,)``, or None if there are none.
+
+        Where other dimensions have a say too, what differs in them is tied.
+        """
+        dim %= tensor.dim()
+        factors = [factor for factor in self.labels(tensor) if factor.shape[dim] > 1]
+        if not factors:
+            return None
+        if len(factors) > 1:
+            for factor in factors:
+                self.atoms.pin(factor, f"two widths in one dimension, in {self.where()}")
+            return None
+        [factor] = factors
+        moved = factor.movedim(dim, 0).reshape(factor.shape[dim], -1)
+        self.atoms.tie(moved, moved[:, :1])
+        return moved[:, 0]
+
+    def same(self, *widths: tuple[Tensor, int]) -> Tensor | None:
+        """Tie dimensions (tensor, dim) of one size that meet in an operator; returns their atoms."""
+        found = [(tensor, dim, self.along(tensor, dim)) for tensor, dim in widths]
+        known = [labels for _, _, labels in found if labels is not None]
+        for labels in known[1:]:
+            self.atoms.tie(labels, known[0])
+        if known and len(known) < len(found) and known[0].numel() > 1:
+            self.atoms.pin(known[0], f"it meets a tensor of fixed size in {self.where()}")
+        return known[0] if known else None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from lightning_compress.channels.rules import rule_for
+
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(self.labels(tensor) for tensor in tensors):
+            rule_for(func)(self, func, args, kwargs, out)
+        elif self.counting and func._overloadpacket in flop_registry:
+            self.macs += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
+        return out
+
+
+def spread(size: int, labels: Tensor, dim: int, rank: int) -> Tensor:
+    """Atoms ``(size,)`` as a factor of a tensor with ``rank`` dimensions."""
+    shape = [1] * rank
+    shape[dim] = size
+    return labels.reshape(shape)
+
+
+def varying(factor: Tensor) -> tuple[int, ...]:
+    """The dimensions that have a say in a factor."""
+    return tuple(dim for dim, size in enumerate(factor.shape) if size > 1)
+
+
+def compressed(factor: Tensor) -> Tensor:
+    """A factor without the dimensions along which it is constant."""
+    for dim, size in enumerate(factor.shape):
+        if size > 1:
+            first = factor.narrow(dim, 0, 1)
+            if bool((factor == first).all()):
+                factor = first
+    return factor
+
+
+@contextmanager
+def following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
+    """Run the calls inside under the tracer, which is told what module runs; no hook stays."""
+    from lightning_compress.channels.recurrent import opaque
+
+    handles, undo = [], list[Callable[[], None]]()
+
+    def enter(path: str) -> Callable[..., None]:
+        return lambda *_: tracer.stack.append(path)
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(clean_name(name))))
+        handles.append(module.register_forward_hook(lambda *_: void(tracer.stack.pop()), always_call=True))
+        if isinstance(module, nn.RNNBase):
+            undo.append(opaque(tracer, module))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        # Gradients of no use here, but not `inference_mode`: it hides what composite operators are made of.
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), tracer:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
+        for take_back in undo:
+            take_back()
+
+
+def void(_: Any) -> None:
+    """A forward hook must return nothing."""

@@ -1,0 +1,106 @@
+"""Resizes a parameter and all that rides on it: its gradient and what optimizers remember of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+Kept = Mapping[int, Tensor]
+"""What stays of a tensor: dimension to the indices along it, in ascending order."""
+
+
+def take(tensor: Tensor, kept: Kept) -> Tensor:
+    """The slices of a tensor that stay, in its memory format.
+
+    Example:
+        >>> take(torch.arange(6).view(2, 3), {1: torch.tensor([0, 2])}).tolist()
+        [[0, 2], [3, 5]]
+    """
+    taken = tensor.detach()
+    for dim, indices in kept.items():
+        taken = taken.index_select(dim, indices.to(tensor.device))
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return taken.contiguous(memory_format=torch.channels_last)
+    return taken
+
+
+@torch.no_grad()
+def assign_(tensor: Tensor, value: Tensor) -> None:
+    """Give a parameter or buffer other data, of any shape; it stays the same object, with its hooks."""
+    tensor.grad = None
+    # By way of another dtype: only that makes autograd forget the shape that it knew.
+    tensor.data = torch.empty(0, dtype=torch.float64 if tensor.dtype != torch.float64 else torch.float32)
+    tensor.data = value
+
+
+@torch.no_grad()
+def resize_(tensor: Tensor, kept: Kept) -> None:
+    """Keep only some slices of a parameter or buffer, and of its gradient.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(3, 2))
+        >>> resize_(weight, {0: torch.tensor([0, 2])})
+        >>> weight.shape
+        torch.Size([2, 2])
+    """
+    gradient = None if tensor.grad is None else take(tensor.grad, kept)
+    assign_(tensor, take(tensor, kept))
+    tensor.grad = gradient
+
+
+def resize_state_(optimizers: Iterable[Optimizer], changes: Mapping[Tensor, tuple[torch.Size, Kept]]) -> list[str]:
+    """Cut what optimizers remember of parameters with the same indices.
+
+    State of the parameter's shape, or of a shape that broadcasts to it (Adafactor's rows and columns), goes on; numbers
+    stay; anything else is of no known layout, so the optimizer starts anew for that parameter.
+
+    Args:
+        optimizers: whose state it is.
+        changes: each resized parameter to its shape before and what stayed.
+
+    Returns:
+        Names of the optimizers that start anew for some parameter.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> kept = {0: torch.tensor([1])}
+        >>> resize_(weight, kept)
+        >>> resize_state_([optimizer], {weight: (torch.Size([3]), kept)})
+        []
+        >>> optimizer.state[weight]["momentum_buffer"]
+        tensor([1.])
+    """
+    anew = []
+    for optimizer in optimizers:
+        for parameter, (before, kept) in changes.items():
+            state = optimizer.state.get(parameter)
+            if not state:
+                continue
+            leaves = pytree.tree_leaves(dict(state))
+            if all(_rides(leaf, before) for leaf in leaves):
+                optimizer.state[parameter] = pytree.tree_map(lambda leaf: _cut(leaf, before, kept), dict(state))  # noqa: B023
+            else:
+                del optimizer.state[parameter]
+                anew.append(type(optimizer).__name__)
+    return sorted(set(anew))
+
+
+def _rides(leaf: Any, shape: torch.Size) -> bool:
+    """Whether a piece of state is a number, or lies along the parameter."""
+    if not isinstance(leaf, Tensor) or leaf.numel() <= 1:
+        return True
+    return leaf.dim() == len(shape) and all(mine in (1, size) for mine, size in zip(leaf.shape, shape, strict=True))
+
+
+def _cut(leaf: Any, shape: torch.Size, kept: Kept) -> Any:
+    if not isinstance(leaf, Tensor) or leaf.dim() != len(shape):
+        return leaf
+    return take(leaf, {dim: indices for dim, indices in kept.items() if leaf.shape[dim] == shape[dim]})
