@@ -1,5 +1,7 @@
 """Pruning, quantization and knowledge distillation as callbacks of a PyTorch Lightning Trainer."""
 
+from lightning_compress.channels import RemovalPlan, plan_removal, remove_channels_
+from lightning_compress.channels.callback import ChannelPruning
 from lightning_compress.distillation import (
     DIST,
     DKD,
@@ -35,6 +37,7 @@ __all__ = [
     "DIST",
     "DKD",
     "AttentionTransfer",
+    "ChannelPruning",
     "CompressionError",
     "CompressionReport",
     "Cosine",
@@ -59,6 +62,7 @@ __all__ = [
     "Ramp",
     "RelationalAngle",
     "RelationalDistance",
+    "RemovalPlan",
     "Rewind",
     "ScheduledPruning",
     "SimilarityPreserving",
@@ -72,8 +76,10 @@ __all__ = [
     "compare",
     "load_compressed",
     "measure",
+    "plan_removal",
     "prune_",
     "quantize",
+    "remove_channels_",
     "save_compressed",
     "sparsity",
 ]

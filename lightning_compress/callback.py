@@ -22,13 +22,16 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress import structure
 from lightning_compress.errors import CompressionError
 from lightning_compress.inputs import run_step
+from lightning_compress.optimizers import Cut
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import copy_module, copy_tensors, quiet_random_state
 from lightning_compress.quantization.traced import all_modules
@@ -69,6 +72,9 @@ class CompressionCallback(Callback):
 
     def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the module and its averaged copies in line, before they are validated or saved."""
+
+    def follow_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
+        """Channels have left the module: cut what is kept of its tensors with the same indices."""
 
     # Lightning's hooks.
 
@@ -255,3 +261,11 @@ def refuse_strategy(trainer: pl.Trainer, name: str) -> None:
         f"`strategy` must be one that keeps whole parameters in this process. Received: strategy={kind!r}, "
         f"which {reason}. Use strategy='ddp' or a single device with {name}."
     )
+
+
+def rebuild_ddp(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let the DDP wrapper find parameters and buffers as they are now, on all ranks at the same batch."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = pl_module
+        strategy.configure_ddp()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,32 @@ def take(tensor: Tensor, kept: Kept) -> Tensor:
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return taken.contiguous(memory_format=torch.channels_last)
     return taken
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A removal of channels, for all that rides on a module's tensors.
+
+    Attributes:
+        kept: name of each tensor that shrank to what stayed of it.
+        numbers: ``path.name`` of other numbers that follow, with their new values.
+        changes: each parameter that shrank, with its shape before and what stayed.
+    """
+
+    kept: Mapping[str, Kept]
+    numbers: Mapping[str, int]
+    changes: Mapping[Tensor, tuple[torch.Size, Kept]]
+
+    def below(self, path: str) -> Cut:
+        """What of it concerns the module at ``path``, by the names that things have in that."""
+        prefix = f"{path}." if path else ""
+        kept = {name.removeprefix(prefix): dims for name, dims in self.kept.items() if name.startswith(prefix)}
+        numbers = {name.removeprefix(prefix): value for name, value in self.numbers.items() if name.startswith(prefix)}
+        return Cut(kept, numbers, self.changes)
+
+    def of(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that lies along the one called ``name``, cut like it."""
+        return take(tensor, self.kept[name]) if name in self.kept else tensor
 
 
 @torch.no_grad()
@@ -84,13 +111,21 @@ def resize_state_(optimizers: Iterable[Optimizer], changes: Mapping[Tensor, tupl
             state = optimizer.state.get(parameter)
             if not state:
                 continue
-            leaves = pytree.tree_leaves(dict(state))
-            if all(_rides(leaf, before) for leaf in leaves):
-                optimizer.state[parameter] = pytree.tree_map(lambda leaf: _cut(leaf, before, kept), dict(state))  # noqa: B023
-            else:
+            cut = cut_state(dict(state), before, kept)
+            if cut is None:
                 del optimizer.state[parameter]
                 anew.append(type(optimizer).__name__)
+            else:
+                optimizer.state[parameter] = cut
     return sorted(set(anew))
+
+
+def cut_state(state: dict[str, Any], before: torch.Size, kept: Kept) -> dict[str, Any] | None:
+    """What an optimizer remembers of one parameter, cut with it; None if its layout isn't known."""
+    if not all(_rides(leaf, before) for leaf in pytree.tree_leaves(state)):
+        return None
+    cut: dict[str, Any] = pytree.tree_map(lambda leaf: _cut(leaf, before, kept), state)
+    return cut
 
 
 def _rides(leaf: Any, shape: torch.Size) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_compress.channels import widths
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import copy_module
@@ -41,8 +42,8 @@ def attach(module: nn.Module) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Unwrap, unless the module is int8: then what is saved later must still say so."""
-    if _is_wrapped(module) and forms.form_of(module) == "float":
+    """Unwrap, unless the module is int8 or has lost channels: then what is saved later must still say so."""
+    if _is_wrapped(module) and forms.form_of(module) == "float" and not widths.record_of(module):
         del module.__dict__["on_save_checkpoint"], module.__dict__["on_load_checkpoint"]
 
 
@@ -70,10 +71,9 @@ def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
     for callback in callbacks.values():
         callback.bring_in_line(module.trainer, module)
     type(module).on_save_checkpoint(module, checkpoint)
-    entry: dict[str, Any] = {"version": VERSION}
+    entry = _describe(module)
     record = forms.record_of(module)
     if record is not None:
-        entry["quantization"] = copy.deepcopy(record)
         if record["form"] == "prepared":
             added = forms.added_keys(module)
             taken = [forms.take_added_(checkpoint[name], added) for name in STATES if name in checkpoint]
@@ -86,6 +86,16 @@ def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
     if "callbacks" not in checkpoint:
         entry["callbacks"] = {key: callback.state_dict() for key, callback in callbacks.items()}
     checkpoint[ENTRY] = entry
+
+
+def _describe(module: nn.Module) -> dict[str, Any]:
+    """What an entry says of a module's structure."""
+    entry: dict[str, Any] = {"version": VERSION}
+    if (record := forms.record_of(module)) is not None:
+        entry["quantization"] = copy.deepcopy(record)
+    if removed := widths.record_of(module):
+        entry["channels"] = removed
+    return entry
 
 
 def _on_load(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -133,8 +143,16 @@ def restore_structure_(
 ) -> None:
     """Give ``module`` (and averaged copies of it) the structure that ``entry`` tells of, and ``states`` its keys."""
     record = entry.get("quantization")
-    if record is None:
+    removed = entry.get("channels", {})
+    if record is None or not widths.fits(module, removed):
         forms.revert_(module, "float")
+    copies = list(copies)
+    for each in (module, *copies):
+        if not widths.fits(each, removed):
+            forms.revert_(each, "float")
+            widths.take_widths_(each, removed)
+    if record is None:
+        pass
     elif not _already(module, record):
         forms.rebuild_(module, record)
     for copied in copies:
@@ -167,7 +185,7 @@ def _load_state(model: nn.Module, entry: Mapping[str, Any], state: dict[str, Any
         restore_structure_(model, entry, [state])
         forms.check_shapes(model, state)
         model.load_state_dict(state, strict=strict)
-    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as error:
         # torch names every missing and unexpected key and every other shape; quantized layers only their own.
         raise CompressionError(
             f"The checkpoint must fit {type(model).__name__}. Received: {type(error).__name__}: {str(error)[:800]} "
@@ -187,10 +205,10 @@ def _plain(record: Mapping[str, Any]) -> list[Any]:
 
 
 def save_compressed(model: nn.Module, path: str) -> None:
-    """Save a quantized module that has no Trainer, as `quantize` returns it; `load_compressed` reads the file.
+    """Save a module that has no Trainer: quantized, or with channels removed; `load_compressed` reads the file.
 
     Args:
-        model: any module, float or quantized.
+        model: any module, compressed or not.
         path: of the file.
 
     Example:
@@ -203,18 +221,14 @@ def save_compressed(model: nn.Module, path: str) -> None:
         >>> torch.equal(again(torch.ones(1, 8)), int8(torch.ones(1, 8)))
         True
     """
-    record = forms.record_of(model)
-    entry: dict[str, Any] = {"version": VERSION}
-    if record is not None:
-        entry["quantization"] = copy.deepcopy(record)
-    torch.save({"state_dict": model.state_dict(), ENTRY: entry}, path)
+    torch.save({"state_dict": model.state_dict(), ENTRY: _describe(model)}, path)
 
 
 def load_compressed(path: str, model: Model) -> Model:
     """Load any checkpoint of ours, or of plain Lightning, into a freshly built float ``model``.
 
-    Everything comes back: masked weights, fake-quantizers with their observers, an int8 form. What a fit needs of our
-    callbacks' state (masks) waits on the model for the next fit with such a callback.
+    Everything comes back: masked weights, removed channels, fake-quantizers with their observers, an int8 form. What a
+    fit needs of our callbacks' state (masks) waits on the model for the next fit with such a callback.
 
     Args:
         path: a Lightning checkpoint, ``save_weights_only`` included; read with ``weights_only=True``.
@@ -233,6 +247,8 @@ def load_compressed(path: str, model: Model) -> Model:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise invalid("path", "be a checkpoint with a `state_dict`", str(path))
     entry = read_entry(checkpoint)
+    if "channels" not in entry and "quantization" not in entry:
+        entry["channels"] = widths.by_shapes(model, checkpoint["state_dict"])
     # On a copy first: a load that fails leaves the model as it was.
     for target in (copy_module(model), model):
         try:
@@ -241,7 +257,7 @@ def load_compressed(path: str, model: Model) -> Model:
             raise invalid("path", "hold a checkpoint of this model", str(path), str(error)) from error
     if entry.get("quantization", {}).get("form") == "converted":
         forms.forget_(model)
-    if hasattr(model, "on_save_checkpoint") and "quantization" in entry:
+    if hasattr(model, "on_save_checkpoint") and (forms.record_of(model) or widths.record_of(model)):
         attach(model)
     model.__dict__[_RESTORED] = {**checkpoint.get("callbacks", {}), **entry.get("callbacks", {})}
     return model

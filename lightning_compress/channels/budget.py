@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.channels.groups import Structure
-from lightning_compress.channels.verify import kept_slices, width_kept
+from lightning_compress.channels.slices import kept_slices, width_kept
 from lightning_compress.errors import CompressionError, invalid
 
 Kind = Literal["channels", "params", "macs", "latency"]

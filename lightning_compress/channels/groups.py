@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils import _pytree as pytree
 
 from lightning_compress.channels.atoms import FIXED
-from lightning_compress.channels.remove import named_tensors
+from lightning_compress.channels.outputs import tensors_in
+from lightning_compress.channels.remove import modules_of, named_tensors
+from lightning_compress.channels.steady import steady
 from lightning_compress.channels.tracer import Product, Size, Tracer, following
 from lightning_compress.targets import clean_name, compressible_modules
 
@@ -141,17 +142,12 @@ def find_structure(model: nn.Module, runs: Sequence[Run], choices: Mapping[str, 
     """
     tensors = named_tensors(model)
     tracer = Tracer(tensors, _numbers(model), choices)
-    with following(tracer, model):
+    with steady(), following(tracer, model):
         for number, run in enumerate(runs):
             tracer.counting = number == 0
             out = run()
-            tracer.pin(pytree.tree_map(_leaf, out), "an output")
+            tracer.pin(list(tensors_in(out)), "an output")
     return _read(tracer, model, tensors)
-
-
-def _leaf(leaf: Any) -> Any:
-    # Output classes of other libraries are no pytrees.
-    return list(vars(leaf).values()) if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor) else leaf
 
 
 def _numbers(model: nn.Module) -> dict[str, set[int]]:
@@ -163,7 +159,7 @@ def _numbers(model: nn.Module) -> dict[str, set[int]]:
 
 def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> Structure:
     units = tracer.atoms.resolve()
-    modules = {clean_name(path): module for path, module in model.named_modules()}
+    modules = modules_of(model)
     along: dict[tuple[str, int], Tensor] = {}
     for name, factors in tracer.labels_of.items():
         for factor in factors:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.budget import Budget, Limits, Scope, Sizes, choose, make_budget
+from lightning_compress.channels.explore import explore
 from lightning_compress.channels.groups import Group, Structure
 from lightning_compress.channels.importance import check_importance, rank, taylor_step
-from lightning_compress.channels.remove import check_shapes, cut_, named_tensors
+from lightning_compress.channels.remove import check_shapes, cut_, modules_of, named_tensors
+from lightning_compress.channels.slices import followed, kept_slices
+from lightning_compress.channels.steady import steady
+from lightning_compress.channels.trial import Run, Subject
 from lightning_compress.channels.turns import latency_ratio
-from lightning_compress.channels.verify import Run, clean_modules, explore, followed, kept_slices
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.inputs import bind_example
 from lightning_compress.optimizers import Kept, resize_state_
@@ -181,8 +184,8 @@ def plan_removal(
             (LayerNorm, GroupNorm) is cut only if ``include`` names one of its layers exactly, as that is approximate.
         overrides: pattern of layers' paths to the fraction of their channels that remains; the last match wins.
         min_layer_channels: no layer keeps a smaller fraction of its channels.
-        round_to: keep a multiple of this in each layer; by default 8 in layers of 32 channels and more, else any
-            number.
+        round_to: keep a multiple of this in each layer; by default of 8 in layers of 32 channels and more, or of less
+            where that misses the budget.
         seed: of ``importance="random"``.
 
     Returns:
@@ -214,7 +217,8 @@ def plan_removal(
     if example is None:
         raise invalid("inputs", "be example inputs", None, "Pass a tensor, or set model.example_input_array.")
     args, kwargs = bind_example(example, next((one.device for one in model.parameters()), None))
-    structure = explore(model, _runs(model, args, kwargs))
+    subject = Subject(model, _runs(model, args, kwargs))
+    structure = explore(subject)
     tensors = named_tensors(model)
     taylor = dict[str, Tensor]()
     if importance == "taylor":
@@ -223,8 +227,7 @@ def plan_removal(
             raise CompressionError(
                 "`importance='taylor'` must have gradients. Received: none. Call loss.backward() before."
             )
-    plan = make_plan(model, structure, recipe, taylor, lambda twin: twin(*args, **kwargs))
-    return plan
+    return make_plan(subject, structure, recipe, taylor)
 
 
 def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:
@@ -237,7 +240,7 @@ def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
         return twin.train()(*args, **kwargs)
 
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with steady():
             train(copy_module(model))
     except (ValueError, RuntimeError, TypeError):
         return [evaluate]  # such as a BatchNorm that gets a single value
@@ -262,42 +265,53 @@ class Baseline:
 
 
 def make_plan(
-    model: nn.Module,
+    subject: Subject,
     structure: Structure,
     recipe: Recipe,
     taylor: Mapping[str, Tensor],
-    run: Run,
     baseline: Baseline | None = None,
 ) -> RemovalPlan:
-    """A plan for a structure that is known.
+    """A plan for a structure that is known, tried before it is returned.
 
     Args:
-        model: whose structure it is.
+        subject: the model, and how it is called; a latency budget times its first run.
         structure: as `explore` found it.
         recipe: what is wanted.
         taylor: as `taylor_step` carried it along.
-        run: what a latency budget times.
         baseline: what the budget is a fraction of; by default the model as it is.
 
     Raises:
         CompressionError: nothing can be removed.
     """
-    structure, fixed = _selected(model, structure, recipe)
-    if not structure.groups:
-        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(fixed.items())[:6])
-        raise CompressionError(
-            f"`model` must have channels that can be removed. Received: {type(model).__name__}, where everything "
-            f"stays whole: {reasons or 'no layer was called'}."
-        )
-    if baseline is None:
-        baseline = baseline_of(structure)
-    limits = _limits(structure.groups, recipe, baseline)
-    ranked = rank(
-        structure.groups, named_tensors(model), dict(clean_modules(model)), recipe.importance, taylor, recipe.seed
-    )
-    search = _Search(model, structure, recipe, baseline, limits, ranked)
-    keep, latency = search.meet(run)
-    return search.plan(keep, fixed, latency)
+    structure, fixed = _selected(subject.model, structure, recipe)
+    while True:
+        if not structure.groups:
+            reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(fixed.items())[:6])
+            raise CompressionError(
+                f"`model` must have channels that can be removed. Received: {type(subject.model).__name__}, where "
+                f"everything stays whole: {reasons or 'no layer was called'}."
+            )
+        search = _Search(subject, structure, recipe, baseline or baseline_of(structure), taylor)
+        keep, latency = search.meet()
+        faulty = _faulty(subject, structure, keep)
+        if not faulty:
+            return search.plan(keep, fixed, latency)
+        fixed = {**fixed, **{structure.groups[number].name: reason for number, reason in faulty.items()}}
+        structure = structure.only([number for number in range(len(structure.groups)) if number not in faulty])
+
+
+def _faulty(subject: Subject, structure: Structure, keep: Sequence[Tensor]) -> dict[int, str]:
+    """The groups that can't be cut as planned, with the reason; all that are cut, where only together they can't."""
+    together = subject.fault(structure, keep)
+    if not together:
+        return {}
+    cut = [number for number, kept in enumerate(keep) if not bool(kept.all())]
+    alone = {}
+    for number in cut:
+        only = [kept if place == number else torch.ones_like(kept) for place, kept in enumerate(keep)]
+        if reason := subject.fault(structure, only):
+            alone[number] = reason
+    return alone or dict.fromkeys(cut, together)
 
 
 def baseline_of(structure: Structure) -> Baseline:
@@ -308,48 +322,52 @@ def baseline_of(structure: Structure) -> Baseline:
     return Baseline(sizes.params(every), sizes.macs(every), sizes.channels(every), widths)
 
 
-@dataclass(frozen=True)
 class _Search:
-    model: nn.Module
-    structure: Structure
-    recipe: Recipe
-    baseline: Baseline
-    limits: list[Limits]
-    ranked: list[Tensor]
+    def __init__(
+        self, subject: Subject, structure: Structure, recipe: Recipe, baseline: Baseline, taylor: Mapping[str, Tensor]
+    ) -> None:
+        self.subject = subject
+        self.structure = structure
+        self.recipe = recipe
+        self.baseline = baseline
+        model = subject.model
+        self._ranked = rank(
+            structure.groups, named_tensors(model), modules_of(model), recipe.importance, taylor, recipe.seed
+        )
 
-    def meet(self, run: Run) -> tuple[list[Tensor], float | None]:
+    def meet(self) -> tuple[list[Tensor], float | None]:
         """What stays of each group, and the measured latency if the budget is one."""
         budget = self.recipe.budget
         if budget.kind != "latency":
             return self._choose(budget.kind, budget.fraction), None
-        return self._meet_latency(run, budget.fraction)
+        return self._meet_latency(budget.fraction)
 
     def _choose(self, kind: str, fraction: float) -> list[Tensor]:
         cost = getattr(Sizes(self.structure, self.structure.macs), kind)
         target = fraction * getattr(self.baseline, kind)
-        return choose(self.ranked, self.limits, cost, target, self.recipe.scope)
+        steps = (self.recipe.round_to,) if self.recipe.round_to else _STEPS
+        for step in steps:  # the coarsest that meets the budget
+            limits = _limits(self.structure.groups, self.recipe, self.baseline, step)
+            keep = choose(self._ranked, limits, cost, target, self.recipe.scope)
+            if abs(cost(keep) - target) <= _TOLERANCE[kind] * getattr(self.baseline, kind):
+                break
+        return keep
 
-    def _meet_latency(self, run: Run, fraction: float) -> tuple[list[Tensor], float]:
+    def _meet_latency(self, fraction: float) -> tuple[list[Tensor], float]:
         """Look for the multiply-accumulates at which the measured time is what is wanted."""
-        low, high = 0.0, 1.0
-        best, distance = None, math.inf
-        wanted = fraction
-        for _ in range(7):
+        low, high, wanted = 0.0, 1.0, fraction
+        found = list[tuple[float, float, list[Tensor]]]()
+        for _ in range(_MEASUREMENTS):
             keep = self._choose("macs", wanted)
-            ratio = latency_ratio(self.model, self._cut(keep), run)
-            if abs(ratio - fraction) < distance:
-                best, distance, measured = keep, abs(ratio - fraction), ratio
-            if distance <= 0.03 * fraction:
+            cut = self.subject.cut(self.structure, keep)
+            ratio = latency_ratio(self.subject.model, cut, self.subject.runs[0])
+            found.append((abs(ratio - fraction), ratio, keep))
+            if found[-1][0] <= 0.03 * fraction:
                 break
             low, high = (low, wanted) if ratio > fraction else (wanted, high)
             wanted = (low + high) / 2
-        assert best is not None
-        return best, measured
-
-    def _cut(self, keep: list[Tensor]) -> nn.Module:
-        twin = copy_module(self.model)
-        cut_(twin, kept_slices(self.structure, keep), followed(self.structure, keep))
-        return twin
+        _, ratio, keep = min(found, key=lambda one: one[0])
+        return keep, ratio
 
     def plan(self, keep: list[Tensor], fixed: Mapping[str, str], latency: float | None) -> RemovalPlan:
         """The plan that keeps this."""
@@ -387,6 +405,9 @@ class _Search:
         )
 
 
+_MEASUREMENTS = 7
+_STEPS = (8, 4, 2, 1)
+"""Kernels work in blocks of eight channels; a coarse step that misses the budget is made finer."""
 _TOLERANCE = {"params": 0.02, "macs": 0.02, "latency": 0.1, "channels": 0.02}
 
 
@@ -417,28 +438,27 @@ def _refusal(group: Group, targets: Targets, tensors: Mapping[str, Tensor]) -> s
     for layer in group.layers:
         if reason := targets.leaves_out(layer):
             return reason
-    for member in group.members:
-        if member.makes and tensors[member.name].dim() > 1 and isinstance(tensors[member.name], nn.Parameter):
-            if not tensors[member.name].requires_grad:
-                return "frozen"
+    makers = [tensors[member.name] for member in group.members if member.makes]
+    if any(isinstance(one, nn.Parameter) and one.dim() > 1 and not one.requires_grad for one in makers):
+        return "frozen"
     owners = {member.name.rpartition(".")[0] for member in group.members}
     if group.spanned and not owners & set(targets.include or ()):
         return f"{group.spanned}; name a layer of it exactly in targets.include to cut it all the same, approximately"
     return ""
 
 
-def _limits(groups: Sequence[Group], recipe: Recipe, baseline: Baseline) -> list[Limits]:
+def _limits(groups: Sequence[Group], recipe: Recipe, baseline: Baseline, step: int) -> list[Limits]:
     limits = []
     for group in groups:
         original = round(group.size * baseline.widths.get(group.name, group.width) / group.width)
-        step = recipe.round_to or (8 if original >= 32 else 1)
-        step = step if group.width == group.size and original > step else 1
-        least = max(1, math.ceil(recipe.min_layer_channels * original), min(step, group.size))
+        mine = step if recipe.round_to or original >= 4 * step else 1
+        mine = mine if group.width == group.size and original > mine else 1
+        least = max(1, math.ceil(recipe.min_layer_channels * original), min(mine, group.size))
         exactly = None
         for pattern, fraction in recipe.overrides.items():
             if any(matches(layer, pattern) for layer in group.layers):
                 exactly = min(group.size, max(1, round(fraction * original)))
-        limits.append(Limits(min(least, group.size), step, exactly))
+        limits.append(Limits(min(least, group.size), mine, exactly))
     return limits
 
 
@@ -464,5 +484,5 @@ def remove_channels_(model: nn.Module, plan: RemovalPlan, optimizers: Sequence[t
         torch.Size([4, 8])
     """
     check_shapes(model, plan.shapes)
-    changes = cut_(model, plan.kept, plan.numbers)
-    resize_state_(optimizers, changes)
+    cut = cut_(model, plan.kept, plan.numbers)
+    resize_state_(optimizers, cut.changes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress.channels.layers import keep_scales_, settle_, weight_norms
 from lightning_compress.errors import CompressionError
-from lightning_compress.optimizers import Kept, resize_
+from lightning_compress.optimizers import Cut, Kept, resize_
 from lightning_compress.targets import clean_name
 
 RECORD = "_removed_channels"
@@ -26,6 +26,11 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by clean path."""
+    return {clean_name(path): module for path, module in model.named_modules()}
+
+
 def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise unless the model's tensors have just the shapes that a plan was made for."""
     mine = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
@@ -38,75 +43,80 @@ def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Non
 
 
 @torch.no_grad()
-def cut_(
-    model: nn.Module, kept: Mapping[str, Kept], attributes: Mapping[str, int]
-) -> dict[Tensor, tuple[torch.Size, Kept]]:
+def cut_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, int]) -> Cut:
     """Keep only the slices that stay, and bring the layers' numbers in line. Parameters stay the same objects.
 
     Args:
         model: the module, or a copy of it.
         kept: name of each tensor that shrinks to what stays of it.
-        attributes: ``path.name`` of other numbers that follow, with their new values.
+        numbers: ``path.name`` of other numbers that follow, with their new values.
 
     Returns:
-        Each parameter that shrank, with its shape before and what stayed.
+        What was done, for all that rides on the module's tensors.
     """
     tensors = named_tensors(model)
-    modules = {clean_name(path): module for path, module in model.named_modules()}
     normed = weight_norms(model)
     scales = {id(magnitude): dim for magnitude, _, dim, _ in normed}
-    note_(model, {name: tuple(tensors[name].shape) for name in kept}, _numbers(modules, attributes))
-    changed, left = {}, dict[int, Tensor]()
+    before = {name: tensors[name].shape for name in kept}
+    _note_(model, kept, numbers)
+    left = dict[int, Tensor]()
     for name, dims in kept.items():
         tensor = tensors[name]
         if id(tensor) in scales and scales[id(tensor)] in dims:
             left[id(tensor)] = dims[scales[id(tensor)]]
-        changed[tensor] = (tensor.shape, dims)
         resize_(tensor, dims)
     keep_scales_(normed, left)
-    set_numbers_(model, attributes)
-    return {tensor: change for tensor, change in changed.items() if isinstance(tensor, nn.Parameter)}
+    set_numbers_(model, numbers)
+    parameters = {name: tensors[name] for name in kept if isinstance(tensors[name], nn.Parameter)}
+    return Cut(kept, numbers, {one: (before[name], kept[name]) for name, one in parameters.items()})
 
 
-def set_numbers_(model: nn.Module, attributes: Mapping[str, int]) -> None:
+def set_numbers_(model: nn.Module, numbers: Mapping[str, int]) -> None:
     """Set the numbers that follow widths, and let torch's layers read theirs from their tensors."""
-    for path, module in model.named_modules():
-        path = clean_name(path)
-        groups = attributes.get(f"{path}.groups".lstrip(".")) if isinstance(module, _ConvNd) else None
-        settle_(module, groups)
-    modules = {clean_name(path): module for path, module in model.named_modules()}
-    for full, value in attributes.items():
+    modules = modules_of(model)
+    for path, module in modules.items():
+        settle_(module, numbers.get(f"{path}.groups".lstrip(".")) if isinstance(module, _ConvNd) else None)
+    for full, value in numbers.items():
         path, _, name = full.rpartition(".")
         setattr(modules[path], name, value)
 
 
-def _numbers(modules: Mapping[str, nn.Module], attributes: Mapping[str, int]) -> dict[str, int]:
-    return {full: getattr(modules[full.rpartition(".")[0]], full.rpartition(".")[2]) for full in attributes}
+def _note_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, int]) -> None:
+    """Write down what tensors and numbers were before the first cut, and what they are after this one."""
+    tensors = named_tensors(model)
+    modules = modules_of(model)
+    record: dict[str, Any] = model.__dict__.setdefault(RECORD, {"shapes": {}, "numbers": {}, "buffers": {}})
+    held = set(map(clean_name, model.state_dict()))
+    for name, dims in kept.items():
+        before = list(tensors[name].shape)
+        after = [len(dims[dim]) if dim in dims else size for dim, size in enumerate(before)]
+        record["shapes"][name] = [record["shapes"].get(name, [before])[0], after]
+        if name not in held and not isinstance(tensors[name], nn.Parameter):
+            entry = record["buffers"].setdefault(name, {"kept": {}, "whole": tensors[name].clone()})
+            for dim, indices in dims.items():
+                entry["kept"][dim] = entry["kept"][dim][indices] if dim in entry["kept"] else indices
+    for full, value in numbers.items():
+        path, _, name = full.rpartition(".")
+        record["numbers"][full] = [record["numbers"].get(full, [getattr(modules[path], name)])[0], value]
 
 
-def note_(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], numbers: Mapping[str, int]) -> None:
-    """Write down what tensors and numbers were before the first cut."""
-    record: dict[str, Any] = model.__dict__.setdefault(RECORD, {"shapes": {}, "numbers": {}})
-    model.__dict__[RECORD] = {
-        "shapes": {**{name: list(shape) for name, shape in shapes.items()}, **record["shapes"]},
-        "numbers": {**numbers, **record["numbers"]},
-    }
-
-
+@torch.no_grad()
 def zero_(model: nn.Module, kept: Mapping[str, Kept]) -> None:
     """Zero what `cut_` would take out: what remains computes the same."""
     tensors = named_tensors(model)
     normed = weight_norms(model)
-    with torch.no_grad():
-        for name, dims in kept.items():
-            for dim, indices in dims.items():
-                gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
+    # A weight norm's rows go with their magnitudes: a direction of zeros has none.
+    rows = {id(direction): dim for _, direction, dim, _ in normed}
+    magnitudes = {id(magnitude) for magnitude, _, _, _ in normed}
+    names = sorted(kept, key=lambda name: id(tensors[name]) in magnitudes)
+    for name in names:
+        tensor = tensors[name]
+        if id(tensor) in magnitudes:
+            keep_scales_(normed, {})
+            normed = []
+        for dim, indices in kept[name].items():
+            if rows.get(id(tensor)) != dim:
+                gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
                 gone[indices] = False
-                tensors[name].index_fill_(dim, gone.nonzero().flatten().to(tensors[name].device), 0)
-        keep_scales_([one for one in normed if bool(one[0].all())], {})
-
-
-def replicas_cut_(models: Iterable[nn.Module], kept: Mapping[str, Kept], attributes: Mapping[str, int]) -> None:
-    """The same cut on copies of the module."""
-    for model in models:
-        cut_(model, kept, attributes)
+                tensor.index_fill_(dim, gone.nonzero().flatten().to(tensor.device), 0)
+    keep_scales_(normed, {})

@@ -19,6 +19,7 @@ _POINTWISE = {"hardswish", "log_sigmoid_forward", "where", "rsub", "native_dropo
               "_prelu_kernel", "rrelu_with_noise", "masked_fill"}  # fmt: skip
 _LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
 _KEEP = {"zero", "fill", "normal", "uniform", "bernoulli", "set"}
+_FRESH = {"new_zeros", "new_ones", "new_full", "new_empty", "_is_all_true", "_is_any_true", "_assert_async"}
 _VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 _MOVES = {"permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "select", "slice", "split", "unbind",
           "split_with_sizes", "flip", "roll", "repeat", "detach", "alias", "lift_fresh", "clone", "diagonal",
@@ -42,6 +43,8 @@ def rule_for(func: Any) -> Rule:
         return nothing
     if base in _RULES:
         return _RULES[base]
+    if base in _FRESH:
+        return nothing
     if base in _LIKE:
         return like
     if base in _MOVES and not (base == "squeeze" and overload == "dims"):
@@ -529,7 +532,7 @@ _RULES: dict[str, Rule] = {
     "native_group_norm": group_norm,
     "constant_pad_nd": pad,
     "glu": glu,
-    "embedding": embedding,
+    **dict.fromkeys(("embedding", "_embedding_bag"), embedding),
     **dict.fromkeys(
         (
             "_scaled_dot_product_flash_attention_for_cpu",

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from lightning_compress.callback import make_probe, refuse_strategy
 from lightning_compress.distillation.check import closeness
 from lightning_compress.distillation.features import drop_taps_, find_layer
-from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
+from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, SoftTarget
 from lightning_compress.distillation.objective import Objective, sum_terms
 from lightning_compress.distillation.outputs import find_logits
 from lightning_compress.distillation.ramps import TASK, Ramp
+from lightning_compress.distillation.rehearsal import make_taps
 from lightning_compress.distillation.student_call import StudentCall
 from lightning_compress.distillation.teacher import TeacherDtype, shared_with
 from lightning_compress.distillation.teaching import (
@@ -230,6 +231,35 @@ class Distillation(Teaching):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_serves": None}
+
+    # Channels that leave: see `ChannelPruning`.
+
+    @property
+    def student_path(self) -> str:  # type: ignore[override]
+        return self.student or ""
+
+    def compared(self, module: nn.Module, adapters: nn.Module, step: Callable[[nn.Module], Any]) -> list[Tensor]:
+        """What the losses hold against the teacher's features in a ``step`` of a copy of the module; its size stays.
+
+        Args:
+            module: a copy of the LightningModule.
+            adapters: copies of the adapters.
+            step: runs it.
+        """
+        student = self._scope(module)
+        drop_taps_(module)
+        taps, _ = make_taps(self.objective.losses)
+        taps.attach(student)
+        with taps.listen():
+            step(module)
+            features = {
+                name: taps[str(loss.student_layer)]
+                for name, loss in self.objective.losses.items()
+                if isinstance(loss, FeatureLoss) and loss.adapts and not loss.pairs
+            }
+        taps.detach(student)
+        known = dict(adapters.named_children())
+        return [known[name](one) if name in known else one for name, one in features.items()]
 
     # The work.
 

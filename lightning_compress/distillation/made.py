@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.channels.remove import cut_
 from lightning_compress.distillation.features import drop_taps_
 from lightning_compress.errors import invalid
+from lightning_compress.optimizers import Cut
 from lightning_compress.quantization.calls import copy_module
 
 
@@ -99,6 +101,12 @@ class EMATeacher(Snapshot):
         for name, buffer in self.model.named_buffers():
             if name in buffers:
                 buffer.copy_(buffers[name])
+
+    def follow_cut(self, cut: Cut) -> None:
+        """Lose the channels that the student lost."""
+        if self.model is not None:
+            cut_(self.model, cut.kept, cut.numbers)
+            self._exact = {name: cut.of(name, exact) for name, exact in self._exact.items()}
 
     def average(self) -> dict[str, Any]:
         """The average in full precision, for a checkpoint."""

@@ -20,7 +20,7 @@ from lightning_compress.callback import refuse_strategy
 from lightning_compress.distillation.check import accuracy, closeness
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses import DistillationLoss
-from lightning_compress.distillation.quiet import random_state_kept, take_examples
+from lightning_compress.distillation.quiet import take_examples
 from lightning_compress.distillation.ramps import Ramp
 from lightning_compress.distillation.teacher import TeacherDtype, call
 from lightning_compress.distillation.teaching import (
@@ -33,6 +33,7 @@ from lightning_compress.distillation.teaching import (
 )
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import forms
+from lightning_compress.random_state import random_state_kept
 
 if TYPE_CHECKING:
     _Base = L.LightningModule
@@ -256,6 +257,8 @@ class DistillationModule(DistillationSteps, L.LightningModule):
 
 class _ModuleTeaching(Teaching):
     """The hooks of a :class:`DistillationModule`, out of the way of those that a subclass writes."""
+
+    student_path = "student"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == TrainerFn.FITTING and isinstance(pl_module, DistillationSteps):

@@ -15,11 +15,11 @@ from lightning_compress.distillation.check import TeacherCheck, check_teacher, f
 from lightning_compress.distillation.features import Taps
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
 from lightning_compress.distillation.losses.base import check_weight
-from lightning_compress.distillation.quiet import random_state_kept
 from lightning_compress.distillation.ramps import TASK, Clock, Ramp, check_ramps
 from lightning_compress.distillation.rehearsal import Plan, Run, make_taps, name_losses, rehearse
 from lightning_compress.distillation.teacher import Teacher
 from lightning_compress.errors import invalid
+from lightning_compress.random_state import random_state_kept
 
 
 class Objective:

@@ -1,15 +1,15 @@
-"""Looks at models and data that leave no trace: random state and buffers are put back."""
+"""Looks at models and data that leave no trace: buffers are put back, no iterator is moved on."""
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_compress.random_state import random_state_kept
 
 
 def take_examples(loader: Any, count: int = 2) -> Any | None:
@@ -48,21 +48,6 @@ def to_device_of(inputs: Any, module: nn.Module) -> Any:
     if isinstance(inputs, tuple | list):
         return [to_device_of(value, module) for value in inputs]
     return inputs
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put the global generators of Python, numpy and torch (all CUDA devices) back at the end of the block."""
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
 
 
 @contextmanager

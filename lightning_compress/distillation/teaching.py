@@ -27,6 +27,7 @@ from lightning_compress.distillation.made import EMATeacher
 from lightning_compress.distillation.objective import Objective, gradient_shares
 from lightning_compress.distillation.rehearsal import Plan
 from lightning_compress.errors import CompressionError, NoEffectWarning
+from lightning_compress.optimizers import Cut
 from lightning_compress.window import fit_length
 
 STATE_VERSION = 1
@@ -53,6 +54,7 @@ class Teaching(Callback):
         if restored is not None:
             objective.clock.load_state_dict(restored["clock"])
             if "average" in restored and isinstance(teacher.given, EMATeacher):
+                teacher.given.take_(student)  # which may have fewer channels than it was built with
                 teacher.given.restore_(restored["average"])
         teacher.place(student)
         teacher.seal()
@@ -77,6 +79,14 @@ class Teaching(Callback):
             self._last_step = trainer.global_step
             self._objective.clock.step += 1
             self._objective.teacher.follow_(student)
+
+    student_path = ""
+    """Of the student within the LightningModule."""
+
+    def follow_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
+        """Channels have left the module: a teacher that follows the student loses them too."""
+        if self._objective is not None and isinstance(self._objective.teacher.given, EMATeacher):
+            self._objective.teacher.given.follow_cut(cut.below(self.student_path))
 
     def say(self, name: str) -> None:
         """Tell once what the first batch said of the teacher."""

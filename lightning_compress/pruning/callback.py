@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_compress import structure
 from lightning_compress.callback import CompressionCallback, look
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.optimizers import Cut
 from lightning_compress.pruning import followers
 from lightning_compress.pruning import rewind as rewinding
 from lightning_compress.pruning.best import forget_scores
@@ -301,6 +302,25 @@ class ScheduledPruning(CompressionCallback):
             self._pruner.apply_to_moments_(trainer.optimizers)
             for copy in structure.averaged_copies(trainer):
                 self._pruner.settle_(copy)
+
+    def follow_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
+        if self._pruner is None:
+            return
+        masks = {name: cut.of(name, mask) for name, mask in self._pruner.masks.items()}
+        carried = {
+            kind: {name: cut.of(name, one) for name, one in held.items()} for kind, held in self._pruner.carried.items()
+        }
+        if self._given is not None:
+            self._given = {name: cut.of(name, mask) for name, mask in self._given.items()}
+        if self._kept is not None:
+            self._kept = rewinding.cut_kept(self._kept, trainer.optimizers, cut)
+        self._pruner = Pruner(self.recipe, pl_module, masks)
+        self._pruner.resume(**carried)
+        self._first = True  # norms are to be looked for again
+        progress = None if self._bounds is None else self._bounds.progress(self._step)
+        if progress is not None and self._given is None:
+            self._pruner.refit_(self.schedule.value(progress, 1.0), self.seed + self._step)
+        self.bring_in_line(trainer, pl_module)
 
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)

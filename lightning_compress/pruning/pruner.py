@@ -148,6 +148,19 @@ class Pruner:
                 weight.copy_(value)
             self.masks = grown
 
+    @torch.no_grad()
+    def refit_(self, fraction: float, seed: int) -> None:
+        """Bring the masks to ``fraction`` of a budget that shrank with the weights: more of it, or less again."""
+        if self.rule.needs_gradients and not self.scores:
+            return
+        before = pruned(self.masks.values())
+        if not self.rule.fixes_sparsity:
+            grown, self.masks = self.masks, check_masks({}, self.weights)
+            self.grow_(fraction, seed)
+            if pruned(self.masks.values()) >= before:
+                self.masks = grown
+        self.grow_(fraction, seed)
+
     def _effective(self, name: str) -> Tensor:
         """The weight that the layer computes with: a weight norm's direction at its magnitude."""
         value = self._value(name)

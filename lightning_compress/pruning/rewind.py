@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.optimizers import Cut, cut_state
 from lightning_compress.schedules import Schedule
 from lightning_compress.targets import clean_name
 from lightning_compress.window import Bounds, Unit, Window
@@ -142,6 +143,18 @@ def put_tensors_back_(kept: Kept, model: nn.Module) -> None:
     for name, tensor in kept["tensors"].items():
         if name in now:
             now[name].copy_(tensor)
+
+
+def cut_kept(kept: Kept, optimizers: Sequence[Optimizer], cut: Cut) -> Kept:
+    """What was kept, cut as the model was meanwhile."""
+    states = []
+    for optimizer, held in zip(optimizers, kept["optimizers"], strict=True):
+        mine = []
+        for parameter, state in zip(_parameters(optimizer), held, strict=False):
+            change = cut.changes.get(parameter)
+            mine.append(state if change is None else cut_state(state, *change) or {})
+        states.append(mine)
+    return {"tensors": {name: cut.of(name, tensor) for name, tensor in kept["tensors"].items()}, "optimizers": states}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -6,12 +6,10 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_compress import structure
-from lightning_compress.callback import CompressionCallback, look, restore_modes_, training_modes
+from lightning_compress.callback import CompressionCallback, look, rebuild_ddp, restore_modes_, training_modes
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import CallLog, record_calls
@@ -204,11 +202,3 @@ def refuse_accelerator(trainer: pl.Trainer) -> None:
             f"`accelerator` must be 'cpu' to run int8. Received: a Trainer on {device}. "
             "Training may run on it; test and predict with Trainer(accelerator='cpu')."
         )
-
-
-def rebuild_ddp(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Let the DDP wrapper find the buffers that came, on all ranks at the same batch."""
-    strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
-        strategy.model = pl_module
-        strategy.configure_ddp()

@@ -1,0 +1,404 @@
+"""`ChannelPruning`: decides when channels leave, and lets all that rides on them follow."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_compress import structure
+from lightning_compress.callback import CompressionCallback, make_probe, rebuild_ddp
+from lightning_compress.channels.budget import Budget
+from lightning_compress.channels.explore import explore
+from lightning_compress.channels.groups import Structure
+from lightning_compress.channels.importance import taylor_step
+from lightning_compress.channels.plan import Baseline, RemovalPlan, baseline_of, make_plan, make_recipe
+from lightning_compress.channels.remove import cut_, named_tensors
+from lightning_compress.channels.steady import steady
+from lightning_compress.channels.trial import Run, Subject
+from lightning_compress.errors import CompressionError, NoEffectWarning
+from lightning_compress.inputs import run_step
+from lightning_compress.optimizers import Cut, resize_state_
+from lightning_compress.pruning.budget import Scope
+from lightning_compress.quantization.calls import copy_tensors
+from lightning_compress.schedules import OneShot, Schedule
+from lightning_compress.targets import Targets
+from lightning_compress.window import Window, fit_length
+
+_WORTH = 0.02
+"""Between two removals at least this fraction of the budget goes: less isn't worth a plan."""
+
+
+class ChannelPruning(CompressionCallback):
+    """Removes channels, neurons, heads and hidden widths while a model trains, until a budget is met.
+
+    What leaves is really gone: parameters, multiply-accumulates, memory and time fall. Training goes on undisturbed:
+    parameters stay the same objects, and optimizer moments, pruning masks, averaged copies and adapters are cut with
+    the same indices. Checkpoints hold the smaller tensors; ``fit(ckpt_path=)``, ``test(ckpt_path=)`` (with this
+    callback) and ``load_compressed(path, model)`` load them into the full-size module.
+
+    Args:
+        channels: budget: the fraction of the channels that remains; exactly one of the four is given.
+        params: budget: the fraction of the parameters that remains.
+        macs: budget: the fraction of the multiply-accumulates that remains, for the batches of this fit.
+        latency: budget: the fraction of a forward pass' time that remains, measured on this machine when the window
+            starts.
+        importance: ``l1``, ``l2``, ``batchnorm``, ``taylor``, ``fpgm`` or ``random``: see `rank`.
+        scope: ``global`` ranks the channels of all layers together, ``layer`` takes the same fraction of each.
+        schedule: how much is removed when. Channels leave when the schedule asks for a fiftieth of the budget more, so
+            `Steps` or a window with ``every_n_steps`` says in how many rounds.
+        window: when.
+        targets: which layers; by default all that can lose channels and are trained. A width that a norm spans
+            (LayerNorm, GroupNorm) is cut only if ``include`` names one of its layers exactly, as that is approximate.
+        overrides: pattern of layers' paths to the fraction of their channels that remains; the last match wins.
+        min_layer_channels: no layer keeps a smaller fraction of its channels.
+        round_to: keep a multiple of this in each layer; by default of 8 in layers of 32 channels and more, or of less
+            where that misses the budget.
+        seed: of ``importance="random"``; the global generators aren't touched.
+
+    Raises:
+        CompressionError: in the constructor for bad arguments; in ``setup`` for a strategy that can't follow, and where
+            QuantizationAwareTraining begins before the window ends; at the window's start if nothing can be removed.
+            Nothing has changed then.
+
+    Logs ``remaining_<budget>`` (a fraction of the original) whenever channels leave, and at the end of each epoch.
+
+    Hooks: `on_train_batch_start` removes at the very start of training, `on_train_batch_end` later: after the optimizer
+    step, before validation and saving, on all ranks.
+
+    Example:
+        >>> callback = ChannelPruning(macs=0.5)
+        >>> # Trainer(callbacks=[callback]).fit(model, datamodule)
+
+    References:
+        Fang et al., "DepGraph: Towards Any Structural Pruning", 2023 (arXiv:2301.12900).
+    """
+
+    def __init__(
+        self,
+        channels: float | None = None,
+        params: float | None = None,
+        macs: float | None = None,
+        latency: float | None = None,
+        importance: str = "l2",
+        scope: Scope = "global",
+        schedule: Schedule = OneShot(),  # noqa: B008  frozen
+        window: Window = Window(0.0, 0.5),  # noqa: B008  frozen
+        targets: Targets = Targets(),  # noqa: B008  frozen
+        overrides: Mapping[str, float] | None = None,
+        min_layer_channels: float = 0.1,
+        round_to: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(window)
+        self.recipe = make_recipe(channels, params, macs, latency, importance, scope, targets, overrides,
+                                  min_layer_channels, round_to, seed)  # fmt: skip
+        self.schedule = schedule
+        self.plans: list[RemovalPlan] = []
+        """What was removed in this fit."""
+        self._baseline: Baseline | None = None
+        self._remaining = 1.0
+        self._macs = 1.0
+        self._goal: float | None = None
+        self._latency: float | None = None
+        self._asked = 0.0
+        self._taylor: dict[str, Tensor] = {}
+        self._seen: Structure | None = None
+        self._waits: float | None = None
+        self._batch: tuple[Any, int] | None = None
+        self._missed = ""
+        self._model: weakref.ref[nn.Module] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self._refuse_overlap(trainer, at_start=False)
+        self.plans, self._seen, self._waits, self._batch = [], None, None, None
+        self._asked = 0.0
+        if self._model is None or self._model() is not pl_module:
+            self._model = weakref.ref(pl_module)
+            self._forget()
+            restored = structure.restored_state(pl_module, self.state_key)
+            if restored is not None:
+                self._take(restored)
+
+    def _forget(self) -> None:
+        self._baseline, self._remaining, self._macs, self._taylor, self._missed = None, 1.0, 1.0, {}, ""
+        self._goal, self._latency = None, None
+
+    def _refuse_overlap(self, trainer: pl.Trainer, at_start: bool) -> None:
+        """Raise where quantization would begin before the last channels have left."""
+        from lightning_compress.quantization.qat import QuantizationAwareTraining
+
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks:
+            if not isinstance(other, QuantizationAwareTraining):
+                continue
+            if at_start:
+                overlap = other.window.bounds(*fit_length(trainer)).start < self._last_step()
+            else:
+                overlap = other.window.unit == self.window.unit and other.window.start < self._last_place()
+            if overlap:
+                raise CompressionError(
+                    "`window` of QuantizationAwareTraining must start when all channels have left. Received: "
+                    f"{other.window} beside ChannelPruning's {self.window}. Start it later: "
+                    f"QuantizationAwareTraining(window=Window(start={self._last_place()}, "
+                    f"unit={self.window.unit!r}))."
+                )
+
+    def _last_place(self) -> float:
+        """Where in the window's unit the last channels leave."""
+        return self.window.start if isinstance(self.schedule, OneShot) else self.window.end
+
+    def _last_step(self) -> int:
+        return self.bounds.start if isinstance(self.schedule, OneShot) else self.bounds.end
+
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.recipe.targets.check_patterns(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._refuse_overlap(trainer, at_start=True)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._waits is not None:
+            progress, self._waits = self._waits, None
+            self._remove(trainer, pl_module, (batch, batch_idx), progress)
+        if self._sees_gradients and self._seen is None:
+            self._seen = explore(_Look(trainer, pl_module, batch, batch_idx).subject)
+        # Only where it may be needed: a step may change or empty what it is given.
+        if self.bounds.is_due(self._step + 1, self.window.every_n_steps) and self._asks(self._step + 1):
+            self._batch = copy_tensors(batch), batch_idx
+
+    @property
+    def _sees_gradients(self) -> bool:
+        return self.recipe.importance == "taylor" and self._step < self._last_step()
+
+    def _asks(self, step: int) -> bool:
+        """Whether the schedule asks for more after that many steps."""
+        progress = self.bounds.progress(step)
+        asked = 0.0 if progress is None else self.schedule.value(progress, 1.0)
+        return asked - self._asked >= _WORTH or (asked == 1.0 > self._asked)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._sees_gradients and self._seen is not None:
+            taylor_step(self._seen.groups, named_tensors(pl_module), self._taylor)
+
+    def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
+        asked = self.schedule.value(progress, 1.0)
+        if asked - self._asked < _WORTH and not asked == 1.0 > self._asked:
+            return
+        if self._step == 0 or self._batch is None:
+            self._waits = progress  # the first batch shows what the model does
+        else:
+            batch, self._batch = self._batch, None
+            self._remove(trainer, pl_module, batch, progress)
+
+    def _remove(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Any, int], progress: float
+    ) -> None:
+        self._asked = self.schedule.value(progress, 1.0)
+        look = _Look(trainer, pl_module, *batch)
+        plan = trainer.strategy.broadcast(self._plan(look))
+        self._macs *= plan.after.macs / plan.before.macs
+        self.plans.append(plan)
+        self._apply(trainer, pl_module, plan)
+        assert self._baseline is not None
+        self._remaining = self._macs
+        if self.recipe.budget.kind in ("params", "channels"):
+            self._remaining = getattr(plan.after, self.recipe.budget.kind) / getattr(
+                self._baseline, self.recipe.budget.kind
+            )
+        rank_zero_info(f"ChannelPruning, after step {self._step}:\n{plan}")
+        if self._asked >= 1.0:
+            self._finish(plan)
+        if self._step:
+            pl_module.log(self._logged_name, self._remaining)
+
+    def _finish(self, plan: RemovalPlan) -> None:
+        if plan.missed:
+            self._missed = plan.missed
+            rank_zero_warn(f"ChannelPruning: {plan.missed}")
+        elif self._remaining == 1.0 and self.recipe.budget.fraction < 1.0:
+            rank_zero_warn("ChannelPruning: no channel has left.", category=NoEffectWarning)
+
+    def _plan(self, look: _Look) -> RemovalPlan:
+        """What goes now: a part of the way from the original to the budget."""
+        found = explore(look.subject)
+        if self._baseline is None:
+            self._baseline = baseline_of(found)
+        # Multiply-accumulates hang on the batch: what the whole model would cost on this one.
+        whole = replace(self._baseline, macs=found.macs / self._macs)
+        recipe = self.recipe
+        if recipe.budget.kind == "latency":
+            if self._goal is None:
+                timed = make_plan(look.subject, found, recipe, self._taylor, whole)
+                self._goal = look.trainer.strategy.broadcast(timed.after.macs / timed.before.macs)
+                self._latency = timed.latency
+            recipe = replace(recipe, budget=Budget("macs", self._goal))
+        overrides = {pattern: self._on_the_way(final) for pattern, final in recipe.overrides.items()}
+        budget = replace(recipe.budget, fraction=self._on_the_way(recipe.budget.fraction))
+        recipe = replace(recipe, budget=budget, overrides=overrides, seed=recipe.seed + self._step)
+        plan = make_plan(look.subject, found, recipe, self._taylor, whole)
+        fixed = {layer: reason for layer, reason in plan.fixed.items() if not layer.startswith(_GUEST)}
+        return replace(plan, fixed=fixed)
+
+    def _on_the_way(self, final: float) -> float:
+        return 1.0 - self._asked * (1.0 - final)
+
+    def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: RemovalPlan) -> None:
+        """Cut the module and all that rides on it."""
+        whole = Cut(plan.kept, plan.numbers, {})
+        own = {name: dims for name, dims in plan.kept.items() if not name.startswith(_GUEST)}
+        cut = cut_(pl_module, own, plan.numbers)
+        changes = dict(cut.changes)
+        for copied in structure.averaged_copies(trainer):
+            cut_(copied, own, plan.numbers)
+        for number, callback in guests(trainer, pl_module).items():
+            changes.update(cut_(callback.objective.adapters, whole.below(f"{_GUEST}{number}").kept, {}).changes)
+        anew = resize_state_(trainer.optimizers, changes)
+        if anew:
+            rank_zero_warn(
+                f"ChannelPruning: {', '.join(anew)} keeps state of no known layout, and starts anew for what shrank."
+            )
+        cut = Cut(own, plan.numbers, changes)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "follow_cut"):
+                callback.follow_cut(trainer, pl_module, cut)
+        if plan.kept:
+            rebuild_ddp(trainer, pl_module)
+        self._seen, self._taylor = None, {}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        pl_module.log(self._logged_name, self._remaining)
+
+    @property
+    def _logged_name(self) -> str:
+        return f"remaining_{self.recipe.budget.kind}"
+
+    def close(self, pl_module: pl.LightningModule) -> None:
+        super().close(pl_module)
+        self._seen, self._batch, self._waits = None, None, None
+
+    def unfinished(self) -> str:
+        kind, fraction = self.recipe.budget.kind, self.recipe.budget.fraction
+        return (
+            f"{kind}={fraction} was asked for, {self._remaining:.3f} is reached. Shorten the window, or train longer."
+        )
+
+    def report_notes(self) -> list[str]:
+        notes = super().report_notes()
+        if self.plans:
+            last = self.plans[-1]
+            spanned = [row.layers[0] for row in last.rows if row.approximate and row.after < row.before]
+            notes += [f"ChannelPruning cut {name} approximately: a norm spans its width." for name in spanned]
+            notes += [f"{layer} keeps its width: {why}" for layer, why in last.fixed.items() if why != "an output"]
+        return [*notes, f"ChannelPruning: {self._missed}"] if self._missed else notes
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(budget=self.recipe.budget.kind, targets=repr(self.recipe.targets))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "asked": self._asked,
+            "baseline": None if self._baseline is None else asdict(self._baseline),
+            "remaining": self._remaining,
+            "macs": self._macs,
+            "goal": self._goal,
+            "latency": self._latency,
+            "taylor": self._taylor,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._asked = state_dict["asked"]
+        self._take(state_dict)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self._baseline = None if state["baseline"] is None else Baseline(**state["baseline"])
+        self._remaining, self._macs = state["remaining"], state["macs"]
+        self._goal, self._latency, self._taylor = state["goal"], state["latency"], dict(state["taylor"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_model": None, "_seen": None, "_batch": None}
+
+
+_GUEST = "_guest"
+
+
+def guests(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[int, Any]:
+    """Callbacks that train layers of their own on what the module puts out, by their place in the list."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return {
+        number: callback
+        for number, callback in enumerate(callbacks)
+        if hasattr(callback, "compared") and callback.serves(pl_module)
+    }
+
+
+class _Look:
+    """A batch, and the ways to run a copy of the module on it.
+
+    Attributes:
+        host: a copy of the module that holds the layers of guests too.
+        runs: its forward, its training step, and what guests make of it; those that work.
+    """
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.trainer = trainer
+        self.host = self._probe(pl_module)
+        self._batch, self._batch_idx = batch, batch_idx
+        self._modes = {name: module.training for name, module in pl_module.named_modules()}
+        steps = [self._forward, self._step] if pl_module.automatic_optimization else [self._forward]
+        self.runs, errors = list[Run](), []
+        for run in steps:
+            try:
+                with steady():
+                    run(self._probe(self.host))
+                self.runs.append(run)
+            except Exception as error:
+                # Forward need not be what the step calls: one of the two is enough.
+                errors.append(f"{type(error).__name__}: {error}")
+        if not self.runs:
+            raise CompressionError(
+                f"The module must run one batch for a look at what it calls. Received: {'; '.join(errors)}. "
+                "Set `example_input_array`, or define `calibration_step(batch)` on the module."
+            )
+        for number, callback in guests(trainer, pl_module).items():
+            self.host.add_module(f"{_GUEST}{number}", copy.deepcopy(callback.objective.adapters))
+            self.runs.append(partial(self._compare, callback, f"{_GUEST}{number}", self.runs[-1]))
+
+    def _probe(self, module: Any) -> pl.LightningModule:
+        return make_probe(self.trainer, module)
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.host, self.runs, self._probe)
+
+    def _forward(self, twin: Any) -> Any:
+        return run_step(twin.eval(), copy_tensors(self._batch))
+
+    def _step(self, twin: Any) -> Any:
+        for name, module in twin.named_modules():
+            module.training = self._modes.get(name, True)
+        return twin.training_step(copy_tensors(self._batch), self._batch_idx)
+
+    @staticmethod
+    def _compare(callback: Any, guest: str, run: Run, twin: Any) -> Any:
+        return callback.compared(twin, getattr(twin, guest), run)

@@ -1,0 +1,86 @@
+"""Tries a cut on copies of a model: it must compute what the model computes with zeros in its place.
+
+What can't be seen in a trace shows here: sizes that are written in the code, attributes that follow a width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.channels.groups import Structure
+from lightning_compress.channels.outputs import tensors_in
+from lightning_compress.channels.remove import cut_, zero_
+from lightning_compress.channels.slices import followed, kept_slices
+from lightning_compress.channels.steady import steady
+from lightning_compress.quantization.calls import copy_module
+
+Run = Callable[[nn.Module], Any]
+"""Calls a model, or a copy of it, and returns what it puts out."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and how it is called.
+
+    Attributes:
+        model: nothing of it is changed.
+        runs: ways to call it; what the first one costs counts.
+        copy: makes a copy that can be run.
+    """
+
+    model: nn.Module
+    runs: Sequence[Run]
+    copy: Callable[[nn.Module], nn.Module] = copy_module
+
+    def cut(self, structure: Structure, keep: Sequence[Tensor]) -> nn.Module:
+        """A copy without the units that don't stay."""
+        twin = self.copy(self.model)
+        cut_(twin, kept_slices(structure, keep), followed(structure, keep))
+        return twin
+
+    def fault(self, structure: Structure, keep: Sequence[Tensor]) -> str:
+        """What is wrong with the model without the units that don't stay; empty if nothing is.
+
+        Args:
+            structure: of the model.
+            keep: for each group what stays, bool ``(size,)``.
+        """
+        try:
+            cut, zeroed = self.cut(structure, keep), self.copy(self.model)
+            zero_(zeroed, kept_slices(structure, keep))
+            exact = all(
+                bool(kept.all()) or not group.spanned for group, kept in zip(structure.groups, keep, strict=True)
+            )
+            for run in self.runs:
+                with steady():
+                    one = list(tensors_in(run(cut)))
+                with steady():
+                    other = list(tensors_in(run(zeroed)))
+                if [leaf.shape for leaf in one] != [leaf.shape for leaf in other]:
+                    return "its outputs change their shape"
+                if exact and not all(map(_close, one, other)):
+                    return "what remains computes something else"
+        except Exception as error:
+            lines = str(error).splitlines() or [""]
+            return f"the model doesn't run without some: {type(error).__name__}: {lines[0][:160]}"
+        return ""
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if not one.numel():
+        return True
+    if not (one.is_floating_point() or one.is_complex()):
+        return bool((one == other).float().mean() >= 0.99)  # near ties may fall otherwise
+    eps = torch.finfo(one.dtype).eps
+    one, other = (torch.view_as_real(x) if x.is_complex() else x.double() for x in (one, other))
+    finite = one.isfinite()
+    if not torch.equal(finite, other.isfinite()):
+        return False
+    one, other = one[finite], other[finite]
+    scale = other.abs().max().clamp(min=1e-6) if len(other) else 1.0
+    return bool(((one - other).abs() <= max(1e-3, 10 * eps) * scale).all())

@@ -1,0 +1,125 @@
+"""Gives a freshly built module the widths of one that lost channels, as a checkpoint tells them: plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.channels.layers import STANDARD
+from lightning_compress.channels.remove import RECORD, modules_of, named_tensors, set_numbers_
+from lightning_compress.errors import CompressionError
+from lightning_compress.optimizers import assign_, take
+from lightning_compress.targets import clean_name
+
+Record = dict[str, Any]
+"""``{"shapes": {tensor: [before, now]}, "numbers": {path.name: [before, now]}, "buffers": {buffer: {dim: indices}}}``;
+empty if nothing was removed."""
+
+
+def record_of(model: nn.Module) -> Record:
+    """What was removed from ``model`` or parts of it, as plain data."""
+    record: Record = {}
+    for path, module in model.named_modules():
+        prefix = f"{clean_name(path)}." if path else ""
+        for kind, entries in module.__dict__.get(RECORD, {}).items():
+            mine = record.setdefault(kind, {})
+            for name, entry in entries.items():
+                mine[prefix + name] = _plain(entry) if kind == "buffers" else list(entry)
+    return record
+
+
+def _plain(entry: Mapping[str, Any]) -> dict[int, list[int]]:
+    return {dim: indices.tolist() for dim, indices in entry["kept"].items()}
+
+
+def fits(model: nn.Module, record: Record) -> bool:
+    """Whether the model has the widths that a record tells of, and no others."""
+    return record_of(model) == record
+
+
+def take_widths_(model: nn.Module, record: Record) -> None:
+    """Give the model the widths of a record; where it names nothing, those that it was built with.
+
+    The tensors are new: their values are to be loaded, but for buffers that no checkpoint holds.
+
+    Raises:
+        RuntimeError: the model was built with other widths than the record's.
+    """
+    tensors = named_tensors(model)
+    mine = record_of(model)
+    built = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    built.update({name: tuple(shapes[0]) for name, shapes in mine.get("shapes", {}).items()})
+    wanted = {name: tuple(shapes[0]) for name, shapes in mine.get("shapes", {}).items()}
+    for name, (before, now) in record.get("shapes", {}).items():
+        if name not in tensors or built[name] != tuple(before):
+            raise RuntimeError(
+                f"size mismatch for {name}: built as {tuple(before)} where the checkpoint was written, as "
+                f"{built.get(name)} here."
+            )
+        wanted[name] = tuple(now)
+    numbers = {name: before for name, (before, _) in mine.get("numbers", {}).items()}
+    numbers.update({name: now for name, (_, now) in record.get("numbers", {}).items()})
+    whole = _whole_buffers(model)
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) == shape and name not in whole:
+            continue
+        value = whole.get(name, tensors[name].detach())
+        kept = {int(dim): torch.tensor(indices) for dim, indices in record.get("buffers", {}).get(name, {}).items()}
+        value = take(value, kept) if kept or tuple(value.shape) == shape else tensors[name].new_zeros(shape)
+        assign_(tensors[name], value)
+    set_numbers_(model, numbers)
+    _forget_(model)
+    if record:
+        model.__dict__[RECORD] = {
+            "shapes": {name: list(map(list, shapes)) for name, shapes in record.get("shapes", {}).items()},
+            "numbers": {name: list(values) for name, values in record.get("numbers", {}).items()},
+            "buffers": {
+                name: {"kept": {int(d): torch.tensor(i) for d, i in kept.items()}, "whole": whole.get(name)}
+                for name, kept in record.get("buffers", {}).items()
+            },
+        }
+
+
+def _whole_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that no checkpoint holds, as they were before they shrank."""
+    found = {}
+    for path, module in model.named_modules():
+        prefix = f"{clean_name(path)}." if path else ""
+        for name, entry in module.__dict__.get(RECORD, {}).get("buffers", {}).items():
+            found[prefix + name] = entry["whole"]
+    return found
+
+
+def _forget_(model: nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop(RECORD, None)
+
+
+def by_shapes(model: nn.Module, state: Mapping[str, Any]) -> Record:
+    """The record of a state dict that says nothing but its shapes: where torch's own layers are narrower in it.
+
+    Raises:
+        CompressionError: a tensor of another kind of layer is narrower: what follows from it isn't known.
+    """
+    modules = modules_of(model)
+    tensors = named_tensors(model)
+    shapes: dict[str, list[list[int]]] = {}
+    for key, value in state.items():
+        name = clean_name(key)
+        mine = tensors.get(name)
+        if mine is None or not isinstance(value, Tensor) or mine.shape == value.shape or mine.dim() != value.dim():
+            continue
+        owner = modules.get(name.rpartition(".")[0])
+        narrower = all(theirs <= size for theirs, size in zip(value.shape, mine.shape, strict=True))
+        if not narrower:
+            return {}  # another model: loading says so
+        if not isinstance(owner, STANDARD):
+            raise CompressionError(
+                f"`path` must tell how {name} lost channels. Received: {tuple(value.shape)} for {tuple(mine.shape)}, "
+                f"in a {type(owner).__name__}. Write the file with save_compressed, or with a Trainer."
+            )
+        shapes[name] = [list(mine.shape), list(value.shape)]
+    return {"shapes": shapes, "numbers": {}, "buffers": {}} if shapes else {}
