@@ -73,6 +73,9 @@ class CompressionCallback(Callback):
     def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the module and its averaged copies in line, before they are validated or saved."""
 
+    def settle_structure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Do now, before another callback builds on the module's structure, what is due at the start of this batch."""
+
     def follow_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
         """Channels have left the module: cut what is kept of its tensors with the same indices."""
 

@@ -107,6 +107,12 @@ def resize_state_(optimizers: Iterable[Optimizer], changes: Mapping[Tensor, tupl
     """
     anew = []
     for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            if any(one in changes for group in optimizer.param_groups for one in group["params"]):
+                optimizer.state.clear()  # flat, over all parameters
+                optimizer._numel_cache = None
+                anew.append("LBFGS")
+            continue
         for parameter, (before, kept) in changes.items():
             state = optimizer.state.get(parameter)
             if not state:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_compress.channels import widths
@@ -231,7 +231,8 @@ def load_compressed(path: str, model: Model) -> Model:
     fit needs of our callbacks' state (masks) waits on the model for the next fit with such a callback.
 
     Args:
-        path: a Lightning checkpoint, ``save_weights_only`` included; read with ``weights_only=True``.
+        path: a Lightning checkpoint, ``save_weights_only`` included, or a plain state dict; read with
+            ``weights_only=True``.
         model: the module as its constructor makes it. It is changed in place and returned.
 
     Raises:
@@ -244,10 +245,12 @@ def load_compressed(path: str, model: Model) -> Model:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types, by file format
         raise invalid("path", "be a readable checkpoint", str(path), f"{type(error).__name__}: {error}") from error
+    if isinstance(checkpoint, dict) and checkpoint and all(isinstance(one, Tensor) for one in checkpoint.values()):
+        checkpoint = {"state_dict": checkpoint}
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise invalid("path", "be a checkpoint with a `state_dict`", str(path))
     entry = read_entry(checkpoint)
-    if "channels" not in entry and "quantization" not in entry:
+    if ENTRY not in checkpoint:  # one of ours says which channels left
         entry["channels"] = widths.by_shapes(model, checkpoint["state_dict"])
     # On a copy first: a load that fails leaves the model as it was.
     for target in (copy_module(model), model):

@@ -156,8 +156,7 @@ def choose(
             high = middle
         else:
             low = middle + 1
-    counts = counts_at(high)
-    return keep(_fill(counts, counts_at(max(high - 1, 0)), keep, cost, target))
+    return keep(_fill(counts_at(high), ranked, limits, orders, lambda counts: cost(keep(counts)), target))
 
 
 _STEPS = 2000
@@ -165,17 +164,24 @@ _STEPS = 2000
 
 def _fill(
     counts: list[int],
-    before: list[int],
-    keep: Callable[[Sequence[int]], list[Tensor]],
-    cost: Callable[[list[Tensor]], float],
+    ranked: Sequence[Tensor],
+    limits: Sequence[Limits],
+    orders: Sequence[Tensor],
+    cost: Callable[[list[int]], float],
     target: float,
 ) -> list[int]:
-    """Of the steps that were taken last, take back what brings the cost nearer to its target."""
-    best, distance = counts, abs(cost(keep(counts)) - target)
-    for number, (less, more) in enumerate(zip(counts, before, strict=True)):
-        if more > less:
+    """Give back one step at a time, the most important first, as long as that brings the cost nearer to its target."""
+    best, distance = counts, abs(cost(counts) - target)
+    while True:
+        steps = []
+        for number, (count, limit, order) in enumerate(zip(best, limits, orders, strict=True)):
+            more = limit.nearest(count + limit.step, len(order))
+            if more > count:
+                steps.append((float(ranked[number][order[len(order) - more :]].min()), number, more))
+        for _, number, more in sorted(steps, reverse=True):
             tried = [more if place == number else count for place, count in enumerate(best)]
-            off = abs(cost(keep(tried)) - target)
-            if off < distance:
+            if (off := abs(cost(tried) - target)) < distance:
                 best, distance = tried, off
-    return best
+                break
+        else:
+            return best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -20,7 +21,14 @@ from lightning_compress.channels.budget import Budget
 from lightning_compress.channels.explore import explore
 from lightning_compress.channels.groups import Structure
 from lightning_compress.channels.importance import taylor_step
-from lightning_compress.channels.plan import Baseline, RemovalPlan, baseline_of, make_plan, make_recipe
+from lightning_compress.channels.plan import (
+    Baseline,
+    RemovalPlan,
+    baseline_of,
+    check_module,
+    make_plan,
+    make_recipe,
+)
 from lightning_compress.channels.remove import cut_, named_tensors
 from lightning_compress.channels.steady import steady
 from lightning_compress.channels.trial import Run, Subject
@@ -33,8 +41,8 @@ from lightning_compress.schedules import OneShot, Schedule
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window, fit_length
 
-_WORTH = 0.02
-"""Between two removals at least this fraction of the budget goes: less isn't worth a plan."""
+_WORTH = 0.1
+"""Between two removals at least this fraction of the way to the budget is gone: less isn't worth a plan."""
 
 
 class ChannelPruning(CompressionCallback):
@@ -53,8 +61,8 @@ class ChannelPruning(CompressionCallback):
             starts.
         importance: ``l1``, ``l2``, ``batchnorm``, ``taylor``, ``fpgm`` or ``random``: see `rank`.
         scope: ``global`` ranks the channels of all layers together, ``layer`` takes the same fraction of each.
-        schedule: how much is removed when. Channels leave when the schedule asks for a fiftieth of the budget more, so
-            `Steps` or a window with ``every_n_steps`` says in how many rounds.
+        schedule: how much of the way to the budget is gone when. Channels leave when it asks for a tenth more, so there
+            are ten rounds at most; `Steps` says how many, `OneShot` is one.
         window: when.
         targets: which layers; by default all that can lose channels and are trained. A width that a norm spans
             (LayerNorm, GroupNorm) is cut only if ``include`` names one of its layers exactly, as that is approximate.
@@ -69,7 +77,8 @@ class ChannelPruning(CompressionCallback):
             QuantizationAwareTraining begins before the window ends; at the window's start if nothing can be removed.
             Nothing has changed then.
 
-    Logs ``remaining_<budget>`` (a fraction of the original) whenever channels leave, and at the end of each epoch.
+    Logs ``remaining_<budget>`` (a fraction of the original; of the multiply-accumulates, where the budget is latency)
+    whenever channels leave, and at the end of each epoch.
 
     Hooks: `on_train_batch_start` removes at the very start of training, `on_train_batch_end` later: after the optimizer
     step, before validation and saving, on all ranks.
@@ -157,12 +166,14 @@ class ChannelPruning(CompressionCallback):
 
     def _last_place(self) -> float:
         """Where in the window's unit the last channels leave."""
-        return self.window.start if isinstance(self.schedule, OneShot) else self.window.end
+        end = self.window.end if self.window.end is not None else math.inf
+        return self.window.start if isinstance(self.schedule, OneShot) else end
 
     def _last_step(self) -> int:
         return self.bounds.start if isinstance(self.schedule, OneShot) else self.bounds.end
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_module(pl_module)
         self.recipe.targets.check_patterns(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -172,24 +183,29 @@ class ChannelPruning(CompressionCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._waits is not None:
-            progress, self._waits = self._waits, None
-            self._remove(trainer, pl_module, (batch, batch_idx), progress)
+        self.settle_structure(trainer, pl_module, batch, batch_idx)
         if self._sees_gradients and self._seen is None:
             self._seen = explore(_Look(trainer, pl_module, batch, batch_idx).subject)
         # Only where it may be needed: a step may change or empty what it is given.
-        if self.bounds.is_due(self._step + 1, self.window.every_n_steps) and self._asks(self._step + 1):
+        if self.bounds.is_due(self._step + 1, self.window.every_n_steps) and self._asks(
+            self.bounds.progress(self._step + 1)
+        ):
             self._batch = copy_tensors(batch), batch_idx
+
+    def settle_structure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._waits is not None:
+            progress, self._waits = self._waits, None
+            self._remove(trainer, pl_module, (batch, batch_idx), progress)
 
     @property
     def _sees_gradients(self) -> bool:
         return self.recipe.importance == "taylor" and self._step < self._last_step()
 
-    def _asks(self, step: int) -> bool:
-        """Whether the schedule asks for more after that many steps."""
-        progress = self.bounds.progress(step)
+    def _asks(self, progress: float | None) -> bool:
+        """Whether the schedule asks for enough to be worth a plan."""
         asked = 0.0 if progress is None else self.schedule.value(progress, 1.0)
-        return asked - self._asked >= _WORTH or (asked == 1.0 > self._asked)
+        # Rounded: a tenth is a hair less than that in some steps of a schedule.
+        return round(asked - self._asked, 6) >= _WORTH or asked == 1.0 > self._asked
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -198,8 +214,7 @@ class ChannelPruning(CompressionCallback):
             taylor_step(self._seen.groups, named_tensors(pl_module), self._taylor)
 
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
-        asked = self.schedule.value(progress, 1.0)
-        if asked - self._asked < _WORTH and not asked == 1.0 > self._asked:
+        if not self._asks(progress):
             return
         if self._step == 0 or self._batch is None:
             self._waits = progress  # the first batch shows what the model does
@@ -216,22 +231,21 @@ class ChannelPruning(CompressionCallback):
         self._macs *= plan.after.macs / plan.before.macs
         self.plans.append(plan)
         self._apply(trainer, pl_module, plan)
-        assert self._baseline is not None
-        self._remaining = self._macs
-        if self.recipe.budget.kind in ("params", "channels"):
-            self._remaining = getattr(plan.after, self.recipe.budget.kind) / getattr(
-                self._baseline, self.recipe.budget.kind
-            )
-        rank_zero_info(f"ChannelPruning, after step {self._step}:\n{plan}")
+        kind, self._remaining = self.recipe.budget.kind, self._macs
+        if kind in ("params", "channels"):
+            self._remaining = getattr(plan.after, kind) / getattr(self._baseline, kind)
         if self._asked >= 1.0:
+            rank_zero_info(f"ChannelPruning, after step {self._step}:\n{plan}")
             self._finish(plan)
+        else:
+            rank_zero_info(f"ChannelPruning, after step {self._step}: {self._logged_name} is {self._remaining:.3f}.")
         if self._step:
             pl_module.log(self._logged_name, self._remaining)
 
     def _finish(self, plan: RemovalPlan) -> None:
-        if plan.missed:
-            self._missed = plan.missed
-            rank_zero_warn(f"ChannelPruning: {plan.missed}")
+        self._missed = self._missed or plan.missed
+        if self._missed:
+            rank_zero_warn(f"ChannelPruning: {self._missed}")
         elif self._remaining == 1.0 and self.recipe.budget.fraction < 1.0:
             rank_zero_warn("ChannelPruning: no channel has left.", category=NoEffectWarning)
 
@@ -247,11 +261,14 @@ class ChannelPruning(CompressionCallback):
             if self._goal is None:
                 timed = make_plan(look.subject, found, recipe, self._taylor, whole)
                 self._goal = look.trainer.strategy.broadcast(timed.after.macs / timed.before.macs)
-                self._latency = timed.latency
+                self._latency, self._missed = timed.latency, timed.missed
             recipe = replace(recipe, budget=Budget("macs", self._goal))
         overrides = {pattern: self._on_the_way(final) for pattern, final in recipe.overrides.items()}
         budget = replace(recipe.budget, fraction=self._on_the_way(recipe.budget.fraction))
         recipe = replace(recipe, budget=budget, overrides=overrides, seed=recipe.seed + self._step)
+        if self._asked < 1.0:
+            # Steps are for the end: a round takes less than one from most layers.
+            recipe = replace(recipe, round_to=1)
         plan = make_plan(look.subject, found, recipe, self._taylor, whole)
         fixed = {layer: reason for layer, reason in plan.fixed.items() if not layer.startswith(_GUEST)}
         return replace(plan, fixed=fixed)
@@ -288,7 +305,8 @@ class ChannelPruning(CompressionCallback):
 
     @property
     def _logged_name(self) -> str:
-        return f"remaining_{self.recipe.budget.kind}"
+        kind = self.recipe.budget.kind
+        return f"remaining_{'macs' if kind == 'latency' else kind}"
 
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)

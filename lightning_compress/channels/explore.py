@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations, islice
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_compress.channels.groups import Attribute, Group, Structure, find
 from lightning_compress.channels.remove import modules_of
 from lightning_compress.channels.trial import Subject
 
-_MOST_ATTRIBUTES = 5
+_MOST_TRIALS = 40
 
 
 def explore(subject: Subject) -> Structure:
@@ -36,18 +36,32 @@ class _Explorer:
     def explore(self) -> Structure:
         structure = self._trace()
         failed: dict[str, str] = {}
-        for _ in range(4):
-            useful = self._usable(structure, failed)
-            if not self._fault(structure, useful):
+        while True:
+            # Apart: where a norm spans what is cut, outputs say nothing of the others.
+            exact = [group for group in self._usable(structure, failed) if not group.spanned]
+            spanned = [group for group in self._usable(structure, failed) if group.spanned]
+            found = self._one_fault(structure, exact) or self._one_fault(structure, spanned)
+            if found is None:
                 break
-            failing = {group.name: reason for group in useful if (reason := self._try(structure, group))}
-            again = self._choose_again(structure, failing)
-            failed.update({name: reason for name, reason in failing.items() if name not in again})
-            if again:
+            group, reason = found
+            if self._find_followers(structure, group):
+                continue
+            if self._choose_again(structure, group):
                 structure = self._trace()
-        else:
-            failed.update({group.name: "it fails with others" for group in self._usable(structure, failed)})
+            else:
+                failed[group.name] = reason
         return self._settled(structure, failed)
+
+    def _one_fault(self, structure: Structure, groups: Sequence[Group]) -> tuple[Group, str] | None:
+        """A group that can't be cut, with the reason; found by halving."""
+        reason = self._fault(structure, groups)
+        if not reason:
+            return None
+        if len(groups) == 1:
+            return groups[0], reason
+        middle = len(groups) // 2
+        halves = (groups[:middle], groups[middle:])
+        return next((one for half in halves if (one := self._one_fault(structure, half))), (groups[0], reason))
 
     def _trace(self) -> Structure:
         """Trace, and take splits that lead to nothing otherwise."""
@@ -82,31 +96,27 @@ class _Explorer:
     def _usable(self, structure: Structure, failed: Mapping[str, str]) -> list[Group]:
         return [group for group in self._all(structure) if group.name not in failed]
 
-    def _try(self, structure: Structure, group: Group) -> str:
-        """Why a group can't be cut; empty if it can, perhaps with attributes that follow it."""
-        reason = self._fault(structure, [group])
-        if not reason:
-            return ""
+    def _find_followers(self, structure: Structure, group: Group) -> bool:
+        """Whether the group can be cut once some attributes follow it; they do so from now on."""
         candidates = [one for one in self._attributes(structure, group) if not one.sure]
         kinds = list(dict.fromkeys(self._kind(structure, one) for one in candidates))
+        kinds = [kind for kind in kinds if kind not in self.followers]
         known = set(self.followers)
-        for size in range(1, min(len(kinds), _MOST_ATTRIBUTES) + 1):
-            for chosen in combinations(kinds, size):
-                self.followers = known | set(chosen)
-                if not self._fault(structure, [group]):
-                    return ""
+        sets = (chosen for size in range(1, len(kinds) + 1) for chosen in combinations(kinds, size))
+        for chosen in islice(chain([tuple(kinds)] if kinds else [], sets), _MOST_TRIALS):
+            self.followers = known | set(chosen)
+            if not self._fault(structure, [group]):
+                return True
         self.followers = known
-        return reason
+        return False
 
-    def _choose_again(self, structure: Structure, failing: Mapping[str, str]) -> set[str]:
-        """Let the splits of failing groups be taken otherwise, once; returns the groups concerned."""
-        again = set()
-        for key, numbers in structure.splits.items():
-            names = {structure.groups[number].name for number in numbers} & set(failing)
-            if names and self.choices.get(key, 0) < 2:
-                self.choices[key] = self.choices.get(key, 0) + 1
-                again |= names
-        return again
+    def _choose_again(self, structure: Structure, group: Group) -> bool:
+        """Let the splits that the group goes through be taken otherwise, if there is another way."""
+        number = next(place for place, one in enumerate(structure.groups) if one is group)
+        keys = [key for key, numbers in structure.splits.items() if number in numbers and self.choices.get(key, 0) < 2]
+        for key in keys:
+            self.choices[key] = self.choices.get(key, 0) + 1
+        return bool(keys)
 
     def _kind(self, structure: Structure, attribute: Attribute) -> tuple[str, str, int]:
         kind = type(modules_of(self.model)[attribute.path])
@@ -121,14 +131,13 @@ class _Explorer:
     def _follow(self, structure: Structure) -> tuple[Attribute, ...]:
         return tuple(one for one in structure.attributes if one.sure or self._kind(structure, one) in self.followers)
 
-    def _fault(self, found: Structure, groups: Sequence[Group]) -> str:
+    def _fault(self, found: Structure, groups: Sequence[Group], exact: bool | None = None) -> str:
         """What is wrong without some units of these groups; not the same share of each, which could fit by chance."""
         if not groups:
             return ""
         structure = replace(found, attributes=self._follow(found))
-        return self.subject.fault(
-            structure, [_some(group, number, groups) for number, group in enumerate(found.groups)]
-        )
+        keep = [_some(group, number, groups) for number, group in enumerate(found.groups)]
+        return self.subject.fault(structure, keep, exact)
 
     def _settled(self, structure: Structure, failed: Mapping[str, str]) -> Structure:
         """The structure with only what passed; reasons for the rest."""
@@ -138,7 +147,15 @@ class _Explorer:
         for group in structure.groups:
             if group.size == 1 and group.layers:
                 fixed.setdefault(group.name, "all of it hangs together")
-        return replace(structure, attributes=self._follow(structure), fixed=fixed).only(numbers)
+        settled = replace(structure, attributes=self._follow(structure), fixed=fixed).only(numbers)
+        groups = [self._exact(structure, group) for group in settled.groups]
+        return replace(settled, groups=tuple(groups))
+
+    def _exact(self, structure: Structure, group: Group) -> Group:
+        """The group, not spanned if what runs across it is read by nobody."""
+        if group.spanned and not self._fault(structure, [group], exact=True):
+            return replace(group, spanned="")
+        return group
 
 
 def _some(group: Group, number: int, tried: Sequence[Group]) -> Tensor:

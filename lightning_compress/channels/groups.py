@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_compress.channels.atoms import FIXED
+from lightning_compress.channels.layers import STANDARD
 from lightning_compress.channels.outputs import tensors_in
 from lightning_compress.channels.remove import modules_of, named_tensors
 from lightning_compress.channels.steady import steady
@@ -171,8 +172,8 @@ def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> St
             if unit != FIXED:
                 where.setdefault(unit, []).append(key)
     alike: dict[tuple[tuple[str, int], ...], list[int]] = {}
-    for unit, keys in where.items():
-        alike.setdefault(tuple(keys), []).append(unit)
+    for unit, found in where.items():
+        alike.setdefault(tuple(found), []).append(unit)
     place = torch.full((tracer.atoms.count, 2), -1)
     groups = []
     for number, (keys, mine) in enumerate(alike.items()):
@@ -193,15 +194,16 @@ def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> St
         weights = [
             one for one in members if isinstance(tensors[one.name], nn.Parameter) and tensors[one.name].dim() > 1
         ]
-        layers = dict.fromkeys(layer_of(one.name) for one in weights if one.makes)
+        layers = dict.fromkeys(_called(modules, one.name) for one in weights if one.makes)
         spanned = next((units.spanned[unit] for unit in mine if unit in units.spanned), "")
         made.append(Group(len(mine), tuple(members), tuple(layers), spanned))
-    fixed = {}
+    fixed = dict[str, str]()
     for (name, dim), atoms in along.items():
         roots = units.all[atoms].unique().tolist()
-        makes = tensors[name].dim() > 1 and _makes(modules, name, dim, tensors[name])
+        weight = isinstance(tensors[name], nn.Parameter) and tensors[name].dim() > 1
+        makes = weight and _makes(modules, name, dim, tensors[name])
         if makes and all(root in units.fixed for root in roots):
-            fixed.setdefault(layer_of(name), units.fixed[roots[0]])
+            fixed.setdefault(_called(modules, name), units.fixed[roots[0]])
     return Structure(
         tuple(made),
         tuple(Cost(one.macs, tuple(places(labels) for labels in one.widths)) for one in _live(tracer.products, units)),
@@ -228,6 +230,12 @@ def _live(products: list[Product], units: Any) -> list[Product]:
 def layer_of(name: str) -> str:
     """The path of the layer that a tensor belongs to."""
     return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+
+
+def _called(modules: Mapping[str, nn.Module], name: str) -> str:
+    """How a plan calls what a tensor belongs to: torch's layers by their path, other modules' tensors by their own."""
+    layer = layer_of(name)
+    return layer if layer and isinstance(modules.get(layer), STANDARD) else name
 
 
 def _makes(modules: Mapping[str, nn.Module], name: str, dim: int, tensor: Tensor) -> bool:

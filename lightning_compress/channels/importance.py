@@ -19,7 +19,7 @@ IMPORTANCES: tuple[str, ...] = get_args(Importance)
 def check_importance(name: str) -> None:
     """Raise unless there is an importance of that name."""
     if name not in IMPORTANCES:
-        raise invalid("importance", "be the name of one", name, nearest(name, IMPORTANCES))
+        raise invalid("importance", "be the name of one", name, nearest(str(name), IMPORTANCES))
 
 
 def rank(

@@ -43,7 +43,8 @@ def settle_(layer: Any, groups: int | None = None) -> None:
         Linear(in_features=4, out_features=2, bias=True)
     """
     if isinstance(layer, _ConvNd):
-        rows, columns = layer.weight.shape[:2]
+        weight: Any = layer.weight
+        rows, columns = weight.shape[:2]
         if groups is None and layer.groups == layer.out_channels and columns == 1:
             groups = rows  # depthwise
         layer.groups = groups or layer.groups
@@ -83,12 +84,13 @@ def weight_norms(model: nn.Module) -> Normed:
             for one in parametrized:
                 if isinstance(one, _WeightNorm) and len(parametrized) == 1:
                     found.append((parametrized.original0, parametrized.original1, one.dim))
-        for hook in module._forward_pre_hooks.values():
+        hooks: Any = module._forward_pre_hooks.values()
+        for hook in hooks:
             if type(hook).__name__ == "WeightNorm":  # the older form, a hook
                 name = hook.name
                 found.append((getattr(module, f"{name}_g"), getattr(module, f"{name}_v"), hook.dim))
     return [
-        (magnitude, direction, dim % direction.dim() if dim is not None else -1, magnitude.detach() / norm)
+        (magnitude, direction, -1 if dim in (None, -1) else dim % direction.dim(), magnitude.detach() / norm)
         for magnitude, direction, dim in found
         if (norm := _norm(direction, dim)).shape == magnitude.shape
     ]

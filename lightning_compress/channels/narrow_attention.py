@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_compress.attention import attend
+from lightning_compress.errors import CompressionError
 
 
 class NarrowAttention(nn.MultiheadAttention):
@@ -25,7 +26,13 @@ class NarrowAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`."""
+        """As `nn.MultiheadAttention.forward`.
+
+        Raises:
+            CompressionError: the layer adds keys and values of its own.
+        """
+        if self.bias_k is not None or self.add_zero_attn:
+            raise CompressionError("attention that adds keys of its own (add_bias_kv, add_zero_attn) can't lose heads")
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
         else:

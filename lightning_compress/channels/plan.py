@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from lightning_compress.channels.budget import Budget, Limits, Scope, Sizes, choose, make_budget
 from lightning_compress.channels.explore import explore
@@ -22,6 +24,7 @@ from lightning_compress.channels.turns import latency_ratio
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.inputs import bind_example
 from lightning_compress.optimizers import Kept, resize_state_
+from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import copy_module
 from lightning_compress.targets import Targets, matches
 
@@ -136,14 +139,21 @@ def make_recipe(
     check_importance(importance)
     if scope not in ("global", "layer"):
         raise invalid("scope", "be 'global' or 'layer'", scope)
-    for pattern, fraction in (overrides or {}).items():
-        if not isinstance(fraction, (int, float)) or not 0.0 < fraction <= 1.0:
-            raise invalid("overrides", "hold fractions that remain, in (0, 1]", {pattern: fraction})
-    if not 0.0 <= min_layer_channels <= 1.0:
+    if not isinstance(targets, Targets):
+        raise invalid("targets", "be a Targets", targets, "Such as Targets(exclude=['head']).")
+    if not isinstance(overrides or {}, Mapping) or not all(map(_is_fraction, (overrides or {}).values())):
+        raise invalid("overrides", "map patterns to fractions that remain, in (0, 1]", overrides)
+    if min_layer_channels != 0 and not _is_fraction(min_layer_channels):
         raise invalid("min_layer_channels", "lie in [0, 1]", min_layer_channels, "It is the fraction that stays.")
-    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+    if round_to is not None and (type(round_to) is not int or round_to < 1):
         raise invalid("round_to", "be a whole number, at least 1", round_to, "1 keeps any number of channels.")
+    if type(seed) is not int:
+        raise invalid("seed", "be a whole number", seed)
     return Recipe(budget, importance, scope, targets, overrides or {}, min_layer_channels, round_to, seed)
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 1.0
 
 
 def plan_removal(
@@ -216,9 +226,11 @@ def plan_removal(
     example = getattr(model, "example_input_array", None) if inputs is None else inputs
     if example is None:
         raise invalid("inputs", "be example inputs", None, "Pass a tensor, or set model.example_input_array.")
+    check_module(model)
     args, kwargs = bind_example(example, next((one.device for one in model.parameters()), None))
-    subject = Subject(model, _runs(model, args, kwargs))
-    structure = explore(subject)
+    with torch.inference_mode(False):
+        subject = Subject(model, _runs(model, args, kwargs))
+        structure = explore(subject)
     tensors = named_tensors(model)
     taylor = dict[str, Tensor]()
     if importance == "taylor":
@@ -230,20 +242,45 @@ def plan_removal(
     return make_plan(subject, structure, recipe, taylor)
 
 
+def check_module(model: nn.Module) -> None:
+    """Raise for a module whose channels can't be followed at all."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CompressionError(f"`model` must be of Python code. Received: {path or 'a model'} that is scripted.")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise CompressionError(
+                f"`{name}` must have its shape. Received: a lazy layer that hasn't run yet. Run one forward pass."
+            )
+    if forms.form_of(model) != "float":
+        raise CompressionError(
+            f"`model` must be float. Received: a {forms.form_of(model)} one. Remove channels before you quantize."
+        )
+
+
 def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:
     """Evaluation, and training too if the model runs in it: both must go on working."""
 
     def evaluate(twin: nn.Module) -> Any:
-        return twin.eval()(*args, **kwargs)
+        twin.eval()  # which need not return the module
+        return twin(*args, **kwargs)
 
     def train(twin: nn.Module) -> Any:
-        return twin.train()(*args, **kwargs)
+        twin.train()
+        return twin(*args, **kwargs)
 
     try:
         with steady():
+            evaluate(copy_module(model))
+    except Exception as error:  # it is the user's
+        raise CompressionError(
+            f"`inputs` must be what {type(model).__name__} runs on. Received: {type(error).__name__}: {error}."
+        ) from error
+    try:
+        with steady():
             train(copy_module(model))
-    except (ValueError, RuntimeError, TypeError):
-        return [evaluate]  # such as a BatchNorm that gets a single value
+    except Exception:
+        return [evaluate]  # it wants targets too, or a BatchNorm gets a single value
     return [evaluate, train]
 
 
@@ -401,7 +438,7 @@ class _Search:
             return ""
         return (
             f"The budget is missed: {kind}={wanted} was asked for, {reached:.3f} is nearest. Allow more with "
-            "`min_layer_channels`, `round_to` or `targets`, or ask for less."
+            "`min_layer_channels`, `round_to` or `targets`, or ask for less to go."
         )
 
 
@@ -462,7 +499,9 @@ def _limits(groups: Sequence[Group], recipe: Recipe, baseline: Baseline, step: i
     return limits
 
 
-def remove_channels_(model: nn.Module, plan: RemovalPlan, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+def remove_channels_(
+    model: nn.Module, plan: RemovalPlan, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = ()
+) -> None:
     """Apply a plan: channels leave ``model``, and what optimizers remember of them.
 
     Parameters stay the same objects, with their hooks and places in optimizers; the keys of ``state_dict`` stay.
@@ -483,6 +522,10 @@ def remove_channels_(model: nn.Module, plan: RemovalPlan, optimizers: Sequence[t
         >>> model[0].weight.shape
         torch.Size([4, 8])
     """
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
+    if not all(isinstance(one, Optimizer) for one in optimizers):
+        raise invalid("optimizers", "be a list of optimizers", optimizers)
     check_shapes(model, plan.shapes)
-    cut = cut_(model, plan.kept, plan.numbers)
-    resize_state_(optimizers, cut.changes)
+    with torch.inference_mode(False):
+        cut = cut_(model, plan.kept, plan.numbers)
+        resize_state_(optimizers, cut.changes)

@@ -9,33 +9,36 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_compress.channels.tracer import Tracer, spread
+from lightning_compress.channels.tracer import Size, Tracer, spread
 
 
 def opaque(tracer: Tracer, layer: nn.RNNBase) -> Callable[[], None]:
     """Let a recurrent layer run out of the tracer's sight, which is told what its widths are; returns the way back."""
     own = layer.forward
 
-    def forward(x: Any, state: Any = None) -> Any:
+    def forward(input: Any, hx: Any = None) -> Any:
         with _disable_current_modes():
-            out = own(x) if state is None else own(x, state)
-        _follow(tracer, layer, x, state, out)
+            out = own(input, hx)
+        _follow(tracer, layer, input, hx, out)
         return out
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
     return lambda: layer.__dict__.pop("forward", None)
 
 
 def _follow(tracer: Tracer, layer: nn.RNNBase, x: Any, state: Any, out: Any) -> None:
     data = x.data if isinstance(x, PackedSequence) else x
     output, last = out
+    if layer.proj_size:
+        tracer.pin((data, list(layer.parameters()), state), f"a projected recurrent state, in {tracer.where()}")
+        return
     hidden = _hidden(tracer, layer, data)
     states = [] if state is None else [state] if isinstance(state, Tensor) else list(state)
     for one in states:
         if tracer.along(one, -1) is not None:
             tracer.atoms.tie(tracer.along(one, -1), hidden)  # type: ignore[arg-type]
-        else:
-            tracer.atoms.pin(hidden, f"a state of fixed size in {tracer.where()}")
+        else:  # made by whoever called, perhaps by a number that follows: the trial will tell
+            tracer.sizes.append(Size(tracer.stack[-2], layer.hidden_size, hidden))
     output = output.data if isinstance(output, PackedSequence) else output
     width = hidden.repeat(2 if layer.bidirectional else 1)
     tracer.set(output, (spread(output.shape[-1], width, output.dim() - 1, output.dim()),))
@@ -47,20 +50,15 @@ def _hidden(tracer: Tracer, layer: nn.RNNBase, data: Tensor) -> Tensor:
     """The hidden atoms, tied through all weights of the layer."""
     size = layer.hidden_size
     hidden = tracer.atoms.new(size)
-    if layer.proj_size:
-        tracer.atoms.pin(hidden, "a projected recurrent state")
     steps = data.numel() // data.shape[-1]
     for name, weight in layer.named_parameters():
-        if name.startswith("weight_hr"):
-            tracer.pin(weight, "a projected recurrent state")
-            continue
         rows = tracer.along(weight, 0)
         if rows is not None:
             tracer.atoms.tie(rows.view(-1, size), hidden)
         columns = None
         if name.startswith("weight_ih_l0"):
             columns = tracer.same((data, -1), (weight, 1))
-        elif name.startswith("weight") and not layer.proj_size:
+        elif name.startswith("weight"):
             columns = tracer.along(weight, 1)
             if columns is not None:
                 tracer.atoms.tie(columns.view(-1, size), hidden)

@@ -34,7 +34,8 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise unless the model's tensors have just the shapes that a plan was made for."""
     mine = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-    for name, shape in shapes.items():
+    for name in {**shapes, **mine}:
+        shape = shapes.get(name)
         if mine.get(name) != shape:
             raise CompressionError(
                 f"`plan` must be of this model as it is now. Received: {name} of shape {shape} in the plan, "
@@ -58,7 +59,8 @@ def cut_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, int])
     normed = weight_norms(model)
     scales = {id(magnitude): dim for magnitude, _, dim, _ in normed}
     before = {name: tensors[name].shape for name in kept}
-    _note_(model, kept, numbers)
+    if kept:
+        _note_(model, kept, numbers)
     left = dict[int, Tensor]()
     for name, dims in kept.items():
         tensor = tensors[name]

@@ -24,9 +24,9 @@ _VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 _MOVES = {"permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "select", "slice", "split", "unbind",
           "split_with_sizes", "flip", "roll", "repeat", "detach", "alias", "lift_fresh", "clone", "diagonal",
           *_VIEWS}  # fmt: skip
-_REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "prod",
+_REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "prod",
                "norm", "linalg_vector_norm", "logsumexp", "any", "all"}  # fmt: skip
-_SOFTMAX = {"_softmax", "_log_softmax", "cumsum", "cumprod", "sort"}
+_SOFTMAX = {"_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp"}
 _SPATIAL = ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample",
             "_upsample", "reflection_pad", "replication_pad", "grid_sampler", "fractional_max_pool")  # fmt: skip
 _BATCHNORM = ("native_batch_norm", "_native_batch_norm", "_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
@@ -157,6 +157,45 @@ def move(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any)
             one.append(part)
     for leaf, factors in zip(outs, found, strict=True):
         tracer.set(leaf, tuple(factors))
+
+
+def index(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Places are looked up: a width that they number stays, the others go on."""
+    x, *rest = args
+    chosen = rest[0] if isinstance(rest[0], (list, tuple)) else [None] * (rest[0] % x.dim()) + [rest[1]]
+    dims = {dim for dim, places in enumerate(chosen) if places is not None}
+    if any(places is not None and places.dtype == torch.bool and places.dim() > 1 for places in chosen):
+        return unknown(tracer, func, args, kwargs, out)  # counts dimensions otherwise
+    factors = []
+    functional = getattr(torch.ops.aten, func._schema.name.rpartition("::")[2])
+    for factor in tracer.labels(x):
+        if dims & set(varying(factor)):
+            tracer.atoms.pin(factor, f"its places are numbered in {tracer.where()}")
+        else:
+            factors.append(functional(factor.expand(x.shape), *rest, **kwargs))
+    for places in rest:
+        tracer.pin(places, f"a number of places in {tracer.where()}")
+    tracer.set(out, tuple(factors))
+
+
+def sequence(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Sequences are packed or padded: their features go on."""
+    x = args[0]
+    for factor in tracer.labels(x):
+        if set(varying(factor)) - {x.dim() - 1}:
+            tracer.atoms.pin(factor, f"sequences are packed in {tracer.where()}")
+    width = tracer.along(x, -1)
+    tracer.set(out[0], () if width is None else (spread(out[0].shape[-1], width, out[0].dim() - 1, out[0].dim()),))
+
+
+def shuffle(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Groups are interleaved; they stay as long as each other."""
+    x, groups = args[:2]
+    labels = tracer.along(x, 1)
+    if labels is not None:
+        blocks = labels.view(groups, -1)
+        tracer.atoms.tie(blocks, blocks[:1])
+        tracer.set(out, (spread(x.shape[1], blocks.t().flatten(), 1, x.dim()),))
 
 
 def _without_format(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -311,16 +350,15 @@ def _grouped(
     if whole is None or (part is None and weight.shape[1] > 1):
         tracer.atoms.pin(inputs, f"grouped weights that are computed, in {tracer.where()}")
         return None, []
-    if groups >= per_in and not transposed:
+    if groups >= per_in:
         # Whole groups go, with all their inputs and outputs.
         blocks = inputs.view(groups, per_in)
         tracer.atoms.tie(blocks, blocks[:, :1])
-        outs = whole.view(groups, per_out)
-        tracer.atoms.tie(outs, blocks[:, :1])
+        tracer.atoms.tie(whole.view(groups, -1), blocks[:, :1])
         if part is not None:
-            tracer.atoms.pin(part, "inputs within a group")
+            tracer.atoms.pin(part, "inputs or outputs within a group")
         tracer.sizes.append(Size(tracer.path, groups, blocks[:, 0]))
-        return whole, [blocks[:, 0]]
+        return (blocks[:, 0].repeat_interleave(per_out) if transposed else whole), [blocks[:, 0]]
     # The same places go in every group.
     blocks = inputs.view(groups, per_in)
     tracer.atoms.tie(blocks, blocks[:1])
@@ -353,7 +391,8 @@ def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out
     x, shape, *affine = args[:4]
     out = out[0] if isinstance(out, tuple) else out
     if len(shape) > 1 or not isinstance(affine[0], Tensor):
-        return unknown(tracer, func, args, kwargs, out)
+        tracer.pin(x, f"a norm over several dimensions, or without weights of its own, in {tracer.where()}")
+        return None
     others = [tensor for tensor in affine if isinstance(tensor, Tensor)]
     kept = [factor for factor in tracer.labels(x) if factor.shape[-1] == 1]
     labels = tracer.same((x, -1), *((tensor, 0) for tensor in others))
@@ -472,8 +511,9 @@ def attention(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out:
     """Scaled dot products: heads go together, and with grouped queries all of a group's."""
     query, key, value = args[:3]
     out = out[0] if isinstance(out, tuple) else out
-    if tracer.same((query, -1), (key, -1)) is not None:
-        tracer.atoms.span(tracer.along(query, -1), f"attention's scale hangs on it, in {tracer.where()}")  # type: ignore[arg-type]
+    if (inner := tracer.same((query, -1), (key, -1))) is not None:
+        tracer.atoms.span(inner, f"attention's scale hangs on it, in {tracer.where()}")
+    masks = [one for one in (*args[3:], *kwargs.values()) if isinstance(one, Tensor)]
     factors: list[Tensor] = []
     heads = None
     if query.dim() == 4:
@@ -482,28 +522,34 @@ def attention(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out:
         theirs = tracer.same((key, 1), (value, 1))
         if heads is not None and theirs is not None:
             tracer.atoms.tie(heads, theirs.repeat_interleave(repeat))
-        elif heads is not None:
-            tracer.atoms.pin(heads, f"it meets keys of a fixed number of heads in {tracer.where()}")
-        elif theirs is not None:
-            tracer.atoms.pin(theirs, f"it meets queries of a fixed number of heads in {tracer.where()}")
+        for labels in (heads, theirs):
+            if labels is not None and (heads is None or theirs is None):
+                tracer.atoms.pin(labels, f"it meets a fixed number of heads in {tracer.where()}")
         if heads is not None:
             factors.append(spread(query.shape[1], heads, 1, 4))
+            for mask in masks:
+                if mask.dim() == 4 and mask.shape[1] > 1:
+                    _mask_heads(tracer, mask, heads)
     if (width := tracer.along(value, -1)) is not None:
         factors.append(spread(value.shape[-1], width, out.dim() - 1, out.dim()))
-    for mask in (*args[3:], *kwargs.values()):
-        if isinstance(mask, Tensor):
-            tracer.pin(mask, f"a mask in {tracer.where()}")
-            if heads is not None and mask.dim() == 4 and mask.shape[1] > 1:
-                tracer.atoms.pin(heads, f"a mask with a part for each head, in {tracer.where()}")
     macs = math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     tracer.costs(macs, heads)
     tracer.set(out, tuple(factors))
 
 
+def _mask_heads(tracer: Tracer, mask: Tensor, heads: Tensor) -> None:
+    theirs = tracer.along(mask, 1)
+    if theirs is not None:
+        tracer.atoms.tie(heads, theirs)
+    elif mask.stride(1):
+        tracer.atoms.pin(heads, f"a mask with a part for each head, in {tracer.where()}")
+
+
 def weight_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
     """A direction and its magnitudes: the magnitudes are set anew when inputs go, so that weights stay."""
     direction, magnitude, dim = (*args, 0)[:3]
-    tracer.same((direction, dim), (magnitude, dim))
+    if magnitude.dim():
+        tracer.same((direction, dim), (magnitude, dim))
     for leaf in out:
         if leaf.shape == direction.shape:
             tracer.set(leaf, tracer.labels(direction))
@@ -530,6 +576,9 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("cat", "stack"), cat),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), layer_norm),
     "native_group_norm": group_norm,
+    **dict.fromkeys(("index", "index_select"), index),
+    **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), sequence),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), shuffle),
     "constant_pad_nd": pad,
     "glu": glu,
     **dict.fromkeys(("embedding", "_embedding_bag"), embedding),

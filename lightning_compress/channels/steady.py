@@ -50,5 +50,5 @@ def steady() -> Iterator[None]:
         random.seed(0)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(0)
-        with _Constant():
+        with _Constant():  # type: ignore[no-untyped-call]
             yield

@@ -125,6 +125,14 @@ class Tracer(TorchDispatchMode):
         """The module that runs, as an error names it."""
         return f"`{self.path}`" if self.path else "the model's forward"
 
+    def _expanded(self, tensor: Tensor, out: Tensor) -> None:
+        """What was made as long as some width, such as a mask for every head, goes with whatever it meets."""
+        factors = []
+        for dim in range(1, out.dim()):  # the first is the batch
+            if tensor.shape[dim] == 1 < out.shape[dim]:
+                factors.append(spread(out.shape[dim], self.atoms.new(out.shape[dim]), dim, out.dim()))
+        self.set(out, tuple(factors))
+
     def costs(self, macs: int, *widths: Tensor | None) -> None:
         """Note what an operator costs, and the widths that it is proportional to."""
         if self.counting:
@@ -174,6 +182,8 @@ class Tracer(TorchDispatchMode):
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(self.labels(tensor) for tensor in tensors):
             rule_for(func)(self, func, args, kwargs, out)
+        elif func is torch.ops.aten.expand.default and args[0].dim() == out.dim():
+            self._expanded(args[0], out)
         elif self.counting and func._overloadpacket in flop_registry:
             self.macs += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
         return out
@@ -214,7 +224,7 @@ def following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(enter(clean_name(name))))
         handles.append(module.register_forward_hook(lambda *_: void(tracer.stack.pop()), always_call=True))
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, nn.RNNBase):  # its hooks stay outside
             undo.append(opaque(tracer, module))
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,32 +44,46 @@ class Subject:
         cut_(twin, kept_slices(structure, keep), followed(structure, keep))
         return twin
 
-    def fault(self, structure: Structure, keep: Sequence[Tensor]) -> str:
+    def fault(self, structure: Structure, keep: Sequence[Tensor], exact: bool | None = None) -> str:
         """What is wrong with the model without the units that don't stay; empty if nothing is.
 
         Args:
             structure: of the model.
             keep: for each group what stays, bool ``(size,)``.
+            exact: whether the outputs have to be the same; by default, if nothing is computed across these units.
         """
+        if exact is None:
+            pairs = zip(structure.groups, keep, strict=True)
+            exact = not any(group.spanned and not bool(kept.all()) for group, kept in pairs)
         try:
-            cut, zeroed = self.cut(structure, keep), self.copy(self.model)
-            zero_(zeroed, kept_slices(structure, keep))
-            exact = all(
-                bool(kept.all()) or not group.spanned for group, kept in zip(structure.groups, keep, strict=True)
-            )
-            for run in self.runs:
-                with steady():
-                    one = list(tensors_in(run(cut)))
-                with steady():
-                    other = list(tensors_in(run(zeroed)))
-                if [leaf.shape for leaf in one] != [leaf.shape for leaf in other]:
-                    return "its outputs change their shape"
-                if exact and not all(map(_close, one, other)):
-                    return "what remains computes something else"
+            cut = self.cut(structure, keep)
+            narrow = [_outputs(run, cut) for run in self.runs]
+            if exact:
+                zeroed = self.copy(self.model)
+                zero_(zeroed, kept_slices(structure, keep))
+                whole = [_outputs(run, zeroed) for run in self.runs]
+            else:
+                whole = self._outputs
         except Exception as error:
             lines = str(error).splitlines() or [""]
             return f"the model doesn't run without some: {type(error).__name__}: {lines[0][:160]}"
+        for one, other in zip(narrow, whole, strict=True):
+            if [leaf.shape for leaf in one] != [leaf.shape for leaf in other]:
+                return "its outputs change their shape"
+            if exact and not all(map(_close, one, other)):
+                return "what remains computes something else"
         return ""
+
+    @cached_property
+    def _outputs(self) -> list[list[Tensor]]:
+        """Of the model as it is."""
+        twin = self.copy(self.model)
+        return [_outputs(run, twin) for run in self.runs]
+
+
+def _outputs(run: Run, model: nn.Module) -> list[Tensor]:
+    with steady():
+        return list(tensors_in(run(model)))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

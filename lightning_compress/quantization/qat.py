@@ -122,6 +122,8 @@ class QuantizationAwareTraining(CompressionCallback):
         self._freeze(pl_module)
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        for other in structure.callbacks_of(pl_module).values():
+            other.settle_structure(trainer, pl_module, batch, batch_idx)
         log = CallLog()
         for seen in look(trainer, pl_module, batch, batch_idx, record_calls):
             log.merge(seen)

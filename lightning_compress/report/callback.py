@@ -222,8 +222,7 @@ def _without_helpers(model: nn.Module) -> nn.Module:
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
+    # Another object that shares its memory: the original may lose channels before the copy is measured.
     moved = tensor.detach().cpu()
     return nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
