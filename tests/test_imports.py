@@ -16,6 +16,7 @@ MAY_IMPORT_LIGHTNING = {
     "callback.py",
     "window.py",
     "cli.py",
+    "channels/callback.py",
     "pruning/callback.py",
     "quantization/qat.py",
     "quantization/ptq.py",

@@ -67,7 +67,7 @@ class Sizes:
         for cost in self.structure.costs:
             share = float(cost.macs)
             for groups, units in cost.widths:
-                share *= float(width_kept(groups, units, keep).float().mean())
+                share *= float(width_kept(groups, units, keep).double().mean())
             total += share
         return total
 
@@ -85,7 +85,7 @@ class Sizes:
     def channels(self, keep: Sequence[Tensor]) -> float:
         """Channels of the groups."""
         groups = self.structure.groups
-        return float(sum(group.width * float(kept.float().mean()) for group, kept in zip(groups, keep, strict=True)))
+        return float(sum(group.width * float(kept.double().mean()) for group, kept in zip(groups, keep, strict=True)))
 
 
 @dataclass(frozen=True)

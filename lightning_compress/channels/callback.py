@@ -19,8 +19,8 @@ from lightning_compress import structure
 from lightning_compress.callback import CompressionCallback, make_probe, rebuild_ddp
 from lightning_compress.channels.budget import Budget
 from lightning_compress.channels.explore import explore
-from lightning_compress.channels.groups import Structure
-from lightning_compress.channels.importance import taylor_step
+from lightning_compress.channels.groups import Run, Structure
+from lightning_compress.channels.importance import rank, taylor_step
 from lightning_compress.channels.plan import (
     Baseline,
     RemovalPlan,
@@ -29,10 +29,11 @@ from lightning_compress.channels.plan import (
     make_plan,
     make_recipe,
 )
-from lightning_compress.channels.remove import cut_, named_tensors
+from lightning_compress.channels.regularize import regularize_
+from lightning_compress.channels.remove import cut_, modules_of, named_tensors
 from lightning_compress.channels.steady import steady
-from lightning_compress.channels.trial import Run, Subject
-from lightning_compress.errors import CompressionError, NoEffectWarning
+from lightning_compress.channels.trial import Subject
+from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
 from lightning_compress.inputs import run_step
 from lightning_compress.optimizers import Cut, resize_state_
 from lightning_compress.pruning.budget import Scope
@@ -70,6 +71,9 @@ class ChannelPruning(CompressionCallback):
         min_layer_channels: no layer keeps a smaller fraction of its channels.
         round_to: keep a multiple of this in each layer; by default of 8 in layers of 32 channels and more, or of less
             where that misses the budget.
+        regularization: strength of a penalty that draws the least important units of each group to zero until the last
+            channels have left: see `regularize_`. Give it time with a schedule such as ``Steps([0.0, 1.0], [0.0,
+            1.0])``, by which all leave when the window ends.
         seed: of ``importance="random"``; the global generators aren't touched.
 
     Raises:
@@ -105,12 +109,16 @@ class ChannelPruning(CompressionCallback):
         overrides: Mapping[str, float] | None = None,
         min_layer_channels: float = 0.1,
         round_to: int | None = None,
+        regularization: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(window)
         self.recipe = make_recipe(channels, params, macs, latency, importance, scope, targets, overrides,
                                   min_layer_channels, round_to, seed)  # fmt: skip
+        if isinstance(regularization, bool) or not isinstance(regularization, (int, float)) or regularization < 0:
+            raise invalid("regularization", "be a number, at least 0", regularization, "Usual values: 1e-4 to 1e-2.")
         self.schedule = schedule
+        self.regularization = regularization
         self.plans: list[RemovalPlan] = []
         """What was removed in this fit."""
         self._baseline: Baseline | None = None
@@ -132,17 +140,16 @@ class ChannelPruning(CompressionCallback):
             return
         self._refuse_overlap(trainer, at_start=False)
         self.plans, self._seen, self._waits, self._batch = [], None, None, None
-        self._asked = 0.0
-        if self._model is None or self._model() is not pl_module:
+        restored = structure.restored_state(pl_module, self.state_key)
+        if restored is not None or self._model is None or self._model() is not pl_module:
             self._model = weakref.ref(pl_module)
             self._forget()
-            restored = structure.restored_state(pl_module, self.state_key)
             if restored is not None:
                 self._take(restored)
 
     def _forget(self) -> None:
         self._baseline, self._remaining, self._macs, self._taylor, self._missed = None, 1.0, 1.0, {}, ""
-        self._goal, self._latency = None, None
+        self._asked, self._goal, self._latency = 0.0, None, None
 
     def _refuse_overlap(self, trainer: pl.Trainer, at_start: bool) -> None:
         """Raise where quantization would begin before the last channels have left."""
@@ -153,7 +160,8 @@ class ChannelPruning(CompressionCallback):
             if not isinstance(other, QuantizationAwareTraining):
                 continue
             if at_start:
-                overlap = other.window.bounds(*fit_length(trainer)).start < self._last_step()
+                bounds = other._bounds or other.window.bounds(*fit_length(trainer))
+                overlap = bounds.start < self._last_step()
             else:
                 overlap = other.window.unit == self.window.unit and other.window.start < self._last_place()
             if overlap:
@@ -173,7 +181,6 @@ class ChannelPruning(CompressionCallback):
         return self.bounds.start if isinstance(self.schedule, OneShot) else self.bounds.end
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_module(pl_module)
         self.recipe.targets.check_patterns(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -184,7 +191,7 @@ class ChannelPruning(CompressionCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.settle_structure(trainer, pl_module, batch, batch_idx)
-        if self._sees_gradients and self._seen is None:
+        if self._needs_groups and self._seen is None:
             self._seen = explore(_Look(trainer, pl_module, batch, batch_idx).subject)
         # Only where it may be needed: a step may change or empty what it is given.
         if self.bounds.is_due(self._step + 1, self.window.every_n_steps) and self._asks(
@@ -198,8 +205,9 @@ class ChannelPruning(CompressionCallback):
             self._remove(trainer, pl_module, (batch, batch_idx), progress)
 
     @property
-    def _sees_gradients(self) -> bool:
-        return self.recipe.importance == "taylor" and self._step < self._last_step()
+    def _needs_groups(self) -> bool:
+        """Whether something is done with each gradient until the last channels have left."""
+        return (self.recipe.importance == "taylor" or self.regularization > 0) and self._step < self._last_step()
 
     def _asks(self, progress: float | None) -> bool:
         """Whether the schedule asks for enough to be worth a plan."""
@@ -210,8 +218,17 @@ class ChannelPruning(CompressionCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._sees_gradients and self._seen is not None:
-            taylor_step(self._seen.groups, named_tensors(pl_module), self._taylor)
+        if not self._needs_groups or self._seen is None:
+            return
+        tensors, groups = named_tensors(pl_module), self._seen.groups
+        if self.recipe.importance == "taylor":
+            taylor_step(groups, tensors, self._taylor)
+        if self.regularization > 0 and self._step >= self.bounds.start:
+            stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
+            ranked = rank(
+                groups, tensors, modules_of(pl_module), self.recipe.importance, self._taylor, self.recipe.seed
+            )
+            regularize_(groups, tensors, ranked, self.regularization, stepped)
 
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
         if not self._asks(progress):
@@ -225,6 +242,7 @@ class ChannelPruning(CompressionCallback):
     def _remove(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Any, int], progress: float
     ) -> None:
+        check_module(pl_module)
         self._asked = self.schedule.value(progress, 1.0)
         look = _Look(trainer, pl_module, *batch)
         plan = trainer.strategy.broadcast(self._plan(look))
@@ -341,14 +359,27 @@ class ChannelPruning(CompressionCallback):
             "goal": self._goal,
             "latency": self._latency,
             "taylor": self._taylor,
+            "settings": self._settings,
         }
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        """What a checkpoint's progress holds for."""
+        return {"budget": repr(self.recipe.budget), "schedule": repr(self.schedule), "window": repr(self.window)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._asked = state_dict["asked"]
         self._take(state_dict)
+        saved = state_dict["settings"]
+        changed = [f"{name}={saved[name]}" for name, value in self._settings.items() if saved.get(name, value) != value]
+        if changed:
+            rank_zero_warn(
+                f"ChannelPruning: this checkpoint was written with other settings: {', '.join(changed)}. Its window "
+                "and step go on. For a new window, load it with load_compressed(path, model) and fit that."
+            )
 
     def _take(self, state: Mapping[str, Any]) -> None:
+        self._asked = state["asked"]
         self._baseline = None if state["baseline"] is None else Baseline(**state["baseline"])
         self._remaining, self._macs = state["remaining"], state["macs"]
         self._goal, self._latency, self._taylor = state["goal"], state["latency"], dict(state["taylor"])
@@ -400,7 +431,9 @@ class _Look:
             )
         for number, callback in guests(trainer, pl_module).items():
             self.host.add_module(f"{_GUEST}{number}", copy.deepcopy(callback.objective.adapters))
-            self.runs.append(partial(self._compare, callback, f"{_GUEST}{number}", self.runs[-1]))
+            compare: Any = partial(self._compare, callback, f"{_GUEST}{number}", self.runs[-1])
+            compare.reason = "a distillation loss holds it against the teacher"
+            self.runs.append(compare)
 
     def _probe(self, module: Any) -> pl.LightningModule:
         return make_probe(self.trainer, module)

@@ -83,7 +83,7 @@ class _Explorer:
 
     def _look(self) -> Structure:
         twin = self.subject.copy(self.model)
-        return find_structure(twin, [lambda run=run: run(twin) for run in self.subject.runs], self.choices)  # type: ignore[misc]
+        return find_structure(twin, self.subject.runs, self.choices)
 
     @staticmethod
     def _lives(structure: Structure, groups: Iterable[int]) -> bool:

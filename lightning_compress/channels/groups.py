@@ -19,7 +19,8 @@ from lightning_compress.channels.steady import steady
 from lightning_compress.channels.tracer import Product, Size, Tracer, following
 from lightning_compress.targets import clean_name, compressible_modules
 
-Run = Callable[[], Any]
+Run = Callable[[nn.Module], Any]
+"""Calls a model, or a copy of it, and returns what it puts out. A ``reason`` on it says why that keeps its size."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,7 @@ def find_structure(model: nn.Module, runs: Sequence[Run], choices: Mapping[str, 
     with steady(), following(tracer, model):
         for number, run in enumerate(runs):
             tracer.counting = number == 0
-            out = run()
-            tracer.pin(list(tensors_in(out)), "an output")
+            tracer.pin(list(tensors_in(run(model))), getattr(run, "reason", "an output"))
     return _read(tracer, model, tensors)
 
 

@@ -91,7 +91,8 @@ def _group_scores(
 
 def by_unit(values: Tensor, member: Member, size: int) -> Tensor:
     """Sums of a tensor's values over each unit's slices, float64 ``(size,)``."""
-    sums = values.double().movedim(member.dim, 0).reshape(values.shape[member.dim], -1).sum(1).cpu()
+    others = [dim for dim in range(values.dim()) if dim != member.dim]
+    sums = (values.sum(others, dtype=torch.float64) if others else values.double()).cpu()
     mine = member.units >= 0
     return torch.zeros(size, dtype=torch.float64).index_add_(0, member.units[mine], sums[mine])
 

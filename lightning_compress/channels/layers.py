@@ -68,7 +68,8 @@ def settle_(layer: Any, groups: int | None = None) -> None:
     elif isinstance(layer, nn.PReLU):
         layer.num_parameters = len(layer.weight)
     elif isinstance(layer, nn.RNNBase):
-        layer.input_size, layer.hidden_size = layer.weight_ih_l0.shape[1], layer.weight_hh_l0.shape[1]
+        first: Any = layer
+        layer.input_size, layer.hidden_size = first.weight_ih_l0.shape[1], first.weight_hh_l0.shape[1]
         layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
         layer.flatten_parameters()
 

@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 
 from lightning_compress.channels.budget import Budget, Limits, Scope, Sizes, choose, make_budget
 from lightning_compress.channels.explore import explore
-from lightning_compress.channels.groups import Group, Structure
+from lightning_compress.channels.groups import Group, Run, Structure
 from lightning_compress.channels.importance import check_importance, rank, taylor_step
 from lightning_compress.channels.remove import check_shapes, cut_, modules_of, named_tensors
 from lightning_compress.channels.slices import followed, kept_slices
 from lightning_compress.channels.steady import steady
-from lightning_compress.channels.trial import Run, Subject
+from lightning_compress.channels.trial import Subject
 from lightning_compress.channels.turns import latency_ratio
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.inputs import bind_example
@@ -386,7 +386,7 @@ class _Search:
         for step in steps:  # the coarsest that meets the budget
             limits = _limits(self.structure.groups, self.recipe, self.baseline, step)
             keep = choose(self._ranked, limits, cost, target, self.recipe.scope)
-            if abs(cost(keep) - target) <= _TOLERANCE[kind] * getattr(self.baseline, kind):
+            if abs(cost(keep) - target) <= _TOLERANCE[kind] * target:
                 break
         return keep
 
@@ -415,7 +415,7 @@ class _Search:
             for masks in (every, keep)
         )
         rows = tuple(
-            PlanRow(group.layers, group.width, round(group.width * float(mask.float().mean())), group.spanned)
+            PlanRow(group.layers, group.width, round(group.width * float(mask.double().mean())), group.spanned)
             for group, mask in zip(self.structure.groups, keep, strict=True)
         )
         return RemovalPlan(
@@ -434,7 +434,7 @@ class _Search:
         kind, wanted = self.recipe.budget.kind, self.recipe.budget.fraction
         reached = latency if kind == "latency" else getattr(after, kind) / getattr(self.baseline, kind)
         tolerance = _TOLERANCE[kind]
-        if reached is None or abs(reached - wanted) <= tolerance * (wanted if kind == "latency" else 1.0):
+        if reached is None or abs(reached - wanted) <= tolerance * wanted:
             return ""
         return (
             f"The budget is missed: {kind}={wanted} was asked for, {reached:.3f} is nearest. Allow more with "

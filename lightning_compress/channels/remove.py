@@ -15,7 +15,7 @@ from lightning_compress.optimizers import Cut, Kept, resize_
 from lightning_compress.targets import clean_name
 
 RECORD = "_removed_channels"
-"""Where a cut module keeps what a checkpoint must say of it: plain data, carried by deep copies and pickles."""
+"""Where a cut layer keeps what a checkpoint must say of it: plain data, carried by deep copies and pickles."""
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -84,22 +84,32 @@ def set_numbers_(model: nn.Module, numbers: Mapping[str, int]) -> None:
 
 
 def _note_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, int]) -> None:
-    """Write down what tensors and numbers were before the first cut, and what they are after this one."""
-    tensors = named_tensors(model)
+    """Write down what tensors and numbers were before the first cut, and what they are after this one.
+
+    On the module that owns them, so that a part that is taken out knows of itself.
+    """
     modules = modules_of(model)
-    record: dict[str, Any] = model.__dict__.setdefault(RECORD, {"shapes": {}, "numbers": {}, "buffers": {}})
+    tensors = named_tensors(model)
     held = set(map(clean_name, model.state_dict()))
     for name, dims in kept.items():
+        path, _, own = name.rpartition(".")
+        record = _record(modules[path])
         before = list(tensors[name].shape)
         after = [len(dims[dim]) if dim in dims else size for dim, size in enumerate(before)]
-        record["shapes"][name] = [record["shapes"].get(name, [before])[0], after]
+        record["shapes"][own] = [record["shapes"].get(own, [before])[0], after]
         if name not in held and not isinstance(tensors[name], nn.Parameter):
-            entry = record["buffers"].setdefault(name, {"kept": {}, "whole": tensors[name].clone()})
+            entry = record["buffers"].setdefault(own, {"kept": {}, "whole": tensors[name].clone()})
             for dim, indices in dims.items():
                 entry["kept"][dim] = entry["kept"][dim][indices] if dim in entry["kept"] else indices
     for full, value in numbers.items():
-        path, _, name = full.rpartition(".")
-        record["numbers"][full] = [record["numbers"].get(full, [getattr(modules[path], name)])[0], value]
+        path, _, own = full.rpartition(".")
+        record = _record(modules[path])
+        record["numbers"][own] = [record["numbers"].get(own, [getattr(modules[path], own)])[0], value]
+
+
+def _record(module: nn.Module) -> dict[str, Any]:
+    record: dict[str, Any] = module.__dict__.setdefault(RECORD, {"shapes": {}, "numbers": {}, "buffers": {}})
+    return record
 
 
 @torch.no_grad()

@@ -172,10 +172,14 @@ def index(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any
         if dims & set(varying(factor)):
             tracer.atoms.pin(factor, f"its places are numbered in {tracer.where()}")
         else:
-            factors.append(functional(factor.expand(x.shape), *rest, **kwargs))
+            factors.append(functional(factor.expand(x.shape), *pytree.tree_map(_on_cpu, rest), **kwargs))
     for places in rest:
         tracer.pin(places, f"a number of places in {tracer.where()}")
     tracer.set(out, tuple(factors))
+
+
+def _on_cpu(leaf: Any) -> Any:
+    return leaf.cpu() if isinstance(leaf, Tensor) else leaf
 
 
 def sequence(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:

@@ -8,20 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.channels.groups import Structure
+from lightning_compress.channels.groups import Run, Structure
 from lightning_compress.channels.outputs import tensors_in
 from lightning_compress.channels.remove import cut_, zero_
 from lightning_compress.channels.slices import followed, kept_slices
 from lightning_compress.channels.steady import steady
 from lightning_compress.quantization.calls import copy_module
-
-Run = Callable[[nn.Module], Any]
-"""Calls a model, or a copy of it, and returns what it puts out."""
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ empty if nothing was removed."""
 
 def record_of(model: nn.Module) -> Record:
     """What was removed from ``model`` or parts of it, as plain data."""
-    record: Record = {}
+    record: Record = {"shapes": {}, "numbers": {}, "buffers": {}}
     for path, module in model.named_modules():
         prefix = f"{clean_name(path)}." if path else ""
         for kind, entries in module.__dict__.get(RECORD, {}).items():
-            mine = record.setdefault(kind, {})
             for name, entry in entries.items():
-                mine[prefix + name] = _plain(entry) if kind == "buffers" else list(entry)
-    return record
+                record[kind][prefix + name] = _plain(entry) if kind == "buffers" else list(entry)
+    return record if record["shapes"] else {}
 
 
 def _plain(entry: Mapping[str, Any]) -> dict[int, list[int]]:
@@ -37,7 +36,8 @@ def _plain(entry: Mapping[str, Any]) -> dict[int, list[int]]:
 
 def fits(model: nn.Module, record: Record) -> bool:
     """Whether the model has the widths that a record tells of, and no others."""
-    return record_of(model) == record
+    mine = record_of(model)
+    return not (mine or record) or mine == record
 
 
 def take_widths_(model: nn.Module, record: Record) -> None:
@@ -63,6 +63,7 @@ def take_widths_(model: nn.Module, record: Record) -> None:
     numbers = {name: before for name, (before, _) in mine.get("numbers", {}).items()}
     numbers.update({name: now for name, (_, now) in record.get("numbers", {}).items()})
     whole = _whole_buffers(model)
+    before_of = {name: tensors[name].detach().clone() for name in record.get("buffers", {}) if name not in whole}
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) == shape and name not in whole:
             continue
@@ -72,15 +73,15 @@ def take_widths_(model: nn.Module, record: Record) -> None:
         assign_(tensors[name], value)
     set_numbers_(model, numbers)
     _forget_(model)
-    if record:
-        model.__dict__[RECORD] = {
-            "shapes": {name: list(map(list, shapes)) for name, shapes in record.get("shapes", {}).items()},
-            "numbers": {name: list(values) for name, values in record.get("numbers", {}).items()},
-            "buffers": {
-                name: {"kept": {int(d): torch.tensor(i) for d, i in kept.items()}, "whole": whole.get(name)}
-                for name, kept in record.get("buffers", {}).items()
-            },
-        }
+    modules = modules_of(model)
+    for kind, entries in record.items():
+        for full, entry in entries.items():
+            path, _, own = full.rpartition(".")
+            mine = modules[path].__dict__.setdefault(RECORD, {"shapes": {}, "numbers": {}, "buffers": {}})
+            mine[kind][own] = list(entry)
+            if kind == "buffers":
+                kept = {int(dim): torch.tensor(indices) for dim, indices in entry.items()}
+                mine[kind][own] = {"kept": kept, "whole": whole.get(full, before_of.get(full))}
 
 
 def _whole_buffers(model: nn.Module) -> dict[str, Tensor]:

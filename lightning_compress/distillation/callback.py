@@ -14,6 +14,7 @@ from lightning_compress.callback import make_probe, refuse_strategy
 from lightning_compress.distillation.check import closeness
 from lightning_compress.distillation.features import drop_taps_, find_layer
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, SoftTarget
+from lightning_compress.distillation.made import EMATeacher
 from lightning_compress.distillation.objective import Objective, sum_terms
 from lightning_compress.distillation.outputs import find_logits
 from lightning_compress.distillation.ramps import TASK, Ramp
@@ -255,11 +256,15 @@ class Distillation(Teaching):
             features = {
                 name: taps[str(loss.student_layer)]
                 for name, loss in self.objective.losses.items()
-                if isinstance(loss, FeatureLoss) and loss.adapts and not loss.pairs
+                if isinstance(loss, FeatureLoss) and loss.adapts and not loss.pairs and not self._shrinks_with(loss)
             }
         taps.detach(student)
         known = dict(adapters.named_children())
         return [known[name](one) if name in known else one for name, one in features.items()]
+
+    def _shrinks_with(self, loss: FeatureLoss) -> bool:
+        """Whether the teacher loses the very channels that the student loses."""
+        return isinstance(self.objective.teacher.given, EMATeacher) and loss.student_layer == loss.teacher_layer
 
     # The work.
 

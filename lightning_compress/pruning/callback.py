@@ -311,11 +311,15 @@ class ScheduledPruning(CompressionCallback):
             kind: {name: cut.of(name, one) for name, one in held.items()} for kind, held in self._pruner.carried.items()
         }
         if self._given is not None:
-            self._given = {name: cut.of(name, mask) for name, mask in self._given.items()}
+            self._given = {name: cut.of(name, mask) for name, mask in self._given.items()}  # a mask file's
         if self._kept is not None:
             self._kept = rewinding.cut_kept(self._kept, trainer.optimizers, cut)
-        self._pruner = Pruner(self.recipe, pl_module, masks)
-        self._pruner.resume(**carried)
+        self._pruner = Pruner(self.recipe, pl_module, {})
+        lost = [name for name in masks if name not in self._pruner.weights]
+        if lost:
+            rank_zero_warn(f"ScheduledPruning: without its channels, {', '.join(lost)} can't be pruned any more.")
+        self._pruner.masks = {name: mask for name, mask in masks.items() if name not in lost}
+        self._pruner.resume(**{kind: _without(held, lost) for kind, held in carried.items()})
         self._first = True  # norms are to be looked for again
         progress = None if self._bounds is None else self._bounds.progress(self._step)
         if progress is not None and self._given is None:
@@ -379,6 +383,10 @@ class ScheduledPruning(CompressionCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_model": None, "_masks": self.masks, "_pruner": None}
+
+
+def _without(held: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in held.items() if name not in names}
 
 
 def _is_dry(trainer: Any) -> bool:
