@@ -29,6 +29,7 @@ class Atoms:
         self._ties: list[tuple[Tensor, Tensor]] = []
         self._pins: list[tuple[Tensor, str]] = []
         self._spans: list[tuple[Tensor, str]] = []
+        self._lasting: list[Tensor] = []
 
     def new(self, size: int) -> Tensor:
         """Fresh atoms, int64 ``(size,)``."""
@@ -45,9 +46,17 @@ class Atoms:
         """Let atoms stay for ever."""
         self._pins.append((atoms.reshape(-1), reason))
 
-    def span(self, atoms: Tensor, reason: str) -> None:
-        """Note that something is computed across these atoms, so that one that goes changes what the others do."""
+    def span(self, atoms: Tensor, reason: str, lasting: bool = False) -> None:
+        """Note that something is computed across these atoms, so that one that goes changes what the others do.
+
+        Args:
+            atoms: of the width.
+            reason: what is computed.
+            lasting: whether that may go unseen on an example: a maximum, of which zeros needn't be part.
+        """
         self._spans.append((atoms.reshape(-1), reason))
+        if lasting:
+            self._lasting.append(atoms.reshape(-1))
 
     def resolve(self) -> Units:
         """What is tied to what."""
@@ -64,7 +73,8 @@ class Atoms:
             spanned.update(dict.fromkeys(unit[atoms].unique().tolist(), reason))
         fixed.pop(FIXED, None)
         loose = unit.masked_fill(torch.isin(unit, torch.tensor([*fixed], dtype=torch.int64)), FIXED)
-        return Units(unit, loose, fixed, spanned)
+        lasting = {one for atoms in self._lasting for one in unit[atoms].unique().tolist()}
+        return Units(unit, loose, fixed, spanned, lasting)
 
 
 @dataclass(frozen=True)
@@ -76,12 +86,14 @@ class Units:
         loose: the same, with `FIXED` for what must stay.
         fixed: units that must stay, with the reason.
         spanned: units that something is computed across, with what does so.
+        lasting: those of them where an example needn't show it.
     """
 
     all: Tensor
     loose: Tensor
     fixed: dict[int, str]
     spanned: dict[int, str]
+    lasting: set[int]
 
     def of(self, atoms: Tensor) -> Tensor:
         """The units of some atoms; `FIXED` where they must stay."""

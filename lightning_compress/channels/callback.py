@@ -292,7 +292,7 @@ class ChannelPruning(CompressionCallback):
         return replace(plan, fixed=fixed)
 
     def _on_the_way(self, final: float) -> float:
-        return 1.0 - self._asked * (1.0 - final)
+        return final if self._asked >= 1.0 else 1.0 - self._asked * (1.0 - final)
 
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: RemovalPlan) -> None:
         """Cut the module and all that rides on it."""

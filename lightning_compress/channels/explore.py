@@ -153,7 +153,7 @@ class _Explorer:
 
     def _exact(self, structure: Structure, group: Group) -> Group:
         """The group, not spanned if what runs across it is read by nobody."""
-        if group.spanned and not self._fault(structure, [group], exact=True):
+        if group.spanned and not group.lasting and not self._fault(structure, [group], exact=True):
             return replace(group, spanned="")
         return group
 

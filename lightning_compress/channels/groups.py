@@ -49,12 +49,14 @@ class Group:
         members: the dimensions that shrink with it.
         layers: paths of the layers that make these channels.
         spanned: what is computed across its units, if something is; then removal isn't exact.
+        lasting: whether it stays spanned, even where an example doesn't show it.
     """
 
     size: int
     members: tuple[Member, ...]
     layers: tuple[str, ...]
     spanned: str = ""
+    lasting: bool = False
 
     @property
     def name(self) -> str:
@@ -196,7 +198,8 @@ def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> St
         ]
         layers = dict.fromkeys(_called(modules, one.name) for one in weights if one.makes)
         spanned = next((units.spanned[unit] for unit in mine if unit in units.spanned), "")
-        made.append(Group(len(mine), tuple(members), tuple(layers), spanned))
+        lasting = not units.lasting.isdisjoint(mine)
+        made.append(Group(len(mine), tuple(members), tuple(layers), spanned, lasting))
     fixed = dict[str, str]()
     for (name, dim), atoms in along.items():
         roots = units.all[atoms].unique().tolist()
@@ -245,7 +248,7 @@ def _makes(modules: Mapping[str, nn.Module], name: str, dim: int, tensor: Tensor
         return dim == 1
     if isinstance(module, _ConvTransposeNd) and tensor.dim() > 1:
         return dim == 1
-    if isinstance(module, (nn.Linear, nn.RNNBase, nn.MultiheadAttention, _ConvNd)):
+    if isinstance(module, (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, _ConvNd)):
         return dim == 0
     return dim == tensor.dim() - 1
 

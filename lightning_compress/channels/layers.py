@@ -23,6 +23,7 @@ STANDARD = (
     nn.GroupNorm,
     nn.PReLU,
     nn.RNNBase,
+    nn.RNNCellBase,
     nn.MultiheadAttention,
 )
 """Layers that say in their tensors' shapes what they are."""
@@ -72,6 +73,8 @@ def settle_(layer: Any, groups: int | None = None) -> None:
         layer.input_size, layer.hidden_size = first.weight_ih_l0.shape[1], first.weight_hh_l0.shape[1]
         layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
         layer.flatten_parameters()
+    elif isinstance(layer, nn.RNNCellBase):
+        layer.hidden_size, layer.input_size = layer.weight_hh.shape[1], layer.weight_ih.shape[1]
 
 
 Normed = list[tuple[Tensor, Tensor, int, Tensor]]

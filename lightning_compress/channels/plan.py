@@ -269,16 +269,17 @@ def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
         twin.train()
         return twin(*args, **kwargs)
 
+    twin = copy_module(model)
     try:
         with steady():
-            evaluate(copy_module(model))
+            evaluate(twin)
     except Exception as error:  # it is the user's
         raise CompressionError(
             f"`inputs` must be what {type(model).__name__} runs on. Received: {type(error).__name__}: {error}."
         ) from error
     try:
         with steady():
-            train(copy_module(model))
+            train(twin)
     except Exception:
         return [evaluate]  # it wants targets too, or a BatchNorm gets a single value
     return [evaluate, train]
@@ -339,7 +340,7 @@ def make_plan(
 
 def _faulty(subject: Subject, structure: Structure, keep: Sequence[Tensor]) -> dict[int, str]:
     """The groups that can't be cut as planned, with the reason; all that are cut, where only together they can't."""
-    together = subject.fault(structure, keep)
+    together = subject.fault(structure, keep, runs=1)  # in the others every group was tried by `explore`
     if not together:
         return {}
     cut = [number for number, kept in enumerate(keep) if not bool(kept.all())]

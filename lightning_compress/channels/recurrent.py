@@ -1,4 +1,4 @@
-"""Recurrent layers are followed as wholes: one hidden width through all gates, layers and directions."""
+"""Recurrent layers and cells are followed as wholes: one hidden width through all gates, layers and directions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_compress.channels.outputs import tensors_in
 from lightning_compress.channels.tracer import Size, Tracer, spread
 
+Recurrent = nn.RNNBase | nn.RNNCellBase
 
-def opaque(tracer: Tracer, layer: nn.RNNBase) -> Callable[[], None]:
+
+def opaque(tracer: Tracer, layer: Recurrent) -> Callable[[], None]:
     """Let a recurrent layer run out of the tracer's sight, which is told what its widths are; returns the way back."""
     own = layer.forward
 
@@ -26,10 +29,9 @@ def opaque(tracer: Tracer, layer: nn.RNNBase) -> Callable[[], None]:
     return lambda: layer.__dict__.pop("forward", None)
 
 
-def _follow(tracer: Tracer, layer: nn.RNNBase, x: Any, state: Any, out: Any) -> None:
+def _follow(tracer: Tracer, layer: Recurrent, x: Any, state: Any, out: Any) -> None:
     data = x.data if isinstance(x, PackedSequence) else x
-    output, last = out
-    if layer.proj_size:
+    if getattr(layer, "proj_size", 0):
         tracer.pin((data, list(layer.parameters()), state), f"a projected recurrent state, in {tracer.where()}")
         return
     hidden = _hidden(tracer, layer, data)
@@ -39,14 +41,13 @@ def _follow(tracer: Tracer, layer: nn.RNNBase, x: Any, state: Any, out: Any) -> 
             tracer.atoms.tie(tracer.along(one, -1), hidden)  # type: ignore[arg-type]
         else:  # made by whoever called, perhaps by a number that follows: the trial will tell
             tracer.sizes.append(Size(tracer.stack[-2], layer.hidden_size, hidden))
-    output = output.data if isinstance(output, PackedSequence) else output
-    width = hidden.repeat(2 if layer.bidirectional else 1)
-    tracer.set(output, (spread(output.shape[-1], width, output.dim() - 1, output.dim()),))
-    for one in (last,) if isinstance(last, Tensor) else last:
-        tracer.set(one, (spread(one.shape[-1], hidden, one.dim() - 1, one.dim()),))
+    features = [one for one in tensors_in(out) if one.is_floating_point()]  # a packed sequence holds more
+    for one in features:  # that of two directions stands side by side
+        width = hidden.repeat(one.shape[-1] // len(hidden))
+        tracer.set(one, (spread(one.shape[-1], width, one.dim() - 1, one.dim()),))
 
 
-def _hidden(tracer: Tracer, layer: nn.RNNBase, data: Tensor) -> Tensor:
+def _hidden(tracer: Tracer, layer: Recurrent, data: Tensor) -> Tensor:
     """The hidden atoms, tied through all weights of the layer."""
     size = layer.hidden_size
     hidden = tracer.atoms.new(size)
@@ -56,7 +57,7 @@ def _hidden(tracer: Tracer, layer: nn.RNNBase, data: Tensor) -> Tensor:
         if rows is not None:
             tracer.atoms.tie(rows.view(-1, size), hidden)
         columns = None
-        if name.startswith("weight_ih_l0"):
+        if name.startswith("weight_ih_l0") or name == "weight_ih":
             columns = tracer.same((data, -1), (weight, 1))
         elif name.startswith("weight"):
             columns = tracer.along(weight, 1)

@@ -27,6 +27,7 @@ _MOVES = {"permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "select
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "prod",
                "norm", "linalg_vector_norm", "logsumexp", "any", "all"}  # fmt: skip
 _SOFTMAX = {"_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp"}
+_ORDERED = {"amax", "amin", "max", "min", "prod", "any", "all"}
 _SPATIAL = ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample",
             "_upsample", "reflection_pad", "replication_pad", "grid_sampler", "fractional_max_pool")  # fmt: skip
 _BATCHNORM = ("native_batch_norm", "_native_batch_norm", "_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
@@ -180,6 +181,20 @@ def index(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any
 
 def _on_cpu(leaf: Any) -> Any:
     return leaf.cpu() if isinstance(leaf, Tensor) else leaf
+
+
+def scatter(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Places along one dimension are numbered; in the others, channels that meet are one."""
+    x, dim, _, source = args[:4]
+    if not isinstance(source, Tensor) or source.dim() != x.dim():
+        return unknown(tracer, func, args, kwargs, out)
+    operands = []
+    for tensor in (x, source):
+        if (numbered := tracer.along(tensor, dim)) is not None:
+            tracer.atoms.pin(numbered, f"its places are numbered in {tracer.where()}")
+        shape = tuple(1 if one == dim % x.dim() else size for one, size in enumerate(tensor.shape))
+        operands.append((shape, [factor for factor in tracer.labels(tensor) if factor.shape[dim] == 1]))
+    tracer.set(out, meet(tracer, operands))
 
 
 def sequence(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -463,7 +478,7 @@ def reduce(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: An
     factors = []
     for factor in tracer.labels(x):
         if gone & set(varying(factor)):
-            tracer.atoms.span(factor, f"`{name}` runs over it, in {tracer.where()}")
+            tracer.atoms.span(factor, f"`{name}` runs over it, in {tracer.where()}", lasting=name in _ORDERED)
             if set(varying(factor)) - gone:
                 tracer.atoms.pin(factor, f"`{name}` runs over a part of it, in {tracer.where()}")
             continue
@@ -581,6 +596,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), layer_norm),
     "native_group_norm": group_norm,
     **dict.fromkeys(("index", "index_select"), index),
+    **dict.fromkeys(("index_add", "index_copy", "scatter_add", "scatter_reduce", "scatter"), scatter),
     **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), sequence),
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), shuffle),
     "constant_pad_nd": pad,

@@ -224,7 +224,7 @@ def following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(enter(clean_name(name))))
         handles.append(module.register_forward_hook(lambda *_: void(tracer.stack.pop()), always_call=True))
-        if isinstance(module, nn.RNNBase):  # its hooks stay outside
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):  # its hooks stay outside
             undo.append(opaque(tracer, module))
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -40,26 +40,29 @@ class Subject:
         cut_(twin, kept_slices(structure, keep), followed(structure, keep))
         return twin
 
-    def fault(self, structure: Structure, keep: Sequence[Tensor], exact: bool | None = None) -> str:
+    def fault(
+        self, structure: Structure, keep: Sequence[Tensor], exact: bool | None = None, runs: int | None = None
+    ) -> str:
         """What is wrong with the model without the units that don't stay; empty if nothing is.
 
         Args:
             structure: of the model.
             keep: for each group what stays, bool ``(size,)``.
             exact: whether the outputs have to be the same; by default, if nothing is computed across these units.
+            runs: how many of the runs are tried; by default all.
         """
         if exact is None:
             pairs = zip(structure.groups, keep, strict=True)
             exact = not any(group.spanned and not bool(kept.all()) for group, kept in pairs)
         try:
             cut = self.cut(structure, keep)
-            narrow = [_outputs(run, cut) for run in self.runs]
+            narrow = [_outputs(run, cut) for run in self.runs[:runs]]
             if exact:
                 zeroed = self.copy(self.model)
                 zero_(zeroed, kept_slices(structure, keep))
-                whole = [_outputs(run, zeroed) for run in self.runs]
+                whole = [_outputs(run, zeroed) for run in self.runs[:runs]]
             else:
-                whole = self._outputs
+                whole = self._outputs[:runs]
         except Exception as error:
             lines = str(error).splitlines() or [""]
             return f"the model doesn't run without some: {type(error).__name__}: {lines[0][:160]}"
