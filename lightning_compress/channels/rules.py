@@ -19,7 +19,7 @@ _POINTWISE = {"hardswish", "log_sigmoid_forward", "where", "rsub", "native_dropo
               "_prelu_kernel", "rrelu_with_noise", "masked_fill"}  # fmt: skip
 _LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
 _KEEP = {"zero", "fill", "normal", "uniform", "bernoulli", "set"}
-_FRESH = {"new_zeros", "new_ones", "new_full", "new_empty", "_is_all_true", "_is_any_true", "_assert_async"}
+_CHECKS = {"_is_all_true", "_is_any_true", "_assert_async"}
 _VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 _MOVES = {"permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "select", "slice", "split", "unbind",
           "split_with_sizes", "flip", "roll", "repeat", "detach", "alias", "lift_fresh", "clone", "diagonal",
@@ -44,7 +44,7 @@ def rule_for(func: Any) -> Rule:
         return nothing
     if base in _RULES:
         return _RULES[base]
-    if base in _FRESH:
+    if base in _CHECKS:
         return nothing
     if base in _LIKE:
         return like

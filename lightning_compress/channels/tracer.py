@@ -7,7 +7,7 @@ What an operator isn't known to leave independent stays (`Atoms.pin`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +47,9 @@ class Size:
     path: str
     size: int
     labels: Tensor
+
+
+_FACTORIES = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"}
 
 
 class Tracer(TorchDispatchMode):
@@ -125,13 +128,15 @@ class Tracer(TorchDispatchMode):
         """The module that runs, as an error names it."""
         return f"`{self.path}`" if self.path else "the model's forward"
 
-    def _expanded(self, tensor: Tensor, out: Tensor) -> None:
+    def _made(self, tensor: Tensor, dims: Iterable[int]) -> None:
         """What was made as long as some width, such as a mask for every head, goes with whatever it meets."""
         factors = []
-        for dim in range(1, out.dim()):  # the first is the batch
-            if tensor.shape[dim] == 1 < out.shape[dim]:
-                factors.append(spread(out.shape[dim], self.atoms.new(out.shape[dim]), dim, out.dim()))
-        self.set(out, tuple(factors))
+        for dim in dims:
+            if (size := tensor.shape[dim]) > 1:
+                labels = self.atoms.new(size)
+                self.sizes.append(Size(self.path, size, labels))
+                factors.append(spread(size, labels, dim, tensor.dim()))
+        self.set(tensor, tuple(factors))
 
     def costs(self, macs: int, *widths: Tensor | None) -> None:
         """Note what an operator costs, and the widths that it is proportional to."""
@@ -180,10 +185,12 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(self.labels(tensor) for tensor in tensors):
+        if func.namespace == "aten" and func._schema.name.rpartition("::")[2] in _FACTORIES:
+            self._made(out, range(out.dim()))
+        elif any(self.labels(tensor) for tensor in tensors):
             rule_for(func)(self, func, args, kwargs, out)
-        elif func is torch.ops.aten.expand.default and args[0].dim() == out.dim():
-            self._expanded(args[0], out)
+        elif func is torch.ops.aten.expand.default:
+            self._made(out, [dim for dim in range(1, out.dim()) if not out.stride(dim)])  # the first is the batch
         elif self.counting and func._overloadpacket in flop_registry:
             self.macs += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
         return out
