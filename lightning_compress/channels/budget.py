@@ -133,7 +133,10 @@ def choose(
 
     if scope == "global":
         owner = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
-        everything = torch.cat(list(ranked)).argsort(stable=True)
+        # Ties are broken by the place within the group, so that no group pays for all.
+        places = torch.cat([torch.argsort(order).double() / len(order) for order in orders])
+        first = places.argsort(stable=True)
+        everything = first[torch.cat(list(ranked))[first].argsort(stable=True)]
         owners = owner[everything]
 
         def counts_at(removed: int) -> list[int]:
@@ -160,6 +163,7 @@ def choose(
 
 
 _STEPS = 2000
+_MOST_MOVES = 200
 
 
 def _fill(
@@ -170,18 +174,22 @@ def _fill(
     cost: Callable[[list[int]], float],
     target: float,
 ) -> list[int]:
-    """Give back one step at a time, the most important first, as long as that brings the cost nearer to its target."""
+    """Give back, or take, one step at a time as long as that brings the cost nearer to its target."""
     best, distance = counts, abs(cost(counts) - target)
-    while True:
-        steps = []
+    for _ in range(_MOST_MOVES):
+        moves = []
         for number, (count, limit, order) in enumerate(zip(best, limits, orders, strict=True)):
-            more = limit.nearest(count + limit.step, len(order))
-            if more > count:
-                steps.append((float(ranked[number][order[len(order) - more :]].min()), number, more))
-        for _, number, more in sorted(steps, reverse=True):
-            tried = [more if place == number else count for place, count in enumerate(best)]
+            size = len(order)
+            more, less = limit.nearest(count + limit.step, size), limit.nearest(count - limit.step, size)
+            if more > count:  # the most important first
+                moves.append((0, -float(ranked[number][order[size - more]]), number, more))
+            if less < count:  # the least important first
+                moves.append((1, float(ranked[number][order[size - count]]), number, less))
+        for _, _, number, moved in sorted(moves):
+            tried = [moved if place == number else count for place, count in enumerate(best)]
             if (off := abs(cost(tried) - target)) < distance:
                 best, distance = tried, off
                 break
         else:
-            return best
+            break
+    return best

@@ -22,9 +22,8 @@ from lightning_compress.channels.explore import explore
 from lightning_compress.channels.groups import Run, Structure
 from lightning_compress.channels.importance import rank, taylor_step
 from lightning_compress.channels.plan import (
-    Baseline,
+    Progress,
     RemovalPlan,
-    baseline_of,
     check_module,
     make_plan,
     make_recipe,
@@ -117,13 +116,13 @@ class ChannelPruning(CompressionCallback):
                                   min_layer_channels, round_to, seed)  # fmt: skip
         if isinstance(regularization, bool) or not isinstance(regularization, (int, float)) or regularization < 0:
             raise invalid("regularization", "be a number, at least 0", regularization, "Usual values: 1e-4 to 1e-2.")
+        if importance == "taylor" and window.start == 0 and schedule.value(0.0, 1.0) > 0:
+            raise invalid("window", "start later with importance='taylor', which needs gradients", window)
         self.schedule = schedule
         self.regularization = regularization
         self.plans: list[RemovalPlan] = []
         """What was removed in this fit."""
-        self._baseline: Baseline | None = None
-        self._remaining = 1.0
-        self._macs = 1.0
+        self._progress = Progress()
         self._goal: float | None = None
         self._latency: float | None = None
         self._asked = 0.0
@@ -148,7 +147,7 @@ class ChannelPruning(CompressionCallback):
                 self._take(restored)
 
     def _forget(self) -> None:
-        self._baseline, self._remaining, self._macs, self._taylor, self._missed = None, 1.0, 1.0, {}, ""
+        self._progress, self._taylor, self._missed = Progress(), {}, ""
         self._asked, self._goal, self._latency = 0.0, None, None
 
     def _refuse_overlap(self, trainer: pl.Trainer, at_start: bool) -> None:
@@ -246,12 +245,9 @@ class ChannelPruning(CompressionCallback):
         self._asked = self.schedule.value(progress, 1.0)
         look = _Look(trainer, pl_module, *batch)
         plan = trainer.strategy.broadcast(self._plan(look))
-        self._macs *= plan.after.macs / plan.before.macs
+        self._progress = self._progress.after(plan)
         self.plans.append(plan)
         self._apply(trainer, pl_module, plan)
-        kind, self._remaining = self.recipe.budget.kind, self._macs
-        if kind in ("params", "channels"):
-            self._remaining = getattr(plan.after, kind) / getattr(self._baseline, kind)
         if self._asked >= 1.0:
             rank_zero_info(f"ChannelPruning, after step {self._step}:\n{plan}")
             self._finish(plan)
@@ -270,14 +266,10 @@ class ChannelPruning(CompressionCallback):
     def _plan(self, look: _Look) -> RemovalPlan:
         """What goes now: a part of the way from the original to the budget."""
         found = explore(look.subject)
-        if self._baseline is None:
-            self._baseline = baseline_of(found)
-        # Multiply-accumulates hang on the batch: what the whole model would cost on this one.
-        whole = replace(self._baseline, macs=found.macs / self._macs)
         recipe = self.recipe
         if recipe.budget.kind == "latency":
             if self._goal is None:
-                timed = make_plan(look.subject, found, recipe, self._taylor, whole)
+                timed = make_plan(look.subject, found, recipe, self._taylor, self._progress)
                 self._goal = look.trainer.strategy.broadcast(timed.after.macs / timed.before.macs)
                 self._latency, self._missed = timed.latency, timed.missed
             recipe = replace(recipe, budget=Budget("macs", self._goal))
@@ -287,9 +279,20 @@ class ChannelPruning(CompressionCallback):
         if self._asked < 1.0:
             # Steps are for the end: a round takes less than one from most layers.
             recipe = replace(recipe, round_to=1)
-        plan = make_plan(look.subject, found, recipe, self._taylor, whole)
+        plan = make_plan(look.subject, found, recipe, self._taylor, self._progress)
         fixed = {layer: reason for layer, reason in plan.fixed.items() if not layer.startswith(_GUEST)}
-        return replace(plan, fixed=fixed)
+        return replace(plan, fixed=fixed, latency=self._latency)
+
+    @property
+    def _remaining(self) -> float:
+        """The fraction of the original that is logged."""
+        remaining: float = getattr(self._progress, self._logged)
+        return remaining
+
+    @property
+    def _logged(self) -> str:
+        kind = self.recipe.budget.kind
+        return "macs" if kind == "latency" else kind
 
     def _on_the_way(self, final: float) -> float:
         return final if self._asked >= 1.0 else 1.0 - self._asked * (1.0 - final)
@@ -323,8 +326,7 @@ class ChannelPruning(CompressionCallback):
 
     @property
     def _logged_name(self) -> str:
-        kind = self.recipe.budget.kind
-        return f"remaining_{'macs' if kind == 'latency' else kind}"
+        return f"remaining_{self._logged}"
 
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)
@@ -343,6 +345,8 @@ class ChannelPruning(CompressionCallback):
             spanned = [row.layers[0] for row in last.rows if row.approximate and row.after < row.before]
             notes += [f"ChannelPruning cut {name} approximately: a norm spans its width." for name in spanned]
             notes += [f"{layer} keeps its width: {why}" for layer, why in last.fixed.items() if why != "an output"]
+        if self._latency is not None:
+            notes.append(f"ChannelPruning: a forward pass took {self._latency:.2f} of its time when this was planned.")
         return [*notes, f"ChannelPruning: {self._missed}"] if self._missed else notes
 
     @property
@@ -353,9 +357,7 @@ class ChannelPruning(CompressionCallback):
         return {
             **super().state_dict(),
             "asked": self._asked,
-            "baseline": None if self._baseline is None else asdict(self._baseline),
-            "remaining": self._remaining,
-            "macs": self._macs,
+            "progress": asdict(self._progress),
             "goal": self._goal,
             "latency": self._latency,
             "taylor": self._taylor,
@@ -380,8 +382,7 @@ class ChannelPruning(CompressionCallback):
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self._asked = state["asked"]
-        self._baseline = None if state["baseline"] is None else Baseline(**state["baseline"])
-        self._remaining, self._macs = state["remaining"], state["macs"]
+        self._progress = Progress(**state["progress"])
         self._goal, self._latency, self._taylor = state["goal"], state["latency"], dict(state["taylor"])
 
     def __getstate__(self) -> dict[str, Any]:

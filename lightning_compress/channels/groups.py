@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ class Group:
 
     Attributes:
         size: how many units.
+        width: how many channels these are in the first layer.
         members: the dimensions that shrink with it.
         layers: paths of the layers that make these channels.
         spanned: what is computed across its units, if something is; then removal isn't exact.
@@ -53,6 +53,7 @@ class Group:
     """
 
     size: int
+    width: int
     members: tuple[Member, ...]
     layers: tuple[str, ...]
     spanned: str = ""
@@ -62,12 +63,6 @@ class Group:
     def name(self) -> str:
         """The first layer that makes its channels."""
         return self.layers[0] if self.layers else self.members[0].name
-
-    @cached_property
-    def width(self) -> int:
-        """Channels of the first layer, where a unit is several of them; else the units."""
-        made = [member for member in self.members if member.makes] or list(self.members)
-        return int((made[0].units >= 0).sum())
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,11 @@ def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> St
         layers = dict.fromkeys(_called(modules, one.name) for one in weights if one.makes)
         spanned = next((units.spanned[unit] for unit in mine if unit in units.spanned), "")
         lasting = not units.lasting.isdisjoint(mine)
-        made.append(Group(len(mine), tuple(members), tuple(layers), spanned, lasting))
+        first = next((one for one in weights if one.makes), members[0])
+        # A recurrent layer has rows for each gate of a channel.
+        gated = isinstance(modules.get(layer_of(first.name)), (nn.RNNBase, nn.RNNCellBase))
+        width = len(mine) if gated else int((first.units >= 0).sum())
+        made.append(Group(len(mine), width, tuple(members), tuple(layers), spanned, lasting))
     fixed = dict[str, str]()
     for (name, dim), atoms in along.items():
         roots = units.all[atoms].unique().tolist()

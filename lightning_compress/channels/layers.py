@@ -70,7 +70,8 @@ def settle_(layer: Any, groups: int | None = None) -> None:
         layer.num_parameters = len(layer.weight)
     elif isinstance(layer, nn.RNNBase):
         first: Any = layer
-        layer.input_size, layer.hidden_size = first.weight_ih_l0.shape[1], first.weight_hh_l0.shape[1]
+        gates = {"LSTM": 4, "GRU": 3}.get(layer.mode, 1)
+        layer.input_size, layer.hidden_size = first.weight_ih_l0.shape[1], len(first.weight_hh_l0) // gates
         layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
         layer.flatten_parameters()
     elif isinstance(layer, nn.RNNCellBase):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -286,20 +286,28 @@ def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """What the model was before anything was removed; budgets are fractions of this.
+class Progress:
+    """What was removed before; budgets are fractions of what there was at first.
 
     Attributes:
-        params: parameters.
-        macs: multiply-accumulates.
-        channels: of the groups that may lose some.
-        widths: channels of each group, by its name.
+        params: the fraction of the parameters that remains so far.
+        macs: of the multiply-accumulates.
+        channels: of the channels that may leave.
+        widths: channels that each group had, by its name.
     """
 
-    params: float
-    macs: float
-    channels: float
-    widths: Mapping[str, int]
+    params: float = 1.0
+    macs: float = 1.0
+    channels: float = 1.0
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+    def after(self, plan: RemovalPlan) -> Progress:
+        """Where a plan leads."""
+        fractions = {
+            name: getattr(self, name) * getattr(plan.after, name) / max(getattr(plan.before, name), 1)
+            for name in ("params", "macs", "channels")
+        }
+        return Progress(**fractions, widths={**{row.layers[0]: row.before for row in plan.rows}, **self.widths})
 
 
 def make_plan(
@@ -307,7 +315,7 @@ def make_plan(
     structure: Structure,
     recipe: Recipe,
     taylor: Mapping[str, Tensor],
-    baseline: Baseline | None = None,
+    progress: Progress = Progress(),
 ) -> RemovalPlan:
     """A plan for a structure that is known, tried before it is returned.
 
@@ -316,7 +324,7 @@ def make_plan(
         structure: as `explore` found it.
         recipe: what is wanted.
         taylor: as `taylor_step` carried it along.
-        baseline: what the budget is a fraction of; by default the model as it is.
+        progress: what was removed before.
 
     Raises:
         CompressionError: nothing can be removed.
@@ -329,7 +337,7 @@ def make_plan(
                 f"`model` must have channels that can be removed. Received: {type(subject.model).__name__}, where "
                 f"everything stays whole: {reasons or 'no layer was called'}."
             )
-        search = _Search(subject, structure, recipe, baseline or baseline_of(structure), taylor)
+        search = _Search(subject, structure, recipe, progress, taylor)
         keep, latency = search.meet()
         faulty = _faulty(subject, structure, keep)
         if not faulty:
@@ -352,22 +360,16 @@ def _faulty(subject: Subject, structure: Structure, keep: Sequence[Tensor]) -> d
     return alone or dict.fromkeys(cut, together)
 
 
-def baseline_of(structure: Structure) -> Baseline:
-    """The structure's own totals."""
-    sizes = Sizes(structure, structure.macs)
-    every = [torch.ones(group.size, dtype=torch.bool) for group in structure.groups]
-    widths = {group.name: group.width for group in structure.groups}
-    return Baseline(sizes.params(every), sizes.macs(every), sizes.channels(every), widths)
-
-
 class _Search:
     def __init__(
-        self, subject: Subject, structure: Structure, recipe: Recipe, baseline: Baseline, taylor: Mapping[str, Tensor]
+        self, subject: Subject, structure: Structure, recipe: Recipe, progress: Progress, taylor: Mapping[str, Tensor]
     ) -> None:
         self.subject = subject
         self.structure = structure
         self.recipe = recipe
-        self.baseline = baseline
+        self.progress = progress
+        self.sizes = Sizes(structure, structure.macs)
+        self.every = [torch.ones(group.size, dtype=torch.bool) for group in structure.groups]
         model = subject.model
         self._ranked = rank(
             structure.groups, named_tensors(model), modules_of(model), recipe.importance, taylor, recipe.seed
@@ -381,15 +383,20 @@ class _Search:
         return self._meet_latency(budget.fraction)
 
     def _choose(self, kind: str, fraction: float) -> list[Tensor]:
-        cost = getattr(Sizes(self.structure, self.structure.macs), kind)
-        target = fraction * getattr(self.baseline, kind)
+        cost = getattr(self.sizes, kind)
+        target = fraction * self._whole(kind)
         steps = (self.recipe.round_to,) if self.recipe.round_to else _STEPS
         for step in steps:  # the coarsest that meets the budget
-            limits = _limits(self.structure.groups, self.recipe, self.baseline, step)
+            limits = _limits(self.structure.groups, self.recipe, self.progress, step)
             keep = choose(self._ranked, limits, cost, target, self.recipe.scope)
             if abs(cost(keep) - target) <= _TOLERANCE[kind] * target:
                 break
         return keep
+
+    def _whole(self, kind: str) -> float:
+        """What there was before anything was removed."""
+        now: float = getattr(self.sizes, kind)(self.every)
+        return now / float(getattr(self.progress, kind))
 
     def _meet_latency(self, fraction: float) -> tuple[list[Tensor], float]:
         """Look for the multiply-accumulates at which the measured time is what is wanted."""
@@ -409,11 +416,10 @@ class _Search:
 
     def plan(self, keep: list[Tensor], fixed: Mapping[str, str], latency: float | None) -> RemovalPlan:
         """The plan that keeps this."""
-        sizes = Sizes(self.structure, self.structure.macs)
-        every = [torch.ones(len(mask), dtype=torch.bool) for mask in keep]
+        sizes = self.sizes
         before, after = (
             Totals(round(sizes.params(masks)), round(sizes.macs(masks)), round(sizes.channels(masks)))
-            for masks in (every, keep)
+            for masks in (self.every, keep)
         )
         rows = tuple(
             PlanRow(group.layers, group.width, round(group.width * float(mask.double().mean())), group.spanned)
@@ -433,7 +439,7 @@ class _Search:
 
     def _missed(self, after: Totals, latency: float | None) -> str:
         kind, wanted = self.recipe.budget.kind, self.recipe.budget.fraction
-        reached = latency if kind == "latency" else getattr(after, kind) / getattr(self.baseline, kind)
+        reached = latency if kind == "latency" else getattr(after, kind) / self._whole(kind)
         tolerance = _TOLERANCE[kind]
         if reached is None or abs(reached - wanted) <= tolerance * wanted:
             return ""
@@ -485,10 +491,10 @@ def _refusal(group: Group, targets: Targets, tensors: Mapping[str, Tensor]) -> s
     return ""
 
 
-def _limits(groups: Sequence[Group], recipe: Recipe, baseline: Baseline, step: int) -> list[Limits]:
+def _limits(groups: Sequence[Group], recipe: Recipe, progress: Progress, step: int) -> list[Limits]:
     limits = []
     for group in groups:
-        original = round(group.size * baseline.widths.get(group.name, group.width) / group.width)
+        original = round(group.size * progress.widths.get(group.name, group.width) / group.width)
         mine = step if recipe.round_to or original >= 4 * step else 1
         mine = mine if group.width == group.size and original > mine else 1
         least = max(1, math.ceil(recipe.min_layer_channels * original), min(mine, group.size))
