@@ -19,6 +19,7 @@ from lightning_compress import structure
 from lightning_compress.callback import CompressionCallback, make_probe, rebuild_ddp
 from lightning_compress.channels.budget import Budget
 from lightning_compress.channels.explore import explore
+from lightning_compress.channels.fresh_statistics import FreshStatistics
 from lightning_compress.channels.groups import Run, Structure
 from lightning_compress.channels.importance import rank, taylor_step
 from lightning_compress.channels.plan import (
@@ -50,8 +51,9 @@ class ChannelPruning(CompressionCallback):
 
     What leaves is really gone: parameters, multiply-accumulates, memory and time fall. Training goes on undisturbed:
     parameters stay the same objects, and optimizer moments, pruning masks, averaged copies and adapters are cut with
-    the same indices. Checkpoints hold the smaller tensors; ``fit(ckpt_path=)``, ``test(ckpt_path=)`` (with this
-    callback) and ``load_compressed(path, model)`` load them into the full-size module.
+    the same indices; BatchNorm's running statistics start anew: see `FreshStatistics`. Checkpoints hold the smaller
+    tensors; ``fit(ckpt_path=)``, ``test(ckpt_path=)`` (with this callback) and ``load_compressed(path, model)`` load
+    them into the full-size module.
 
     Args:
         channels: budget: the fraction of the channels that remains; exactly one of the four is given.
@@ -123,6 +125,7 @@ class ChannelPruning(CompressionCallback):
         self.plans: list[RemovalPlan] = []
         """What was removed in this fit."""
         self._progress = Progress()
+        self._fresh = FreshStatistics()
         self._goal: float | None = None
         self._latency: float | None = None
         self._asked = 0.0
@@ -148,6 +151,7 @@ class ChannelPruning(CompressionCallback):
 
     def _forget(self) -> None:
         self._progress, self._taylor, self._missed = Progress(), {}, ""
+        self._fresh = FreshStatistics()
         self._asked, self._goal, self._latency = 0.0, None, None
 
     def _refuse_overlap(self, trainer: pl.Trainer, at_start: bool) -> None:
@@ -190,6 +194,7 @@ class ChannelPruning(CompressionCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.settle_structure(trainer, pl_module, batch, batch_idx)
+        self._fresh.begin_(pl_module)
         if self._needs_groups and self._seen is None:
             self._seen = explore(_Look(trainer, pl_module, batch, batch_idx).subject)
         # Only where it may be needed: a step may change or empty what it is given.
@@ -318,6 +323,7 @@ class ChannelPruning(CompressionCallback):
                 callback.follow_cut(trainer, pl_module, cut)
         if plan.kept:
             rebuild_ddp(trainer, pl_module)
+            self._fresh.restart()
         self._seen, self._taylor = None, {}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -330,6 +336,7 @@ class ChannelPruning(CompressionCallback):
 
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)
+        self._fresh.end_()
         self._seen, self._batch, self._waits = None, None, None
 
     def unfinished(self) -> str:
@@ -358,6 +365,7 @@ class ChannelPruning(CompressionCallback):
             **super().state_dict(),
             "asked": self._asked,
             "progress": asdict(self._progress),
+            "batches": self._fresh.batches,
             "goal": self._goal,
             "latency": self._latency,
             "taylor": self._taylor,
@@ -382,7 +390,7 @@ class ChannelPruning(CompressionCallback):
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self._asked = state["asked"]
-        self._progress = Progress(**state["progress"])
+        self._progress, self._fresh.batches = Progress(**state["progress"]), state["batches"]
         self._goal, self._latency, self._taylor = state["goal"], state["latency"], dict(state["taylor"])
 
     def __getstate__(self) -> dict[str, Any]:
