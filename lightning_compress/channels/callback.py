@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,25 +14,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress import structure
-from lightning_compress.callback import CompressionCallback, make_probe, rebuild_ddp
+from lightning_compress.callback import CompressionCallback, rebuild_ddp
 from lightning_compress.channels.budget import Budget
 from lightning_compress.channels.explore import explore
 from lightning_compress.channels.fresh_statistics import FreshStatistics
-from lightning_compress.channels.groups import Run, Structure
+from lightning_compress.channels.groups import Structure
 from lightning_compress.channels.importance import rank, taylor_step
-from lightning_compress.channels.plan import (
-    Progress,
-    RemovalPlan,
-    check_module,
-    make_plan,
-    make_recipe,
-)
+from lightning_compress.channels.look import GUEST, Look, guests
+from lightning_compress.channels.plan import check_module
+from lightning_compress.channels.recipe import make_recipe
 from lightning_compress.channels.regularize import regularize_
+from lightning_compress.channels.removal_plan import RemovalPlan
 from lightning_compress.channels.remove import cut_, modules_of, named_tensors
-from lightning_compress.channels.steady import steady
-from lightning_compress.channels.trial import Subject
+from lightning_compress.channels.search import Progress, make_plan
 from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
-from lightning_compress.inputs import run_step
 from lightning_compress.optimizers import Cut, resize_state_
 from lightning_compress.pruning.budget import Scope
 from lightning_compress.quantization.calls import copy_tensors
@@ -79,8 +72,8 @@ class ChannelPruning(CompressionCallback):
 
     Raises:
         CompressionError: in the constructor for bad arguments; in ``setup`` for a strategy that can't follow, and where
-            QuantizationAwareTraining begins before the window ends; at the window's start if nothing can be removed.
-            Nothing has changed then.
+            QuantizationAwareTraining begins before the last channels leave; at the window's start if nothing can be
+            removed. Nothing has changed then.
 
     Logs ``remaining_<budget>`` (a fraction of the original; of the multiply-accumulates, where the budget is latency)
     whenever channels leave, and at the end of each epoch.
@@ -196,7 +189,7 @@ class ChannelPruning(CompressionCallback):
         self.settle_structure(trainer, pl_module, batch, batch_idx)
         self._fresh.begin_(pl_module)
         if self._needs_groups and self._seen is None:
-            self._seen = explore(_Look(trainer, pl_module, batch, batch_idx).subject)
+            self._seen = explore(Look(trainer, pl_module, batch, batch_idx).subject)
         # Only where it may be needed: a step may change or empty what it is given.
         if self.bounds.is_due(self._step + 1, self.window.every_n_steps) and self._asks(
             self.bounds.progress(self._step + 1)
@@ -248,7 +241,7 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         check_module(pl_module)
         self._asked = self.schedule.value(progress, 1.0)
-        look = _Look(trainer, pl_module, *batch)
+        look = Look(trainer, pl_module, *batch)
         plan = trainer.strategy.broadcast(self._plan(look))
         self._progress = self._progress.after(plan)
         self.plans.append(plan)
@@ -268,7 +261,7 @@ class ChannelPruning(CompressionCallback):
         elif self._remaining == 1.0 and self.recipe.budget.fraction < 1.0:
             rank_zero_warn("ChannelPruning: no channel has left.", category=NoEffectWarning)
 
-    def _plan(self, look: _Look) -> RemovalPlan:
+    def _plan(self, look: Look) -> RemovalPlan:
         """What goes now: a part of the way from the original to the budget."""
         found = explore(look.subject)
         recipe = self.recipe
@@ -285,7 +278,7 @@ class ChannelPruning(CompressionCallback):
             # Steps are for the end: a round takes less than one from most layers.
             recipe = replace(recipe, round_to=1)
         plan = make_plan(look.subject, found, recipe, self._taylor, self._progress)
-        fixed = {layer: reason for layer, reason in plan.fixed.items() if not layer.startswith(_GUEST)}
+        fixed = {layer: reason for layer, reason in plan.fixed.items() if not layer.startswith(GUEST)}
         return replace(plan, fixed=fixed, latency=self._latency)
 
     @property
@@ -305,13 +298,13 @@ class ChannelPruning(CompressionCallback):
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: RemovalPlan) -> None:
         """Cut the module and all that rides on it."""
         whole = Cut(plan.kept, plan.numbers, {})
-        own = {name: dims for name, dims in plan.kept.items() if not name.startswith(_GUEST)}
+        own = {name: dims for name, dims in plan.kept.items() if not name.startswith(GUEST)}
         cut = cut_(pl_module, own, plan.numbers)
         changes = dict(cut.changes)
         for copied in structure.averaged_copies(trainer):
             cut_(copied, own, plan.numbers)
         for number, callback in guests(trainer, pl_module).items():
-            changes.update(cut_(callback.objective.adapters, whole.below(f"{_GUEST}{number}").kept, {}).changes)
+            changes.update(cut_(callback.objective.adapters, whole.below(f"{GUEST}{number}").kept, {}).changes)
         anew = resize_state_(trainer.optimizers, changes)
         if anew:
             rank_zero_warn(
@@ -395,70 +388,3 @@ class ChannelPruning(CompressionCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_model": None, "_seen": None, "_batch": None}
-
-
-_GUEST = "_guest"
-
-
-def guests(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[int, Any]:
-    """Callbacks that train layers of their own on what the module puts out, by their place in the list."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return {
-        number: callback
-        for number, callback in enumerate(callbacks)
-        if hasattr(callback, "compared") and callback.serves(pl_module)
-    }
-
-
-class _Look:
-    """A batch, and the ways to run a copy of the module on it.
-
-    Attributes:
-        host: a copy of the module that holds the layers of guests too.
-        runs: its forward, its training step, and what guests make of it; those that work.
-    """
-
-    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self.trainer = trainer
-        self.host = self._probe(pl_module)
-        self._batch, self._batch_idx = batch, batch_idx
-        self._modes = {name: module.training for name, module in pl_module.named_modules()}
-        steps = [self._forward, self._step] if pl_module.automatic_optimization else [self._forward]
-        self.runs, errors = list[Run](), []
-        for run in steps:
-            try:
-                with steady():
-                    run(self._probe(self.host))
-                self.runs.append(run)
-            except Exception as error:
-                # Forward need not be what the step calls: one of the two is enough.
-                errors.append(f"{type(error).__name__}: {error}")
-        if not self.runs:
-            raise CompressionError(
-                f"The module must run one batch for a look at what it calls. Received: {'; '.join(errors)}. "
-                "Set `example_input_array`, or define `calibration_step(batch)` on the module."
-            )
-        for number, callback in guests(trainer, pl_module).items():
-            self.host.add_module(f"{_GUEST}{number}", copy.deepcopy(callback.objective.adapters))
-            compare: Any = partial(self._compare, callback, f"{_GUEST}{number}", self.runs[-1])
-            compare.reason = "a distillation loss holds it against the teacher"
-            self.runs.append(compare)
-
-    def _probe(self, module: Any) -> pl.LightningModule:
-        return make_probe(self.trainer, module)
-
-    @property
-    def subject(self) -> Subject:
-        return Subject(self.host, self.runs, self._probe)
-
-    def _forward(self, twin: Any) -> Any:
-        return run_step(twin.eval(), copy_tensors(self._batch))
-
-    def _step(self, twin: Any) -> Any:
-        for name, module in twin.named_modules():
-            module.training = self._modes.get(name, True)
-        return twin.training_step(copy_tensors(self._batch), self._batch_idx)
-
-    @staticmethod
-    def _compare(callback: Any, guest: str, run: Run, twin: Any) -> Any:
-        return callback.compared(twin, getattr(twin, guest), run)

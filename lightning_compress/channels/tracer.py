@@ -179,6 +179,34 @@ class Tracer(TorchDispatchMode):
             self.atoms.pin(known[0], f"it meets a tensor of fixed size in {self.where()}")
         return known[0] if known else None
 
+    def meet(self, operands: list[tuple[tuple[int, ...], list[Tensor]]]) -> Factors:
+        """Tie the factors of (shape, factors) operands that broadcast; returns those of the outcome."""
+        factors = []
+        for dims in _clusters([factor for _, mine in operands for factor in mine]):
+            labels, pinned = list[Tensor](), False
+            for shape, mine in operands:
+                if all(shape[dim] == 1 for dim in dims):
+                    continue  # broadcast along all of it
+                own = [factor for factor in mine if set(varying(factor)) & dims]
+                labels += own
+                # One without labels has a size that can't change; two widths at once can't be told apart.
+                pinned |= len(own) != 1
+            first = labels[0]
+            for other in labels[1:]:
+                self.atoms.tie(first, other)
+            if pinned:
+                for factor in labels:
+                    self.atoms.pin(factor, f"it meets a tensor of fixed size in {self.where()}")
+            size = [max(factor.shape[dim] for factor in labels) for dim in range(first.dim())]
+            factors.append(first.expand(size))
+        return tuple(factors)
+
+    def unknown(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Whatever an operator that isn't known gets must stay as it is."""
+        self.pin((args, kwargs), f"`{func._schema.name.rpartition('::')[2]}` in {self.where()} isn't understood")
+        for leaf in pytree.tree_leaves(out):
+            self.set(leaf, ())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from lightning_compress.channels.rules import rule_for
 
@@ -216,6 +244,19 @@ def compressed(factor: Tensor) -> Tensor:
             if bool((factor == first).all()):
                 factor = first
     return factor
+
+
+def _clusters(factors: list[Tensor]) -> list[set[int]]:
+    """The dimensions of factors that share dimensions, each set once."""
+    clusters: list[set[int]] = []
+    for factor in factors:
+        mine = set(varying(factor))
+        for cluster in [cluster for cluster in clusters if cluster & mine]:
+            clusters.remove(cluster)
+            mine |= cluster
+        if mine:
+            clusters.append(mine)
+    return clusters
 
 
 @contextmanager

@@ -1,0 +1,243 @@
+"""Searches for what stays of each group, so that a budget is met, and makes a plan of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.channels.budget import Limits, Sizes, choose
+from lightning_compress.channels.groups import Group, Structure
+from lightning_compress.channels.importance import rank
+from lightning_compress.channels.recipe import Recipe
+from lightning_compress.channels.removal_plan import PlanRow, RemovalPlan, Totals
+from lightning_compress.channels.remove import modules_of, named_tensors
+from lightning_compress.channels.slices import followed, kept_slices
+from lightning_compress.channels.trial import Subject
+from lightning_compress.channels.turns import latency_ratio
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.targets import Targets, matches
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What was removed before; budgets are fractions of what there was at first.
+
+    Attributes:
+        params: the fraction of the parameters that remains so far.
+        macs: of the multiply-accumulates.
+        channels: of the channels that may leave.
+        widths: channels that each group had, by its name.
+    """
+
+    params: float = 1.0
+    macs: float = 1.0
+    channels: float = 1.0
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+    def after(self, plan: RemovalPlan) -> Progress:
+        """Where a plan leads."""
+        fractions = {
+            name: getattr(self, name) * getattr(plan.after, name) / max(getattr(plan.before, name), 1)
+            for name in ("params", "macs", "channels")
+        }
+        return Progress(**fractions, widths={**{row.layers[0]: row.before for row in plan.rows}, **self.widths})
+
+
+def make_plan(
+    subject: Subject,
+    structure: Structure,
+    recipe: Recipe,
+    taylor: Mapping[str, Tensor],
+    progress: Progress = Progress(),
+) -> RemovalPlan:
+    """A plan for a structure that is known, tried before it is returned.
+
+    Args:
+        subject: the model, and how it is called; a latency budget times its first run.
+        structure: as `explore` found it.
+        recipe: what is wanted.
+        taylor: as `taylor_step` carried it along.
+        progress: what was removed before.
+
+    Raises:
+        CompressionError: nothing can be removed.
+    """
+    structure, fixed = _selected(subject.model, structure, recipe)
+    while True:
+        if not structure.groups:
+            reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(fixed.items())[:6])
+            raise CompressionError(
+                f"`model` must have channels that can be removed. Received: {type(subject.model).__name__}, where "
+                f"everything stays whole: {reasons or 'no layer was called'}."
+            )
+        search = _Search(subject, structure, recipe, progress, taylor)
+        keep, latency = search.meet()
+        faulty = _faulty(subject, structure, keep)
+        if not faulty:
+            return search.plan(keep, fixed, latency)
+        fixed = {**fixed, **{structure.groups[number].name: reason for number, reason in faulty.items()}}
+        structure = structure.only([number for number in range(len(structure.groups)) if number not in faulty])
+
+
+def _faulty(subject: Subject, structure: Structure, keep: Sequence[Tensor]) -> dict[int, str]:
+    """The groups that can't be cut as planned, with the reason; all that are cut, where only together they can't."""
+    together = subject.fault(structure, keep, runs=1)  # in the others every group was tried by `explore`
+    if not together:
+        return {}
+    cut = [number for number, kept in enumerate(keep) if not bool(kept.all())]
+    alone = {}
+    for number in cut:
+        only = [kept if place == number else torch.ones_like(kept) for place, kept in enumerate(keep)]
+        if reason := subject.fault(structure, only):
+            alone[number] = reason
+    return alone or dict.fromkeys(cut, together)
+
+
+class _Search:
+    def __init__(
+        self, subject: Subject, structure: Structure, recipe: Recipe, progress: Progress, taylor: Mapping[str, Tensor]
+    ) -> None:
+        self.subject = subject
+        self.structure = structure
+        self.recipe = recipe
+        self.progress = progress
+        self.sizes = Sizes(structure, structure.macs)
+        self.every = [torch.ones(group.size, dtype=torch.bool) for group in structure.groups]
+        model = subject.model
+        self._ranked = rank(
+            structure.groups, named_tensors(model), modules_of(model), recipe.importance, taylor, recipe.seed
+        )
+
+    def meet(self) -> tuple[list[Tensor], float | None]:
+        """What stays of each group, and the measured latency if the budget is one."""
+        budget = self.recipe.budget
+        if budget.kind != "latency":
+            return self._choose(budget.kind, budget.fraction), None
+        return self._meet_latency(budget.fraction)
+
+    def _choose(self, kind: str, fraction: float) -> list[Tensor]:
+        cost = getattr(self.sizes, kind)
+        target = fraction * self._whole(kind)
+        steps = (self.recipe.round_to,) if self.recipe.round_to else _STEPS
+        for step in steps:  # the coarsest that meets the budget
+            limits = _limits(self.structure.groups, self.recipe, self.progress, step)
+            keep = choose(self._ranked, limits, cost, target, self.recipe.scope)
+            if abs(cost(keep) - target) <= _TOLERANCE[kind] * target:
+                break
+        return keep
+
+    def _whole(self, kind: str) -> float:
+        """What there was before anything was removed."""
+        now: float = getattr(self.sizes, kind)(self.every)
+        return now / float(getattr(self.progress, kind))
+
+    def _meet_latency(self, fraction: float) -> tuple[list[Tensor], float]:
+        """Look for the multiply-accumulates at which the measured time is what is wanted."""
+        low, high, wanted = 0.0, 1.0, fraction
+        found = list[tuple[float, float, list[Tensor]]]()
+        for _ in range(_MEASUREMENTS):
+            keep = self._choose("macs", wanted)
+            cut = self.subject.cut(self.structure, keep)
+            ratio = latency_ratio(self.subject.model, cut, self.subject.runs[0])
+            found.append((abs(ratio - fraction), ratio, keep))
+            if found[-1][0] <= 0.03 * fraction:
+                break
+            low, high = (low, wanted) if ratio > fraction else (wanted, high)
+            wanted = (low + high) / 2
+        _, ratio, keep = min(found, key=lambda one: one[0])
+        return keep, ratio
+
+    def plan(self, keep: list[Tensor], fixed: Mapping[str, str], latency: float | None) -> RemovalPlan:
+        """The plan that keeps this."""
+        sizes = self.sizes
+        before, after = (
+            Totals(round(sizes.params(masks)), round(sizes.macs(masks)), round(sizes.channels(masks)))
+            for masks in (self.every, keep)
+        )
+        rows = tuple(
+            PlanRow(group.layers, group.width, round(group.width * float(mask.double().mean())), group.spanned)
+            for group, mask in zip(self.structure.groups, keep, strict=True)
+        )
+        return RemovalPlan(
+            rows,
+            fixed,
+            before,
+            after,
+            self._missed(after, latency),
+            latency,
+            kept_slices(self.structure, keep),
+            followed(self.structure, keep),
+            self.structure.shapes,
+        )
+
+    def _missed(self, after: Totals, latency: float | None) -> str:
+        kind, wanted = self.recipe.budget.kind, self.recipe.budget.fraction
+        reached = latency if kind == "latency" else getattr(after, kind) / self._whole(kind)
+        tolerance = _TOLERANCE[kind]
+        if reached is None or abs(reached - wanted) <= tolerance * wanted:
+            return ""
+        return (
+            f"The budget is missed: {kind}={wanted} was asked for, {reached:.3f} is nearest. Allow more with "
+            "`min_layer_channels`, `round_to` or `targets`, or ask for less to go."
+        )
+
+
+_MEASUREMENTS = 7
+_STEPS = (8, 4, 2, 1)
+"""Kernels work in blocks of eight channels; a coarse step that misses the budget is made finer."""
+_TOLERANCE = {"params": 0.02, "macs": 0.02, "latency": 0.1, "channels": 0.02}
+
+
+def _selected(model: nn.Module, structure: Structure, recipe: Recipe) -> tuple[Structure, dict[str, str]]:
+    """The structure with only the groups that may lose channels, and why the others stay."""
+    recipe.targets.check_patterns(model)
+    check_patterns(recipe.overrides, structure)
+    tensors = named_tensors(model)
+    keep, fixed = [], dict(structure.fixed)
+    for number, group in enumerate(structure.groups):
+        reason = _refusal(group, recipe.targets, tensors)
+        if reason:
+            fixed[group.name] = reason
+        else:
+            keep.append(number)
+    return structure.only(keep), fixed
+
+
+def check_patterns(overrides: Mapping[str, float], structure: Structure) -> None:
+    """Raise if an override matches no layer."""
+    layers = [layer for group in structure.groups for layer in group.layers]
+    for pattern in overrides:
+        if not any(matches(layer, pattern) for layer in layers):
+            raise invalid("overrides", "match layers that can lose channels", pattern, f"These are {layers[:8]}.")
+
+
+def _refusal(group: Group, targets: Targets, tensors: Mapping[str, Tensor]) -> str:
+    for layer in group.layers:
+        if reason := targets.leaves_out(layer):
+            return reason
+    makers = [tensors[member.name] for member in group.members if member.makes]
+    if any(isinstance(one, nn.Parameter) and one.dim() > 1 and not one.requires_grad for one in makers):
+        return "frozen"
+    owners = {member.name.rpartition(".")[0] for member in group.members}
+    if group.spanned and not owners & set(targets.include or ()):
+        return f"{group.spanned}; name a layer of it exactly in targets.include to cut it all the same, approximately"
+    return ""
+
+
+def _limits(groups: Sequence[Group], recipe: Recipe, progress: Progress, step: int) -> list[Limits]:
+    limits = []
+    for group in groups:
+        original = round(group.size * progress.widths.get(group.name, group.width) / group.width)
+        mine = step if recipe.round_to or original >= 4 * step else 1
+        mine = mine if group.width == group.size and original > mine else 1
+        least = max(1, math.ceil(recipe.min_layer_channels * original), min(mine, group.size))
+        exactly = None
+        for pattern, fraction in recipe.overrides.items():
+            if any(matches(layer, pattern) for layer in group.layers):
+                exactly = min(group.size, max(1, round(fraction * original)))
+        limits.append(Limits(min(least, group.size), mine, exactly))
+    return limits
