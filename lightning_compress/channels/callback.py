@@ -31,7 +31,7 @@ from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
 from lightning_compress.optimizers import Cut, resize_state_
 from lightning_compress.pruning.budget import Scope
 from lightning_compress.quantization.calls import copy_tensors
-from lightning_compress.schedules import OneShot, Schedule
+from lightning_compress.schedules import Linear, OneShot, Schedule
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window, fit_length
 
@@ -57,8 +57,8 @@ class ChannelPruning(CompressionCallback):
         importance: ``l1``, ``l2``, ``batchnorm``, ``taylor``, ``fpgm`` or ``random``: see `rank`.
         scope: ``global`` ranks the channels of all layers together, ``layer`` takes the same fraction of each.
         schedule: how much of the way to the budget is gone when. Channels leave when it asks for a tenth more, so there
-            are ten rounds at most; `Steps` says how many, `OneShot` is one.
-        window: when.
+            are ten rounds at most; `Steps` says how many, `OneShot` is one, at the window's start.
+        window: when. Leave a hundred optimizer steps or more after its end.
         targets: which layers; by default all that can lose channels and are trained. A width that a norm spans
             (LayerNorm, GroupNorm) is cut only if ``include`` names one of its layers exactly, as that is approximate.
         overrides: pattern of layers' paths to the fraction of their channels that remains; the last match wins.
@@ -95,10 +95,10 @@ class ChannelPruning(CompressionCallback):
         params: float | None = None,
         macs: float | None = None,
         latency: float | None = None,
-        importance: str = "l2",
+        importance: str = "l1",
         scope: Scope = "global",
-        schedule: Schedule = OneShot(),  # noqa: B008  frozen
-        window: Window = Window(0.0, 0.5),  # noqa: B008  frozen
+        schedule: Schedule = Linear(),  # noqa: B008  frozen
+        window: Window = Window(0.0, 0.3),  # noqa: B008  frozen
         targets: Targets = Targets(),  # noqa: B008  frozen
         overrides: Mapping[str, float] | None = None,
         min_layer_channels: float = 0.1,

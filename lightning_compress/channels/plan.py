@@ -36,7 +36,7 @@ def plan_removal(
     params: float | None = None,
     macs: float | None = None,
     latency: float | None = None,
-    importance: str = "l2",
+    importance: str = "l1",
     scope: Scope = "global",
     targets: Targets | None = None,
     overrides: Mapping[str, float] | None = None,
