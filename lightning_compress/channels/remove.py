@@ -86,7 +86,8 @@ def set_numbers_(model: nn.Module, numbers: Mapping[str, int]) -> None:
 def _note_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, int]) -> None:
     """Write down what tensors and numbers were before the first cut, and what they are after this one.
 
-    On the module that owns them, so that a part that is taken out knows of itself.
+    On the module that owns them, so that a part that is taken out knows of itself, and on the whole, as an int8 form
+    takes the place of such modules.
     """
     modules = modules_of(model)
     tensors = named_tensors(model)
@@ -105,6 +106,18 @@ def _note_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, int
         path, _, own = full.rpartition(".")
         record = _record(modules[path])
         record["numbers"][own] = [record["numbers"].get(own, [getattr(modules[path], own)])[0], value]
+    whole: dict[str, dict[str, Any]] = {"shapes": {}, "numbers": {}}
+    for kind, names in (("shapes", kept), ("numbers", numbers)):
+        for full in names:
+            path, _, own = full.rpartition(".")
+            whole[kind][full] = list(_record(modules[path])[kind][own])
+    note_whole_(model, whole)
+
+
+def note_whole_(model: nn.Module, record: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write on a model what its layers' own records say."""
+    for kind, entries in record.items():
+        _record(model)[kind].update({name: list(entry) for name, entry in entries.items()})
 
 
 def _record(module: nn.Module) -> dict[str, Any]:

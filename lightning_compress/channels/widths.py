@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.layers import STANDARD
-from lightning_compress.channels.remove import RECORD, modules_of, named_tensors, set_numbers_
+from lightning_compress.channels.remove import RECORD, modules_of, named_tensors, note_whole_, set_numbers_
 from lightning_compress.errors import CompressionError
 from lightning_compress.optimizers import assign_, take
+from lightning_compress.quantization.traced import CHILD, children_aside
 from lightning_compress.targets import clean_name
 
 Record = dict[str, Any]
@@ -22,12 +23,21 @@ empty if nothing was removed."""
 def record_of(model: nn.Module) -> Record:
     """What was removed from ``model`` or parts of it, as plain data."""
     record: Record = {"shapes": {}, "numbers": {}, "buffers": {}}
-    for path, module in model.named_modules():
-        prefix = f"{clean_name(path)}." if path else ""
+    for prefix, module in _own_modules(model):
         for kind, entries in module.__dict__.get(RECORD, {}).items():
             for name, entry in entries.items():
                 record[kind][prefix + name] = _plain(entry) if kind == "buffers" else list(entry)
     return record if record["shapes"] else {}
+
+
+def _own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The user's modules with the prefix of their names, also those that a quantized form took the place of."""
+    for path, module in model.named_modules():
+        if CHILD not in path.split("."):
+            here = prefix + (f"{clean_name(path)}." if path else "")
+            yield here, module
+            for name, child in children_aside(module).items():
+                yield from _own_modules(child, f"{here}{name}.")
 
 
 def _plain(entry: Mapping[str, Any]) -> dict[int, list[int]]:
@@ -82,13 +92,14 @@ def take_widths_(model: nn.Module, record: Record) -> None:
             if kind == "buffers":
                 kept = {int(dim): torch.tensor(indices) for dim, indices in entry.items()}
                 mine[kind][own] = {"kept": kept, "whole": whole.get(full, before_of.get(full))}
+    if record:
+        note_whole_(model, {kind: record[kind] for kind in ("shapes", "numbers")})
 
 
 def _whole_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that no checkpoint holds, as they were before they shrank."""
     found = {}
-    for path, module in model.named_modules():
-        prefix = f"{clean_name(path)}." if path else ""
+    for prefix, module in _own_modules(model):
         for name, entry in module.__dict__.get(RECORD, {}).get("buffers", {}).items():
             found[prefix + name] = entry["whole"]
     return found

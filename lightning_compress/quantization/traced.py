@@ -220,8 +220,14 @@ def all_modules(module: nn.Module) -> Iterator[nn.Module]:
     """The modules of the tree, and those that were set aside."""
     for inner in module.modules():
         yield inner
-        for child in (vars(inner).get(_ASIDE) or {}).get("_modules", {}).values():
+        for child in children_aside(inner).values():
             yield from all_modules(child)
+
+
+def children_aside(module: nn.Module) -> dict[str, nn.Module]:
+    """The children of a module that were set aside, by name."""
+    held: dict[str, nn.Module | None] = (vars(module).get(_ASIDE) or {}).get("_modules", {})
+    return {name: child for name, child in held.items() if child is not None and name not in module._modules}
 
 
 def forget_aside_(module: nn.Module) -> None:
