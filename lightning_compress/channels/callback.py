@@ -26,7 +26,7 @@ from lightning_compress.channels.recipe import make_recipe
 from lightning_compress.channels.regularize import regularize_
 from lightning_compress.channels.removal_plan import RemovalPlan
 from lightning_compress.channels.remove import cut_, modules_of, named_tensors
-from lightning_compress.channels.search import Progress, make_plan
+from lightning_compress.channels.search import Progress, make_plan, removable
 from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
 from lightning_compress.optimizers import Cut, resize_state_
 from lightning_compress.pruning.budget import Scope
@@ -72,14 +72,14 @@ class ChannelPruning(CompressionCallback):
 
     Raises:
         CompressionError: in the constructor for bad arguments; in ``setup`` for a strategy that can't follow, and where
-            QuantizationAwareTraining begins before the last channels leave; at the window's start if nothing can be
+            QuantizationAwareTraining begins before the last channels leave; at the first batch if nothing can be
             removed. Nothing has changed then.
 
     Logs ``remaining_<budget>`` (a fraction of the original; of the multiply-accumulates, where the budget is latency)
     whenever channels leave, and at the end of each epoch.
 
-    Hooks: `on_train_batch_start` removes at the very start of training, `on_train_batch_end` later: after the optimizer
-    step, before validation and saving, on all ranks.
+    Hooks: `on_train_batch_start` looks at what the module does with the first batch, and removes what is due at the
+    very start; `on_train_batch_end` removes later, after the optimizer step, before validation and saving.
 
     Example:
         >>> callback = ChannelPruning(macs=0.5)
@@ -124,6 +124,7 @@ class ChannelPruning(CompressionCallback):
         self._asked = 0.0
         self._taylor: dict[str, Tensor] = {}
         self._seen: Structure | None = None
+        self._looked = False
         self._waits: float | None = None
         self._batch: tuple[Any, int] | None = None
         self._missed = ""
@@ -135,6 +136,7 @@ class ChannelPruning(CompressionCallback):
             return
         self._refuse_overlap(trainer, at_start=False)
         self.plans, self._seen, self._waits, self._batch = [], None, None, None
+        self._looked = False
         restored = structure.restored_state(pl_module, self.state_key)
         if restored is not None or self._model is None or self._model() is not pl_module:
             self._model = weakref.ref(pl_module)
@@ -188,8 +190,13 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         self.settle_structure(trainer, pl_module, batch, batch_idx)
         self._fresh.begin_(pl_module)
-        if self._needs_groups and self._seen is None:
-            self._seen = explore(Look(trainer, pl_module, batch, batch_idx).subject)
+        if self._seen is None and self._asked < 1.0 and (self._needs_groups or not self._looked):
+            look = Look(trainer, pl_module, batch, batch_idx)
+            self._seen = explore(look.subject)
+            if not self._looked:
+                # Now, and not when the first channels are to leave: what can't work is said before it costs anything.
+                removable(look.host, self._seen, self.recipe)
+        self._looked = True
         # Only where it may be needed: a step may change or empty what it is given.
         if self.bounds.is_due(self._step + 1, self.window.every_n_steps) and self._asks(
             self.bounds.progress(self._step + 1)
@@ -240,7 +247,7 @@ class ChannelPruning(CompressionCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Any, int], progress: float
     ) -> None:
         check_module(pl_module)
-        self._asked = self.schedule.value(progress, 1.0)
+        self._asked, self._looked = self.schedule.value(progress, 1.0), True
         look = Look(trainer, pl_module, *batch)
         plan = trainer.strategy.broadcast(self._plan(look))
         self._progress = self._progress.after(plan)

@@ -66,14 +66,8 @@ def make_plan(
     Raises:
         CompressionError: nothing can be removed.
     """
-    structure, fixed = _selected(subject.model, structure, recipe)
+    structure, fixed = removable(subject.model, structure, recipe)
     while True:
-        if not structure.groups:
-            reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(fixed.items())[:6])
-            raise CompressionError(
-                f"`model` must have channels that can be removed. Received: {type(subject.model).__name__}, where "
-                f"everything stays whole: {reasons or 'no layer was called'}."
-            )
         search = _Search(subject, structure, recipe, progress, taylor)
         keep, latency = search.meet()
         faulty = _faulty(subject, structure, keep)
@@ -81,6 +75,7 @@ def make_plan(
             return search.plan(keep, fixed, latency)
         fixed = {**fixed, **{structure.groups[number].name: reason for number, reason in faulty.items()}}
         structure = structure.only([number for number in range(len(structure.groups)) if number not in faulty])
+        _require_groups(subject.model, structure, fixed)
 
 
 def _faulty(subject: Subject, structure: Structure, keep: Sequence[Tensor]) -> dict[int, str]:
@@ -192,8 +187,12 @@ _STEPS = (8, 4, 2, 1)
 _TOLERANCE = {"params": 0.02, "macs": 0.02, "latency": 0.1, "channels": 0.02}
 
 
-def _selected(model: nn.Module, structure: Structure, recipe: Recipe) -> tuple[Structure, dict[str, str]]:
-    """The structure with only the groups that may lose channels, and why the others stay."""
+def removable(model: nn.Module, structure: Structure, recipe: Recipe) -> tuple[Structure, dict[str, str]]:
+    """The structure with only the groups that may lose channels, and why the others stay.
+
+    Raises:
+        CompressionError: a pattern matches nothing, or nothing can be removed.
+    """
     recipe.targets.check_patterns(model)
     check_patterns(recipe.overrides, structure)
     tensors = named_tensors(model)
@@ -204,7 +203,18 @@ def _selected(model: nn.Module, structure: Structure, recipe: Recipe) -> tuple[S
             fixed[group.name] = reason
         else:
             keep.append(number)
-    return structure.only(keep), fixed
+    structure = structure.only(keep)
+    _require_groups(model, structure, fixed)
+    return structure, fixed
+
+
+def _require_groups(model: nn.Module, structure: Structure, fixed: Mapping[str, str]) -> None:
+    if not structure.groups:
+        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(fixed.items())[:6])
+        raise CompressionError(
+            f"`model` must have channels that can be removed. Received: {type(model).__name__}, where everything stays "
+            f"whole: {reasons or 'no layer was called'}."
+        )
 
 
 def check_patterns(overrides: Mapping[str, float], structure: Structure) -> None:
