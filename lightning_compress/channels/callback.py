@@ -254,7 +254,7 @@ class ChannelPruning(CompressionCallback):
         self.plans.append(plan)
         self._apply(trainer, pl_module, plan)
         if self._asked >= 1.0:
-            rank_zero_info(f"ChannelPruning, after step {self._step}:\n{plan}")
+            rank_zero_info(f"ChannelPruning, after step {self._step}:\n{self._progress.overall(plan)}")
             self._finish(plan)
         else:
             rank_zero_info(f"ChannelPruning, after step {self._step}: {self._logged_name} is {self._remaining:.3f}.")

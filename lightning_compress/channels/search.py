@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,14 @@ class Progress:
             for name in ("params", "macs", "channels")
         }
         return Progress(**fractions, widths={**{row.layers[0]: row.before for row in plan.rows}, **self.widths})
+
+    def overall(self, plan: RemovalPlan) -> RemovalPlan:
+        """The plan that led here, as seen from where it all began."""
+        rows = tuple(replace(row, before=self.widths.get(row.layers[0], row.before)) for row in plan.rows)
+        whole = {
+            name: round(getattr(plan.after, name) / getattr(self, name)) for name in ("params", "macs", "channels")
+        }
+        return replace(plan, rows=rows, before=Totals(**whole))
 
 
 def make_plan(

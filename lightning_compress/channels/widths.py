@@ -64,10 +64,12 @@ def take_widths_(model: nn.Module, record: Record) -> None:
     built.update({name: tuple(shapes[0]) for name, shapes in mine.get("shapes", {}).items()})
     wanted = {name: tuple(shapes[0]) for name, shapes in mine.get("shapes", {}).items()}
     for name, (before, now) in record.get("shapes", {}).items():
-        if name not in tensors or built[name] != tuple(before):
+        if name not in tensors:
+            continue  # what the module makes while it loads, such as adapters; what it doesn't make, the load reports
+        if built[name] != tuple(before):
             raise RuntimeError(
                 f"size mismatch for {name}: built as {tuple(before)} where the checkpoint was written, as "
-                f"{built.get(name)} here."
+                f"{built[name]} here."
             )
         wanted[name] = tuple(now)
     numbers = {name: before for name, (before, _) in mine.get("numbers", {}).items()}
@@ -87,6 +89,8 @@ def take_widths_(model: nn.Module, record: Record) -> None:
     for kind, entries in record.items():
         for full, entry in entries.items():
             path, _, own = full.rpartition(".")
+            if path not in modules:
+                continue
             mine = modules[path].__dict__.setdefault(RECORD, {"shapes": {}, "numbers": {}, "buffers": {}})
             mine[kind][own] = list(entry)
             if kind == "buffers":

@@ -318,7 +318,7 @@ class ScheduledPruning(CompressionCallback):
         lost = [name for name in masks if name not in self._pruner.weights]
         if lost:
             rank_zero_warn(f"ScheduledPruning: without its channels, {', '.join(lost)} can't be pruned any more.")
-        self._pruner.masks = {name: mask for name, mask in masks.items() if name not in lost}
+        self._pruner.masks = check_masks(_without(masks, lost), self._pruner.weights)
         self._pruner.resume(**{kind: _without(held, lost) for kind, held in carried.items()})
         self._first = True  # norms are to be looked for again
         progress = None if self._bounds is None else self._bounds.progress(self._step)
