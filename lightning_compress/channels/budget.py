@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_compress.channels.groups import Structure
-from lightning_compress.channels.slices import kept_slices, width_kept
 from lightning_compress.errors import CompressionError, invalid
 
 Kind = Literal["channels", "params", "macs", "latency"]
@@ -49,43 +49,91 @@ def make_budget(given: Mapping[str, float | None]) -> Budget:
     return Budget(kind, float(fraction))
 
 
+class _Width:
+    """How many places of a width stay, by what stays of the groups.
+
+    Args:
+        groups: of each place, or -1.
+        units: and its unit in that.
+    """
+
+    def __init__(self, groups: Tensor, units: Tensor) -> None:
+        self.size = len(groups)
+        self._fixed = int((groups < 0).sum())
+        self._alike: list[tuple[int, int]] = []
+        self._unlike: list[tuple[int, Tensor]] = []
+        for number in groups.unique().tolist():
+            if number >= 0:
+                places = torch.bincount(units[groups == number])
+                if bool((places == places[0]).all()):
+                    self._alike.append((number, int(places[0])))
+                else:
+                    self._unlike.append((number, places))
+
+    def kept(self, keep: Sequence[Tensor], counts: Sequence[int]) -> int:
+        """The places that stay.
+
+        Args:
+            keep: of each group what stays.
+            counts: and how many that are.
+        """
+        total = self._fixed + sum(places * counts[number] for number, places in self._alike)
+        return total + sum(int(places[keep[number][: len(places)]].sum()) for number, places in self._unlike)
+
+
 class Sizes:
     """What a structure costs, by what stays of its groups.
 
     Args:
-        structure: as `explore` found it.
-        macs: multiply-accumulates of the whole model, those that no group changes included.
+        structure: as `explore` found it, with the multiply-accumulates of the whole model.
     """
 
-    def __init__(self, structure: Structure, macs: int) -> None:
-        self.structure = structure
-        self._fixed_macs = macs - sum(cost.macs for cost in structure.costs)
+    def __init__(self, structure: Structure) -> None:
+        self._fixed_macs = structure.macs - sum(cost.macs for cost in structure.costs)
+        self._costs = [(cost.macs, [_Width(*width) for width in cost.widths]) for cost in structure.costs]
+        self._widths = [group.width / group.size for group in structure.groups]
+        members: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
+        for number, group in enumerate(structure.groups):
+            for member in group.members:
+                members.setdefault(member.name, {}).setdefault(member.dim, []).append((number, member.units))
+        counted = {name: structure.shapes[name] for name in structure.counted}
+        self._fixed_params = sum(torch.Size(shape).numel() for name, shape in counted.items() if name not in members)
+        self._params = [
+            [_width_of(members[name].get(dim, []), size) for dim, size in enumerate(shape)]
+            for name, shape in counted.items()
+            if name in members
+        ]
 
     def macs(self, keep: Sequence[Tensor]) -> float:
         """Multiply-accumulates."""
+        counts = _counts(keep)
         total = float(self._fixed_macs)
-        for cost in self.structure.costs:
-            share = float(cost.macs)
-            for groups, units in cost.widths:
-                share *= float(width_kept(groups, units, keep).double().mean())
-            total += share
+        for macs, widths in self._costs:
+            total += macs * math.prod(width.kept(keep, counts) / width.size for width in widths)
         return total
 
     def params(self, keep: Sequence[Tensor]) -> float:
         """Elements of all parameters; not those that only help in training."""
-        slices = kept_slices(self.structure, keep)
-        total = 0
-        for name in self.structure.counted:
-            shape = list(self.structure.shapes[name])
-            for dim, indices in slices.get(name, {}).items():
-                shape[dim] = len(indices)
-            total += torch.Size(shape).numel()
-        return float(total)
+        counts = _counts(keep)
+        return float(
+            self._fixed_params + sum(math.prod(one.kept(keep, counts) for one in dims) for dims in self._params)
+        )
 
     def channels(self, keep: Sequence[Tensor]) -> float:
         """Channels of the groups."""
-        groups = self.structure.groups
-        return float(sum(group.width * float(kept.double().mean()) for group, kept in zip(groups, keep, strict=True)))
+        return float(sum(width * count for width, count in zip(self._widths, _counts(keep), strict=True)))
+
+
+def _counts(keep: Sequence[Tensor]) -> list[int]:
+    return [int(mask.sum()) for mask in keep]
+
+
+def _width_of(parts: list[tuple[int, Tensor]], size: int) -> _Width:
+    """The width that several groups have parts of."""
+    groups, units = torch.full((size,), -1), torch.full((size,), -1)
+    for number, mine in parts:
+        groups[mine >= 0], units[mine >= 0] = number, mine[mine >= 0]
+    return _Width(groups, units)
 
 
 @dataclass(frozen=True)

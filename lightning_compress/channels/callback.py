@@ -124,7 +124,7 @@ class ChannelPruning(CompressionCallback):
         self._asked = 0.0
         self._taylor: dict[str, Tensor] = {}
         self._seen: Structure | None = None
-        self._looked = False
+        self._looked = self._warned = False
         self._waits: float | None = None
         self._batch: tuple[Any, int] | None = None
         self._missed = ""
@@ -136,7 +136,7 @@ class ChannelPruning(CompressionCallback):
             return
         self._refuse_overlap(trainer, at_start=False)
         self.plans, self._seen, self._waits, self._batch = [], None, None, None
-        self._looked = False
+        self._looked = self._warned = False
         restored = structure.restored_state(pl_module, self.state_key)
         if restored is not None or self._model is None or self._model() is not pl_module:
             self._model = weakref.ref(pl_module)
@@ -313,7 +313,8 @@ class ChannelPruning(CompressionCallback):
         for number, callback in guests(trainer, pl_module).items():
             changes.update(cut_(callback.objective.adapters, whole.below(f"{GUEST}{number}").kept, {}).changes)
         anew = resize_state_(trainer.optimizers, changes)
-        if anew:
+        if anew and not self._warned:
+            self._warned = True
             rank_zero_warn(
                 f"ChannelPruning: {', '.join(anew)} keeps state of no known layout, and starts anew for what shrank."
             )

@@ -108,7 +108,7 @@ class _Search:
         self.structure = structure
         self.recipe = recipe
         self.progress = progress
-        self.sizes = Sizes(structure, structure.macs)
+        self.sizes = Sizes(structure)
         self.every = [torch.ones(group.size, dtype=torch.bool) for group in structure.groups]
         model = subject.model
         self._ranked = rank(
