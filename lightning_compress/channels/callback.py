@@ -146,7 +146,7 @@ class ChannelPruning(CompressionCallback):
 
     def _forget(self) -> None:
         self._progress, self._taylor, self._missed = Progress(), {}, ""
-        self._fresh = FreshStatistics()
+        self._fresh.batches = None
         self._asked, self._goal, self._latency = 0.0, None, None
 
     def _refuse_overlap(self, trainer: pl.Trainer, at_start: bool) -> None:
@@ -159,15 +159,18 @@ class ChannelPruning(CompressionCallback):
                 continue
             if at_start:
                 bounds = other._bounds or other.window.bounds(*fit_length(trainer))
-                overlap = bounds.start < self._last_step()
+                overlap, remedy = bounds.start < self._last_step(), f"start={self._last_step()}, unit='step'"
             else:
-                overlap = other.window.unit == self.window.unit and other.window.start < self._last_place()
+                last = self._last_place()
+                overlap = other.window.unit == self.window.unit and other.window.start < last
+                # A step later: both ends are rounded to steps.
+                remedy = f"start={round(last + 0.05, 2) if self.window.unit == 'fit' else last + 1}"
+                remedy += f", unit={self.window.unit!r}"
             if overlap:
                 raise CompressionError(
                     "`window` of QuantizationAwareTraining must start when all channels have left. Received: "
                     f"{other.window} beside ChannelPruning's {self.window}. Start it later: "
-                    f"QuantizationAwareTraining(window=Window(start={self._last_place()}, "
-                    f"unit={self.window.unit!r}))."
+                    f"QuantizationAwareTraining(window=Window({remedy}))."
                 )
 
     def _last_place(self) -> float:
@@ -202,6 +205,12 @@ class ChannelPruning(CompressionCallback):
             self.bounds.progress(self._step + 1)
         ):
             self._batch = copy_tensors(batch), batch_idx
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._fresh.end_()  # before channels leave in this hook: the next batch is the first after that
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def settle_structure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._waits is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.channels import widths
 from lightning_compress.channels.remove import cut_
 from lightning_compress.distillation.features import drop_taps_
 from lightning_compress.errors import invalid
@@ -107,6 +108,12 @@ class EMATeacher(Snapshot):
         if self.model is not None:
             cut_(self.model, cut.kept, cut.numbers)
             self._exact = {name: cut.of(name, exact) for name, exact in self._exact.items()}
+
+    def take_widths_(self, student: nn.Module) -> None:
+        """Be as wide as the student, which may have lost channels since it was built."""
+        removed = widths.record_of(student)
+        if self.model is not None and not widths.fits(self.model, removed):
+            widths.take_widths_(self.model, removed)
 
     def average(self) -> dict[str, Any]:
         """The average in full precision, for a checkpoint."""

@@ -54,7 +54,7 @@ class Teaching(Callback):
         if restored is not None:
             objective.clock.load_state_dict(restored["clock"])
             if "average" in restored and isinstance(teacher.given, EMATeacher):
-                teacher.given.take_(student)  # which may have fewer channels than it was built with
+                teacher.given.take_widths_(student)
                 teacher.given.restore_(restored["average"])
         teacher.place(student)
         teacher.seal()

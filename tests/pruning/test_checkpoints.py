@@ -308,7 +308,7 @@ def test_files_that_do_not_load_leave_the_model_as_it_was(content: str, tmp_path
     elif content == "list":
         torch.save([1], path)
     elif content == "other model":
-        torch.save({"state_dict": Classifier(hidden=8).state_dict()}, path)
+        torch.save({"state_dict": Classifier(hidden=64).state_dict()}, path)
     module = Classifier()
     before = snapshot(module)
     with pytest.raises(CompressionError, match=r"`path` must .*Received: path='.*bad\.ckpt'"):
