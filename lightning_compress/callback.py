@@ -76,6 +76,10 @@ class CompressionCallback(Callback):
     def settle_structure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Do now, before another callback builds on the module's structure, what is due at the start of this batch."""
 
+    def has_settled(self) -> bool:
+        """Whether the module's structure is what it will be at the end of this fit."""
+        return True
+
     def follow_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
         """Channels have left the module: cut what is kept of its tensors with the same indices."""
 

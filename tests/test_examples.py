@@ -290,3 +290,97 @@ def test_distillation_page_files() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "docs/distillation.md").read_text())
     assert links
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+
+
+@pytest.mark.parametrize("script", ["shrink", "prune_cut_distil"])
+def test_channels(
+    script: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which has imported everything already."""
+    folder = ROOT / "examples/channels"
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "1"])
+    monkeypatch.delitem(sys.modules, "net", raising=False)
+    runpy.run_path(str(folder / f"{script}.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert re.search(r"^The last of \d+ rounds:$", shown, flags=re.MULTILINE)
+    assert len(re.findall(r"^.*: +0\.\d{3}$", shown, flags=re.MULTILINE)) == 3, shown
+
+
+def test_channels_as_yaml(as_in_the_clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = as_in_the_clone / "demo_output/channels_yaml"
+    config = "--config=examples/channels/config.yaml"
+    main(
+        [
+            "fit",
+            config,
+            "--trainer.check_val_every_n_epoch=1",
+            "--trainer.limit_train_batches=4",
+            "--trainer.max_epochs=3",
+        ]
+    )
+    saved = torch.load(output / "small.ckpt", weights_only=True)
+    assert saved["state_dict"]["network.features.0.weight"].shape[0] == 36  # three quarters of 48
+    capsys.readouterr()
+    main(["test", config, f"--ckpt_path={output}/small.ckpt"])
+    assert "test_acc" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_channel_removal_speed_benchmark(own_folder: Path) -> None:
+    quick = ["--networks", "lstm", "--batch-sizes", "1", "--rounds", "1", "--step-rounds", "1", "--steps", "3"]
+    output = run("benchmarks/channel_removal_speed.py", *quick)
+    assert output.count("| macs=0.25 |") == 2
+    assert "| ChannelPruning, after its removal |" in output
+
+
+class Stream(nn.Module):
+    """A transformer, as the page on channels means it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(32, 32)
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(self.embed(x)))
+
+
+def test_channels_page_python(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback, function, block, rounds, together, streams, heads = blocks("python", "docs/channels.md")
+    [plan] = blocks("text", "docs/channels.md")
+    names: dict[str, Any] = {"model": Classifier(), "data": TinyData(), "transformer": Stream()}
+    names["tokens"] = torch.randn(2, 6, 32)
+    exec(compile(callback, "docs/channels.md", "exec"), names)
+    assert names["small"].body.out_features < 32
+    exec(compile(function, "docs/channels.md", "exec"), names)
+    assert names["network"][0].out_features < 128
+    capsys.readouterr()
+    exec(compile(block, "docs/channels.md", "exec"), names)
+    assert capsys.readouterr().out == plan
+    exec(compile(rounds, "docs/channels.md", "exec"), names)
+    quiet_trainer(max_epochs=4, callbacks=[names["channels"]]).fit(Classifier(), TinyData())
+    assert len(names["channels"].plans) == 3
+    exec(compile(together, "docs/channels.md", "exec"), names)
+    quiet_trainer(max_epochs=4, callbacks=names["callbacks"]).fit(Classifier(), TinyData())
+    exec(compile(streams, "docs/channels.md", "exec"), names)
+    assert "embed" in names["plan"].fixed and "embed" not in names["wider"].fixed
+    exec(compile(heads, "docs/channels.md", "exec"), names)
+    assert names["plan"].rows[0].layers == ("qkv",)
+
+
+def test_channels_page_yaml(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [block] = blocks("yaml", "docs/channels.md")
+    project = "from tests.support.modules import Classifier as Model\nfrom tests.support.data import TinyData as Data\n"
+    monkeypatch.delitem(sys.modules, "my_project", raising=False)
+    (own_folder / "my_project.py").write_text(project)
+    (own_folder / "config.yaml").write_text(block)
+    monkeypatch.setattr(sys, "path", [str(own_folder), *sys.path])
+    main(["fit", "--config=config.yaml"])
+
+
+def test_channels_page_files() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "docs/channels.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []

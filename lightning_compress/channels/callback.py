@@ -116,7 +116,7 @@ class ChannelPruning(CompressionCallback):
         self.schedule = schedule
         self.regularization = regularization
         self.plans: list[RemovalPlan] = []
-        """What was removed in this fit."""
+        """What each round of this fit led to, as seen from the original."""
         self._progress = Progress()
         self._fresh = FreshStatistics()
         self._goal: float | None = None
@@ -157,21 +157,22 @@ class ChannelPruning(CompressionCallback):
         for other in callbacks:
             if not isinstance(other, QuantizationAwareTraining):
                 continue
-            if at_start:
+            # Where both are fractions of the same, rounding to steps may cross: then quantization waits.
+            comparable = other.window.unit == self.window.unit
+            overlap = comparable and other.window.start < self._last_place()
+            remedy = f"start={self._last_place()}, unit={self.window.unit!r}"
+            if at_start and not comparable:
                 bounds = other._bounds or other.window.bounds(*fit_length(trainer))
                 overlap, remedy = bounds.start < self._last_step(), f"start={self._last_step()}, unit='step'"
-            else:
-                last = self._last_place()
-                overlap = other.window.unit == self.window.unit and other.window.start < last
-                # A step later: both ends are rounded to steps.
-                remedy = f"start={round(last + 0.05, 2) if self.window.unit == 'fit' else last + 1}"
-                remedy += f", unit={self.window.unit!r}"
             if overlap:
                 raise CompressionError(
                     "`window` of QuantizationAwareTraining must start when all channels have left. Received: "
                     f"{other.window} beside ChannelPruning's {self.window}. Start it later: "
                     f"QuantizationAwareTraining(window=Window({remedy}))."
                 )
+
+    def has_settled(self) -> bool:
+        return self._asked >= 1.0
 
     def _last_place(self) -> float:
         """Where in the window's unit the last channels leave."""
@@ -260,10 +261,11 @@ class ChannelPruning(CompressionCallback):
         look = Look(trainer, pl_module, *batch)
         plan = trainer.strategy.broadcast(self._plan(look))
         self._progress = self._progress.after(plan)
-        self.plans.append(plan)
+        overall = self._progress.overall(plan)
+        self.plans.append(overall)
         self._apply(trainer, pl_module, plan)
         if self._asked >= 1.0:
-            rank_zero_info(f"ChannelPruning, after step {self._step}:\n{self._progress.overall(plan)}")
+            rank_zero_info(f"ChannelPruning, after step {self._step}:\n{overall}")
             self._finish(plan)
         else:
             rank_zero_info(f"ChannelPruning, after step {self._step}: {self._logged_name} is {self._remaining:.3f}.")

@@ -180,8 +180,10 @@ def remove_channels_(
         >>> model[0].weight.shape
         torch.Size([4, 8])
     """
+    if not isinstance(plan, RemovalPlan):
+        raise invalid("plan", "be a plan", plan, "`plan_removal` makes one.")
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
-    if not all(isinstance(one, Optimizer) for one in optimizers):
+    if not isinstance(optimizers, Sequence) or not all(isinstance(one, Optimizer) for one in optimizers):
         raise invalid("optimizers", "be a list of optimizers", optimizers)
     check_shapes(model, plan.shapes)
     with torch.inference_mode(False):

@@ -118,12 +118,14 @@ class QuantizationAwareTraining(CompressionCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._step >= self.bounds.start and forms.form_of(pl_module) == "float":
-            self._prepare(trainer, pl_module, batch, batch_idx)
+            others = structure.callbacks_of(pl_module).values()
+            for other in others:
+                other.settle_structure(trainer, pl_module, batch, batch_idx)
+            if all(other.has_settled() for other in others):
+                self._prepare(trainer, pl_module, batch, batch_idx)
         self._freeze(pl_module)
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        for other in structure.callbacks_of(pl_module).values():
-            other.settle_structure(trainer, pl_module, batch, batch_idx)
         log = CallLog()
         for seen in look(trainer, pl_module, batch, batch_idx, record_calls):
             log.merge(seen)

@@ -24,9 +24,11 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_compress import (
+    ChannelPruning,
     Distillation,
     EMATeacher,
     FeatureMSE,
+    Linear,
     Ramp,
     Rewind,
     ScheduledPruning,
@@ -58,6 +60,11 @@ def wide() -> Classifier:
     return Classifier(hidden=48)
 
 
+def fewer_channels(importance: str) -> ChannelPruning:
+    """Some leave every three steps, so that most kills come between two removals."""
+    return ChannelPruning(macs=0.5, importance=importance, schedule=Linear(), window=WINDOW, round_to=1)
+
+
 SETTINGS: dict[str, Callable[[], Any]] = {
     "distillation": lambda: taught(wide(), "body"),
     "mean teacher": lambda: taught(EMATeacher(0.9), "body"),
@@ -70,6 +77,8 @@ SETTINGS: dict[str, Callable[[], Any]] = {
     ),
     "regrow": lambda: ScheduledPruning("taylor", 0.6, regrow=True, window=WINDOW),
     "random": lambda: ScheduledPruning("random_unstructured", 0.7, window=WINDOW),
+    "channels": lambda: fewer_channels("l2"),
+    "channels by taylor": lambda: fewer_channels("taylor"),
 }
 HOOKS = ("on_before_optimizer_step", "on_train_batch_end", "on_validation_batch_start", "on_save_checkpoint")
 

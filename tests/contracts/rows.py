@@ -11,6 +11,7 @@ from torch import nn
 
 import lightning_compress
 from lightning_compress import (
+    ChannelPruning,
     CompressionReport,
     Distillation,
     FeatureMSE,
@@ -20,6 +21,7 @@ from lightning_compress import (
     Rewind,
     ScheduledPruning,
     SoftTarget,
+    Steps,
     Targets,
     Window,
 )
@@ -42,6 +44,7 @@ class Row:
         bad: settings that must be refused, and the words of the error.
         changes: tensors beside its targets that it changes by design.
         manual: whether it works with manual optimization.
+        narrows: whether tensors lose slices: keys stay, shapes don't.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Row:
     bad: tuple[tuple[dict[str, object], str], ...] = ()
     changes: tuple[str, ...] = ()
     manual: bool = True
+    narrows: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -114,6 +118,50 @@ ROWS = (
             },
         },
         changes=("body.bias", "norm.weight", "norm.bias"),
+    ),
+    Row(
+        "channels",
+        lambda: ChannelPruning(
+            channels=0.5, round_to=1, schedule=Steps([0.0, 1.0], [0.5, 1.0]), window=Window(0.05, 0.5)
+        ),
+        {
+            "class_path": "lightning_compress.ChannelPruning",
+            "init_args": {
+                "macs": 0.5,
+                "importance": "taylor",
+                "scope": "layer",
+                "schedule": {"class_path": "lightning_compress.Linear"},
+                "window": {"start": 0.2, "end": 0.8, "every_n_steps": 2},
+                "targets": {"include": ["body"], "exclude": ["head"], "types": ["torch.nn.Linear"]},
+                "overrides": {"b*": 0.5},
+                "min_layer_channels": 0.25,
+                "round_to": 4,
+                "seed": 3,
+            },
+        },
+        (
+            ({}, "`channels`, `params`, `macs` or `latency` must be given, exactly one of them. Received: none"),
+            ({"channels": 0.5, "macs": 0.5}, "exactly one of them. Received: channels=0.5, macs=0.5"),
+            ({"macs": 0.0}, r"`macs` must lie in \(0, 1\]. Received: macs=0.0"),
+            ({"params": 1.5}, r"`params` must lie in \(0, 1\]. Received: params=1.5"),
+            ({"latency": float("nan")}, r"`latency` must lie in \(0, 1\]. Received: latency=nan"),
+            ({"channels": "0.5"}, r"`channels` must lie in \(0, 1\]. Received: channels='0.5'"),
+            ({"channels": True}, r"`channels` must lie in \(0, 1\]. Received: channels=True"),
+            ({"macs": 0.5, "importance": "tailor"}, "`importance` must be the name of one.*Nearest: taylor"),
+            ({"macs": 0.5, "scope": "local"}, "`scope` must be 'global' or 'layer'. Received: scope='local'"),
+            (
+                {"macs": 0.5, "overrides": {"body": 0.0}},
+                r"`overrides` must map patterns to fractions that remain, in \(0, 1\]",
+            ),
+            ({"macs": 0.5, "overrides": ["body"]}, "`overrides` must"),
+            ({"macs": 0.5, "min_layer_channels": -0.1}, r"`min_layer_channels` must lie in \[0, 1\]"),
+            ({"macs": 0.5, "min_layer_channels": "0.1"}, "`min_layer_channels` must"),
+            ({"macs": 0.5, "round_to": 0}, "`round_to` must be a whole number, at least 1. Received: round_to=0"),
+            ({"macs": 0.5, "round_to": 8.0}, "`round_to` must be a whole number"),
+            ({"macs": 0.5, "round_to": True}, "`round_to` must be a whole number"),
+            ({"macs": 0.5, "seed": 0.5}, "`seed` must"),
+        ),
+        narrows=True,
     ),
     Row(
         "qat",

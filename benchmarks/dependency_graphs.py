@@ -1,0 +1,254 @@
+"""Which layers can lose channels on the networks of the test suite: torch-pruning's dependency graph and our tracer.
+
+On every network of `tests.support.zoo` and `tests.support.wide` every group of channels that a tool finds is tried on a
+copy, in evaluation: every other unit goes, the network must run, its outputs must keep their shapes and be those of
+the network with zeros in the place of what went. What went is read off the tensors, not asked of the tool: a second
+copy, whose tensors hold the numbers of their elements, is cut in the same way. Neither tool is given hints, but
+torch-pruning is told which layers make the outputs, as its users do. Where a norm spans the channels (LayerNorm,
+GroupNorm), the outputs need not be the same.
+
+Run it with `python benchmarks/dependency_graphs.py > table.md` (a minute or two).
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are no package that is installed
+
+from lightning_compress.channels.explore import explore
+from lightning_compress.channels.groups import Structure
+from lightning_compress.channels.outputs import tensors_in
+from lightning_compress.channels.remove import cut_
+from lightning_compress.channels.slices import followed, kept_slices
+from lightning_compress.channels.trial import Subject
+from tests.support.wide import WIDE
+from tests.support.zoo import ZOO, Row
+
+MAKERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
+"""Layers that make channels: they are counted."""
+
+TOLERANCE = 1e-4
+
+SECONDS = 20
+
+Cut = Callable[[nn.Module], Callable[[], object]]
+"""Looks at a copy of a network, and returns what takes some channels out of it."""
+
+
+@dataclass
+class Found:
+    """What a tool did on a network: layers that it can narrow, and layers where it tried and went wrong, with how."""
+
+    right: set[str] = field(default_factory=set)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """torch-pruning's search for a group doesn't end on rotary embeddings."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: one for name, one in model.named_parameters(remove_duplicate=False) if one.is_floating_point()}
+
+
+@torch.no_grad()
+def zeroed(row: Row, cut: Cut) -> nn.Module:
+    """A copy with zeros where `cut` takes something out, by what it leaves of tensors that hold element numbers."""
+    numbered, zeros = row.build().eval(), row.build().eval()
+    apply = cut(numbered)
+    for one in tensors(numbered).values():
+        one.copy_(torch.arange(one.numel()).view(one.shape))
+    apply()
+    for layer in list(zeros.modules()):  # zeros are put into the weight that is computed, whatever its norm becomes
+        for name in list(getattr(layer, "parametrizations", ())):
+            with torch.enable_grad():  # else it becomes no parameter
+                parametrize.remove_parametrizations(layer, name)
+    values = tensors(zeros)
+    for name, one in tensors(numbered).items():
+        if ".original0" in name:
+            continue
+        value = values[name.replace("parametrizations.", "").replace(".original1", "")]
+        mask = torch.zeros(value.numel(), dtype=value.dtype)
+        mask[one.flatten().long()] = 1
+        value.mul_(mask.view(value.shape))
+    return zeros
+
+
+@torch.no_grad()
+def fault(row: Row, model: nn.Module, cut: Cut, exact: bool) -> str:
+    """What is wrong with a cut; empty if nothing is."""
+    args, kwargs = row.inputs()
+    shapes = [one.shape for one in tensors_in(model(*args, **kwargs))]
+    narrow = copy.deepcopy(model)
+    shared = {name for name, one in tensors(model).items() if one is not dict(model.named_parameters()).get(name)}
+    try:
+        with time_limit():
+            cut(narrow)()
+        if any(name in dict(narrow.named_parameters()) for name in shared):
+            return "tied weights come apart"
+        if all(one.shape == tensors(narrow)[name].shape for name, one in tensors(model).items()):
+            return "nothing goes"
+        outs = list(tensors_in(narrow(*args, **kwargs)))
+    except Exception as error:
+        return f"{type(error).__name__}"
+    if [one.shape for one in outs] != shapes:
+        return "another output shape"
+    if exact:
+        for one, other in zip(outs, tensors_in(zeroed(row, cut)(*args, **kwargs)), strict=True):
+            scale = float(other.abs().max().clamp(min=1e-6)) if other.is_floating_point() else 1.0
+            if one.is_floating_point() and not torch.allclose(one, other, rtol=0, atol=TOLERANCE * scale):
+                return "another output"
+    return ""
+
+
+def ours(row: Row, model: nn.Module) -> tuple[Found, Structure | None]:
+    args, kwargs = row.inputs()
+    found = Found()
+    try:
+        structure = explore(Subject(model, [lambda twin: twin(*args, **kwargs)]))
+    except Exception as error:
+        found.wrong["(the trace)"] = type(error).__name__
+        return found, None
+    for number, group in enumerate(structure.groups):
+        keep = [torch.ones(one.size, dtype=torch.bool) for one in structure.groups]
+        keep[number][::2] = False
+        kept, numbers = kept_slices(structure, keep), followed(structure, keep)
+        wrong = fault(row, model, lambda twin: partial(cut_, twin, kept, numbers), not group.spanned)  # noqa: B023
+        note(found, model, group.layers, wrong)
+    return found, structure
+
+
+def note(found: Found, model: nn.Module, layers: tuple[str, ...], wrong: str) -> None:
+    modules = dict(model.named_modules())
+    for layer in layers:
+        if isinstance(modules.get(layer), MAKERS):
+            if wrong:
+                found.wrong[layer] = wrong
+            else:
+                found.right.add(layer)
+
+
+def graph(row: Row, model: nn.Module) -> torch_pruning.DependencyGraph:
+    args, kwargs = row.inputs()
+    with torch.enable_grad():
+        return torch_pruning.DependencyGraph().build_dependency(
+            model,
+            (args, kwargs),
+            forward_fn=lambda twin, both: twin(*both[0], **both[1]),
+            output_transform=lambda out: [one for one in tensors_in(out) if one.requires_grad],
+            verbose=False,
+        )
+
+
+def theirs(row: Row, model: nn.Module, spanned: set[str], outputs: set[str]) -> Found:
+    found = Found()
+    try:
+        with time_limit():
+            groups = list(graph(row, copy.deepcopy(model)).get_all_groups(root_module_types=list(MAKERS)))
+    except Exception as error:
+        found.wrong["(the graph)"] = type(error).__name__
+        return found
+    for group in groups:
+        layers = tuple(
+            dict.fromkeys(
+                dep.target._name
+                for dep, _ in group
+                if isinstance(dep.target.module, MAKERS) and "out_channels" in dep.handler.__name__
+            )
+        )
+        if outputs & set(layers):
+            continue
+        root = group[0].dep.target._name
+        exact = not spanned & set(layers)
+        faults = [fault(row, model, cut, exact) for cut in cuts(row, root, group)]
+        if faults:
+            note(found, model, layers, min(faults, key=len))
+    return found
+
+
+def cuts(row: Row, root: str, group: Any) -> Iterator[Cut]:
+    """Every other channel; and the same of each part where some layer has its channels in parts, as its pruners do."""
+    count = len(group[0].idxs)
+    parts = max((getattr(dep.target.module, "groups", 1) for dep, _ in group), default=1)
+    parts = max([parts, *(getattr(dep.target.module, "num_groups", 1) for dep, _ in group)])
+    for pieces in dict.fromkeys((1, parts)):
+        if count % pieces or count // pieces < 2:
+            continue
+        size = count // pieces
+        indices = [place + size * piece for piece in range(pieces) for place in range(0, size, 2)]
+
+        def cut(twin: nn.Module, indices: list[int] = indices) -> Callable[[], object]:
+            layer = twin.get_submodule(root)
+            dependencies = graph(row, twin)
+            pruner = dependencies.get_pruner_of_module(layer)
+            return dependencies.get_pruning_group(layer, pruner.prune_out_channels, indices).prune
+
+        yield cut
+
+
+def cell(found: Found, every: set[str]) -> tuple[str, str]:
+    reasons: dict[str, int] = {}
+    for layer, reason in found.wrong.items():
+        if layer not in found.right:
+            reasons[reason] = reasons.get(reason, 0) + 1
+    text = ", ".join(f"{count} × {reason}" if count > 1 else reason for reason, count in reasons.items())
+    return f"{len(found.right)} of {len(every)}", text
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print("| Network | Layers that can lose channels | torch-pruning | its faults | ours | our faults |")
+    print("|:--|--:|--:|:--|--:|:--|")
+    totals = [0, 0, 0]
+    whole = [0, 0]
+    for row in (*ZOO, *WIDE):
+        model = row.build().eval()
+        mine, structure = ours(row, model)
+        spanned = (
+            {layer for group in structure.groups if group.spanned for layer in group.layers} if structure else set()
+        )
+        outputs = {layer for layer, reason in structure.fixed.items() if reason == "an output"} if structure else set()
+        other = theirs(row, model, spanned, outputs)
+        every = mine.right | other.right
+        for place, found in enumerate((every, other.right, mine.right)):
+            totals[place] += len(found)
+        whole[0] += other.right == every
+        whole[1] += mine.right == every
+        (one, faults), (two, own) = cell(other, every), cell(mine, every)
+        print(f"| {row.name} | {len(every)} | {one} | {faults} | {two} | {own} |", flush=True)
+        if missing := sorted(other.right - mine.right):
+            print(f"{row.name}: only torch-pruning narrows {missing}", file=sys.stderr)
+    print(f"| **all {len(ZOO) + len(WIDE)}** | {totals[0]} | **{totals[1] / totals[0]:.0%}** | whole on {whole[0]} "
+          f"| **{totals[2] / totals[0]:.0%}** | whole on {whole[1]} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Each importance against numpy: the channels that stay are those that the formula names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress import RemovalPlan, plan_removal
+from tests.support.oracles import same_random_state
+
+X = torch.ones(2, 3, 6, 6)
+
+
+class Net(nn.Module):
+    """A group of its own (`c`), and one that a sum makes (`a` and `d`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 9, 3, padding=1), nn.BatchNorm2d(9)
+        self.c, self.e = nn.Conv2d(9, 11, 3, padding=1), nn.BatchNorm2d(11)
+        self.d = nn.Conv2d(11, 9, 1)
+        self.o = nn.Conv2d(9, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.b(self.a(x)).relu()
+        return self.o(x + self.d(self.e(self.c(x)).relu()))
+
+
+def net(seed: int = 0) -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Net()
+        for parameter in model.parameters():
+            parameter.data.normal_()
+            parameter.grad = torch.randn_like(parameter)
+    return model
+
+
+def weights(model: nn.Module, *names: str) -> list[np.ndarray]:
+    return [model.get_parameter(name).detach().double().numpy() for name in names]
+
+
+def sums(weight: np.ndarray, dim: int, power: int) -> np.ndarray:
+    return (np.abs(weight) ** power).sum(tuple(axis for axis in range(weight.ndim) if axis != dim))
+
+
+def magnitude(power: int) -> Callable[[nn.Module], list[np.ndarray]]:
+    def scores(model: nn.Module) -> list[np.ndarray]:
+        a, c, d, o = weights(model, "a.weight", "c.weight", "d.weight", "o.weight")
+        summed = np.mean([sums(a, 0, power), sums(c, 1, power), sums(d, 0, power), sums(o, 1, power)], axis=0)
+        return [summed, np.mean([sums(c, 0, power), sums(d, 1, power)], axis=0)]
+
+    return scores
+
+
+def batchnorm(model: nn.Module) -> list[np.ndarray]:
+    return [np.abs(scale) for scale in weights(model, "b.weight", "e.weight")]
+
+
+def fpgm(model: nn.Module) -> list[np.ndarray]:
+    def distances(weight: np.ndarray) -> np.ndarray:
+        rows = weight.reshape(len(weight), -1)
+        return np.array([sum(np.sqrt(((row - other) ** 2).sum()) for other in rows) for row in rows])
+
+    a, c, d = weights(model, "a.weight", "c.weight", "d.weight")
+    return [np.mean([distances(a), distances(d)], axis=0), distances(c)]
+
+
+def taylor(model: nn.Module) -> list[np.ndarray]:
+    def changes(*names: str) -> np.ndarray:
+        total = 0.0
+        for name in names:
+            one = model.get_parameter(name)
+            product = (one * one.grad).detach().double().numpy()
+            total = total + product.reshape(len(product), -1).sum(1)
+        return np.asarray(total) ** 2
+
+    return [
+        changes("a.weight", "a.bias", "b.weight", "b.bias", "d.weight", "d.bias"),
+        changes("c.weight", "c.bias", "e.weight", "e.bias"),
+    ]
+
+
+ORACLES = {"l1": magnitude(1), "l2": magnitude(2), "batchnorm": batchnorm, "fpgm": fpgm, "taylor": taylor}
+
+
+def stays(plan: RemovalPlan) -> list[list[int]]:
+    whole = {"a.weight": 9, "c.weight": 11}
+    return [plan.kept.get(name, {}).get(0, torch.arange(size)).tolist() for name, size in whole.items()]
+
+
+def largest(scores: np.ndarray, count: int) -> list[int]:
+    return sorted(np.argsort(scores)[len(scores) - count :].tolist())
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("importance", ORACLES)
+def test_per_layer_the_most_important_stay(importance: str, seed: int) -> None:
+    model = net(seed)
+    plan = plan_removal(model, X, channels=0.5, scope="layer", importance=importance)
+    mine = stays(plan)
+    assert 4 <= len(mine[0]) <= 5 and 5 <= len(mine[1]) <= 6
+    expected = [largest(scores, len(kept)) for scores, kept in zip(ORACLES[importance](model), mine, strict=True)]
+    assert mine == expected
+
+
+@pytest.mark.parametrize("importance", ORACLES)
+def test_all_layers_together_scores_are_compared_over_their_mean(importance: str) -> None:
+    model = net(5)
+    plan = plan_removal(model, X, channels=0.6, importance=importance)
+    scores = [one / one.mean() for one in ORACLES[importance](model)]
+    least = sorted((score, group, unit) for group, one in enumerate(scores) for unit, score in enumerate(one))
+    left = [set(range(9)), set(range(11))]
+    for _, group, unit in least[: 20 - sum(map(len, stays(plan)))]:
+        if len(left[group]) > 2:  # the least that may stay of 9 and 11
+            left[group].remove(unit)
+    assert sum(map(len, left)) == 12
+    assert stays(plan) == [sorted(one) for one in left]
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "fpgm", "batchnorm"])
+def test_the_scale_of_a_layer_does_not_matter(importance: str) -> None:
+    model, other = net(), net()
+    for name in ("c.weight", "e.weight"):
+        other.get_parameter(name).data.mul_(16.0)
+    if importance in ("l1", "l2"):  # `c.weight` belongs to both groups there: scale all of the second group's
+        other = net()
+        for parameter in other.parameters():
+            parameter.data.mul_(16.0)
+    plans = [plan_removal(one, X, channels=0.5, importance=importance) for one in (model, other)]
+    assert stays(plans[0]) == stays(plans[1]) != [list(range(9)), list(range(11))]
+
+
+def _random(seed: int, model_seed: int = 0) -> Sequence[list[int]]:
+    return stays(plan_removal(net(model_seed), X, channels=0.5, importance="random", seed=seed))
+
+
+def test_random_follows_its_seed_alone() -> None:
+    with same_random_state():
+        first = _random(3)
+    torch.rand(7)
+    assert _random(3) == first == _random(3, model_seed=1)
+    assert len({str(_random(seed)) for seed in range(4)}) > 2
+
+
+def test_taylor_needs_gradients_and_leaves_them() -> None:
+    model = net()
+    before = {name: one.grad.clone() for name, one in model.named_parameters()}
+    plan_removal(model, X, channels=0.5, importance="taylor")
+    assert all(torch.equal(one.grad, before[name]) for name, one in model.named_parameters())
+
+
+def test_layers_without_a_batchnorm_are_as_important_as_the_mean() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1))
+    scales = torch.tensor([1.0, 5.0, 1.0, 5.0, 1.0, 5.0, 1.0, 5.0])  # over their mean: 1/3 and 5/3
+    model[1].weight.data.copy_(scales)
+    plan = plan_removal(model, X, channels=0.75, importance="batchnorm")
+    assert plan.kept["0.weight"][0].tolist() == [1, 3, 5, 7]
+    assert "2.weight" not in plan.kept or 0 not in plan.kept["2.weight"]
+
+
+def test_a_head_is_scored_as_a_whole() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.o = nn.MultiheadAttention(12, 4, batch_first=True), nn.Linear(12, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.o(self.attention(x, x, x, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    model = Block()
+    projections = model.attention.in_proj_weight.detach().double().numpy().reshape(3, 4, -1)
+    out = model.attention.out_proj.weight.detach().double().numpy().reshape(12, 4, 3)
+    scores = ((projections**2).sum((0, 2)) + (out**2).sum((0, 2))) / 2
+    plan = plan_removal(model, torch.ones(2, 5, 12), channels=0.5, scope="layer", importance="l2")
+    rows = plan.kept["attention.in_proj_weight"][0].view(3, 2, 3)
+    assert sorted(set((rows[0] // 3).flatten().tolist())) == largest(scores, 2)
+    assert torch.equal(rows[1], rows[0] + 12) and torch.equal(rows[2], rows[0] + 24)

@@ -1,0 +1,137 @@
+"""A fit that was interrupted between two removals goes on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from torch import nn
+
+from lightning_compress import (
+    ChannelPruning,
+    Distillation,
+    EMATeacher,
+    FeatureMSE,
+    Linear,
+    QuantizationAwareTraining,
+    Rewind,
+    ScheduledPruning,
+    SoftTarget,
+    Steps,
+    Window,
+)
+from tests.support.data import TinyData
+from tests.support.modules import Classifier, ManualClassifier, quiet_trainer
+from tests.support.oracles import assert_different_state, assert_same_state
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`", "ignore:Swapping scheduler"
+)
+EPOCHS = 4
+
+
+def shrink(**settings: Any) -> ChannelPruning:
+    """Channels leave in epochs 0 to 2."""
+    window = Window(5, 20, unit="step", every_n_steps=3)
+    return ChannelPruning(**{"macs": 0.5, "round_to": 1, "schedule": Linear(), "window": window, **settings})
+
+
+def prune(method: str = "taylor", **settings: Any) -> ScheduledPruning:
+    return ScheduledPruning(method, 0.7, window=Window(3, 24, unit="step", every_n_steps=3), **settings)
+
+
+def taught() -> Distillation:
+    torch.manual_seed(7)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 4))
+    return Distillation(teacher, [SoftTarget(), FeatureMSE("body", "1")], task_weight=0.5)
+
+
+class Scheduled(Classifier):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+def quantized() -> list[Callback]:
+    return [QuantizationAwareTraining(window=Window(0.8))]
+
+
+CASES: dict[str, tuple[Callable[[], list[Callback]], type[Classifier], dict[str, Any]]] = {
+    "l2": (lambda: [shrink()], Scheduled, {}),
+    # Between a schedule's steps that aren't worth a round: what was asked for already counts.
+    "in rounds": (lambda: [shrink(window=Window(2, 24, unit="step"))], Classifier, {}),
+    "taylor": (lambda: [shrink(importance="taylor")], Classifier, {}),
+    "taylor, late": (lambda: [shrink(importance="taylor", window=Window(20, 24, unit="step"))], Classifier, {}),
+    "regularized": (lambda: [shrink(regularization=0.01)], Classifier, {}),
+    "random": (lambda: [shrink(importance="random", macs=None, params=0.5)], Classifier, {}),
+    "accumulated": (lambda: [shrink(window=Window(0.1, 0.9))], Classifier, {"accumulate_grad_batches": 3}),
+    "manual": (lambda: [shrink(importance="taylor")], ManualClassifier, {}),
+    "averaged": (lambda: [EMAWeightAveraging(decay=0.9), shrink()], Classifier, {}),
+    "averaged at the end": (lambda: [shrink(), StochasticWeightAveraging(0.01, swa_epoch_start=2)], Classifier, {}),
+    "pruned": (lambda: [prune(), shrink()], Classifier, {}),
+    "pruned with regrowth": (lambda: [shrink(), prune(regrow=True)], Classifier, {}),
+    "rewound": (lambda: [prune("l1_unstructured", schedule=Steps(), rewind=Rewind(2)), shrink()], Classifier, {}),
+    "taught": (lambda: [taught(), shrink()], Classifier, {}),
+    "taught by an average": (lambda: [shrink(), Distillation(EMATeacher(0.9), [SoftTarget()])], Classifier, {}),
+    "quantized": (lambda: [*quantized(), shrink()], Classifier, {}),
+    "all at once": (
+        lambda: [prune(), shrink(), taught(), EMAWeightAveraging(decay=0.9), *quantized()],
+        Classifier,
+        {},
+    ),
+}
+
+
+def fit(case: str, folder: Path, ckpt_path: Path | None = None) -> None:
+    make, kind, options = CASES[case]
+    torch.manual_seed(1)
+    save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    trainer = quiet_trainer(max_epochs=EPOCHS, enable_checkpointing=True, callbacks=[*make(), save], **options)
+    trainer.fit(kind(), TinyData(), ckpt_path=ckpt_path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if "ModelCheckpoint" not in k}
+    # What a fingerprint is of, a student's average here, a fit that was resumed never had.
+    checkpoint["callbacks"].get("Distillation", {}).pop("teacher", None)
+    return checkpoint
+
+
+PARTS = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "callbacks", "lightning_compress")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_between_removals_equals_uninterrupted(case: str, tmp_path: Path) -> None:
+    fit(case, tmp_path / "whole")
+    whole = read(tmp_path / "whole" / f"epoch={EPOCHS - 1}.ckpt")
+    widths = [len(read(tmp_path / "whole" / f"epoch={epoch}.ckpt")["state_dict"]["body.bias"]) for epoch in range(4)]
+    assert widths[0] > widths[-1]
+    # In the middle of the schedule; beside quantization, after it has begun too.
+    for epoch in (1, 2) if case in ("quantized", "all at once") else (1,):
+        fit(case, tmp_path / f"from {epoch}", tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        resumed = read(tmp_path / f"from {epoch}" / f"epoch={EPOCHS - 1}.ckpt")
+        for part in PARTS:
+            assert_same_state(whole.get(part, {}), resumed.get(part, {}))
+    assert_different_state(read(tmp_path / "whole" / "epoch=1.ckpt")["state_dict"], whole["state_dict"])
+
+
+def test_the_goal_of_a_latency_budget_isnt_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_compress.channels import search
+
+    monkeypatch.setattr(search, "latency_ratio", lambda before, after, run: after.body.out_features / 32)
+    CASES["latency"] = (lambda: [shrink(macs=None, latency=0.5)], Classifier, {})
+    try:
+        fit("latency", tmp_path / "whole")
+        monkeypatch.setattr(search, "latency_ratio", lambda *_: pytest.fail("measured again"))
+        fit("latency", tmp_path / "resumed", tmp_path / "whole" / "epoch=1.ckpt")
+    finally:
+        del CASES["latency"]
+    whole, resumed = (read(tmp_path / name / f"epoch={EPOCHS - 1}.ckpt") for name in ("whole", "resumed"))
+    assert len(read(tmp_path / "whole" / "epoch=1.ckpt")["state_dict"]["body.bias"]) < 32
+    for part in PARTS:
+        assert_same_state(whole.get(part, {}), resumed.get(part, {}))

@@ -1,0 +1,105 @@
+"""Which channels hang together: against torch-pruning's graph, plain union-find, and networks that people have."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import torch
+import torch_pruning as tp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_compress import RemovalPlan, plan_removal
+from lightning_compress.channels.atoms import FIXED, Atoms
+from tests.channels.cuts import inexact, inputs_of, plan_of
+from tests.channels.idioms import IDIOMS, Idiom
+
+CNNS = [
+    *("conv_bn_relu", "residual", "concat", "depthwise", "wide-vgg", "wide-resnet", "wide-bottleneck"),
+    *("wide-mobilenet_v2", "wide-mobilenet_v3", "wide-densenet", "wide-unet", "wide-inception", "wide-two_outputs"),
+]
+
+
+@pytest.mark.parametrize("name", CNNS)
+def test_groups_are_those_of_torch_pruning(name: str) -> None:
+    model, plan, _ = plan_of(name, 0)
+    inputs = inputs_of(name)
+    modules = dict(model.named_modules())
+    paths = {module: path for path, module in modules.items()}
+    graph = tp.DependencyGraph().build_dependency(model, inputs)
+    theirs: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for layer in {layer for row in plan.rows for layer in row.layers}:
+        weight = modules[layer].weight
+        made = int(isinstance(modules[layer], nn.ConvTranspose2d))
+        gone = _gone(plan, f"{layer}.weight", made, weight.shape[made])
+        prune = tp.prune_linear_out_channels if weight.dim() == 2 else tp.prune_conv_out_channels
+        for dependency, indices in graph.get_pruning_group(modules[layer], prune, idxs=gone) if gone else ():
+            module = dependency.target.module
+            if module in paths and getattr(module, "weight", None) is not None:
+                reads = graph.is_in_channel_pruning_fn(dependency.handler) and module.weight.dim() > 1
+                reads = reads and getattr(module, "groups", 1) == 1  # both prune the rows of a depthwise one
+                dim = int(reads != isinstance(module, nn.ConvTranspose2d))
+                theirs[f"{paths[module]}.weight", dim].update(indices)
+    ours = {
+        (name, dim): set(_gone(plan, name, dim, model.get_parameter(name).shape[dim]))
+        for name, dims in plan.kept.items()
+        if name.endswith("weight")
+        for dim in dims
+    }
+    assert len(ours) >= 3
+    assert ours == theirs
+
+
+def _gone(plan: RemovalPlan, name: str, dim: int, size: int) -> list[int]:
+    kept = plan.kept.get(name, {}).get(dim, torch.arange(size)).tolist()
+    return [index for index in range(size) if index not in kept]
+
+
+Ties = list[tuple[int, int]]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=14),
+    st.lists(st.integers(1, 11), max_size=3),
+    st.lists(st.integers(1, 11), max_size=3),
+)
+@settings(max_examples=150)
+def test_ties_are_resolved_as_by_union_find(ties: Ties, pins: list[int], spans: list[int]) -> None:
+    atoms = Atoms()
+    atoms.new(11)
+    for one, other in ties:
+        atoms.tie(torch.tensor([one]), torch.tensor([other]))
+    for one in pins:
+        atoms.pin(torch.tensor([one]), "pinned")
+    for one in spans:
+        atoms.span(torch.tensor([one]), "spanned")
+    parent = list(range(12))
+
+    def root(one: int) -> int:
+        return one if parent[one] == one else root(parent[one])
+
+    held = set(pins)
+    for one, other in ties:
+        if FIXED in (one, other):
+            held.add(max(one, other))
+        else:
+            parent[max(root(one), root(other))] = min(root(one), root(other))
+    held = {root(one) for one in held} - {FIXED}
+    units = atoms.resolve()
+    assert units.all.tolist() == [root(one) for one in range(12)]
+    assert units.of(torch.arange(12)).tolist() == [FIXED if root(one) in held else root(one) for one in range(12)]
+    assert set(units.fixed) == held
+    assert set(units.spanned) == {root(one) for one in spans}
+
+
+@pytest.mark.parametrize("idiom", IDIOMS, ids=lambda idiom: idiom[0])
+def test_idioms_are_understood(idiom: Idiom) -> None:
+    _, net, shapes, shrinks = idiom
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model, inputs = net(), tuple(torch.randn(shape) for shape in shapes)
+    plan = plan_removal(model, inputs, macs=0.45, importance="random")
+    assert inexact(model, plan, inputs) < 1e-5
+    assert {name for name in plan.kept if "bias" not in name and "running" not in name} == set(shrinks.split())
