@@ -138,18 +138,25 @@ def _width_of(parts: list[tuple[int, Tensor]], size: int) -> _Width:
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be asked of each group: at least so many units, in steps, or just so many."""
+    """What may be asked of each group: at least so many units, in steps, or just so many.
+
+    Attributes:
+        least: so many stay at least.
+        most: so many stay at most: all of them, or, once some have left, a multiple of the step.
+        step: the units that stay are a multiple of this, or all.
+        exactly: so many stay.
+    """
 
     least: int
+    most: int
     step: int
     exactly: int | None = None
 
-    def nearest(self, wanted: float, size: int) -> int:
+    def nearest(self, wanted: float) -> int:
         """The allowed number of units that is nearest to ``wanted``."""
         if self.exactly is not None:
             return self.exactly
-        steps = round(wanted / self.step) * self.step
-        return min(size, max(self.least, steps))
+        return min(self.most, max(self.least, round(wanted / self.step) * self.step))
 
 
 def choose(
@@ -189,15 +196,13 @@ def choose(
 
         def counts_at(removed: int) -> list[int]:
             gone = torch.bincount(owners[:removed], minlength=len(sizes)).tolist()
-            return [limit.nearest(size - out, size) for limit, size, out in zip(limits, sizes, gone, strict=True)]
+            return [limit.nearest(size - out) for limit, size, out in zip(limits, sizes, gone, strict=True)]
 
         most = len(owners)
     else:
 
         def counts_at(removed: int) -> list[int]:
-            return [
-                limit.nearest(size * (1 - removed / _STEPS), size) for limit, size in zip(limits, sizes, strict=True)
-            ]
+            return [limit.nearest(size * (1 - removed / _STEPS)) for limit, size in zip(limits, sizes, strict=True)]
 
         most = _STEPS
     low, high = 0, most  # as much as `high` is enough, if anything is
@@ -228,7 +233,7 @@ def _fill(
         moves = []
         for number, (count, limit, order) in enumerate(zip(best, limits, orders, strict=True)):
             size = len(order)
-            more, less = limit.nearest(count + limit.step, size), limit.nearest(count - limit.step, size)
+            more, less = limit.nearest(count + limit.step), limit.nearest(count - limit.step)
             if more > count:  # the most important first
                 moves.append((0, -float(ranked[number][order[size - more]]), number, more))
             if less < count:  # the least important first

@@ -257,5 +257,7 @@ def _limits(groups: Sequence[Group], recipe: Recipe, progress: Progress, step: i
         for pattern, fraction in recipe.overrides.items():
             if any(matches(layer, pattern) for layer in group.layers):
                 exactly = min(group.size, max(1, round(fraction * original)))
-        limits.append(Limits(min(least, group.size), mine, exactly))
+        least = min(least, group.size)
+        most = group.size if group.size == original else max(least, group.size // mine * mine)
+        limits.append(Limits(least, most, mine, exactly))
     return limits
