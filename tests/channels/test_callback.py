@@ -538,3 +538,10 @@ def test_a_latency_budget_is_measured_once_and_kept_as_a_goal(monkeypatch: pytes
     assert goal == pytest.approx(module.body.out_features / 32) and 0.45 <= goal <= 0.55
     assert pruning.state_dict()["latency"] == pytest.approx(goal)
     assert trainer.callback_metrics["remaining_macs"].item() == pytest.approx(goal)
+
+
+def test_a_multiple_holds_after_several_rounds() -> None:
+    pruning = shrink(channels=0.375, round_to=8, schedule=Linear(), window=Window(0.1, 0.7))
+    _, module = fit([pruning], Classifier(hidden=64))
+    assert len(pruning.plans) > 2
+    assert module.body.out_features == 24

@@ -25,6 +25,7 @@ class DynamicAttention(nn.Module):
         reduce_range: 7-bit activations, for CPUs without VNNI.
 
     Example:
+        >>> import torch
         >>> attention = DynamicAttention.from_float(nn.MultiheadAttention(16, 4, batch_first=True), DynamicInt8())
         >>> x = torch.randn(2, 5, 16)
         >>> output, weights = attention(x, x, x)
