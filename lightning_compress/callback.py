@@ -17,7 +17,7 @@ The order of a fit, with what a callback of ours does in each hook::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -248,6 +248,16 @@ def check_version(state: dict[str, Any], owner: str) -> None:
         raise CompressionError(
             f"The checkpoint's state of {owner} must have version {STATE_VERSION}. Received: version={version}. "
             "Update lightning_compress, or resume with the version that wrote it."
+        )
+
+
+def warn_of_other_settings(owner: str, saved: Mapping[str, str], now: Mapping[str, str], goes_on: str) -> None:
+    """Say if a fit resumes from a checkpoint that another configuration wrote, and what ``goes_on`` as it was."""
+    changed = [f"{name}={saved[name]}" for name, value in now.items() if saved.get(name, value) != value]
+    if changed:
+        rank_zero_warn(
+            f"{owner}: this checkpoint was written with other settings: {', '.join(changed)}. Its {goes_on} go on. For "
+            "a new window, load it with load_compressed(path, model) and fit that."
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress import structure
-from lightning_compress.callback import CompressionCallback, rebuild_ddp
+from lightning_compress.callback import CompressionCallback, rebuild_ddp, warn_of_other_settings
 from lightning_compress.channels.budget import Budget
 from lightning_compress.channels.explore import explore
 from lightning_compress.channels.fresh_statistics import FreshStatistics
@@ -392,13 +392,7 @@ class ChannelPruning(CompressionCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._take(state_dict)
-        saved = state_dict["settings"]
-        changed = [f"{name}={saved[name]}" for name, value in self._settings.items() if saved.get(name, value) != value]
-        if changed:
-            rank_zero_warn(
-                f"ChannelPruning: this checkpoint was written with other settings: {', '.join(changed)}. Its window "
-                "and step go on. For a new window, load it with load_compressed(path, model) and fit that."
-            )
+        warn_of_other_settings("ChannelPruning", state_dict["settings"], self._settings, goes_on="window and step")
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self._asked = state["asked"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress import structure
-from lightning_compress.callback import CompressionCallback, look
+from lightning_compress.callback import CompressionCallback, look, warn_of_other_settings
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.optimizers import Cut
 from lightning_compress.pruning import followers
@@ -371,12 +371,7 @@ class ScheduledPruning(CompressionCallback):
         super().load_state_dict(state_dict)
         self._masks = unpack(state_dict["masks"])
         saved = state_dict.get("settings", {})
-        changed = [f"{name}={saved[name]}" for name, value in self._settings.items() if saved.get(name, value) != value]
-        if changed:
-            rank_zero_warn(
-                f"ScheduledPruning: this checkpoint was written with other settings: {', '.join(changed)}. Its window, "
-                "step and masks go on. For a new window, load it with load_compressed(path, model) and fit that."
-            )
+        warn_of_other_settings("ScheduledPruning", saved, self._settings, goes_on="window, step and masks")
         self.sparsity_history = [Snapshot(*point) for point in state_dict.get("history", [])]
         self._carried = {name: state_dict.get(name, {}) for name in ("scores", "aside")}
         self._rewind_step, self._kept = state_dict.get("rewind_step", 0), state_dict.get("kept")
