@@ -24,18 +24,21 @@ from lightning_compress.distillation import (
 )
 from lightning_compress.errors import CompressionError, MissingExtraError, NoEffectWarning
 from lightning_compress.pruning import Rewind, ScheduledPruning, prune_, sparsity
-from lightning_compress.quantization import DynamicInt8, StaticInt8, WeightOnly, quantize
+from lightning_compress.quantization import GPTQ, NF4, DynamicInt8, StaticInt8, WeightOnly, quantize
 from lightning_compress.quantization.ptq import PostTrainingQuantization
 from lightning_compress.quantization.qat import QuantizationAwareTraining
+from lightning_compress.quantization.qlora import QLoRA
 from lightning_compress.report import CompressionReport, compare, measure
 from lightning_compress.schedules import Cosine, Exponential, Linear, OneShot, Polynomial, Steps
-from lightning_compress.structure import load_compressed, save_compressed
+from lightning_compress.structure import load_compressed, merge_adapters, save_compressed
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window
 
 __all__ = [
     "DIST",
     "DKD",
+    "GPTQ",
+    "NF4",
     "AttentionTransfer",
     "ChannelPruning",
     "CompressionError",
@@ -58,6 +61,7 @@ __all__ = [
     "OneShot",
     "Polynomial",
     "PostTrainingQuantization",
+    "QLoRA",
     "QuantizationAwareTraining",
     "Ramp",
     "RelationalAngle",
@@ -76,6 +80,7 @@ __all__ = [
     "compare",
     "load_compressed",
     "measure",
+    "merge_adapters",
     "plan_removal",
     "prune_",
     "quantize",

@@ -52,6 +52,7 @@ def attend(
     # Only the attention without weights to show has a causal form of its own.
     causal = is_causal and key_padding_mask is None and not need_weights
     mask = _mask(None if causal else attn_mask, key_padding_mask, num_heads, len(q), q.shape[2], k.shape[2])
+    mask = None if mask is None else mask.to(q.dtype)
     weights: Tensor | None = None
     if need_weights:
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])

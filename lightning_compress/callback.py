@@ -17,13 +17,14 @@ The order of a fit, with what a callback of ours does in each hook::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -217,9 +218,11 @@ def look(
     return seen
 
 
-def make_probe(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
+def make_probe(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, shared: Collection[nn.Parameter] = ()
+) -> pl.LightningModule:
     """A deep copy whose steps can be run without a trace: it logs nothing, and its metrics are its own."""
-    probe = copy_module(pl_module)
+    probe = copy_module(pl_module, shared)
     probe.__dict__["log"] = probe.__dict__["log_dict"] = lambda *args, **kwargs: None
     probe._trainer = trainer
     return probe

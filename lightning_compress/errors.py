@@ -49,7 +49,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """
     candidates = list(dict.fromkeys(known))
     # A layer is often right in its last part and wrong in its prefix, so both whole names and tails are compared.
-    close = difflib.get_close_matches(name, candidates, n=count, cutoff=0.5)
+    close = [known for known in candidates if name and known.startswith(name)][:count]
+    close += [known for known in difflib.get_close_matches(name, candidates, n=count, cutoff=0.5) if known not in close]
     tail = name.rpartition(".")[2]
     close += [known for known in candidates if known.rpartition(".")[2] == tail and known not in close]
     if close:

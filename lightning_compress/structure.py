@@ -27,6 +27,9 @@ VERSION = 1
 STATES = ("state_dict", "current_model_state")
 """Where a checkpoint holds weights; the second is what averaging callbacks add."""
 
+_ADDED = {"prepared": "observers", "adapted": "adapters"}
+"""Where an entry holds what such a form adds to the user's keys; of adapters, for each of a checkpoint's states."""
+
 _RESTORED = "_restored_callback_states"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -74,10 +77,10 @@ def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
     entry = _describe(module)
     record = forms.record_of(module)
     if record is not None:
-        if record["form"] == "prepared":
+        if record["form"] in _ADDED:
             added = forms.added_keys(module)
             taken = [forms.take_added_(checkpoint[name], added) for name in STATES if name in checkpoint]
-            entry["observers"] = taken[0]
+            entry[_ADDED[record["form"]]] = taken[0] if record["form"] == "prepared" else _once(taken)
         elif "current_model_state" in checkpoint:
             # The fit is over: the int8 model is the average, and the float average that a callback still holds isn't
             # wanted.
@@ -86,6 +89,15 @@ def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
     if "callbacks" not in checkpoint:
         entry["callbacks"] = {key: callback.state_dict() for key, callback in callbacks.items()}
     checkpoint[ENTRY] = entry
+
+
+def _once(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The states, with later ones holding the very tensors of the first where values are the same: a frozen base."""
+    first = states[0]
+    return [
+        {key: first[key] if torch.equal(first[key].cpu(), value.cpu()) else value for key, value in state.items()}
+        for state in states
+    ]
 
 
 def _describe(module: nn.Module) -> dict[str, Any]:
@@ -158,9 +170,10 @@ def restore_structure_(
     for copied in copies:
         forms.quantized_like_(copied, module)
     if record is not None:
-        added = forms.added_keys(module) if record["form"] == "prepared" else {}
-        for state in states:
-            forms.put_added_(state, added, entry.get("observers", {}))
+        added = forms.added_keys(module) if record["form"] in _ADDED else {}
+        for index, state in enumerate(states):
+            kept = entry.get(_ADDED.get(record["form"], ""), {})
+            forms.put_added_(state, added, kept[index] if isinstance(kept, list) else kept)
             if not hasattr(state, "_metadata"):
                 # Without their versions, torch reads quantized layers as if they were saved by its first release.
                 state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
@@ -196,12 +209,31 @@ def _load_state(model: nn.Module, entry: Mapping[str, Any], state: dict[str, Any
 def _already(module: nn.Module, record: Mapping[str, Any]) -> bool:
     """Whether a prepared module has just the units that the checkpoint has."""
     mine = forms.record_of(module)
-    return mine is not None and mine["form"] == record["form"] == "prepared" and _plain(mine) == _plain(record)
+    return mine is not None and mine["form"] == record["form"] in _ADDED and _plain(mine) == _plain(record)
 
 
 def _plain(record: Mapping[str, Any]) -> list[Any]:
     units = [[unit["path"], unit["hooked"], unit["floats"]] for unit in record["units"]]
-    return [record["scheme"], units, record["layers"]]
+    return [record["scheme"], units, record["layers"], record.get("low_rank"), record.get("trained")]
+
+
+def merge_adapters(model: Model) -> Model:
+    """A plain float copy of a model that `QLoRA` trained, with ``W + (alpha / rank) B A`` in each adapted layer.
+
+    Args:
+        model: with adapters; it is left as it is.
+
+    Raises:
+        CompressionError: the model has no adapters.
+    """
+    if forms.form_of(model) != "adapted":
+        raise CompressionError(
+            f"`model` must have adapters. Received: one that is {forms.form_of(model)}. Fit it with QLoRA first."
+        )
+    twin = copy_module(model)
+    forms.revert_(twin, "float")
+    detach(twin)
+    return twin
 
 
 def save_compressed(model: nn.Module, path: str) -> None:

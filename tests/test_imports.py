@@ -19,6 +19,7 @@ MAY_IMPORT_LIGHTNING = {
     "channels/callback.py",
     "pruning/callback.py",
     "quantization/qat.py",
+    "quantization/qlora.py",
     "quantization/ptq.py",
     "distillation/callback.py",
     "distillation/module.py",
@@ -36,6 +37,7 @@ MAY_ALSO_IMPORT = {
     "distillation/check.py": {"torchmetrics"},
     "quantization/ptq.py": {"tqdm"},
     "quantization/flows/pt2e.py": {"torchao"},
+    "quantization/flows/weight_only.py": {"torchao"},
 }
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
 

@@ -1,9 +1,9 @@
-"""Quantization: which numbers a layer computes with, int8 with and without training.
+"""Quantization: which numbers a layer computes with, from 8 bits down to 2, with and without training.
 
 The callbacks stand in `qat` and `ptq`; they aren't imported here, as the room of structure needs this one first.
 """
 
 from lightning_compress.quantization.quantize import quantize
-from lightning_compress.quantization.schemes import DynamicInt8, Scheme, StaticInt8, WeightOnly
+from lightning_compress.quantization.schemes import GPTQ, NF4, DynamicInt8, Scheme, StaticInt8, WeightOnly
 
-__all__ = ["DynamicInt8", "Scheme", "StaticInt8", "WeightOnly", "quantize"]
+__all__ = ["GPTQ", "NF4", "DynamicInt8", "Scheme", "StaticInt8", "WeightOnly", "quantize"]

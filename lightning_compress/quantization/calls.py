@@ -7,7 +7,7 @@ parent's traced form.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -63,7 +63,7 @@ def is_at_or_below(inner: str, path: str) -> bool:
     return inner == path or is_below(inner, path)
 
 
-def record_calls(model: nn.Module, run: Callable[[], Any]) -> CallLog:
+def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = True) -> CallLog:
     """Call ``run`` and log every module call in ``model``. Hooks are gone afterwards, also after an error."""
     log, stack, handles = CallLog(), list[str](), []
 
@@ -71,7 +71,7 @@ def record_calls(model: nn.Module, run: Callable[[], Any]) -> CallLog:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             log.callers.setdefault(path, set()).add(stack[-1] if stack else None)
             if path not in log.inputs:
-                log.inputs[path] = copy_tensors((args, kwargs))
+                log.inputs[path] = copy_tensors((args, kwargs)) if keep_inputs else ((), {})
             stack.append(path)
 
         return hook
@@ -98,14 +98,19 @@ def copy_tensors(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def copy_module(module: Module) -> Module:
+def copy_module(module: Module, shared: Collection[nn.Parameter] = ()) -> Module:
     """A deep copy to try things on; computed tensors that a module keeps as attributes are detached in it.
+
+    Args:
+        module: the original.
+        shared: parameters that the copy has too, to save their memory.
 
     Raises:
         CompressionError: the module can't be copied.
     """
     kept = (leaf for inner in module.modules() for leaf in pytree.tree_leaves(vars(inner)) if isinstance(leaf, Tensor))
     memo = {id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None}
+    memo |= {id(parameter): parameter for parameter in shared}
     try:
         twin = copy.deepcopy(module, memo)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -1,6 +1,7 @@
-"""The forms of a quantized model, and the ways between them: float, prepared (fake-quantized) and converted (int8).
+"""The forms of a quantized model, and the ways between them.
 
-The changes are made to any module that holds the units, and written down on it as plain data, so that a deep copy is as
+Float, prepared (fake-quantized), converted (in few bits), and adapted (4 bits, with float adapters that train). The
+changes are made to any module that holds the units, and written down on it as plain data, so that a deep copy is as
 convertible as the original and a checkpoint can rebuild the form.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,11 +18,23 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import flows
+from lightning_compress.quantization.adapters import LowRank, adapt_, merge_
 from lightning_compress.quantization.calls import is_at_or_below, is_below
+from lightning_compress.quantization.flows.weight_only import fake_quantized, trained_weight, why_float
 from lightning_compress.quantization.layers.fast_path import quiet_fast_path_, restore_fast_path_
-from lightning_compress.quantization.layers.plan import quantized_form
+from lightning_compress.quantization.layers.packed import PackedLayer
+from lightning_compress.quantization.layers.packed_weight import PackedWeight
+from lightning_compress.quantization.layers.plan import Weights, quantized_form
 from lightning_compress.quantization.plan import Plan
-from lightning_compress.quantization.schemes import Scheme, StaticInt8, describe, from_description, needs_reduced_range
+from lightning_compress.quantization.schemes import (
+    NF4,
+    Scheme,
+    StaticInt8,
+    WeightOnly,
+    describe,
+    from_description,
+    needs_reduced_range,
+)
 from lightning_compress.quantization.traced import (
     CHILD,
     Traced,
@@ -44,7 +58,7 @@ def record_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def form_of(model: nn.Module) -> str:
-    """``float``, ``prepared`` or ``converted``."""
+    """``float``, ``prepared``, ``converted`` or ``adapted``."""
     record = record_of(model)
     return "float" if record is None else str(record["form"])
 
@@ -90,17 +104,42 @@ def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) ->
     for module, traced in built:
         route_(module, traced)
         traced.keep_frozen_batchnorm_()
+    for path, one in trained_in_few_bits(model, plan).items() if training else ():
+        module = _unit_module(model, path)
+        route_(module, fake_quantized(module, one))
     quiet_fast_path_(model)
-    model.__dict__[_RECORD] = {
+    model.__dict__[_RECORD] = record = {
         "form": "prepared",
         "scheme": describe(scheme),
         "training": training,
         **plan.describe(),
     }
+    for layer in record["layers"]:
+        layer["shapes"] = _shapes_of(_unit_module(model, layer["path"]))
 
 
-def convert_(model: nn.Module) -> None:
-    """Turn a prepared model into int8, on the CPU; what it was stays aside, for `revert_`."""
+def trained_in_few_bits(model: nn.Module, plan: Plan) -> dict[str, WeightOnly]:
+    """The layers that are fake-quantized one by one while they train; those inside of units aren't."""
+    return {
+        path: one
+        for path, one in plan.layers.items()
+        if isinstance(one, WeightOnly)
+        and not why_float(_unit_module(model, path), one)
+        and not any(is_at_or_below(path, unit.path) for unit in plan.units)
+    }
+
+
+def _shapes_of(layer: nn.Module) -> dict[str, list[int]]:
+    return {name: list(one.shape) for name, one in layer._parameters.items() if one is not None}
+
+
+def convert_(model: nn.Module, weights: Weights = MappingProxyType({})) -> None:
+    """Turn a prepared model into its quantized form; what it was stays aside, for `revert_`.
+
+    Args:
+        model: prepared.
+        weights: packed weights that are known already, by the path of their layer.
+    """
     record = record_of(model)
     assert record is not None and record["form"] == "prepared"
     scheme = from_description(record["scheme"])
@@ -115,14 +154,31 @@ def convert_(model: nn.Module) -> None:
             leaf: Any = graph.get_submodule(layer.removeprefix(path).lstrip("."))
             if type(leaf).__module__.startswith("torch.ao.nn.intrinsic"):
                 leaf = leaf[0]  # upstream fuses float layers too
-            _swap_in_(leaf, quantized_form(leaf, layers.pop(layer)))
+            _swap_in_(leaf, quantized_form(leaf, layers.pop(layer), weights, layer))
             forget_aside_(leaf)
         converted[path] = Traced(graph, traced.signature, traced.used, traced.flow, is_int8=True)
-    converted |= {path: quantized_form(_unit_module(model, path), one) for path, one in layers.items()}
+    converted |= _layer_forms(model, layers, weights)
     for path, child in converted.items():
         _swap_in_(_unit_module(model, path), child)
     quiet_fast_path_(model)
     record["form"] = "converted"
+
+
+def _layer_forms(model: nn.Module, layers: Mapping[str, Scheme], weights: Weights) -> dict[str, nn.Module]:
+    """The forms of layers outside of units. Layers that share a weight (and, by the plan, a scheme) share its codes."""
+    made: dict[str, nn.Module] = {}
+    modules = {path: _unit_module(model, path) for path in layers}
+    for path, scheme in layers.items():
+        if isinstance(scheme, WeightOnly) and (fake := modules[path]._modules.get(CHILD)) is not None:
+            weights = {**weights, path: trained_weight(fake, scheme)}
+    keys = {path: id(module._parameters.get("weight")) for path, module in modules.items()}
+    shared = {keys[path]: weights[path] for path in layers if path in weights}
+    for path, scheme in layers.items():
+        known = {**weights, path: shared[keys[path]]} if keys[path] in shared else weights
+        made[path] = form = quantized_form(modules[path], scheme, known, path)
+        if isinstance(form, PackedLayer):
+            shared[keys[path]] = form.weight
+    return made
 
 
 def _swap_in_(module: nn.Module, converted: Any) -> None:
@@ -140,9 +196,16 @@ def _converted_modules(model: nn.Module, record: Mapping[str, Any]) -> list[nn.M
 
 
 def revert_(model: nn.Module, form: str = "prepared") -> None:
-    """Back to the ``prepared`` form, where there was one, or the ``float`` form, with the values that it had."""
+    """Back to the ``prepared`` form, where there was one, or the ``float`` form, with the values that it had.
+
+    An adapted model has its adapters merged into float weights.
+    """
     record = record_of(model)
     if record is None:
+        return
+    if record["form"] == "adapted":
+        merge_(model, record)
+        del model.__dict__[_RECORD]
         return
     modules = _converted_modules(model, record)
     prepared = {module: restore_aside_(module) for module in modules}
@@ -161,6 +224,28 @@ def revert_(model: nn.Module, form: str = "prepared") -> None:
     record["form"] = "prepared"
 
 
+def adapt_and_record_(model: nn.Module, layers: list[str], low_rank: LowRank, settings: Mapping[str, Any]) -> None:
+    """Put adapters over 4-bit ``layers``.
+
+    Args:
+        model: float.
+        layers: paths of linear layers.
+        low_rank: what the adapters look like.
+        settings: ``trained``, patterns of modules that train on as they are; ``floats``, why others have none.
+    """
+    shapes = {path: _shapes_of(_unit_module(model, path)) for path in layers}
+    done = adapt_(model, layers, low_rank, settings["trained"])
+    model.__dict__[_RECORD] = {
+        "form": "adapted",
+        "scheme": describe(NF4()),
+        "training": True,
+        "units": [],
+        "layers": [{"path": path, "scheme": describe(NF4()), "shapes": shapes[path]} for path in layers],
+        "floats": dict(settings["floats"]),
+        **done,
+    }
+
+
 def transplant_(model: nn.Module, twin: nn.Module) -> None:
     """Give a float ``model`` the converted form of its copy ``twin``; what the model was stays aside."""
     record = record_of(twin)
@@ -170,6 +255,11 @@ def transplant_(model: nn.Module, twin: nn.Module) -> None:
         _swap_in_(module, other._modules[CHILD])
     quiet_fast_path_(model)
     model.__dict__[_RECORD] = record
+
+
+def packed_weights(model: nn.Module) -> list[PackedWeight]:
+    """The matrices that a model holds in few bits, each once."""
+    return [module for module in model.modules() if isinstance(module, PackedWeight)]
 
 
 def forget_(model: nn.Module) -> None:
@@ -193,7 +283,13 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
             stacklevel=2,
         )
     for part in (*record["units"], *record["layers"]):
-        _unit_module(model, part["path"])
+        module = _unit_module(model, part["path"])
+        if (shapes := part.get("shapes", _shapes_of(module))) != _shapes_of(module):
+            # Packed rows of different lengths can take the same bytes.
+            raise RuntimeError(f"size mismatch for {part['path']}: {shapes} in the file, {_shapes_of(module)} here.")
+    if record["form"] == "adapted":
+        adapt_and_record_(model, [layer["path"] for layer in record["layers"]], LowRank(**record["low_rank"]), record)
+        return
     units = [Unit.from_description(unit) for unit in record["units"]]
     layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
     prepare_(model, Plan(units, layers, dict(record["floats"])), scheme, training=record["training"])

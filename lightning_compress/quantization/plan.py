@@ -14,12 +14,14 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.calls import CallLog, is_below
 from lightning_compress.quantization.layers.plan import plan_layers
-from lightning_compress.quantization.schemes import Scheme, StaticInt8, WeightOnly, describe
+from lightning_compress.quantization.schemes import Packed, Scheme, StaticInt8, describe, from_description
 from lightning_compress.quantization.signature import Signature, canonical
 from lightning_compress.quantization.unit import Unit, holds_layers, no_kernel, verify
 from lightning_compress.targets import Targets, clean_name, compressible_modules
 
 _logger = logging.getLogger("lightning_compress")
+
+_SHOWN = 8
 
 _MANY = 8
 """From so many pieces on a static int8 model is worth a hint."""
@@ -71,7 +73,7 @@ def make_plan(
     if targets is not None:
         targets.check_patterns(model)
     called = None if log is None else log.inputs
-    layers, floats = plan_layers(model, called, scheme, targets, overrides, tied_to_float(model))
+    layers, floats = plan_layers(model, called, scheme, targets, overrides)
     if isinstance(scheme, StaticInt8):
         assert log is not None
         chosen = "fx" if flow == "auto" else flow
@@ -84,7 +86,7 @@ def make_plan(
                 )
                 plan = other
     else:
-        plan = Plan(layers=layers, floats=without_kernel(model))
+        plan = Plan(layers=layers, floats=without_kernel(model, scheme))
     plan.floats = {path: reason for path, reason in (plan.floats | floats).items() if path not in layers}
     if not plan:
         raise _nothing_to_quantize(plan.floats)
@@ -130,7 +132,7 @@ def plan_units(
     planner.visit("")
     plan = planner.plan
     seen = {path for unit in plan.units for path in compressible_modules(model) if is_below(path, unit.path)}
-    for path, reason in (tied_to_float(model) | without_kernel(model)).items():
+    for path, reason in (tied_to_float(model) | without_kernel(model, scheme)).items():
         # An exported unit tells itself what it leaves in float, but for an embedding that shares its matrix.
         if flow == "fx" or path not in seen or isinstance(compressible_modules(model)[path], nn.Embedding):
             plan.floats.setdefault(path, reason)
@@ -244,21 +246,21 @@ def tied_to_float(model: nn.Module) -> dict[str, str]:
     }
 
 
-def without_kernel(model: nn.Module) -> dict[str, str]:
-    """Layers that own matrices but are of a type for which there is no int8 kernel, with that as the reason.
+def without_kernel(model: nn.Module, scheme: Scheme) -> dict[str, str]:
+    """Layers that own matrices but are of a type for which there is no kernel in ``scheme``, with that as the reason.
 
     A module of the user's own that holds layers isn't one, even if it has a matrix (of positions, say).
     """
     found = {}
     for path, module in compressible_modules(model).items():
         if is_parametrized(module):
-            found[path] = no_kernel(module)
+            found[path] = no_kernel(module, scheme)
         elif isinstance(module, (ParametrizationList, NonDynamicallyQuantizableLinear)) or _has_kernel(module):
             continue  # the latter is a part of attention, which is told of as a whole
         elif holds_layers(module):
             continue
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
-            found[path] = no_kernel(module)
+            found[path] = no_kernel(module, scheme)
     return found
 
 
@@ -288,9 +290,16 @@ def explain(record: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{', '.join(hooked)}: forward hooks (a distillation's taps are some) fire while training, and not in int8"
         )
-    stored = [f"`{layer['path']}`" for layer in record["layers"] if layer["scheme"]["name"] == WeightOnly.name]
-    if stored:
-        lines.append(f"{', '.join(stored)}: weights are stored in int8 and computed with in float; this is no faster")
+    stored: dict[int, list[str]] = {}
+    for layer in record["layers"]:
+        one = from_description(layer["scheme"])
+        if isinstance(one, Packed):
+            stored.setdefault(one.bits, []).append(_name(layer["path"]))
+    for bits, names in stored.items():
+        few = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        lines.append(
+            f"{few}: weights are stored in {bits} bits and computed with in float; this is smaller, not faster"
+        )
     if len(record["units"]) >= _MANY and record["units"][0]["flow"] == "fx":
         lines.append(
             f"quantized in {len(record['units'])} pieces, with activations rounded at each border; flow='pt2e' may "

@@ -24,8 +24,8 @@ from lightning_compress.quantization import forms
 from lightning_compress.quantization.calibrate import evaluating
 from lightning_compress.quantization.plan import explain, summary
 from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator
-from lightning_compress.quantization.quantize import Recipe, dry_run, quantize_
-from lightning_compress.quantization.schemes import Scheme, StaticInt8
+from lightning_compress.quantization.quantize import Recipe, dry_run, own_parameters_, quantize_
+from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.quantization.side_by_side import FloatTwin
 from lightning_compress.targets import Targets
 
@@ -86,7 +86,8 @@ class PostTrainingQuantization(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_strategy(trainer, type(self).__name__)
         if stage in ("test", "predict"):
-            refuse_accelerator(trainer)
+            if self.recipe.needs_cpu:
+                refuse_accelerator(trainer)
             self._modes = training_modes(pl_module)
         if stage == "fit" and forms.form_of(pl_module) == "converted":
             forms.revert_(pl_module, "float")
@@ -141,14 +142,16 @@ class PostTrainingQuantization(Callback):
         with torch.inference_mode(False), isolate_rng():
             torch.manual_seed(0)  # every rank shuffles alike
             batches: Iterator[Any] = iter(())
-            if isinstance(self.recipe.scheme, StaticInt8):
+            if self.recipe.calibrates:
                 batches = _calibration_batches(trainer, pl_module, self.recipe.calibration_batches)
             # All is done on a copy, so that an error leaves the module as it was.
-            probe = make_probe(trainer, pl_module)
+            shared = self.recipe.only_read(pl_module)
+            probe = make_probe(trainer, pl_module, shared)
             first = next(batches, None)
             with evaluating(probe):
                 quantize_(probe, self.recipe, first, batches, _way_to_run(probe, first))
             forms.transplant_(pl_module, probe)
+            own_parameters_(probe, shared)
         self._ours = True
         record = forms.record_of(pl_module)
         assert record is not None

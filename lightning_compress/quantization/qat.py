@@ -15,14 +15,14 @@ from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import CallLog, record_calls
 from lightning_compress.quantization.layers.plan import check_overrides
 from lightning_compress.quantization.plan import explain, make_plan, summary
-from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
+from lightning_compress.quantization.schemes import Scheme, StaticInt8, WeightOnly, resolve
 from lightning_compress.quantization.traced import Traced
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window
 
 
 class QuantizationAwareTraining(CompressionCallback):
-    """Trains with fake-quantized weights and activations, and converts the model to int8 when `fit` ends.
+    """Trains with fake-quantized weights (and activations), and converts the model to int8 or less when `fit` ends.
 
     At the window's start the largest sub-modules whose traced form computes what they computed are given
     fake-quantizers (BatchNorm folded); the rest stays float and is listed with its reason. Parameters stay the same
@@ -30,12 +30,14 @@ class QuantizationAwareTraining(CompressionCallback):
     just that. The next `fit` trains the float weights on.
 
     Args:
-        scheme: ``int8_static`` or a `StaticInt8`.
+        scheme: ``int8_static`` or a `StaticInt8`; or ``int4_weight_only`` or a symmetric `WeightOnly`, of which
+            linear and embedding layers are fake-quantized by torchao, and others rounded when the fit ends.
         flow: ``fx``; ``auto`` is the same for training.
         window: prepared at its start, by default before training.
         targets: which layers; by default all that int8 has kernels for.
-        overrides: pattern of layers' paths to the scheme that they get instead, ``int8_dynamic`` or
-            ``int8_weight_only``; the last match wins. They train in float, and are quantized when the fit ends.
+        overrides: pattern of layers' paths to the scheme that they get instead, one that works layer by layer; the
+            last match wins. They train in float, and are quantized when the fit ends, but for linear and embedding
+            layers in a symmetric `WeightOnly` outside of traced modules, which are fake-quantized.
         freeze_observers: fraction of the window after which activation ranges no longer move; 1 is never.
         freeze_batchnorm: fraction of the window after which BatchNorm statistics no longer move; 1 is never.
         convert: convert when the fit ends; False leaves the model fake-quantized.
@@ -70,8 +72,10 @@ class QuantizationAwareTraining(CompressionCallback):
     ) -> None:
         super().__init__(window)
         resolved = resolve(scheme)
-        if not isinstance(resolved, StaticInt8):
-            raise invalid("scheme", "be static int8 for training", scheme, "Use 'int8_static'.")
+        if not isinstance(resolved, StaticInt8 | WeightOnly):
+            raise invalid("scheme", "be int8_static or weight-only for training", scheme, "Use 'int8_static'.")
+        if isinstance(resolved, WeightOnly) and not resolved.symmetric:
+            raise invalid("scheme", "be symmetric for training", scheme, "Use symmetric=True: torchao trains no other.")
         if flow not in ("auto", "fx"):
             raise invalid("flow", "be 'auto' or 'fx' for training", flow)
         for name, value in (("freeze_observers", freeze_observers), ("freeze_batchnorm", freeze_batchnorm)):
@@ -133,7 +137,10 @@ class QuantizationAwareTraining(CompressionCallback):
         forms.prepare_(pl_module, plan, self.scheme, training=True)
         self.bring_in_line(trainer, pl_module)
         rebuild_ddp(trainer, pl_module)
+        floats = [f"`{path}`" for path in plan.layers.keys() - forms.trained_in_few_bits(pl_module, plan).keys()]
         self._notes = explain(plan.describe())
+        if floats:
+            self._notes.append(f"{', '.join(sorted(floats))}: trained in float, rounded when the fit ends")
         rank_zero_info("\n  ".join([f"{type(self).__name__}: quantizes {summary(plan.describe())}.", *self._notes]))
 
     def _freeze(self, pl_module: pl.LightningModule) -> None:

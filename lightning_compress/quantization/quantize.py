@@ -1,11 +1,12 @@
-"""`quantize`: a new int8 model from a float one, no Trainer needed."""
+"""`quantize`: a new quantized model from a float one, no Trainer needed."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,10 +20,11 @@ from lightning_compress.quantization.calls import CallLog, copy_module, copy_ten
 from lightning_compress.quantization.equalize import adjust_
 from lightning_compress.quantization.flows import FLOWS, load
 from lightning_compress.quantization.forms import convert_, forget_, form_of, prepare_
+from lightning_compress.quantization.hessians import calibrated_weights
 from lightning_compress.quantization.layers.fast_path import without_fast_path
-from lightning_compress.quantization.layers.plan import Overrides, check_overrides
+from lightning_compress.quantization.layers.plan import Overrides, Weights, check_overrides, packable
 from lightning_compress.quantization.plan import make_plan
-from lightning_compress.quantization.schemes import Scheme, StaticInt8, resolve
+from lightning_compress.quantization.schemes import GPTQ, Packed, Scheme, StaticInt8, resolve
 from lightning_compress.quantization.signature import canonical
 from lightning_compress.quantization.unit import Unit
 from lightning_compress.targets import Targets, compressible_modules
@@ -70,13 +72,27 @@ def quantize(
     if form_of(model) != "float":
         raise CompressionError(f"`model` must be a float model. Received: one that is {form_of(model)} already.")
     with torch.inference_mode(False):
-        twin = copy_module(model).cpu()
+        shared = recipe.only_read(model)
+        twin = copy_module(model, shared) if shared else copy_module(model).cpu()
         batches = iter(calibration if calibration is not None else ())
         first = next(batches, None)
         with evaluating(twin):
             quantize_(twin, recipe, first, batches)
-    forget_(twin)
+        forget_(twin)
+        own_parameters_(twin, shared)
     return twin
+
+
+def own_parameters_(model: nn.Module, shared: Collection[nn.Parameter]) -> None:
+    """Give a model that has ``shared`` parameters with another its own, where its quantized layers have left any."""
+    keys = {id(parameter) for parameter in shared}
+    copies: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in keys:
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = copy.deepcopy(parameter)
+                setattr(module, name, copies[id(parameter)])  # recurrent layers keep a second list of theirs
 
 
 class Recipe:
@@ -107,6 +123,15 @@ class Recipe:
         if not isinstance(calibration_batches, int) or calibration_batches < 1:
             raise invalid("calibration_batches", "be at least 1", calibration_batches)
         self.calibration_batches = calibration_batches
+        schemes = (self.scheme, *self.overrides.values())
+        self.calibrates = [one for one in schemes if isinstance(one, StaticInt8 | GPTQ)]
+        self.needs_cpu = not all(isinstance(one, Packed) for one in schemes)
+
+    def only_read(self, model: nn.Module) -> list[nn.Parameter]:
+        """Parameters that a copy to be quantized may share with ``model``, so that they aren't in memory twice."""
+        if self.needs_cpu:
+            return []
+        return [parameter for layer in model.modules() for parameter in packable(layer)]
 
 
 def quantize_(
@@ -126,21 +151,28 @@ def quantize_(
         run: how a batch goes through the model.
     """
     scheme, log = recipe.scheme, None
+    if first is None and recipe.calibrates:
+        remedy = "Pass a loader of representative batches."
+        raise invalid("calibration", f"be given for {recipe.calibrates[0].name}", None, remedy)
     if isinstance(scheme, StaticInt8):
         _check_float32(model)
     buffers = _buffers(model)
     if first is not None or getattr(model, "example_input_array", None) is not None:
-        log = dry_run(model, first, run)
-    elif isinstance(scheme, StaticInt8):
-        raise invalid("calibration", "be given for a static scheme", None, "Pass a loader of representative batches.")
+        log = dry_run(model, first, run, keep_inputs=isinstance(scheme, StaticInt8))
     plan = make_plan(model, log, scheme, recipe.targets, recipe.overrides, recipe.flow, training=False)
     if isinstance(scheme, StaticInt8) and log is not None:
         plan.units = [_adjusted(model, unit, log, scheme) for unit in plan.units]
+    fitted = {path: one for path, one in plan.layers.items() if isinstance(one, GPTQ)}
+    batches = chain([first], batches)
+    weights: Weights = {}
+    if fitted:
+        batches = list(islice(batches, recipe.calibration_batches))
+        weights = calibrated_weights(model, fitted, batches, run)
     prepare_(model, plan, scheme, training=False)
     if plan.units:
-        calibrate(model, chain([first], batches), recipe.calibration_batches, run)
+        calibrate(model, batches, recipe.calibration_batches, run)
     _put_back_(buffers)
-    convert_(model)
+    convert_(model, weights)
     if first is not None:
         _check_runs(model, first, run)
 
@@ -197,7 +229,9 @@ def _adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8) ->
     return replace(unit, widened=tuple(relu6))
 
 
-def dry_run(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] = run_step) -> CallLog:
+def dry_run(
+    model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] = run_step, keep_inputs: bool = True
+) -> CallLog:
     """What one look at the model calls, in its present mode; draws nothing from the global random state."""
     with torch.no_grad(), quiet_random_state(), without_fast_path():
-        return record_calls(model, lambda: run(model, batch))
+        return record_calls(model, lambda: run(model, batch), keep_inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,18 +80,135 @@ class DynamicInt8(Scheme):
     name = "int8_dynamic"
 
 
-@dataclass(frozen=True)
-class WeightOnly(Scheme):
-    """8-bit weights, computed with in float: a quarter of the size, and no faster.
+class Packed(Scheme):
+    """Base of the schemes that store weights in few bits and compute with them in float, on any device.
 
-    Weights symmetric with a scale for each output channel, ``Q = round(W / S)`` with ``S = max|W| / 127``. For layers
-    that 8-bit activations hurt, such as a first or last one. Linear and convolution layers.
+    Linear, Conv1d to Conv3d, Embedding and attention layers. Embeddings, and below 8 bits the last layer, stay as they
+    are unless a pattern of `overrides` or `targets` names that very layer.
     """
 
-    name = "int8_weight_only"
+    bits: int
 
 
-SCHEMES: dict[str, type[Scheme]] = {cls.name: cls for cls in (StaticInt8, DynamicInt8, WeightOnly)}
+@dataclass(frozen=True)
+class WeightOnly(Packed):
+    """Weights of 2 to 8 bits, each rounded to the nearest code: ``Q = round(W / S) + Z``.
+
+    Symmetric: Z is the middle of the codes, and ``S = max(max(W) / (2^(bits-1) - 1), -min(W) / 2^(bits-1))``.
+    Asymmetric: ``S = (max(W) - min(W)) / (2^bits - 1)``. A weight takes ``bits + 16 / group_size`` bits, asymmetric
+    ones ``bits / group_size`` more.
+
+    Args:
+        bits: 2 to 8.
+        group_size: weights along the input dimension with a scale (and zero point) of their own; None is a scale for
+            each output channel.
+        symmetric: without zero points.
+
+    Raises:
+        CompressionError: an argument is out of range.
+
+    References:
+        Krishnamoorthi, 2018 (arXiv:1806.08342), section 2; Shen et al., "Q-BERT", 2019 (arXiv:1909.05840), for groups.
+    """
+
+    bits: int = 8
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        _check_block("group_size", self.group_size)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """``int8_weight_only`` and so on."""
+        return f"int{self.bits}_weight_only"
+
+
+@dataclass(frozen=True)
+class NF4(Packed):
+    """4-bit weights of 16 quantiles of the normal distribution: ``W = A * NF4_VALUES[Q]``.
+
+    A is the largest magnitude of the weight's block, itself stored in 8 bits (double quantization), so that a weight
+    takes about ``4 + 8 / block_size`` bits. Takes no calibration. What `QLoRA` trains on top of.
+
+    Args:
+        block_size: weights along the input dimension with a scale of their own.
+
+    Raises:
+        CompressionError: ``block_size`` is out of range.
+
+    References:
+        Dettmers et al., "QLoRA", 2023 (arXiv:2305.14314), section 3. Our scales are quantized in the logarithm, where
+        one outlier costs its neighbours little, and blocks don't reach across rows.
+    """
+
+    block_size: int = 64
+    bits = 4
+    name = "nf4"
+
+    def __post_init__(self) -> None:
+        _check_block("block_size", self.block_size)
+        if self.block_size is None:
+            raise invalid("block_size", "be at least 2", None)
+
+
+@dataclass(frozen=True)
+class GPTQ(Packed):
+    """Weights of 2 to 8 bits, rounded one input column at a time, where later columns make up for the error so far.
+
+    Minimizes ``||X W^T - X W_q^T||^2`` of each layer over calibration inputs X, which come from layers that are
+    quantized already. Stored as `WeightOnly` is.
+
+    Args:
+        bits: 2 to 8.
+        group_size: as in `WeightOnly`.
+        symmetric: as in `WeightOnly`.
+        damping: added to the Hessian's diagonal, as a fraction of its mean.
+        activation_order: round the columns with the largest inputs first.
+
+    Raises:
+        CompressionError: an argument is out of range.
+
+    References:
+        Frantar et al., "GPTQ", 2022 (arXiv:2210.17323), algorithm 1.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = True
+    damping: float = 0.01
+    activation_order: bool = False
+    name = "gptq"
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        _check_block("group_size", self.group_size)
+        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0.0 < self.damping <= 1.0:
+            raise invalid("damping", "lie in (0, 1]", self.damping, "It is a fraction of the Hessian's mean diagonal.")
+
+
+def _check_bits(bits: int) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise invalid("bits", "be 2 to 8", bits)
+
+
+def _check_block(name: str, size: int | None) -> None:
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
+        raise invalid(name, "be at least 2", size, "A power of two such as 32, 64 or 128 is usual.")
+
+
+SCHEMES: dict[str, Scheme] = {
+    "int8_static": StaticInt8(),
+    "int8_dynamic": DynamicInt8(),
+    "int8_weight_only": WeightOnly(bits=8),
+    "int4_weight_only": WeightOnly(bits=4, group_size=128),
+    "nf4": NF4(),
+    "gptq": GPTQ(),
+}
+"""Schemes by name."""
+
+_CLASSES = {type(scheme).__name__: type(scheme) for scheme in SCHEMES.values()}
 
 
 def resolve(scheme: str | Scheme) -> Scheme:
@@ -107,7 +225,7 @@ def resolve(scheme: str | Scheme) -> Scheme:
         return scheme
     if not isinstance(scheme, str) or scheme not in SCHEMES:
         raise invalid("scheme", "be the name of a scheme", scheme, nearest(str(scheme), SCHEMES))
-    return SCHEMES[scheme]()
+    return SCHEMES[scheme]
 
 
 def needs_reduced_range(engine: str = "x86") -> bool:
@@ -124,10 +242,10 @@ def describe(scheme: Scheme) -> dict[str, Any]:
     fields = asdict(scheme)  # type: ignore[call-overload]
     if fields.get("reduce_range", False) is None:
         fields["reduce_range"] = needs_reduced_range(fields.get("engine", "x86"))
-    return {"name": scheme.name, **fields}
+    return {"class": type(scheme).__name__, "name": scheme.name, **fields}
 
 
-def from_description(description: dict[str, Any]) -> Scheme:
+def from_description(description: Mapping[str, Any]) -> Scheme:
     """The scheme that `describe` described.
 
     Raises:
@@ -137,8 +255,8 @@ def from_description(description: dict[str, Any]) -> Scheme:
         >>> from_description(describe(DynamicInt8(reduce_range=True)))
         DynamicInt8(reduce_range=True)
     """
-    fields = dict(description)
-    name = fields.pop("name")
-    if name not in SCHEMES:
-        raise CompressionError(f"`scheme` must be known to this version. Received: {name!r} in a checkpoint. Update.")
-    return SCHEMES[name](**fields)
+    fields = {name: value for name, value in description.items() if name not in ("class", "name")}
+    kind = description["class"]
+    if kind not in _CLASSES:
+        raise CompressionError(f"`scheme` must be known to this version. Received: {kind!r} in a checkpoint. Update.")
+    return _CLASSES[kind](**fields)

@@ -230,6 +230,11 @@ def children_aside(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in held.items() if child is not None and name not in module._modules}
 
 
+def drop_aside_(module: nn.Module) -> None:
+    """Take the form away from a module that has forgotten what it was, and that is to be given its tensors anew."""
+    del module.__dict__[_ASIDE]
+
+
 def forget_aside_(module: nn.Module) -> None:
     """Drop what `set_aside_` kept."""
     if _ASIDE in vars(module):

@@ -15,7 +15,7 @@ from lightning_compress.quantization.agreement import cosine, same_outputs, same
 from lightning_compress.quantization.calls import copy_module, copy_tensors, quiet_random_state
 from lightning_compress.quantization.equalize import widen_
 from lightning_compress.quantization.layers.fast_path import without_fast_path
-from lightning_compress.quantization.schemes import StaticInt8
+from lightning_compress.quantization.schemes import Scheme, StaticInt8
 from lightning_compress.quantization.signature import Signature
 from lightning_compress.quantization.traced import Traced
 from lightning_compress.targets import clean_name
@@ -104,7 +104,7 @@ def verify(
             return f"its traced form computes something else in {'training' if mode else 'evaluation'}", {}
         layers = {clean_name(name): child for name, child in twin.named_modules()}
         left = {
-            path: no_kernel(layers.get(path))
+            path: no_kernel(layers.get(path), scheme)
             for path in map(clean_name, flow.float_layers(traced.graph))
             if not holds_layers(layers.get(path))
         }
@@ -154,10 +154,10 @@ def holds_layers(module: nn.Module | None) -> bool:
     )
 
 
-def no_kernel(layer: nn.Module | None) -> str:
+def no_kernel(layer: nn.Module | None, scheme: Scheme) -> str:
     """The reason why a layer stays float."""
     kind = "it" if layer is None else type(layer).__name__
     if layer is not None and is_parametrized(layer):
         return f"the weight of this {kind} is computed by a parametrization"
     remedy = " (`overrides` can give it int8_dynamic)" if type(layer) in _DYNAMIC else ""
-    return f"no static int8 kernel for {kind}{remedy}"
+    return f"no {'static int8' if isinstance(scheme, StaticInt8) else scheme.name} kernel for {kind}{remedy}"

@@ -260,7 +260,7 @@ def test_data_dependent_control_flow_stays_float_and_the_layers_do_not() -> None
     ("arguments", "message"),
     [
         ({"scheme": "int8_statik"}, "Nearest: int8_static"),
-        ({}, "`calibration` must be given for a static scheme"),
+        ({}, "`calibration` must be given for int8_static"),
         ({"calibration": []}, "`calibration` must"),
         ({"calibration": [torch.zeros(4, 16)], "calibration_batches": 0}, "`calibration_batches` must be at least 1"),
         ({"calibration": [torch.zeros(4, 16)], "targets": Targets(include=["nope"])}, "'nope' must match a module"),

@@ -3,47 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
-from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_compress.errors import CompressionError, invalid, nearest
-from lightning_compress.quantization.layers.attention import DynamicAttention
+from lightning_compress.errors import invalid, nearest
+from lightning_compress.quantization.layers import attention
+from lightning_compress.quantization.layers.attention import DynamicAttention, QuantizedAttention
 from lightning_compress.quantization.layers.linear import DynamicLinear
+from lightning_compress.quantization.layers.packed import (
+    PackedConv,
+    PackedEmbedding,
+    PackedLayer,
+    PackedLinear,
+    matrix_of,
+)
+from lightning_compress.quantization.layers.packed_weight import LinearWeight, NF4Weight, PackedWeight
 from lightning_compress.quantization.layers.recurrent import DynamicRecurrent
-from lightning_compress.quantization.layers.weight_only import WeightOnlyLayer
-from lightning_compress.quantization.schemes import DynamicInt8, Scheme, StaticInt8, WeightOnly, resolve
+from lightning_compress.quantization.schemes import (
+    GPTQ,
+    NF4,
+    DynamicInt8,
+    Packed,
+    Scheme,
+    StaticInt8,
+    WeightOnly,
+    resolve,
+)
+from lightning_compress.quantization.traced import CHILD
 from lightning_compress.targets import Targets, compressible_modules, matches
 
-FORMS: dict[type[Scheme], dict[type[nn.Module], Any]] = {
-    DynamicInt8: {
-        nn.Linear: DynamicLinear,
-        nn.LSTM: DynamicRecurrent,
-        nn.GRU: DynamicRecurrent,
-        nn.MultiheadAttention: DynamicAttention,
-    },
-    WeightOnly: dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), WeightOnlyLayer),
+_PACKED: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv1d: PackedConv,
+    nn.Conv2d: PackedConv,
+    nn.Conv3d: PackedConv,
+    nn.Embedding: PackedEmbedding,
 }
-"""What takes the place of a layer of exactly this type."""
-
-_TYPES = {*FORMS[DynamicInt8], *FORMS[WeightOnly], nn.RNN}
+_DYNAMIC: dict[type[nn.Module], Any] = {
+    nn.Linear: DynamicLinear,
+    nn.LSTM: DynamicRecurrent,
+    nn.GRU: DynamicRecurrent,
+    nn.MultiheadAttention: DynamicAttention,
+}
+_TYPES = {*_DYNAMIC, *_PACKED, nn.RNN}
+"""Layers of exactly these types are quantized one by one, or stay float with a reason."""
 
 Overrides = Mapping[str, str | Scheme]
 """Pattern of layers' paths to the scheme that they get; the last match wins."""
 
 
-def quantized_form(layer: nn.Module, scheme: Scheme) -> nn.Module:
-    """The form of one layer that ``scheme`` asks for, on the CPU.
+Weights = Mapping[str, PackedWeight]
+"""Packed weights that are known already, by the path of their layer: of GPTQ, or shared with another layer."""
 
-    Raises:
-        CompressionError: it has none for this layer; the message is the reason.
+
+def quantized_form(
+    layer: nn.Module, scheme: Scheme, weights: Weights = MappingProxyType({}), path: str = ""
+) -> nn.Module:
+    """The form of one layer that ``scheme`` asks for; in int8_dynamic on the CPU.
+
+    Args:
+        layer: float, of a type for which `why_not` has no reason.
+        scheme: dynamic or packed.
+        weights: those that are known already.
+        path: of the layer in ``weights``.
     """
-    form = FORMS[type(scheme)].get(type(layer))
-    if form is None:
-        raise CompressionError(f"no {scheme.name} kernel for {type(layer).__name__}")
-    made: nn.Module = form.from_float(layer, scheme)
-    return made
+    if isinstance(scheme, DynamicInt8):
+        made: nn.Module = _DYNAMIC[type(layer)].from_float(layer, scheme)
+        return made
+    assert isinstance(scheme, Packed)
+    if isinstance(layer, nn.MultiheadAttention):
+        return QuantizedAttention(
+            layer, lambda name, part: quantized_form(part, scheme, weights, f"{path}.{CHILD}.{name}".lstrip("."))
+        )
+    weight = weights.get(path)
+    return _PACKED[type(layer)](layer, packed_weight(matrix_of(layer), scheme) if weight is None else weight)
+
+
+def packed_weight(matrix: Tensor, scheme: Packed) -> PackedWeight:
+    """``matrix`` in the bits of ``scheme``, each value rounded to the nearest code."""
+    if isinstance(scheme, NF4):
+        return NF4Weight(matrix, scheme.block_size)
+    assert isinstance(scheme, WeightOnly | GPTQ)
+    return LinearWeight.nearest(matrix, scheme.bits, scheme.group_size, scheme.symmetric)
+
+
+def packable(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a layer that a packed scheme can take the place of, and that a forward pass only reads."""
+    if type(layer) not in {*_PACKED, nn.MultiheadAttention, NonDynamicallyQuantizableLinear}:
+        return []
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return []
+    return [parameter for parameter in layer._parameters.values() if parameter is not None]
+
+
+def why_not(layer: nn.Module, scheme: Scheme) -> str:
+    """Why ``layer`` has no form in ``scheme``; empty if it has one."""
+    kinds = {*_PACKED, nn.MultiheadAttention} if isinstance(scheme, Packed) else set(_DYNAMIC)
+    if type(layer) not in kinds:
+        return f"no {scheme.name} kernel for {type(layer).__name__}"
+    if isinstance(layer, nn.MultiheadAttention):
+        return attention.why_not(layer)
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "it changes the rows that it looks up (max_norm)"
+    if isinstance(scheme, DynamicInt8):
+        return ""
+    matrix = matrix_of(layer)
+    if not matrix.is_floating_point():
+        return "its weight isn't real"
+    if not matrix.numel():
+        return "it is empty"
+    return "" if matrix.float().isfinite().all() else "its weight isn't finite in float32"
 
 
 def check_overrides(overrides: Overrides | None) -> dict[str, Scheme]:
@@ -72,7 +145,6 @@ def plan_layers(
     scheme: Scheme,
     targets: Targets | None,
     overrides: Mapping[str, Scheme],
-    tied: Mapping[str, str],
 ) -> tuple[dict[str, Scheme], dict[str, str]]:
     """The layers to be quantized one by one, each with its scheme; and those that stay float, with the reason.
 
@@ -80,44 +152,93 @@ def plan_layers(
 
     Args:
         model: the root.
-        called: paths of the modules that a run called; None if there was none.
+        called: paths of the modules that a run called, in order; None if there was none.
         scheme: of the layers that no override matches.
         targets: which layers.
         overrides: patterns to schemes.
-        tied: layers that share their weight with one that stays float, with that as the reason.
 
     Raises:
         CompressionError: an override matches no layer.
     """
     modules = compressible_modules(model)
+    layers = {path: module for path, module in modules.items() if _has_form(module)}
     for pattern in overrides:
-        if not any(matches(path, pattern) for path, module in modules.items() if _has_form(module)):
-            near = nearest(pattern, [path for path, module in modules.items() if _has_form(module)])
-            raise invalid("overrides", "match layers of the model", pattern, near)
+        if not any(matches(path, pattern) for path in layers):
+            raise invalid("overrides", "match layers of the model", pattern, nearest(pattern, list(layers)))
+    wanted = {
+        path: [scheme, *(one for pattern, one in overrides.items() if matches(path, pattern))][-1] for path in layers
+    }
+    wanted = {path: one for path, one in wanted.items() if not isinstance(one, StaticInt8)}
+    patterns = [*overrides, *((targets.include or ()) if targets is not None else ())]
+    named = {path for path in layers if any(_names(pattern, path) for pattern in patterns)}
+    spared = {path: reason for path, reason in _spared(modules, called, wanted, targets).items() if path not in named}
+    if spared.keys() >= {path for path, one in wanted.items() if not why_not(layers[path], one)}:  # all that there is
+        spared = {path: reason for path, reason in spared.items() if isinstance(layers[path], nn.Embedding)}
     chosen: dict[str, Scheme] = {}
     floats: dict[str, str] = {}
-    for path, module in modules.items():
-        matching = [one for pattern, one in overrides.items() if matches(path, pattern)]
-        wanted = matching[-1] if matching else scheme
-        if isinstance(wanted, StaticInt8) or not _has_form(module):
-            continue
-        reason = tied.get(path) or _left_out(path, module, targets)
+    for path, one in wanted.items():
+        reason = _left_out(path, layers[path], targets) or spared.get(path, "")
         if not reason and called is not None and path not in called:
             reason = "it isn't called, its weights are read"
-        if not reason:
-            try:
-                quantized_form(module, wanted)
-                chosen[path] = wanted
-            except CompressionError as error:
-                reason = str(error)
+        if not reason and "forward" in vars(layers[path]):
+            reason = "its forward was replaced on the instance"
+        reason = reason or why_not(layers[path], one)
         if reason:
             floats[path] = reason
+        else:
+            chosen[path] = one
+    for path, other in _tied(modules, chosen).items():
+        del chosen[path]
+        floats[path] = f"its weight is tied to `{other}`, which stays float"
     return chosen, floats
+
+
+def _names(pattern: str, path: str) -> bool:
+    """Whether a pattern means this very layer, and no container with all that it holds."""
+    return fnmatchcase(path, pattern) and bool(pattern.rpartition(".")[2].strip("*?"))
+
+
+def _spared(
+    modules: Mapping[str, nn.Module],
+    called: Collection[str] | None,
+    wanted: Mapping[str, Scheme],
+    targets: Targets | None,
+) -> dict[str, str]:
+    """Layers that packed schemes leave alone unless they are named: embeddings and, in few bits, the last layer."""
+    types = tuple(targets.types or ()) if targets is not None else ()
+    spared = {
+        path: "embedding, which is left out unless it is named"
+        for path, one in wanted.items()
+        if isinstance(one, Packed) and isinstance(modules[path], nn.Embedding) and not isinstance(modules[path], types)
+    }
+    order = modules if called is None else [path for path in called if path in modules]
+    last = [path for path in order if modules[path]._parameters or isinstance(modules[path], nn.MultiheadAttention)]
+    for path in last[-1:]:
+        one = wanted.get(path)
+        if isinstance(one, Packed) and one.bits < 8 and type(modules[path]) in _PACKED:
+            spared.setdefault(path, "last layer, which is left out unless it is named")
+    return spared
+
+
+def _tied(modules: Mapping[str, nn.Module], chosen: Mapping[str, Scheme]) -> dict[str, str]:
+    """Layers that were chosen and share their weight with one that wasn't, or not in the same scheme: that one."""
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    return {
+        path: other
+        for paths in owners.values()
+        for path in paths
+        for other in paths
+        if path in chosen and chosen.get(other) != chosen[path]
+    }
 
 
 def _has_form(module: nn.Module) -> bool:
     # A computed weight (weight norm) can't be taken as it stands.
-    return type(module) in _TYPES and ("weight" in module._parameters or not isinstance(module, (nn.Linear, _ConvNd)))
+    return type(module) in _TYPES and ("weight" in module._parameters or not isinstance(module, tuple(_PACKED)))
 
 
 def _left_out(path: str, module: nn.Module, targets: Targets | None) -> str:

@@ -1,0 +1,124 @@
+"""Layers whose weights are stored in few bits and computed with in float: linear, convolution, embedding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_compress.quantization.layers.packed_weight import PackedWeight
+
+_BLOCK = 2**20
+"""Values that are dequantized at a time: 4 MB of float32."""
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """The weight of a layer as ``(out, in)``: of a convolution ``(out_channels, in_channels / groups * kernel)``."""
+    weight: Any = layer.weight
+    matrix: Tensor = weight.detach().flatten(1)
+    return matrix
+
+
+def _row_blocks(weight: PackedWeight) -> Iterator[slice]:
+    step = max(1, _BLOCK // weight.columns)
+    return (slice(start, min(start + step, weight.rows)) for start in range(0, weight.rows, step))
+
+
+class _Product(torch.autograd.Function):
+    """``x W^T`` with W dequantized block by block, and once more for the gradient: no float W is kept for it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.weight = inputs[1]
+
+    @staticmethod
+    def forward(x: Tensor, weight: PackedWeight) -> Tensor:
+        return torch.cat([x @ weight.values(rows).to(x.dtype).T for rows in _row_blocks(weight)], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        [gradient], weight = gradients, ctx.weight
+        parts = (gradient[..., rows] @ weight.values(rows).to(gradient.dtype) for rows in _row_blocks(weight))
+        total = next(parts)
+        for part in parts:
+            total += part
+        return total, None
+
+
+def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``x W^T + b``, in the type that autocast wants, else in that of ``x``. Gradients flow to ``x`` and ``bias``.
+
+    Args:
+        x: ``(..., columns)``.
+        weight: ``(rows, columns)``.
+        bias: ``(rows,)`` or None.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+    y: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class PackedLayer(nn.Module):
+    """Base: the packed weight of a layer, its bias, and its settings.
+
+    Args:
+        layer: float; it isn't changed.
+        weight: its weight as a packed matrix. Layers that share a weight share this.
+    """
+
+    bias: Tensor | None
+    used = frozenset(("weight", "bias"))
+    """Names of the float layer's tensors that it takes the place of."""
+
+    def __init__(self, layer: Any, weight: PackedWeight) -> None:
+        super().__init__()
+        self.weight = weight
+        bias = getattr(layer, "bias", None)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        # The layer without its tensors: stride, padding and the like.
+        settings = copy.copy(layer)
+        settings._parameters, settings._modules = dict.fromkeys(layer._parameters), {}
+        self.__dict__["_settings"] = settings
+
+
+class PackedLinear(PackedLayer):
+    """``y = x W^T + b`` with a packed W."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return product(input, self.weight, self.bias)
+
+
+class PackedConv(PackedLayer):
+    """A convolution with a packed kernel, which is dequantized as a whole."""
+
+    def __init__(self, layer: _ConvNd, weight: PackedWeight) -> None:
+        super().__init__(layer, weight)
+        self.shape = layer.weight.shape
+
+    def forward(self, input: Tensor) -> Tensor:
+        kernel = self.weight.values(slice(None)).view(self.shape).to(input.dtype)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        y: Tensor = self.__dict__["_settings"]._conv_forward(input, kernel, bias)
+        return y
+
+
+class PackedEmbedding(PackedLayer):
+    """``y_i = W[x_i]`` with a packed W, of which only the rows that are looked up are dequantized."""
+
+    _like: Tensor
+
+    def __init__(self, layer: nn.Embedding, weight: PackedWeight) -> None:
+        super().__init__(layer, weight)
+        # Follows the model through `.to(dtype)`, as a float weight would.
+        self.register_buffer("_like", layer.weight.detach().new_empty(0), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight.values(input.flatten()).to(self._like.dtype).view(*input.shape, self.weight.columns)

@@ -1,0 +1,70 @@
+"""Packing: codes of 1 to 8 bits without a bit between them.
+
+A code is split into planes of 4, 2 and 1 bits as its width in binary says (3 = 2 + 1); each plane fills whole bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def packed_length(length: int, bits: int) -> int:
+    """Bytes that ``length`` codes take: 8 codes, the last ones filled up with zeros, take ``bits`` bytes.
+
+    Example:
+        >>> packed_length(128, 4), packed_length(128, 3), packed_length(9, 2)
+        (64, 48, 4)
+    """
+    return -(-length // 8) * bits
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack the last dimension of ``codes``.
+
+    Args:
+        codes: uint8, below ``2^bits``, ``(..., length)``.
+        bits: 1 to 8.
+
+    Returns:
+        uint8, ``(..., packed_length(length, bits))``.
+
+    Example:
+        >>> pack(torch.tensor([1, 2, 3, 0, 1, 2, 3, 0], dtype=torch.uint8), bits=2).tolist()
+        [221, 34]
+    """
+    padded = functional.pad(codes, (0, -codes.shape[-1] % 8))
+    planes = []
+    for width, shift in _planes(bits):
+        # Code i of a plane shares its byte with code i + n/k, so that either way moves whole runs of bytes.
+        parts = ((padded >> shift) & (2**width - 1)).unflatten(-1, (8 // width, -1)).unbind(-2)
+        plane = parts[0].clone()
+        for index, part in enumerate(parts[1:], start=1):
+            plane |= part << (index * width)
+        planes.append(plane)
+    return planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
+
+
+def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
+    """The ``length`` codes that `pack` packed, as uint8.
+
+    Example:
+        >>> unpack(torch.tensor([221, 34], dtype=torch.uint8), bits=2, length=6).tolist()
+        [1, 2, 3, 0, 1, 2]
+    """
+    unit, start, codes = packed.shape[-1] // bits, 0, None
+    for width, shift in _planes(bits):
+        plane = packed[..., start : start + unit * width]
+        start += unit * width
+        parts = [plane >> (index * width) for index in range(8 // width)]
+        values = torch.cat(parts, dim=-1).bitwise_and_(2**width - 1) if width < 8 else plane
+        codes = values << shift if codes is None else codes.bitwise_or_(values << shift)
+    assert codes is not None
+    return codes[..., :length]
+
+
+def _planes(bits: int) -> list[tuple[int, int]]:
+    """Width and lowest bit of each plane, widest first."""
+    widths = [width for width in (8, 4, 2, 1) if bits & width]
+    return [(width, sum(widths[:index])) for index, width in enumerate(widths)]

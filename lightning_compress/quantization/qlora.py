@@ -1,0 +1,204 @@
+"""`QLoRA`: decides when a module gets 4-bit weights with adapters over them, and what its optimizers train."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_compress import structure
+from lightning_compress.callback import (
+    STATE_VERSION,
+    CompressionCallback,
+    check_version,
+    refuse_strategy,
+    without_logging,
+)
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.quantization import forms
+from lightning_compress.quantization.adapters import LowRank, plan_adapters
+from lightning_compress.quantization.ptq import PostTrainingQuantization
+from lightning_compress.structure import merge_adapters
+from lightning_compress.targets import Targets
+
+
+class QLoRA(Callback):
+    """Fine-tunes a module whose linear layers are frozen in 4 bits (NF4), by low-rank adapters in float over them.
+
+    ``y = x W^T + b + (alpha / rank) x A^T B^T`` with A ``(rank, in_features)`` and B ``(out_features, rank)``. When a
+    fit begins the targeted layers' float weights give way to packed ones, everything but the adapters is frozen, and
+    frozen parameters leave the optimizers. The module stays so afterwards, for `test` and further fits; `merge` gives a
+    plain one. Saves memory, not time: the 4-bit weights are dequantized in each forward and each backward pass.
+
+    A checkpoint holds the adapters and the 4-bit weights in an entry of their own, and the other parameters under their
+    keys; it loads with this callback or `load_compressed`.
+
+    Args:
+        rank: r.
+        alpha: the adapters' output is scaled by ``alpha / rank``.
+        targets: which linear layers; by default all but the last. A pattern that names the last one includes it.
+        dropout: of the adapters' inputs.
+        modules_to_train: patterns of modules whose float parameters train too, such as a new head.
+
+    Raises:
+        CompressionError: in the constructor for bad arguments; in `setup` if there is nothing to adapt, beside
+            callbacks that need the float weights, and for a module with other adapters; on fit start if the optimizers
+            don't hold the adapters.
+
+    Hooks: `setup` adapts the module, after its own `setup` if it has one; `on_fit_start` restricts the optimizers.
+
+    Example:
+        >>> qlora = QLoRA(rank=8, alpha=16, modules_to_train=["head"])
+        >>> # Trainer(callbacks=[qlora]).fit(model, datamodule)
+        >>> # plain = qlora.merge()
+
+    References:
+        Dettmers et al., "QLoRA", 2023 (arXiv:2305.14314), section 3; Hu et al., "LoRA", 2021 (arXiv:2106.09685).
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float = 16.0,
+        targets: Targets | None = None,
+        dropout: float = 0.0,
+        modules_to_train: Sequence[str] = (),
+    ) -> None:
+        self.low_rank = LowRank(rank, alpha, dropout)
+        if not isinstance(targets, Targets | None):
+            raise invalid("targets", "be a Targets", targets, "Write Targets(include=[...]).")
+        if isinstance(modules_to_train, str):
+            raise invalid("modules_to_train", "be a list of patterns", modules_to_train)
+        self.targets = targets
+        self.modules_to_train = list(modules_to_train)
+        self._module: weakref.ref[pl.LightningModule] | None = None
+        self._notes: list[str] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_strategy(trainer, type(self).__name__)
+        others = [
+            type(other).__name__
+            for other in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(other, CompressionCallback | PostTrainingQuantization)
+        ]
+        if others:
+            raise CompressionError(
+                f"`callbacks` must hold no other technique that needs float weights beside QLoRA. Received: {others}. "
+                "Fit with QLoRA first, and give them `qlora.merge()`."
+            )
+        pl_module.configure_model()
+        structure.attach(pl_module)
+        self._module = weakref.ref(pl_module)
+        if stage != "fit":
+            return
+        if is_overridden("setup", pl_module):
+            pl_module.__dict__["setup"] = partial(self._after_setup, pl_module)  # it may be what loads the weights
+        else:
+            self._adapt(pl_module)
+
+    def _after_setup(self, pl_module: pl.LightningModule, stage: str) -> None:
+        del pl_module.__dict__["setup"]
+        pl_module.setup(stage)
+        self._adapt(pl_module)
+
+    def _adapt(self, pl_module: pl.LightningModule) -> None:
+        record = forms.record_of(pl_module)
+        if record is None:
+            layers, floats = plan_adapters(pl_module, self.targets)
+            for pattern in self.modules_to_train:
+                Targets(include=[pattern]).check_patterns(pl_module)
+            settings = {"trained": self.modules_to_train, "floats": floats}
+            with torch.no_grad():
+                forms.adapt_and_record_(pl_module, layers, self.low_rank, settings)
+        elif record["form"] != "adapted" or record["low_rank"] != asdict(self.low_rank):
+            raise CompressionError(
+                f"The module must be float, or have adapters of the same kind, for {type(self).__name__}. Received: "
+                f"one that is {record['form']}, {record.get('low_rank', '')}. First merge its adapters: "
+                "merge_adapters(model)."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        record = forms.record_of(pl_module)
+        if record is None:
+            raise CompressionError(
+                "`ckpt_path` must be a checkpoint of a fit with QLoRA. Received: one without adapters. Load its "
+                "weights into the module first, and fit without `ckpt_path`."
+            )
+        adapters = {id(parameter) for name, parameter in pl_module.named_parameters() if _is_adapter(name)}
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        if not adapters <= held:
+            raise CompressionError(
+                f"`configure_optimizers` must give the adapters to an optimizer. Received: {len(adapters & held)} of "
+                f"{len(adapters)}. Pass it self.parameters(), or those that require gradients."
+            )
+        for group in groups:
+            # The list stays the same one: some optimizers hold it too.
+            group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        self.bring_in_line(trainer, pl_module)
+        self._notes = self._explain(pl_module, record)
+        rank_zero_info("\n  ".join(self._notes))
+
+    def _explain(self, pl_module: pl.LightningModule, record: dict[str, Any]) -> list[str]:
+        training = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in pl_module.parameters())
+        total += sum(weight.rows * weight.columns for weight in forms.packed_weights(pl_module))
+        names = [f"`{layer['path']}`" for layer in record["layers"]]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        name = type(self).__name__
+        return [
+            f"{name}: {shown} in 4 bits (NF4) with adapters of rank {self.low_rank.rank}; {training:,} of {total:,} "
+            "parameters train. This saves memory, not time.",
+            *(f"`{path}` stays float: {reason}" for path, reason in record["floats"].items()),
+        ]
+
+    def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give averaged copies of the module the adapters that it has."""
+        for averaged in structure.averaged_copies(trainer):
+            forms.quantized_like_(averaged, pl_module)
+
+    def merge(self) -> pl.LightningModule:
+        """A plain copy of the module of the last fit, with the adapters in its weights; the module stays as it is.
+
+        Raises:
+            CompressionError: there was no fit, or the module is gone.
+        """
+        module = self._module() if self._module is not None else None
+        if module is None:
+            raise CompressionError("`merge` must come after a fit. Received: no module. Use merge_adapters(model).")
+        return merge_adapters(module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close(pl_module)
+
+    def _close(self, pl_module: pl.LightningModule) -> None:
+        pl_module.__dict__.pop("setup", None)
+        structure.detach(pl_module)
+
+    def report_notes(self) -> list[str]:
+        """Lines for the report: what is in 4 bits, what trains, what stays float and why."""
+        return self._notes
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": STATE_VERSION}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version(state_dict, type(self).__name__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**without_logging(self), "_module": None}
+
+
+def _is_adapter(name: str) -> bool:
+    return name.rpartition(".")[2] in ("lora_A", "lora_B")
