@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_compress.errors import CompressionError
 from lightning_compress.inputs import run_step
 from lightning_compress.quantization.calibrate import evaluating
-from lightning_compress.quantization.calls import quiet_random_state
+from lightning_compress.quantization.calls import copy_tensors, quiet_random_state
 from lightning_compress.quantization.gptq import gptq
 from lightning_compress.quantization.layers.attention import QuantizedAttention
 from lightning_compress.quantization.layers.fast_path import without_fast_path
@@ -80,9 +81,9 @@ def calibrated_weights(
                         tied[0].layers.append(layer)
                     else:
                         parts[path] = _Part([layer], scheme)
-            counts = _calls(model, parts, batches[0], run)
-            for stage in _stages({path: parts[path] for path in counts}, room):
-                hessians = _hessians(model, stage, counts, batches, run)
+            counts: list[Counter[str]] = []
+            for stage in _stages(_in_order(model, parts, batches[0], run), room):
+                hessians = _hessians(model, parts, stage, counts, batches, run)
                 for path, part in stage.items():
                     made[path] = _fit(part, hessians.pop(path, None), path)
                     for layer in part.layers:
@@ -137,45 +138,55 @@ def _stages(parts: Mapping[str, _Part], room: int) -> Iterator[dict[str, _Part]]
         yield stage
 
 
-def _calls(model: nn.Module, parts: Mapping[str, _Part], batch: Any, run: Run) -> dict[str, int]:
-    """How often a batch calls each of ``parts``, in the order of the first calls."""
-    counts: dict[str, int] = {}
-
-    def count(path: str, *_: Any) -> None:
-        counts[path] = counts.get(path, 0) + 1
-
-    with _watched(parts, count):
-        run(model, batch)
-    return counts
+def _in_order(model: nn.Module, parts: Mapping[str, _Part], batch: Any, run: Run) -> dict[str, _Part]:
+    """Those of ``parts`` that a batch calls, in the order of their first calls."""
+    called: dict[str, _Part] = {}
+    with _watched(parts, lambda path, *_: called.setdefault(path, parts[path])):
+        run(model, copy_tensors(batch))
+    return called
 
 
 def _hessians(
-    model: nn.Module, parts: Mapping[str, _Part], counts: Mapping[str, int], batches: Sequence[Any], run: Run
+    model: nn.Module,
+    parts: Mapping[str, _Part],
+    stage: Mapping[str, _Part],
+    counts: list[Counter[str]],
+    batches: Sequence[Any],
+    run: Run,
 ) -> dict[str, Tensor]:
-    """``X^T X`` of the inputs of ``parts``: ``(groups, columns, columns)`` each."""
+    """``X^T X`` of the inputs of a ``stage`` of ``parts``: ``(groups, columns, columns)`` each.
+
+    The first pass fills in ``counts``, how often each batch calls each part; later ones stop where a stage has been seen.
+    """
     found: dict[str, Tensor] = {}
-    left: dict[str, int] = {}
+    left: Counter[str] = Counter()
+    counting = not counts
 
     def see(path: str, layer: nn.Module, x: Tensor) -> None:
-        for rows in _rows(layer, x):
+        left[path] -= 1
+        for rows in _rows(layer, x) if path in stage else ():
             square = rows.mT @ rows
             if path in found:
                 found[path] += square
             else:
                 found[path] = square
-        left[path] -= 1
-        if not any(count > 0 for count in left.values()):
+        if not counting and not any(left.values()):
             raise _Enough
 
-    for batch in batches:
-        left.update((path, counts[path]) for path in parts)
-        with _watched(parts, see), suppress(_Enough):
-            run(model, batch)
+    for index, batch in enumerate(batches):
+        left.clear()
+        if not counting:
+            left.update({path: counts[index][path] for path in stage})
+        if counting or any(left.values()):
+            with _watched(parts if counting else stage, see), suppress(_Enough):
+                run(model, copy_tensors(batch))
+        if counting:
+            counts.append(Counter({path: -count for path, count in left.items()}))
     return found
 
 
 @contextmanager
-def _watched(parts: Mapping[str, _Part], see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+def _watched(parts: Mapping[str, _Part], see: Callable[[str, nn.Module, Tensor], Any]) -> Iterator[None]:
     """Call ``see`` with the path, the layer and its input whenever a layer of ``parts`` is called."""
 
     def hook(path: str) -> Callable[..., None]:

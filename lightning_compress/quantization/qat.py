@@ -15,7 +15,7 @@ from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import CallLog, record_calls
 from lightning_compress.quantization.layers.plan import check_overrides
 from lightning_compress.quantization.plan import explain, make_plan, summary
-from lightning_compress.quantization.schemes import Scheme, StaticInt8, WeightOnly, resolve
+from lightning_compress.quantization.schemes import GPTQ, Scheme, StaticInt8, WeightOnly, resolve
 from lightning_compress.quantization.traced import Traced
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window
@@ -86,6 +86,8 @@ class QuantizationAwareTraining(CompressionCallback):
         self.targets = targets
         self.overrides = overrides
         self._overrides = check_overrides(overrides)
+        if any(isinstance(one, GPTQ) for one in self._overrides.values()):
+            raise invalid("overrides", "name no gptq in training", overrides, "Use PostTrainingQuantization for that.")
         self.freeze_observers = freeze_observers
         self.freeze_batchnorm = freeze_batchnorm
         self.convert = convert

@@ -464,6 +464,38 @@ def test_nothing_of_the_original_changes_and_nothing_is_shared_with_it(scheme: P
     assert_same_state(state, model)
 
 
+class Writes(nn.Module):
+    """Its forward changes weights, as clipping, normalized prototypes and `max_norm` do; or holds one twice."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.words, self.body = nn.Embedding(12, 8, max_norm=0.1 if way == "tied" else None), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 12, bias=False)
+        if way == "tied":
+            self.head.weight = self.words.weight
+        self.held = [self.body.weight] if way == "held" else []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.way == "clipped":
+            with torch.no_grad():
+                self.head.weight.clamp_(-0.01, 0.01)
+        return self.head(self.body(self.words(ids))) + sum(one.sum() for one in self.held)
+
+
+@pytest.mark.xfail(reason="B28: weights of layers are shared while batches run, whoever else writes or holds them")
+@pytest.mark.parametrize("way", ["tied", "clipped", "held"])
+def test_a_forward_that_writes_into_its_weights_changes_its_copy_only(way: str) -> None:
+    model, ids = Writes(way), torch.arange(12).view(3, 4)
+    before = snapshot(model)
+    quantized = quantize(model, "nf4", calibration=[ids], overrides={"body": "nf4"}).eval()
+    assert_same_state(before, model)
+    expected = quantized(ids).detach().clone()
+    with torch.no_grad():
+        model.body.weight.fill_(1)
+    assert torch.equal(quantized(ids), expected)
+
+
 def test_a_recurrent_layer_that_stays_float_keeps_one_set_of_weights_of_its_own() -> None:
     model = Odd()
     quantized = quantize(model, "nf4")

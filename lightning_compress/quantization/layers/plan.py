@@ -179,7 +179,7 @@ def plan_layers(
     for path, one in wanted.items():
         reason = _left_out(path, layers[path], targets) or spared.get(path, "")
         if not reason and called is not None and path not in called:
-            reason = "it isn't called, its weights are read"
+            reason = "the first batch doesn't call it"
         if not reason and "forward" in vars(layers[path]):
             reason = "its forward was replaced on the instance"
         reason = reason or why_not(layers[path], one)
