@@ -156,7 +156,7 @@ def _hessians(
 ) -> dict[str, Tensor]:
     """``X^T X`` of the inputs of a ``stage`` of ``parts``: ``(groups, columns, columns)`` each.
 
-    The first pass fills in ``counts``, how often each batch calls each part; later ones stop where a stage has been seen.
+    The first pass fills in ``counts``, how often each batch calls each part; later ones stop once a stage was seen.
     """
     found: dict[str, Tensor] = {}
     left: Counter[str] = Counter()

@@ -34,6 +34,21 @@ def bfloat16_above(number: float) -> float:
 
 
 def scale_and_zero(block: Array, bits: int, symmetric: bool) -> tuple[float, float]:
+    """Those that cover the block; below 4 bits, of 25 steps down to 0.4 of that, the one of least squared error."""
+    scale, zero = covering(block, bits, symmetric)
+    if bits >= 4:
+        return scale, zero
+    best, least = scale, math.inf
+    for part in torch.linspace(1.0, 0.4, 25).tolist():
+        tried = bfloat16_above(float(np.float32(scale) * np.float32(part)))
+        codes = np.clip(np.rint(block / tried) + zero, 0, 2**bits - 1)
+        error = float(np.square(tried * (codes - zero) - block).sum())
+        if error < least:
+            best, least = tried, error
+    return best, zero
+
+
+def covering(block: Array, bits: int, symmetric: bool) -> tuple[float, float]:
     high, low = max(block.max(), 0.0), min(block.min(), 0.0)
     half = 2 ** (bits - 1)
     if symmetric:
@@ -192,15 +207,17 @@ def test_any_problem_is_solved_as_the_reference_solves_it(
     weight, x, _ = problem(2, columns, seed)
     x[:, :: max(1, columns // 3)][:, :dead] = 0.0
     hessian = x.T @ x
-    codes, scale, _ = gptq(weight * magnitude, hessian, bits, group, symmetric, 0.01, order)
+    codes, scale, zero = gptq(weight * magnitude, hessian, bits, group, symmetric, 0.01, order)
     expected = by_elimination(
         (weight * magnitude).numpy(), hessian.double().numpy(), bits, group, symmetric, 0.01, order
     )
     # Float32 decides a tie in ten thousand the other way, and what comes after in the row follows from it.
-    if np.array_equal(scale.double().numpy(), expected[1]):
-        assert (codes.double().numpy() != expected[0]).mean() <= 0.05
-    else:
-        assert np.allclose(scale.double().numpy(), expected[1], rtol=2**-7)
+    if np.array_equal(scale.double().numpy(), expected[1]) and np.array_equal(codes.double().numpy(), expected[0]):
+        return
+    ours = values_of(codes, scale, zero, group)
+    theirs = values_of(*map(torch.from_numpy, expected), group)
+    a, b = (output_error(x, weight * magnitude, one) for one in (ours, theirs))
+    assert a <= 1.1 * b
 
 
 def test_matrices_side_by_side_are_each_their_own() -> None:
@@ -644,10 +661,7 @@ class Steps(nn.Module):
         return self.head(state)
 
 
-CUT = pytest.mark.xfail(reason="B25: as many calls of each batch count as the first one made")
-
-
-@pytest.mark.parametrize("lengths", [pytest.param((2, 6), marks=CUT), (6, 2)], ids=str)
+@pytest.mark.parametrize("lengths", [(2, 6), (6, 2)], ids=str)
 def test_batches_that_call_a_layer_more_often_than_the_first_did(lengths: Any, seen: list[Tensor]) -> None:
     model, batches = Steps(), [torch.randn(4, length, 8) for length in lengths]
     inputs: list[Tensor] = []

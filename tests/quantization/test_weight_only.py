@@ -25,6 +25,7 @@ from lightning_compress import (
     Targets,
     WeightOnly,
     load_compressed,
+    measure,
     quantize,
     save_compressed,
 )
@@ -180,6 +181,13 @@ def float_in(quantized: nn.Module) -> dict[str, str]:
     return dict((record_of(quantized) or {})["floats"])
 
 
+def next_bfloat16(numbers: Tensor) -> Tensor:
+    """The least bfloat16 that isn't below each positive number, in float64."""
+    near = numbers.to(torch.bfloat16)
+    above = torch.nextafter(near, torch.full_like(near, torch.inf))
+    return torch.where(near.double() < numbers.double() * (1 - 1e-6), above, near).double()
+
+
 def storages(module: nn.Module) -> set[int]:
     """Addresses of all memory that a module's tensors stand in, hidden second holds of recurrent layers too."""
     tensors = [*module.state_dict(keep_vars=True).values(), *module.buffers()]
@@ -231,7 +239,15 @@ def test_each_stored_weight_is_within_half_a_step(scheme: Packed, case: str) -> 
                 limit = torch.maximum(high / (2 ** (scheme.bits - 1) - 1), -low / 2 ** (scheme.bits - 1)) / 2
             else:
                 limit = (high - low) / (2**scheme.bits - 1) / 2
-            assert (error <= limit * (1 + 2**-7 + 1e-3)).all(), name
+            if getattr(scheme, "bits", 4) >= 4:
+                assert (error <= limit * (1 + 2**-7 + 1e-3)).all(), name
+                continue
+            # Below 4 bits the step is made smaller where the few values that it clips matter less than all others.
+            step = next_bfloat16((2 * limit).clamp(min=1e-38))[:, None]
+            zero = 2.0 ** (scheme.bits - 1) if scheme.symmetric else (-low[:, None] / step).round()
+            plain = step * ((part / step).round().add(zero).clamp(0, 2**scheme.bits - 1) - zero)
+            squares, reached = ((one - part).square().sum(1) for one in (got[:, start : start + size], plain))
+            assert (squares <= reached * (1 + 1e-3) + 1e-12).all(), name
         assert (got[exact == 0] == 0).all()
 
 
@@ -281,6 +297,74 @@ def test_bias_and_float_layers_train_on_and_stored_weights_do_not() -> None:
     assert losses[-1] < losses[0]
     after = quantized.state_dict()
     assert all(torch.equal(before[key], after[key]) == (CHILD in key) for key in before)
+
+
+# 4 bits on the CPU, in blocks of 32 and more: torch has a kernel for few rows of activations.
+
+
+def kernel_sized(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64))
+
+
+KERNEL: list[Packed] = [WeightOnly(4, 32), WeightOnly(4, 64, symmetric=False), WeightOnly(4), NF4(64)]
+
+
+@pytest.mark.parametrize("scheme", KERNEL, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_rows_of_any_shape_for_the_kernel(scheme: Packed, dtype: torch.dtype) -> None:
+    model = kernel_sized().to(dtype)
+    quantized = fully(model, scheme)
+    before = snapshot(quantized)
+    stored = rounded(model, quantized)
+    for shape in ((128,), (1, 128), (2, 3, 128), (16, 128), (17, 128), (0, 128)):
+        x = torch.randn(shape).to(dtype)
+        with torch.no_grad():
+            got, expected = quantized(x), stored(x)
+        assert got.dtype == dtype and got.shape == expected.shape
+        torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)
+    assert_same_state(before, quantized)
+    assert_same_state(before, copy.deepcopy(quantized))
+    assert_same_state(rounded(model, quantized), stored)
+
+
+@pytest.mark.xfail(reason="B33: activations of few rows are rounded to bfloat16", strict=False)
+@pytest.mark.parametrize("scheme", KERNEL, ids=str)
+def test_few_rows_compute_what_many_do(scheme: Packed) -> None:
+    model, x = kernel_sized(), torch.randn(40, 128)
+    quantized = fully(model, scheme)
+    with torch.no_grad():
+        many = quantized(x)
+        torch.testing.assert_close(quantized(x[:3]), many[:3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quantized(x.requires_grad_()), many, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.xfail(reason="B34: a forward changes the order of the codes in their buffer", strict=False)
+@pytest.mark.parametrize("scheme", KERNEL, ids=str)
+def test_buffers_can_be_copied_at_any_time(scheme: Packed) -> None:
+    x = torch.randn(3, 128)
+    used, fresh = fully(kernel_sized(), scheme), fully(kernel_sized(1), scheme)
+    taken = {name: buffer.clone() for name, buffer in used.named_buffers()}
+    expected = used(x)
+    assert torch.equal(torch.func.functional_call(used, taken, (x,)), expected)
+    for mine, other in zip(fresh.buffers(), used.buffers(), strict=True):  # as averages and DDP do
+        mine.copy_(other)
+    assert torch.equal(fresh(x), expected)
+
+
+def test_a_tied_embedding_looks_up_the_same_after_a_product() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"words": nn.Embedding(64, 128), "head": nn.Linear(128, 64, bias=False)})
+    model["head"].weight = model["words"].weight
+    quantized = fully(model, WeightOnly(4, 32))
+    ids = torch.tensor([0, 5, 63, 5, 31, 32])
+    before = quantized["words"](ids)
+    for rows in (1, 4, 20):
+        quantized["head"](torch.randn(rows, 128))
+        assert torch.equal(quantized["words"](ids), before)
+    twin = copy.deepcopy(quantized)
+    twin.load_state_dict(quantized.state_dict())
+    assert torch.equal(twin["words"](ids), before)
 
 
 # Shapes of inputs.
@@ -371,6 +455,20 @@ def test_autocast_leaves_float64_alone() -> None:
     quantized = fully(model.double(), WeightOnly(8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert quantized(x).dtype == model(x).dtype == torch.float64
+
+
+@pytest.mark.xfail(reason="B29: autocast is asked for devices that have none", raises=RuntimeError)
+def test_on_the_meta_device() -> None:
+    # No constant stays behind on the CPU; and what counts operations runs models there.
+    for case in CASES:
+        model, batch = build(case)
+        for scheme in FEW:
+            quantized = fully(model, scheme, batch).to("meta")
+            output = quantized(**{key: value.to("meta") for key, value in batch.items()})
+            expected = model(**batch)
+            if isinstance(output, tuple):
+                output, expected = output[0], expected[0]
+            assert output.device.type == "meta" and output.shape == expected.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -701,6 +799,33 @@ def test_bytes_of_other_layers(make: Callable[[], nn.Module], symmetric: bool) -
     assert got == pytest.approx(weight.numel() * (4 + (16 if symmetric else 20) / 64) / 8, rel=0.03)
 
 
+@pytest.mark.xfail(reason="B31: packed weights aren't counted")
+@pytest.mark.parametrize("scheme", [WeightOnly(8), NF4(8), WeightOnly(3, symmetric=False)], ids=str)
+def test_measured_as_what_it_stores(scheme: Packed) -> None:
+    model, batch = build("linear")
+    with torch.no_grad():
+        model[0].weight[:5] = 0.0
+    quantized = fully(model, scheme)
+    before, after = (measure(one, batch["input"], batch_sizes=[1], max_seconds=0.01) for one in (model, quantized))
+    assert after.parameters == before.parameters == 24 * 20 + 20 + 20 * 7
+    zeros = sum(int((parameter == 0).sum()) for parameter in rounded(model, quantized).parameters())
+    assert after.parameters - after.nonzeros == zeros >= 5 * 24
+    assert [layer.name for layer in after.layers] == [layer.name for layer in before.layers] == ["0", "2"]
+    assert sum(layer.size_bytes for layer in after.layers) == sum(v.nbytes for v in quantized.state_dict().values())
+    assert after.macs == before.macs == 24 * 20 + 20 * 7
+
+
+@pytest.mark.xfail(reason="B32: rows are filled up to eight codes of any width")
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(64, 64, 3, groups=64), lambda: nn.Conv2d(3, 64, 3)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_short_rows_waste_little(make: Callable[[], nn.Module], bits: int) -> None:
+    model = nn.Sequential(make())
+    columns = model[0].weight.flatten(1).shape[1]
+    quantized = fully(model, WeightOnly(bits))
+    got = sum(value.nbytes for key, value in quantized.state_dict().items() if "bias" not in key)
+    assert got <= 64 * (-(-columns * bits // 8) + 2)  # whole bytes in each row
+
+
 def test_gptq_is_stored_as_rounding_to_the_nearest_is() -> None:
     model, batch = build("linear")
     for options in ({}, {"symmetric": False}):
@@ -869,6 +994,36 @@ def test_a_test_measures_the_quantized_model_and_gives_back_the_float_one(scheme
     assert ("`head` stays float: last layer" in notes) == (scheme != "int8_weight_only")
     trainer.fit(module, data)
     assert not torch.equal(before["body.weight"], module.body.weight)
+
+
+B30 = pytest.mark.xfail(reason="B30: calibration batches aren't converted to the Trainer's precision")
+
+
+@pytest.mark.parametrize("scheme", [NF4(16), pytest.param(GPTQ(4, 8), marks=B30)], ids=str)
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_in_a_trainer_of_another_precision(scheme: Packed, precision: Any) -> None:
+    module, data = trained(), TinyData()
+    floats = quiet_trainer(precision=precision).test(module, data, verbose=False)[0]["test_loss"]
+    module = trained()
+    trainer = quiet_trainer(precision=precision, callbacks=[PostTrainingQuantization(scheme)])
+    loss = trainer.test(module, data, verbose=False)[0]["test_loss"]
+    assert loss == pytest.approx(floats, rel=0.2) and loss != floats
+    assert module.body.weight.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+
+
+@pytest.mark.parametrize("scheme", FEW[:2], ids=str)
+def test_a_quantized_file_is_tested_as_it_is_and_not_trained(scheme: Packed, tmp_path: Path) -> None:
+    module, data, path = trained(), TinyData(), tmp_path / "few.ckpt"
+    trainer = quiet_trainer(callbacks=[PostTrainingQuantization(scheme, keep=True)])
+    expected = trainer.test(module, data, verbose=False)
+    trainer.save_checkpoint(path)
+    again = quiet_trainer(callbacks=[PostTrainingQuantization(scheme)])
+    assert again.test(Classifier(), data, ckpt_path=path, verbose=False, weights_only=True) == expected
+    fresh = Classifier()
+    before = snapshot(fresh)
+    with pytest.raises(CompressionError, match="must be a float or a prepared checkpoint to train from"):
+        quiet_trainer(callbacks=[PostTrainingQuantization(scheme)]).fit(fresh, data, ckpt_path=path, weights_only=True)
+    assert_same_state(before, fresh)
 
 
 @pytest.mark.parametrize("scheme", FEW, ids=str)
@@ -1040,7 +1195,6 @@ def test_a_quantized_model_is_not_quantized_again(scheme: str) -> None:
         quantize(quantized, scheme, calibration=[torch.randn(4, 8)])
 
 
-@pytest.mark.xfail(reason="B27: the layer is rounded to the nearest and called gptq")
 def test_training_cannot_end_in_gptq_without_a_word() -> None:
     with pytest.raises(CompressionError, match="`overrides` must"):
         QuantizationAwareTraining(overrides={"head": "gptq"})

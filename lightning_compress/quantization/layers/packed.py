@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_compress.quantization.layers import int4_kernel
 from lightning_compress.quantization.layers.packed_weight import PackedWeight
 
 _BLOCK = 2**20
@@ -62,7 +63,13 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
-    y: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    y: Tensor | None = None
+    few = x.numel() <= int4_kernel.FEW * weight.columns and x.numel() > 0
+    if few and not (x.requires_grad and torch.is_grad_enabled()):
+        y = weight.few_rows_product(x)
+    if y is None:
+        y = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    assert y is not None
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.quantization.layers import int4_kernel
 from lightning_compress.quantization.numerics import linear, nf4
 from lightning_compress.quantization.numerics.packing import pack, unpack
 
@@ -34,8 +35,12 @@ class PackedWeight(nn.Module):
         return self.values(slice(None))
 
     def unpacked(self, rows: Rows) -> Tensor:
-        """Codes of those rows, in blocks: uint8, ``(len(rows), n_blocks, block_size)``."""
-        return linear.blocks(unpack(_take(self.codes, rows), self.bits, self.columns), self.block_size)
+        """Codes of those rows: uint8, ``(len(rows), columns)``."""
+        return unpack(_take(self.codes, rows), self.bits, self.columns)
+
+    def few_rows_product(self, x: Tensor) -> Tensor | None:
+        """``x W^T`` by a kernel for few rows of activations; None if there is none for this weight, or here."""
+        return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Moves to other devices; scales stay in their own type, whatever the model is cast to.
@@ -72,21 +77,76 @@ class LinearWeight(PackedWeight):
         self.register_buffer("codes", pack(codes, bits))
         self.register_buffer("scale", scale.to(torch.bfloat16))
         self.register_buffer("zero", None if zero is None else pack(zero.to(torch.uint8), bits))
+        self._kernel_scales: Tensor | None = None
 
     @classmethod
     def nearest(cls, matrix: Tensor, bits: int, block_size: int | None, symmetric: bool) -> LinearWeight:
         """Round ``matrix`` to the nearest codes."""
         blocks = linear.blocks(matrix.detach().float(), block_size)
-        scale, zero = linear.parameters(blocks, bits, symmetric)
+        scale, zero = linear.fitted_parameters(blocks, bits, symmetric)
         codes = linear.quantize(blocks, scale, zero, bits).flatten(1)[:, : matrix.shape[1]]
         return cls(codes, scale.squeeze(-1), None if symmetric else zero.squeeze(-1), bits, block_size)
 
+    def _zeros(self, rows: Rows) -> Tensor:
+        """Zero points of those rows: ``(len(rows), n_blocks)``, or one for all."""
+        if self.zero is None:
+            return torch.full((1, 1), 2 ** (self.bits - 1), device=self.scale.device)
+        return unpack(_take(self.zero, rows), self.bits, self.scale.shape[1])
+
     def values(self, rows: Rows) -> Tensor:
         scale = _take(self.scale, rows).float().unsqueeze(-1)
-        zero: Any = 2 ** (self.bits - 1)
-        if self.zero is not None:
-            zero = unpack(_take(self.zero, rows), self.bits, scale.shape[1]).unsqueeze(-1)
-        return linear.dequantize(self.unpacked(rows), scale, zero).flatten(1)[:, : self.columns]
+        zero = self._zeros(rows).unsqueeze(-1)
+        blocks = linear.blocks(self.unpacked(rows), self.block_size)
+        return linear.dequantize(blocks, scale, zero).flatten(1)[:, : self.columns]
+
+    # The kernel's order of codes: taken when it is first of use, left for all that isn't a product.
+
+    def unpacked(self, rows: Rows) -> Tensor:
+        if self._kernel_scales is None:
+            return super().unpacked(rows)
+        size = int4_kernel.tile_rows()
+        if isinstance(rows, Tensor):
+            return int4_kernel.some_untiled(self.codes, rows, size)
+        start, stop, _ = rows.indices(self.rows)
+        first = start - start % size
+        codes = int4_kernel.untiled(self.codes[first : stop + -stop % size], size)
+        return codes[start - first : stop - first]
+
+    def few_rows_product(self, x: Tensor) -> Tensor | None:
+        if self.bits != 4 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        group = int4_kernel.kernel_group(self.rows, self.columns, self.block_size)
+        if not group:
+            return None
+        if self._kernel_scales is None:
+            count = (self.block_size or self.columns) // group
+            with torch.inference_mode(False), torch.no_grad():
+                codes = super().unpacked(slice(None))
+                self._kernel_scales = int4_kernel.scales_and_zeros(self.scale.float(), self._zeros(slice(None)), count)
+                self.codes = int4_kernel.tiled(codes, int4_kernel.tile_rows())
+        return int4_kernel.product(x, self.codes, group, self._kernel_scales)
+
+    def _in_rows(self) -> None:
+        if self._kernel_scales is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.codes = pack(self.unpacked(slice(None)), self.bits)
+            self._kernel_scales = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._in_rows()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._in_rows()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._in_rows()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._in_rows()
+        return self.__dict__
 
 
 class NF4Weight(PackedWeight):
@@ -112,7 +172,8 @@ class NF4Weight(PackedWeight):
         index = _take(torch.arange(self.rows, device=scales.device), rows)
         block = (index[:, None] * count + torch.arange(count, device=scales.device)) // nf4.SCALE_BLOCK
         absmax = nf4.scale_values(scales, self.scale_offset[block], self.scale_step[block])
-        return nf4.nf4_values(self.unpacked(rows), absmax.unsqueeze(-1)).flatten(1)[:, : self.columns]
+        blocks = linear.blocks(self.unpacked(rows), self.block_size)
+        return nf4.nf4_values(blocks, absmax.unsqueeze(-1)).flatten(1)[:, : self.columns]
 
 
 def _take(tensor: Tensor, rows: Rows) -> Tensor:

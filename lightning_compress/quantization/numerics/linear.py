@@ -67,6 +67,30 @@ def parameters(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tens
     return scale, (-low / scale).round_()
 
 
+def fitted_parameters(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """`parameters` whose scale, if symmetric and below 4 bits, is shrunk to where a block's squared error is least.
+
+    The largest values are clipped then. With 4 bits and more, or zero points, a language model gained nothing by it.
+
+    Example:
+        >>> values = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+        >>> def error(scale, zero):
+        ...     return (dequantize(quantize(values, scale, zero, 2), scale, zero) - values).square().sum()
+        >>> bool(error(*fitted_parameters(values, 2, True)) < 0.5 * error(*parameters(values, 2, True)))
+        True
+    """
+    scale, zero = parameters(values, bits, symmetric)
+    if bits >= 4 or not symmetric:
+        return scale, zero
+    best, least = scale, torch.full_like(scale, torch.inf)
+    for part in torch.linspace(1.0, 0.4, 25).tolist():
+        tried = bfloat16_above(scale * part)
+        error = dequantize(quantize(values, tried, zero, bits), tried, zero).sub_(values).square_()
+        error = error.sum(dim=-1, keepdim=True)
+        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+    return best, zero
+
+
 def bfloat16_above(scale: Tensor) -> Tensor:
     """The least bfloat16 that isn't below each scale, as float32; that of a block of zeros is tiny, not zero."""
     tiny, largest = torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max
