@@ -88,6 +88,8 @@ class CompressionCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_strategy(trainer, type(self).__name__)
+        if stage == "fit":
+            forms.refuse_adapted(pl_module)
         pl_module.configure_model()
         structure.attach(pl_module)
         if stage == "fit":

@@ -124,6 +124,7 @@ def check_module(model: nn.Module) -> None:
             raise CompressionError(
                 f"`{name}` must have its shape. Received: a lazy layer that hasn't run yet. Run one forward pass."
             )
+    forms.refuse_adapted(model)
     if forms.form_of(model) != "float":
         raise CompressionError(
             f"`model` must be float. Received: a {forms.form_of(model)} one. Remove channels before you quantize."

@@ -18,7 +18,7 @@ from lightning_compress.quantization.layers.packed import matrix_of, product
 from lightning_compress.quantization.layers.packed_weight import NF4Weight, PackedWeight
 from lightning_compress.quantization.layers.plan import plan_layers
 from lightning_compress.quantization.schemes import NF4
-from lightning_compress.quantization.traced import CHILD, drop_aside_, forget_aside_, route_, set_aside_, unroute_
+from lightning_compress.quantization.traced import CHILD, drop_aside_, route_, set_aside_, unroute_
 from lightning_compress.targets import Targets, clean_name, compressible_modules, matches
 
 
@@ -39,9 +39,9 @@ class LowRank:
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise invalid("rank", "be at least 1", self.rank)
-        if not self.alpha > 0:
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
             raise invalid("alpha", "be above 0", self.alpha, "The update is scaled by alpha / rank.")
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
             raise invalid("dropout", "lie in [0, 1)", self.dropout)
 
 
@@ -92,7 +92,9 @@ class LowRankLinear(nn.Module):
         return f"rank={len(self.lora_A)}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-def plan_adapters(model: nn.Module, targets: Targets | None) -> tuple[list[str], dict[str, str]]:
+def plan_adapters(
+    model: nn.Module, targets: Targets | None, trained: Collection[str] = ()
+) -> tuple[list[str], dict[str, str]]:
     """Paths of the linear layers that get adapters, and why others don't. Changes nothing.
 
     Raises:
@@ -108,6 +110,9 @@ def plan_adapters(model: nn.Module, targets: Targets | None) -> tuple[list[str],
         if kind is not nn.Linear or owners[id(modules[path].weight)] > 1:
             floats[path] = "its weight is tied" if kind is nn.Linear else f"no adapters for {kind.__name__}"
             del chosen[path]
+        elif any(matches(path, pattern) for pattern in trained):
+            floats[path] = "it trains as it is"
+            del chosen[path]
     if not chosen:
         reasons = "; ".join(f"{path or 'the module'}: {reason}" for path, reason in list(floats.items())[:5])
         raise CompressionError(
@@ -119,7 +124,7 @@ def plan_adapters(model: nn.Module, targets: Targets | None) -> tuple[list[str],
 def adapt_(
     model: nn.Module, layers: Collection[str], low_rank: LowRank, trained: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Put NF4 weights and adapters under ``layers``, and freeze everything else; the float weights are let go of.
+    """Put NF4 weights and adapters under ``layers``, and freeze everything else; the float weights stay aside.
 
     Args:
         model: float.
@@ -137,16 +142,20 @@ def adapt_(
         child = LowRankLinear(layer, NF4Weight(matrix_of(layer), NF4().block_size), low_rank, seed)
         route_(layer, child)
         set_aside_(layer, child.used, None)
-        forget_aside_(layer)
     quiet_fast_path_(model)
     adapters = {id(parameter) for child in _adapted(model).values() for parameter in (child.lora_A, child.lora_B)}
     kept = [modules[path] for path in modules if any(matches(path, pattern) for pattern in trained)]
-    free = {id(parameter) for module in kept for parameter in module.parameters()}
+    free = {id(parameter) for module in kept for parameter in module.parameters() if parameter.is_floating_point()}
+    # What only helps in training (a distillation's regressors) isn't among the modules, and goes on as it was.
+    ours = {id(parameter) for module in modules.values() for parameter in module._parameters.values()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in free and clean_name(name) in frozen:
-            frozen.remove(clean_name(name))
-        elif id(parameter) not in adapters:
+        if id(parameter) in free:
+            parameter.requires_grad_(True)
+        elif id(parameter) in ours - adapters:
             parameter.requires_grad_(False)
+            continue
+        if clean_name(name) in frozen:
+            frozen.remove(clean_name(name))
     return {
         "low_rank": asdict(low_rank),
         "trained": list(trained),
@@ -155,11 +164,15 @@ def adapt_(
 
 
 def merge_(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Make plain linear layers of adapted ones again, with the adapters in their weights, and thaw what was frozen."""
+    """Make plain linear layers of adapted ones again, with the adapters in their weights, and thaw what was frozen.
+
+    A layer that still has its float weight, as no training has begun, gets that back.
+    """
     for layer, child in _adapted(model).items():
-        drop_aside_(layer)
+        known = drop_aside_(layer)
         unroute_(layer)
-        layer.weight = nn.Parameter(child.merged(), requires_grad=False)
+        if not known:
+            layer.weight = nn.Parameter(child.merged(), requires_grad=False)
     restore_fast_path_(model)
     for name, parameter in model.named_parameters():
         if clean_name(name) in record["frozen"]:

@@ -63,6 +63,15 @@ def form_of(model: nn.Module) -> str:
     return "float" if record is None else str(record["form"])
 
 
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise if a model has adapters where a technique needs its float weights."""
+    if form_of(model) == "adapted":
+        raise CompressionError(
+            "`model` must have float weights. Received: one with adapters over 4-bit weights. "
+            "Merge them first: merge_adapters(model)."
+        )
+
+
 def keep_record_(part: nn.Module, model: nn.Module, path: str) -> None:
     """Let ``part``, a copy of the module at ``path`` of ``model``, know by itself what was done to it."""
     record = copy.deepcopy(record_of(model))
@@ -198,7 +207,7 @@ def _converted_modules(model: nn.Module, record: Mapping[str, Any]) -> list[nn.M
 def revert_(model: nn.Module, form: str = "prepared") -> None:
     """Back to the ``prepared`` form, where there was one, or the ``float`` form, with the values that it had.
 
-    An adapted model has its adapters merged into float weights.
+    An adapted model has its adapters merged into float weights, unless these haven't been let go of yet.
     """
     record = record_of(model)
     if record is None:
@@ -225,13 +234,14 @@ def revert_(model: nn.Module, form: str = "prepared") -> None:
 
 
 def adapt_and_record_(model: nn.Module, layers: list[str], low_rank: LowRank, settings: Mapping[str, Any]) -> None:
-    """Put adapters over 4-bit ``layers``.
+    """Put adapters over 4-bit ``layers``; the float weights stay aside until `forget_`.
 
     Args:
         model: float.
         layers: paths of linear layers.
         low_rank: what the adapters look like.
-        settings: ``trained``, patterns of modules that train on as they are; ``floats``, why others have none.
+        settings: ``trained``, patterns of modules that train on as they are; ``targets``, what was asked for;
+            ``floats``, why others have none.
     """
     shapes = {path: _shapes_of(_unit_module(model, path)) for path in layers}
     done = adapt_(model, layers, low_rank, settings["trained"])
@@ -242,6 +252,7 @@ def adapt_and_record_(model: nn.Module, layers: list[str], low_rank: LowRank, se
         "units": [],
         "layers": [{"path": path, "scheme": describe(NF4()), "shapes": shapes[path]} for path in layers],
         "floats": dict(settings["floats"]),
+        "targets": settings["targets"],
         **done,
     }
 
@@ -289,6 +300,7 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
             raise RuntimeError(f"size mismatch for {part['path']}: {shapes} in the file, {_shapes_of(module)} here.")
     if record["form"] == "adapted":
         adapt_and_record_(model, [layer["path"] for layer in record["layers"]], LowRank(**record["low_rank"]), record)
+        forget_(model)
         return
     units = [Unit.from_description(unit) for unit in record["units"]]
     layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
@@ -347,6 +359,9 @@ def quantized_like_(twin: nn.Module, model: nn.Module) -> None:
         rebuild_(twin, record)
     if record["form"] == "prepared":
         _copy_observers_(twin, model)
+    if record["form"] == "adapted":
+        for mine, theirs in zip(packed_weights(twin), packed_weights(model), strict=True):
+            mine.load_state_dict(theirs.state_dict())
 
 
 @torch.no_grad()

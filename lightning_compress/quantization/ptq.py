@@ -134,6 +134,7 @@ class PostTrainingQuantization(Callback):
         self._quantize(trainer, pl_module)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        forms.refuse_adapted(pl_module)
         if forms.form_of(pl_module) == "converted":
             return
         if forms.form_of(pl_module) == "prepared":
@@ -226,7 +227,8 @@ def _calibration_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, lim
         count = limit
     hidden = bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero
     for batch in tqdm(islice(loader, limit), "Calibrating", count, leave=False, disable=hidden):
-        yield trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
+        batch = trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
+        yield trainer.precision_plugin.convert_input(batch)
 
 
 def _calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:

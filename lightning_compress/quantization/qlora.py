@@ -22,12 +22,12 @@ from lightning_compress.callback import (
     refuse_strategy,
     without_logging,
 )
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.adapters import LowRank, plan_adapters
 from lightning_compress.quantization.ptq import PostTrainingQuantization
 from lightning_compress.structure import merge_adapters
-from lightning_compress.targets import Targets
+from lightning_compress.targets import Targets, compressible_modules, matches
 
 
 class QLoRA(Callback):
@@ -44,7 +44,8 @@ class QLoRA(Callback):
     Args:
         rank: r.
         alpha: the adapters' output is scaled by ``alpha / rank``.
-        targets: which linear layers; by default all but the last. A pattern that names the last one includes it.
+        targets: which linear layers; by default all but the one that is registered last, such as a head. A pattern
+            that names that one includes it.
         dropout: of the adapters' inputs.
         modules_to_train: patterns of modules whose float parameters train too, such as a new head.
 
@@ -75,12 +76,13 @@ class QLoRA(Callback):
         self.low_rank = LowRank(rank, alpha, dropout)
         if not isinstance(targets, Targets | None):
             raise invalid("targets", "be a Targets", targets, "Write Targets(include=[...]).")
-        if isinstance(modules_to_train, str):
+        if not isinstance(modules_to_train, list | tuple) or not all(isinstance(one, str) for one in modules_to_train):
             raise invalid("modules_to_train", "be a list of patterns", modules_to_train)
         self.targets = targets
         self.modules_to_train = list(modules_to_train)
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._notes: list[str] = []
+        self._begun = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_strategy(trainer, type(self).__name__)
@@ -111,18 +113,21 @@ class QLoRA(Callback):
 
     def _adapt(self, pl_module: pl.LightningModule) -> None:
         record = forms.record_of(pl_module)
+        asked = {"low_rank": asdict(self.low_rank), "trained": self.modules_to_train, "targets": _plain(self.targets)}
         if record is None:
-            layers, floats = plan_adapters(pl_module, self.targets)
+            paths = compressible_modules(pl_module)
             for pattern in self.modules_to_train:
-                Targets(include=[pattern]).check_patterns(pl_module)
-            settings = {"trained": self.modules_to_train, "floats": floats}
+                if not any(matches(path, pattern) for path in paths):
+                    raise invalid("modules_to_train", "match modules", pattern, nearest(pattern, paths))
+            layers, floats = plan_adapters(pl_module, self.targets, self.modules_to_train)
+            self._begun = False
             with torch.no_grad():
-                forms.adapt_and_record_(pl_module, layers, self.low_rank, settings)
-        elif record["form"] != "adapted" or record["low_rank"] != asdict(self.low_rank):
+                forms.adapt_and_record_(pl_module, layers, self.low_rank, {**asked, "floats": floats})
+        elif any(record.get(name) != value for name, value in asked.items()):
             raise CompressionError(
-                f"The module must be float, or have adapters of the same kind, for {type(self).__name__}. Received: "
-                f"one that is {record['form']}, {record.get('low_rank', '')}. First merge its adapters: "
-                "merge_adapters(model)."
+                f"The module must be float, or have the adapters that {type(self).__name__} asks for. Received: one "
+                f"that is {record['form']}, made with other settings. Merge adapters first: merge_adapters(model); of "
+                "a quantized model, start from its float checkpoint."
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -143,6 +148,14 @@ class QLoRA(Callback):
         for group in groups:
             # The list stays the same one: some optimizers hold it too.
             group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        for optimizer in trainer.optimizers:
+            for parameter in [parameter for parameter in optimizer.state if not parameter.requires_grad]:
+                del optimizer.state[parameter]
+        forms.forget_(pl_module)
+        self._begun = True
+        for weight in forms.packed_weights(pl_module):
+            # Being no parameters or buffers, they are nothing that DDP makes equal.
+            weight.load_state_dict(trainer.strategy.broadcast(weight.state_dict()))
         self.bring_in_line(trainer, pl_module)
         self._notes = self._explain(pl_module, record)
         rank_zero_info("\n  ".join(self._notes))
@@ -180,6 +193,9 @@ class QLoRA(Callback):
         self._close(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if not self._begun:
+            forms.revert_(pl_module, "float")  # its float weights are still there
+            self._begun = True
         self._close(pl_module)
 
     def _close(self, pl_module: pl.LightningModule) -> None:
@@ -198,6 +214,13 @@ class QLoRA(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**without_logging(self), "_module": None}
+
+
+def _plain(targets: Targets | None) -> dict[str, Any] | None:
+    if targets is None:
+        return None
+    types = None if targets.types is None else [each.__qualname__ for each in targets.types]
+    return {"include": targets.include and list(targets.include), "exclude": list(targets.exclude), "types": types}
 
 
 def _is_adapter(name: str) -> bool:

@@ -19,7 +19,7 @@ from lightning_compress.quantization.calibrate import calibrate, evaluating
 from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, quiet_random_state, record_calls
 from lightning_compress.quantization.equalize import adjust_
 from lightning_compress.quantization.flows import FLOWS, load
-from lightning_compress.quantization.forms import convert_, forget_, form_of, prepare_
+from lightning_compress.quantization.forms import convert_, forget_, form_of, prepare_, refuse_adapted
 from lightning_compress.quantization.hessians import calibrated_weights
 from lightning_compress.quantization.layers.fast_path import without_fast_path
 from lightning_compress.quantization.layers.plan import Overrides, Weights, check_overrides, packable
@@ -69,6 +69,7 @@ def quantize(
     recipe = Recipe(scheme, calibration_batches, targets, overrides, flow)
     if isinstance(calibration, Tensor):
         raise invalid("calibration", "be batches", f"a tensor of shape {tuple(calibration.shape)}", "Put it in a list.")
+    refuse_adapted(model)
     if form_of(model) != "float":
         raise CompressionError(f"`model` must be a float model. Received: one that is {form_of(model)} already.")
     with torch.inference_mode(False):
@@ -131,7 +132,9 @@ class Recipe:
         """Parameters that a copy to be quantized may share with ``model``, so that they aren't in memory twice."""
         if self.needs_cpu:
             return []
-        return [parameter for layer in model.modules() for parameter in packable(layer)]
+        written = {id(layer.weight) for layer in model.modules() if getattr(layer, "max_norm", None) is not None}
+        found = (parameter for layer in model.modules() for parameter in packable(layer))
+        return [parameter for parameter in found if id(parameter) not in written]
 
 
 def quantize_(

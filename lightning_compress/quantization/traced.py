@@ -230,9 +230,12 @@ def children_aside(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in held.items() if child is not None and name not in module._modules}
 
 
-def drop_aside_(module: nn.Module) -> None:
-    """Take the form away from a module that has forgotten what it was, and that is to be given its tensors anew."""
-    del module.__dict__[_ASIDE]
+def drop_aside_(module: nn.Module) -> bool:
+    """Whether a module knows what it was; if it has forgotten, it is ready to be given its tensors anew."""
+    if module.__dict__[_ASIDE] is None:
+        del module.__dict__[_ASIDE]
+        return False
+    return True
 
 
 def forget_aside_(module: nn.Module) -> None:

@@ -133,6 +133,7 @@ def _matrix_product(args: Any, out: Tensor) -> int:
 
 _ATEN: dict[str, _Formula] = {
     "_int_mm": _matrix_product,
+    "_weight_int4pack_mm_for_cpu": _matrix_product,
     "mv": lambda args, out: int(args[0].numel()),
     "addmv": lambda args, out: int(args[1].numel()),
     "dot": lambda args, out: int(args[0].numel()),

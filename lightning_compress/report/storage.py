@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_compress.errors import invalid
+from lightning_compress.quantization.layers.packed_weight import PackedWeight
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 # What quantized modules save beside their weights; it belongs to activations.
@@ -50,6 +51,7 @@ class _Held(NamedTuple):
     module: nn.Module
     parameters: list[Tensor]
     buffers: list[Tensor]
+    few_bits: list[PackedWeight]
 
 
 def measure_layers(model: nn.Module) -> tuple[LayerMeasurement, ...]:
@@ -62,7 +64,7 @@ def measure_layers(model: nn.Module) -> tuple[LayerMeasurement, ...]:
         >>> [(row.name, row.parameters, row.size_bytes) for row in measure_layers(nn.Sequential(nn.Linear(3, 2)))]
         [('0', 8, 32)]
     """
-    return tuple(_row(held) for held in _held(model) if held.parameters)
+    return tuple(_row(held) for held in _held(model) if held.parameters or held.few_bits)
 
 
 def file_bytes(model: nn.Module) -> tuple[int, int | None]:
@@ -136,7 +138,10 @@ def _held(model: nn.Module) -> Iterator[_Held]:
         else:
             parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
             parameters += _int8_weights(module)
-        yield _Held(_unwrapped(name), module, fresh(parameters), fresh(_persistent_buffers(module)))
+        weight = module._modules.get("weight")
+        few_bits = [weight] if isinstance(weight, PackedWeight) and weight not in covered else []
+        covered.update(few_bits)
+        yield _Held(_unwrapped(name), module, fresh(parameters), fresh(_persistent_buffers(module)), few_bits)
 
 
 def _unwrapped(name: str) -> str:
@@ -156,9 +161,10 @@ def _packed(module: nn.Module) -> list[Tensor]:
 
 
 def _int8_weights(module: nn.Module) -> list[Tensor]:
-    """Weights that are held as int8 buffers, and the bias beside them."""
+    """Weights that are held as int8 buffers, and the bias beside them or beside one of few bits."""
     weights = [buffer for buffer in module._buffers.values() if buffer is not None and buffer.dtype is torch.int8]
-    bias = module._buffers.get("bias") if weights else None
+    packed = weights or isinstance(module._modules.get("weight"), PackedWeight)
+    bias = module._buffers.get("bias") if packed else None
     return weights if bias is None else [*weights, bias]
 
 
@@ -171,14 +177,17 @@ def _row(held: _Held) -> LayerMeasurement:
     for parameter in held.parameters:
         if is_lazy(parameter):
             raise invalid("model", "have a shape for every parameter", f"lazy layer {held.name}", "Run it once first.")
-    largest = max(held.parameters, key=lambda tensor: tensor.numel())
+    dtype = max(held.parameters, key=Tensor.numel).dtype if held.parameters else None
+    few = [tensor for weight in held.few_bits for tensor in weight.tensors().values()]
     return LayerMeasurement(
         name=held.name,
         type=type(held.module).__name__,
-        parameters=sum(tensor.numel() for tensor in held.parameters),
-        nonzeros=sum(_nonzeros(tensor) for tensor in held.parameters),
-        size_bytes=sum(_tensor_bytes(tensor) for tensor in (*held.parameters, *held.buffers)),
-        dtype=str(largest.dtype).removeprefix("torch."),
+        parameters=sum(tensor.numel() for tensor in held.parameters)
+        + sum(weight.rows * weight.columns for weight in held.few_bits),
+        nonzeros=sum(_nonzeros(tensor) for tensor in held.parameters)
+        + sum(_nonzeros(weight()) for weight in held.few_bits),
+        size_bytes=sum(_tensor_bytes(tensor) for tensor in {*held.parameters, *held.buffers, *few}),
+        dtype=f"{held.few_bits[0].bits} bits" if held.few_bits else str(dtype).removeprefix("torch."),
     )
 
 

@@ -61,7 +61,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         bias: ``(rows,)`` or None.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     y: Tensor | None = None
     few = x.numel() <= int4_kernel.FEW * weight.columns and x.numel() > 0

@@ -1,8 +1,9 @@
-"""Matrices of few bits: packed codes and scales as buffers, and the float values of any of their rows."""
+"""Matrices of few bits: packed codes and scales, and the float values of any of their rows."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,9 +17,15 @@ Rows = slice | Tensor
 
 
 class PackedWeight(nn.Module):
-    """A matrix ``(rows, columns)`` that is stored in few bits; blocks lie along the rows, the input dimension."""
+    """A matrix ``(rows, columns)`` that is stored in few bits; blocks lie along the rows, the input dimension.
+
+    Its tensors move and are saved with the module, but are no buffers: whoever averages a model's buffers would average
+    codes. Scales keep their own type, whatever the model is cast to.
+    """
 
     codes: Tensor
+    held: tuple[str, ...]
+    """Names of its tensors."""
 
     def __init__(self, shape: tuple[int, int], bits: int, block_size: int | None) -> None:
         super().__init__()
@@ -42,13 +49,39 @@ class PackedWeight(nn.Module):
         """``x W^T`` by a kernel for few rows of activations; None if there is none for this weight, or here."""
         return None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # Moves to other devices; scales stay in their own type, whatever the model is cast to.
-        def keep_type(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds, by name."""
+        found = {name: getattr(self, name) for name in self.held}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-        return super()._apply(keep_type, recurse)  # type: ignore[no-untyped-call]
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for name, tensor in self.tensors().items():
+            moved: Tensor = fn(tensor)
+            setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination.update((prefix + name, tensor) for name, tensor in self.tensors().items())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, tensor in self.tensors().items():
+            value = state_dict.get(prefix + name)
+            if value is None:
+                missing_keys.append(prefix + name)
+            elif value.shape != tensor.shape or value.dtype != tensor.dtype:
+                mine, other = (f"{tuple(one.shape)} of {one.dtype}" for one in (tensor, value))
+                error_msgs.append(f"size mismatch for {prefix}{name}: {other} in the checkpoint, {mine} in the model.")
+            else:
+                setattr(self, name, value.to(tensor.device, copy=True))
 
     def extra_repr(self) -> str:
         blocks = "" if self.block_size is None else f", block_size={self.block_size}"
@@ -71,12 +104,13 @@ class LinearWeight(PackedWeight):
 
     scale: Tensor
     zero: Tensor | None
+    held = ("codes", "scale", "zero")
 
     def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, block_size: int | None) -> None:
         super().__init__((codes.shape[0], codes.shape[1]), bits, block_size)
-        self.register_buffer("codes", pack(codes, bits))
-        self.register_buffer("scale", scale.to(torch.bfloat16))
-        self.register_buffer("zero", None if zero is None else pack(zero.to(torch.uint8), bits))
+        self.codes = pack(codes, bits)
+        self.scale = scale.to(torch.bfloat16)
+        self.zero = None if zero is None else pack(zero.to(torch.uint8), bits)
         self._kernel_scales: Tensor | None = None
 
     @classmethod
@@ -152,19 +186,16 @@ class LinearWeight(PackedWeight):
 class NF4Weight(PackedWeight):
     """``W = A * NF4_VALUES[Q]`` with a largest magnitude A for each block, itself stored in 8 bits."""
 
-    scale_codes: Tensor
-    scale_offset: Tensor
-    scale_step: Tensor
+    held = ("codes", "scale_codes", "scale_offset", "scale_step")
 
     def __init__(self, matrix: Tensor, block_size: int) -> None:
         super().__init__((matrix.shape[0], matrix.shape[1]), 4, block_size)
         blocks = linear.blocks(matrix.detach().float(), block_size)
         codes, offset, step = nf4.scale_codes(blocks.abs().amax(dim=-1).flatten())
         absmax = nf4.scale_values(codes, offset, step).view(*blocks.shape[:2], 1)
-        self.register_buffer("codes", pack(nf4.nf4_codes(blocks, absmax).flatten(1)[:, : self.columns], 4))
-        self.register_buffer("scale_codes", codes.view(blocks.shape[:2]))
-        self.register_buffer("scale_offset", offset)
-        self.register_buffer("scale_step", step)
+        self.codes = pack(nf4.nf4_codes(blocks, absmax).flatten(1)[:, : self.columns], 4)
+        self.scale_codes = codes.view(blocks.shape[:2])
+        self.scale_offset, self.scale_step = offset, step
 
     def values(self, rows: Rows) -> Tensor:
         scales = _take(self.scale_codes, rows)

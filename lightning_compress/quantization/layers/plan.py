@@ -92,10 +92,8 @@ def packed_weight(matrix: Tensor, scheme: Packed) -> PackedWeight:
 
 
 def packable(layer: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a layer that a packed scheme can take the place of, and that a forward pass only reads."""
+    """The parameters of a layer that a packed scheme can take the place of."""
     if type(layer) not in {*_PACKED, nn.MultiheadAttention, NonDynamicallyQuantizableLinear}:
-        return []
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return []
     return [parameter for parameter in layer._parameters.values() if parameter is not None]
 

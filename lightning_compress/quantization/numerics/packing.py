@@ -11,13 +11,13 @@ from torch.nn import functional
 
 
 def packed_length(length: int, bits: int) -> int:
-    """Bytes that ``length`` codes take: 8 codes, the last ones filled up with zeros, take ``bits`` bytes.
+    """Bytes that ``length`` codes take, filled up with zeros until each plane ends with a byte.
 
     Example:
-        >>> packed_length(128, 4), packed_length(128, 3), packed_length(9, 2)
-        (64, 48, 4)
+        >>> packed_length(128, 4), packed_length(128, 3), packed_length(9, 2), packed_length(9, 8)
+        (64, 48, 3, 9)
     """
-    return -(-length // 8) * bits
+    return (length + _missing(length, bits)) * bits // 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -34,7 +34,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         >>> pack(torch.tensor([1, 2, 3, 0, 1, 2, 3, 0], dtype=torch.uint8), bits=2).tolist()
         [221, 34]
     """
-    padded = functional.pad(codes, (0, -codes.shape[-1] % 8))
+    padded = functional.pad(codes, (0, _missing(codes.shape[-1], bits)))
     planes = []
     for width, shift in _planes(bits):
         # Code i of a plane shares its byte with code i + n/k, so that either way moves whole runs of bytes.
@@ -53,15 +53,20 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
         >>> unpack(torch.tensor([221, 34], dtype=torch.uint8), bits=2, length=6).tolist()
         [1, 2, 3, 0, 1, 2]
     """
-    unit, start, codes = packed.shape[-1] // bits, 0, None
+    start, codes = 0, None
     for width, shift in _planes(bits):
-        plane = packed[..., start : start + unit * width]
-        start += unit * width
+        stop = start + packed.shape[-1] * width // bits
+        plane, start = packed[..., start:stop], stop
         parts = [plane >> (index * width) for index in range(8 // width)]
         values = torch.cat(parts, dim=-1).bitwise_and_(2**width - 1) if width < 8 else plane
         codes = values << shift if codes is None else codes.bitwise_or_(values << shift)
     assert codes is not None
     return codes[..., :length]
+
+
+def _missing(length: int, bits: int) -> int:
+    """Codes that are missing to whole bytes in the narrowest plane."""
+    return -length % (8 // (bits & -bits))
 
 
 def _planes(bits: int) -> list[tuple[int, int]]:
