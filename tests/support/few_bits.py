@@ -40,13 +40,13 @@ def unpack_slowly(packed: np.ndarray[Any, Any], bits: int, length: int) -> np.nd
     The bits of a code lie in planes of 4, 2 and 1 (or 8), the widest with the lowest bits first. In a plane of ``n``
     bytes, code ``i`` lies in byte ``i mod n``, and the higher there the larger ``i`` is.
     """
-    eighths = packed.shape[1] // bits
-    codes = np.zeros((packed.shape[0], 8 * eighths), dtype=np.int64)
+    count = packed.shape[1] * 8 // bits
+    codes = np.zeros((packed.shape[0], count), dtype=np.int64)
     start = shift = 0
     for width in (8, 4, 2, 1):
         if bits & width:
-            size = eighths * width
-            for i in range(8 * eighths):
+            size = count * width // 8
+            for i in range(count):
                 byte = packed[:, start + i % size].astype(np.int64)
                 codes[:, i] |= ((byte >> (i // size * width)) & (2**width - 1)) << shift
             start, shift = start + size, shift + width
