@@ -215,9 +215,36 @@ def test_quantization_page_python(own_folder: Path) -> None:
 
     exec(compile(by_pattern, "docs/quantization.md", "exec"), names)
     quiet_trainer(callbacks=[names["ptq"]]).test(Named(), TinyData(), verbose=False)
-    assert any("`head`: weights are stored in int8" in note for note in names["ptq"].report_notes())
+    assert any("`head`: weights are stored in 8 bits" in note for note in names["ptq"].report_notes())
     exec(compile(training, "docs/quantization.md", "exec"), names)
     quiet_trainer(max_epochs=2, callbacks=[names["qat"]]).fit(Classifier(), TinyData())
+
+
+def test_fewer_bits_page_python(own_folder: Path) -> None:
+    gptq, mixed, training, qlora = blocks("python", "docs/fewer_bits.md")
+    names: dict[str, Any] = {"model": Classifier(), "data": TinyData()}
+    exec(compile(gptq, "docs/fewer_bits.md", "exec"), names)
+    assert {"test_acc", "float/test_acc"} <= names["trainer"].callback_metrics.keys()
+    x = torch.randn(4, 16)
+    assert torch.equal(names["again"].eval()(x), names["model"].eval()(x))
+    names["model"] = Classifier()
+    exec(compile(mixed, "docs/fewer_bits.md", "exec"), names)
+    exec(compile(training, "docs/fewer_bits.md", "exec"), names)
+    quiet_trainer(max_epochs=2, callbacks=[names["qat"]]).fit(Classifier(), TinyData())
+    exec(compile(qlora, "docs/fewer_bits.md", "exec"), names)
+    for merged in ("plain", "same"):
+        torch.testing.assert_close(names[merged].eval()(x), names["model"].eval()(x))
+
+
+@pytest.mark.parametrize("script", ["four_bits", "qlora"])
+def test_fewer_bits(script: str, own_folder: Path) -> None:
+    assert "accuracy" in run(f"examples/fewer_bits/{script}.py", "1")
+
+
+def test_the_picture_of_scales(own_folder: Path) -> None:
+    found = re.findall(r"error of the usual weights (\d\.\d+)", run("examples/fewer_bits/one_scale_or_many.py"))
+    whole, rows, small = map(float, found)
+    assert whole > 2 * rows > 4 * small and (own_folder / "scales.png").is_file()
 
 
 class Tagger(nn.Module):

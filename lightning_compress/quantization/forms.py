@@ -360,6 +360,7 @@ def quantized_like_(twin: nn.Module, model: nn.Module) -> None:
     if record["form"] == "prepared":
         _copy_observers_(twin, model)
     if record["form"] == "adapted":
+        forget_(twin)
         for mine, theirs in zip(packed_weights(twin), packed_weights(model), strict=True):
             mine.load_state_dict(theirs.state_dict())
 

@@ -182,7 +182,7 @@ class QuantizationAwareTraining(CompressionCallback):
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and forms.form_of(pl_module) != "adapted":
             forms.revert_(pl_module, "float")
         super().on_exception(trainer, pl_module, exception)
 
