@@ -74,6 +74,14 @@ class CompressionCallback(Callback):
     def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the module and its averaged copies in line, before they are validated or saved."""
 
+    def check_entry(self, entry: Mapping[str, Any], stage: str) -> None:
+        """Raise if a checkpoint with our ``entry`` can't be loaded for this stage; nothing is changed yet."""
+        if stage == "fit" and entry.get("quantization", {}).get("form") == "adapted":
+            raise CompressionError(
+                f"`ckpt_path` must be a checkpoint with float weights for {type(self).__name__}. Received: one of "
+                "QLoRA. Load it with load_compressed, merge it with merge_adapters, and fit without `ckpt_path`."
+            )
+
     def settle_structure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Do now, before another callback builds on the module's structure, what is due at the start of this batch."""
 

@@ -118,6 +118,8 @@ def _on_load(module: Any, checkpoint: dict[str, Any]) -> None:
             "`ckpt_path` must be a float or a prepared checkpoint to train from. Received: one of a converted int8 "
             "model, whose float weights are gone. Resume from a checkpoint that was saved during training."
         )
+    for callback in callbacks_of(module).values():
+        callback.check_entry(entry, trainer.state.fn)
     type(module).on_load_checkpoint(module, checkpoint)
     states = _editable(checkpoint)
     _load_on_copy(module, entry, copy.copy(states[0]), strict=module.strict_loading)

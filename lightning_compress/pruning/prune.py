@@ -16,6 +16,7 @@ from lightning_compress.pruning.methods import Masks
 from lightning_compress.pruning.pruner import Pruner, own_random_state
 from lightning_compress.pruning.recipe import make_recipe
 from lightning_compress.quantization.calls import copy_module
+from lightning_compress.quantization.forms import refuse_adapted
 from lightning_compress.targets import Targets
 
 
@@ -83,6 +84,7 @@ def prune_(
     recipe = make_recipe(method, sparsity, scope, targets or Targets(), overrides, max_layer_sparsity, n_m, dim, norm)
     if method == "custom_from_mask" and masks is None:
         raise invalid("masks", "be given for method='custom_from_mask'", None, "Pass masks={name: mask}.")
+    refuse_adapted(model)
     pruner = Pruner(recipe, model, masks or {})
     if recipe.rule.structured:
         _follow_norms(pruner, model, inputs, seed)

@@ -9,13 +9,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_compress import structure
-from lightning_compress.callback import CompressionCallback, look, rebuild_ddp, restore_modes_, training_modes
+from lightning_compress.callback import (
+    CompressionCallback,
+    look,
+    rebuild_ddp,
+    restore_modes_,
+    training_modes,
+    warn_of_other_settings,
+)
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import CallLog, record_calls
 from lightning_compress.quantization.layers.plan import check_overrides
 from lightning_compress.quantization.plan import explain, make_plan, summary
-from lightning_compress.quantization.schemes import GPTQ, Scheme, StaticInt8, WeightOnly, resolve
+from lightning_compress.quantization.schemes import GPTQ, Scheme, StaticInt8, WeightOnly, describe, resolve
 from lightning_compress.quantization.traced import Traced
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window
@@ -112,11 +119,21 @@ class QuantizationAwareTraining(CompressionCallback):
         if stage == "fit":
             if forms.form_of(pl_module) == "converted":
                 forms.revert_(pl_module)
+            if self._other_scheme(pl_module):
+                forms.revert_(pl_module, "float")
             for module in pl_module.modules():
                 if isinstance(module, Traced):
                     module.thaw_batchnorm_()
 
+    def _other_scheme(self, pl_module: pl.LightningModule) -> str:
+        """The scheme that a prepared module has, if it isn't the one that was asked for."""
+        record = forms.record_of(pl_module)
+        return "" if record is None or record["scheme"] == describe(self.scheme) else str(record["scheme"])
+
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if other := self._other_scheme(pl_module):  # of the checkpoint that this fit resumes from
+            now = {"scheme": str(describe(self.scheme))}
+            warn_of_other_settings(type(self).__name__, {"scheme": other}, now, "codes")
         if self.targets is not None:
             self.targets.check_patterns(pl_module)
 

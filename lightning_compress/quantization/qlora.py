@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from lightning_compress.callback import (
     CompressionCallback,
     check_version,
     refuse_strategy,
+    warn_of_other_settings,
     without_logging,
 )
 from lightning_compress.errors import CompressionError, invalid, nearest
@@ -113,7 +114,7 @@ class QLoRA(Callback):
 
     def _adapt(self, pl_module: pl.LightningModule) -> None:
         record = forms.record_of(pl_module)
-        asked = {"low_rank": asdict(self.low_rank), "trained": self.modules_to_train, "targets": _plain(self.targets)}
+        asked = self._asked()
         if record is None:
             paths = compressible_modules(pl_module)
             for pattern in self.modules_to_train:
@@ -130,13 +131,22 @@ class QLoRA(Callback):
                 "a quantized model, start from its float checkpoint."
             )
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        record = forms.record_of(pl_module)
-        if record is None:
+    def _asked(self) -> dict[str, Any]:
+        return {"low_rank": asdict(self.low_rank), "trained": self.modules_to_train, "targets": _plain(self.targets)}
+
+    def check_entry(self, entry: Mapping[str, Any], stage: str) -> None:
+        """Raise if a fit is to resume from a checkpoint that has no adapters; nothing is changed yet."""
+        if stage == "fit" and entry.get("quantization", {}).get("form") != "adapted":
             raise CompressionError(
                 "`ckpt_path` must be a checkpoint of a fit with QLoRA. Received: one without adapters. Load its "
                 "weights into the module first, and fit without `ckpt_path`."
             )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        record = forms.record_of(pl_module)
+        assert record is not None
+        saved, now = ({key: str(value) for key, value in one.items()} for one in (record, self._asked()))
+        warn_of_other_settings(type(self).__name__, saved, now, "adapters")
         adapters = {id(parameter) for name, parameter in pl_module.named_parameters() if _is_adapter(name)}
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
@@ -168,8 +178,8 @@ class QLoRA(Callback):
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         name = type(self).__name__
         return [
-            f"{name}: {shown} in 4 bits (NF4) with adapters of rank {self.low_rank.rank}; {training:,} of {total:,} "
-            "parameters train. This saves memory, not time.",
+            f"{name}: {shown} in 4 bits (NF4) with adapters of rank {record['low_rank']['rank']}; {training:,} of "
+            f"{total:,} parameters train. This saves memory, not time.",
             *(f"`{path}` stays float: {reason}" for path, reason in record["floats"].items()),
         ]
 

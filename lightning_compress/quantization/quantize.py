@@ -161,7 +161,7 @@ def quantize_(
         _check_float32(model)
     buffers = _buffers(model)
     if first is not None or getattr(model, "example_input_array", None) is not None:
-        log = dry_run(model, first, run, keep_inputs=isinstance(scheme, StaticInt8))
+        log = dry_run(model, copy_tensors(first), run, keep_inputs=isinstance(scheme, StaticInt8))
     plan = make_plan(model, log, scheme, recipe.targets, recipe.overrides, recipe.flow, training=False)
     if isinstance(scheme, StaticInt8) and log is not None:
         plan.units = [_adjusted(model, unit, log, scheme) for unit in plan.units]

@@ -16,6 +16,7 @@ from lightning_compress import (
     Distillation,
     FeatureMSE,
     PostTrainingQuantization,
+    QLoRA,
     QuantizationAwareTraining,
     Ramp,
     Rewind,
@@ -45,6 +46,7 @@ class Row:
         changes: tensors beside its targets that it changes by design.
         manual: whether it works with manual optimization.
         narrows: whether tensors lose slices: keys stay, shapes don't.
+        adapts: whether the module keeps adapters, and the weights under them stand in an entry of their own.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Row:
     changes: tuple[str, ...] = ()
     manual: bool = True
     narrows: bool = False
+    adapts: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -198,6 +201,29 @@ ROWS = (
         "ptq dynamic",
         lambda: PostTrainingQuantization("int8_dynamic"),
         {"class_path": "lightning_compress.PostTrainingQuantization", "init_args": {"scheme": "int8_dynamic"}},
+    ),
+    Row(
+        "qlora",
+        lambda: QLoRA(rank=2),
+        {
+            "class_path": "lightning_compress.QLoRA",
+            "init_args": {
+                "rank": 4,
+                "alpha": 8.0,
+                "targets": {"include": ["body"], "exclude": ["head"], "types": ["torch.nn.Linear"]},
+                "dropout": 0.1,
+                "modules_to_train": ["head", "no*"],
+            },
+        },
+        (
+            ({"rank": 0}, "`rank` must be at least 1. Received: rank=0"),
+            ({"rank": 8.0}, "`rank` must"),
+            ({"alpha": 0.0}, "`alpha` must"),
+            ({"dropout": 1.0}, r"`dropout` must lie in \[0, 1\). Received: dropout=1.0"),
+            ({"targets": ["body"]}, "`targets` must be a Targets"),
+            ({"modules_to_train": "head"}, "`modules_to_train` must be a list of patterns"),
+        ),
+        adapts=True,
     ),
     Row(
         "distillation",

@@ -549,7 +549,9 @@ def test_layers_of_one_weight_are_fitted_to_the_inputs_of_both(seen: list[Tensor
 # The whole.
 
 
-TWO_BITS = pytest.mark.xfail(reason="B35: of 2 bits, rounding to the nearest has fitted scales and GPTQ has not")
+TWO_BITS = pytest.mark.xfail(
+    reason="rounding to the nearest fits symmetric scales of 2 bits, GPTQ takes the published ones"
+)
 
 
 @pytest.mark.parametrize(
@@ -637,7 +639,7 @@ class Expert(nn.Module):
         return self.head(self.plus(x) if x.mean() > 0 else self.minus(x))
 
 
-@pytest.mark.xfail(reason="B24: what the first batch doesn't call stays float")
+@pytest.mark.xfail(reason="what the first batch doesn't call stays float, which the report says")
 @pytest.mark.parametrize("scheme", [GPTQ(3, None), WeightOnly(3)], ids=str)
 def test_a_layer_that_only_a_later_batch_calls_is_quantized_with_what_it_gets(scheme: Any, seen: list[Tensor]) -> None:
     model, noise = Expert(), torch.randn(2, 9, 8) / 10
@@ -675,7 +677,6 @@ def test_batches_that_call_a_layer_more_often_than_the_first_did(lengths: Any, s
     torch.testing.assert_close(seen[0][0], sum(map(squares, inputs)), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.xfail(reason="B26: each pass gets the same batch objects, as the pass before left them")
 def test_a_step_that_uses_up_its_batch_gets_a_whole_one_each_time(seen: list[Tensor]) -> None:
     class Eats(nn.Module):
         def __init__(self) -> None:

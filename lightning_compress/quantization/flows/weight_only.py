@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_compress.quantization.calls import quiet_random_state
 from lightning_compress.quantization.layers.packed import matrix_of
 from lightning_compress.quantization.layers.packed_weight import LinearWeight
 from lightning_compress.quantization.numerics import linear
@@ -19,6 +20,8 @@ def why_float(layer: nn.Module, scheme: Scheme) -> str:
         return f"no fake-quantizer for {scheme.name}"
     if type(layer) not in (nn.Linear, nn.Embedding):
         return f"no fake-quantizer for the weights of {type(layer).__name__}"
+    if isinstance(layer, nn.Embedding) and layer.sparse:
+        return "torchao's fake-quantizer takes no sparse gradients"
     if not scheme.symmetric:
         return "torchao's fake-quantizer has no integer zero points"
     if matrix_of(layer).shape[1] % (scheme.group_size or 1):
@@ -40,7 +43,8 @@ def fake_quantized(layer: nn.Module, scheme: WeightOnly) -> nn.Module:
         kind = {"group_size": scheme.group_size}
     weights = IntxFakeQuantizeConfig(getattr(torch, f"int{scheme.bits}"), scale_precision=torch.bfloat16, **kind)
     holder = nn.ModuleDict({"layer": layer})
-    quantize_(holder, QATConfig(weight_config=weights, step="prepare"), filter_fn=lambda module, _: module is layer)
+    with quiet_random_state():  # it makes a new layer first
+        quantize_(holder, QATConfig(weight_config=weights, step="prepare"), filter_fn=lambda module, _: module is layer)
     return holder["layer"]
 
 

@@ -40,7 +40,7 @@ def kernel_group(rows: int, columns: int, block_size: int | None) -> int:
 def tiled(codes: Tensor, size: int) -> Tensor:
     """Codes ``(rows, columns)``, uint8 below 16, in tiles of ``size`` rows: ``(rows, columns / 2)``."""
     low, high = codes.view(-1, 2, size // 2, codes.shape[1]).unbind(1)
-    return (low | high << 4).transpose(1, 2).reshape(codes.shape[0], -1)
+    return (low | high << 4).transpose(1, 2).contiguous().view(codes.shape[0], -1)
 
 
 def untiled(tiles: Tensor, size: int) -> Tensor:
