@@ -138,7 +138,7 @@ def _held(model: nn.Module) -> Iterator[_Held]:
         else:
             parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
             parameters += _int8_weights(module)
-        weight = module._modules.get("weight")
+        weight = dict(module.named_children()).get("weight")
         few_bits = [weight] if isinstance(weight, PackedWeight) and weight not in covered else []
         covered.update(few_bits)
         yield _Held(_unwrapped(name), module, fresh(parameters), fresh(_persistent_buffers(module)), few_bits)
@@ -163,7 +163,7 @@ def _packed(module: nn.Module) -> list[Tensor]:
 def _int8_weights(module: nn.Module) -> list[Tensor]:
     """Weights that are held as int8 buffers, and the bias beside them or beside one of few bits."""
     weights = [buffer for buffer in module._buffers.values() if buffer is not None and buffer.dtype is torch.int8]
-    packed = weights or isinstance(module._modules.get("weight"), PackedWeight)
+    packed = weights or isinstance(dict(module.named_children()).get("weight"), PackedWeight)
     bias = module._buffers.get("bias") if packed else None
     return weights if bias is None else [*weights, bias]
 

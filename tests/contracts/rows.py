@@ -172,7 +172,7 @@ ROWS = (
         {"class_path": "lightning_compress.QuantizationAwareTraining", "init_args": {"window": {"start": 0.5}}},
         (
             ({"scheme": "int8_statik"}, "Nearest: int8_static"),
-            ({"scheme": "int8_dynamic"}, "`scheme` must be static int8"),
+            ({"scheme": "int8_dynamic"}, "`scheme` must be int8_static"),
             ({"overrides": {"head": "int9"}}, "`scheme` must be the name of a scheme"),
             ({"flow": "pt2"}, "`flow` must be"),
             ({"freeze_observers": 0.0}, "`freeze_observers` must lie in"),
