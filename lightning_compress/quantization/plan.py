@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.calls import CallLog, is_below
-from lightning_compress.quantization.layers.plan import plan_layers
+from lightning_compress.quantization.layers.plan import of_one_weight, plan_layers
 from lightning_compress.quantization.schemes import Packed, Scheme, StaticInt8, describe, from_description
 from lightning_compress.quantization.signature import Signature, canonical
 from lightning_compress.quantization.unit import Unit, holds_layers, no_kernel, verify
@@ -232,16 +232,9 @@ def _has_kernel(module: nn.Module) -> bool:
 def tied_to_float(model: nn.Module) -> dict[str, str]:
     """Layers whose weight an embedding or the like owns too, with that as the reason: int8 would only add a copy."""
     modules = compressible_modules(model)
-    owners: dict[int, list[str]] = {}
-    for path, module in modules.items():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(path)
     return {
         path: f"its weight is tied to `{other}`, which stays float"
-        for paths in owners.values()
-        for path in paths
-        for other in paths
+        for path, other in of_one_weight(modules)
         if _has_kernel(modules[path]) and not _has_kernel(modules[other])
     }
 

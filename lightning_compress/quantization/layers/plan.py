@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import product
 from types import MappingProxyType
 from typing import Any
 
@@ -220,18 +221,20 @@ def _spared(
 
 def _tied(modules: Mapping[str, nn.Module], chosen: Mapping[str, Scheme]) -> dict[str, str]:
     """Layers that were chosen and share their weight with one that wasn't, or not in the same scheme: that one."""
+    return {
+        path: other for path, other in of_one_weight(modules) if path in chosen and chosen.get(other) != chosen[path]
+    }
+
+
+def of_one_weight(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """Pairs of paths, either way round and with themselves, of layers that own the same weight."""
     owners: dict[int, list[str]] = {}
     for path, module in modules.items():
         weight = module._parameters.get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(path)
-    return {
-        path: other
-        for paths in owners.values()
-        for path in paths
-        for other in paths
-        if path in chosen and chosen.get(other) != chosen[path]
-    }
+    for paths in owners.values():
+        yield from product(paths, repeat=2)
 
 
 def _has_form(module: nn.Module) -> bool:
