@@ -40,6 +40,19 @@ def invalid(name: str, must: str, received: object, remedy: str = "") -> Compres
     return CompressionError(f"{message} {remedy}" if remedy else message)
 
 
+def in_a_line(error: BaseException, longest: int = 160) -> str:
+    """Say an error of somebody else's in a line, with its type; one of ours speaks for itself.
+
+    Example:
+        >>> in_a_line(KeyError("a")), in_a_line(CompressionError("it is empty"))
+        ("KeyError: 'a'", 'it is empty')
+    """
+    text = next(iter(str(error).strip().splitlines()), "")[:longest]
+    if isinstance(error, CompressionError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Name the ``known`` names that are nearest to a mistyped ``name``, as the remedy of an error.
 

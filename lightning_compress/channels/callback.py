@@ -28,6 +28,7 @@ from lightning_compress.channels.removal_plan import RemovalPlan
 from lightning_compress.channels.remove import cut_, modules_of, named_tensors
 from lightning_compress.channels.search import Progress, make_plan, removable
 from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
+from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.optimizers import Cut, resize_state_
 from lightning_compress.pruning.budget import Scope
 from lightning_compress.quantization.calls import copy_tensors
@@ -265,7 +266,8 @@ class ChannelPruning(CompressionCallback):
         self.plans.append(overall)
         self._apply(trainer, pl_module, plan)
         if self._asked >= 1.0:
-            rank_zero_info(f"ChannelPruning, after step {self._step}:\n{overall}")
+            head = f"ChannelPruning, after step {self._step}: {'; '.join(overall.totals())}"
+            rank_zero_info("\n  ".join(in_short([head, *overall.lines()])))
             self._finish(plan)
         else:
             rank_zero_info(f"ChannelPruning, after step {self._step}: {self._logged_name} is {self._remaining:.3f}.")
@@ -362,8 +364,10 @@ class ChannelPruning(CompressionCallback):
         if self.plans:
             last = self.plans[-1]
             spanned = [row.layers[0] for row in last.rows if row.approximate and row.after < row.before]
-            notes += [f"ChannelPruning cut {name} approximately: a norm spans its width." for name in spanned]
-            notes += [f"{layer} keeps its width: {why}" for layer, why in last.fixed.items() if why != "an output"]
+            if spanned:
+                notes.append(f"ChannelPruning cut {named(spanned)} approximately: a norm spans its width.")
+            whole = by_reason({layer: why for layer, why in last.fixed.items() if why != "an output"})
+            notes += [f"{they(layers, 'keeps its', 'keep their')} width: {why}" for why, layers in whole.items()]
         if self._latency is not None:
             notes.append(f"ChannelPruning: a forward pass took {self._latency:.2f} of its time when this was planned.")
         return [*notes, f"ChannelPruning: {self._missed}"] if self._missed else notes

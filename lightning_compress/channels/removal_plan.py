@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lightning_compress.messages import by_reason, named
 from lightning_compress.optimizers import Kept
 
 
@@ -61,17 +62,25 @@ class RemovalPlan:
     shapes: Mapping[str, tuple[int, ...]]
 
     def __str__(self) -> str:
+        return "\n".join([*self.lines(), *self.totals(), *([self.missed] if self.missed else [])])
+
+    def lines(self) -> list[str]:
+        """A line for each group that shrinks, and for each reason why layers stay whole."""
         shown = [(_names(row.layers), f"{row.before} -> {row.after}", _mark(row)) for row in self.rows]
         width = max((len(name) for name, _, _ in shown), default=0)
         middle = max((len(count) for _, count, _ in shown), default=0)
         lines = [f"{name:<{width}}  {count:>{middle}}{mark}" for name, count, mark in shown]
-        lines += [f"stays whole: {layer}: {reason}" for layer, reason in self.fixed.items()]
+        return lines + [f"stays whole: {named(layers)}: {why}" for why, layers in by_reason(self.fixed).items()]
+
+    def totals(self) -> list[str]:
+        """What the model costs, before and after."""
+        lines = []
         for name in ("channels", "params", "macs"):
             old, new = getattr(self.before, name), getattr(self.after, name)
             lines.append(f"{name}: {old:,} -> {new:,} ({new / max(old, 1):.3f})")
         if self.latency is not None:
             lines.append(f"latency: {self.latency:.3f} of before, measured")
-        return "\n".join([*lines, self.missed] if self.missed else lines)
+        return lines
 
 
 def _names(layers: tuple[str, ...]) -> str:

@@ -17,6 +17,7 @@ from lightning_compress.channels.outputs import tensors_in
 from lightning_compress.channels.remove import cut_, zero_
 from lightning_compress.channels.slices import followed, kept_slices
 from lightning_compress.channels.steady import steady
+from lightning_compress.errors import in_a_line
 from lightning_compress.quantization.calls import copy_module
 
 
@@ -64,8 +65,7 @@ class Subject:
             else:
                 whole = self._outputs[:runs]
         except Exception as error:
-            lines = str(error).splitlines() or [""]
-            return f"the model doesn't run without some: {type(error).__name__}: {lines[0][:160]}"
+            return f"its code needs all of them, without some the model stops ({in_a_line(error)})"
         for one, other in zip(narrow, whole, strict=True):
             if [leaf.shape for leaf in one] != [leaf.shape for leaf in other]:
                 return "its outputs change their shape"

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_compress import structure
 from lightning_compress.callback import CompressionCallback, look, warn_of_other_settings
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.optimizers import Cut
 from lightning_compress.pruning import followers
 from lightning_compress.pruning import rewind as rewinding
@@ -165,10 +166,9 @@ class ScheduledPruning(CompressionCallback):
                 raise invalid("mask_file", "hold masks that prune something", self.mask_file)
         self._pruner, self._skipped, self._first = pruner, pruner.skipped, True
         if pruner.skipped:
-            lines = [f"  {name}: {reason}" for name, reason in pruner.skipped.items()]
-            rank_zero_info(
-                "\n".join([f"ScheduledPruning prunes {len(pruner.weights)} tensors and leaves out:", *lines])
-            )
+            head = f"ScheduledPruning prunes {len(pruner.weights)} tensors and leaves out:"
+            lines = [f"{named(names)}: {reason}" for reason, names in by_reason(pruner.skipped).items()]
+            rank_zero_info("\n  ".join(in_short([head, *lines])))
 
     @property
     def pruner(self) -> Pruner:
@@ -337,7 +337,8 @@ class ScheduledPruning(CompressionCallback):
         return f"{self._reached()} Shorten the window, or train longer."
 
     def report_notes(self) -> list[str]:
-        notes = [*super().report_notes(), *(f"{name} isn't pruned: {why}" for name, why in self._skipped.items())]
+        notes = super().report_notes()
+        notes += [f"{they(names, 'is', 'are')} not pruned: {why}" for why, names in by_reason(self._skipped).items()]
         if self.masks:
             notes.append(
                 f"ScheduledPruning: {sparsity_of(self.masks):.1%} of the targeted weights are zero; zeros alone make "

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from lightning_compress.errors import CompressionError
+from lightning_compress.errors import CompressionError, in_a_line
+from lightning_compress.messages import by_reason, named, they
 from lightning_compress.quantization.calls import CallLog, is_below
 from lightning_compress.quantization.layers.plan import of_one_weight, plan_layers
 from lightning_compress.quantization.schemes import Packed, Scheme, StaticInt8, describe, from_description
@@ -21,7 +22,11 @@ from lightning_compress.targets import Targets, clean_name, compressible_modules
 
 _logger = logging.getLogger("lightning_compress")
 
-_SHOWN = 8
+_LONGEST = 200
+
+_AS_A_WHOLE = "not as a whole: "
+
+_TRACERS = {"fx": "torch.fx", "pt2e": "torch.export"}
 
 _MANY = 8
 """From so many pieces on a static int8 model is worth a hint."""
@@ -167,7 +172,7 @@ class _Planner:
             if path in wanted:
                 self.plan.floats[path] = reason
             elif path in self.calls.inputs:
-                self.plan.floats[path] = f"not as a whole: {reason}"
+                self.plan.floats[path] = f"{_AS_A_WHOLE}{reason}"
         for name, _ in module.named_children():
             child = clean_name(f"{path}.{name}".lstrip("."))
             if child != path and child in self.modules:
@@ -200,10 +205,7 @@ class _Planner:
         except CompressionError as error:
             return None, str(error)
         except Exception as error:  # whatever tracing meets in a user's forward is the reason why it stays float
-            return (
-                None,
-                f"it can't be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            )
+            return None, f"{_TRACERS[self.flow]} can't trace its forward ({in_a_line(error)})"
         if reason:
             return None, reason
         tied = tied_to_float(module)
@@ -258,40 +260,41 @@ def without_kernel(model: nn.Module, scheme: Scheme) -> dict[str, str]:
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """What is quantized, in a line for the log: units with their flow, layers with their scheme."""
-    parts = [f"{_name(unit['path'])} (flow {unit['flow']})" for unit in record["units"]]
-    return ", ".join([*parts, *[f"{_name(layer['path'])} ({layer['scheme']['name']})" for layer in record["layers"]]])
-
-
-def _name(path: str) -> str:
-    return f"`{path}`" if path else "the module"
-
-
-def explain(record: Mapping[str, Any]) -> list[str]:
-    """What stays float, and what has a form that users should know of; a line each, for the log and the report.
+    """What is quantized, for the log: units by their flow, layers by their scheme.
 
     Args:
         record: what `Plan.describe` gave.
     """
-    lines = []
-    for path, reason in record["floats"].items():
-        name, reason = _name(path), reason.partition("\n")[0][:160]
-        whole = reason.startswith("not as a whole")
-        lines.append(f"{name} is quantized layer by layer, {reason}" if whole else f"{name} stays float: {reason}")
-    hooked = [f"`{name}`" for unit in record["units"] for name in unit["hooked"]]
+    ways: dict[str, list[str]] = {}
+    for unit in record["units"]:
+        ways.setdefault(f"flow {unit['flow']}", []).append(unit["path"])
+    for layer in record["layers"]:
+        ways.setdefault(layer["scheme"]["name"], []).append(layer["path"])
+    return "; ".join(f"{named(paths)} ({way})" for way, paths in ways.items())
+
+
+def explain(record: Mapping[str, Any]) -> list[str]:
+    """What stays float, and what has a form that users should know of: a line for each reason.
+
+    Args:
+        record: what `Plan.describe` gave.
+    """
+    parted, floats = _left_float(record)
+    lines = [f"{they(paths, 'is', 'are')} quantized in parts, {reason}" for reason, paths in by_reason(parted).items()]
+    lines += [f"{they(paths, 'stays', 'stay')} float: {reason}" for reason, paths in by_reason(floats).items()]
+    hooked = [name for unit in record["units"] for name in unit["hooked"]]
     if hooked:
         lines.append(
-            f"{', '.join(hooked)}: forward hooks (a distillation's taps are some) fire while training, and not in int8"
+            f"{named(hooked)}: forward hooks (a distillation's taps are some) fire while training, and not in int8"
         )
     stored: dict[int, list[str]] = {}
     for layer in record["layers"]:
-        one = from_description(layer["scheme"])
-        if isinstance(one, Packed):
-            stored.setdefault(one.bits, []).append(_name(layer["path"]))
-    for bits, names in stored.items():
-        few = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        scheme = from_description(layer["scheme"])
+        if isinstance(scheme, Packed):
+            stored.setdefault(scheme.bits, []).append(layer["path"])
+    for bits, paths in stored.items():
         lines.append(
-            f"{few}: weights are stored in {bits} bits and computed with in float; this is smaller, not faster"
+            f"{named(paths)}: weights are stored in {bits} bits and computed with in float; this is smaller, not faster"
         )
     if len(record["units"]) >= _MANY and record["units"][0]["flow"] == "fx":
         lines.append(
@@ -301,6 +304,22 @@ def explain(record: Mapping[str, Any]) -> list[str]:
     if any(unit["flow"] == "pt2e" for unit in record["units"]):
         lines.append("flow pt2e: compiled by inductor at the first call with each new shape, which takes a while")
     return lines
+
+
+def _left_float(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Reasons by path: of what is quantized in parts, and of what isn't at all; each told of the innermost alone."""
+    quantized = [part["path"] for part in (*record["units"], *record["layers"])]
+    reasons = {path: reason.partition("\n")[0][:_LONGEST] for path, reason in record["floats"].items()}
+    parted, floats = {}, {}
+    for path, reason in reasons.items():
+        inner = {other: why for other, why in reasons.items() if is_below(other, path)}
+        whole = reason.startswith(_AS_A_WHOLE)
+        if whole and any(is_below(other, path) for other in quantized):
+            if reason not in inner.values():
+                parted[path] = reason
+        elif not (whole and inner):
+            floats[path] = reason.removeprefix(_AS_A_WHOLE)
+    return parted, floats
 
 
 def _excluded(model: nn.Module, targets: Targets | None, layers: Collection[str]) -> set[str]:

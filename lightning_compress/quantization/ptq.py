@@ -20,6 +20,7 @@ from lightning_compress import structure
 from lightning_compress.callback import make_probe, refuse_strategy, restore_modes_, training_modes, without_logging
 from lightning_compress.errors import CompressionError
 from lightning_compress.inputs import run_step
+from lightning_compress.messages import in_short
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calibrate import evaluating
 from lightning_compress.quantization.plan import explain, summary
@@ -162,7 +163,8 @@ class PostTrainingQuantization(Callback):
         probe._trainer = None
         forms.forget_(probe)
         self.quantized_model = probe
-        rank_zero_info("\n  ".join([f"{type(self).__name__}: quantized {summary(record)}.", *self._notes]))
+        head = f"{type(self).__name__}: quantized {summary(record)}."
+        rank_zero_info("\n  ".join(in_short([head, *self._notes])))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore(pl_module, self.keep)

@@ -18,6 +18,7 @@ from lightning_compress.callback import (
     warn_of_other_settings,
 )
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.messages import in_short, named
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import CallLog, record_calls
 from lightning_compress.quantization.layers.plan import check_overrides
@@ -156,11 +157,12 @@ class QuantizationAwareTraining(CompressionCallback):
         forms.prepare_(pl_module, plan, self.scheme, training=True)
         self.bring_in_line(trainer, pl_module)
         rebuild_ddp(trainer, pl_module)
-        floats = [f"`{path}`" for path in plan.layers.keys() - forms.trained_in_few_bits(pl_module, plan).keys()]
+        floats = plan.layers.keys() - forms.trained_in_few_bits(pl_module, plan).keys()
         self._notes = explain(plan.describe())
         if floats:
-            self._notes.append(f"{', '.join(sorted(floats))}: trained in float, rounded when the fit ends")
-        rank_zero_info("\n  ".join([f"{type(self).__name__}: quantizes {summary(plan.describe())}.", *self._notes]))
+            self._notes.append(f"{named(sorted(floats))}: trained in float, rounded when the fit ends")
+        head = f"{type(self).__name__}: quantizes {summary(plan.describe())}."
+        rank_zero_info("\n  ".join(in_short([head, *self._notes])))
 
     def _freeze(self, pl_module: pl.LightningModule) -> None:
         progress = self.bounds.progress(self._step)

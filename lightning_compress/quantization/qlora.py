@@ -24,6 +24,7 @@ from lightning_compress.callback import (
     without_logging,
 )
 from lightning_compress.errors import CompressionError, invalid, nearest
+from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.adapters import LowRank, plan_adapters
 from lightning_compress.quantization.ptq import PostTrainingQuantization
@@ -168,19 +169,17 @@ class QLoRA(Callback):
             weight.load_state_dict(trainer.strategy.broadcast(weight.state_dict()))
         self.bring_in_line(trainer, pl_module)
         self._notes = self._explain(pl_module, record)
-        rank_zero_info("\n  ".join(self._notes))
+        rank_zero_info("\n  ".join(in_short(self._notes)))
 
     def _explain(self, pl_module: pl.LightningModule, record: dict[str, Any]) -> list[str]:
         training = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         total = sum(parameter.numel() for parameter in pl_module.parameters())
         total += sum(weight.rows * weight.columns for weight in forms.packed_weights(pl_module))
-        names = [f"`{layer['path']}`" for layer in record["layers"]]
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        name = type(self).__name__
+        layers = named(layer["path"] for layer in record["layers"])
         return [
-            f"{name}: {shown} in 4 bits (NF4) with adapters of rank {record['low_rank']['rank']}; {training:,} of "
-            f"{total:,} parameters train. This saves memory, not time.",
-            *(f"`{path}` stays float: {reason}" for path, reason in record["floats"].items()),
+            f"{type(self).__name__}: {layers} in 4 bits (NF4) with adapters of rank {record['low_rank']['rank']}; "
+            f"{training:,} of {total:,} parameters train. This saves memory, not time.",
+            *(f"{they(names, 'stays', 'stay')} float: {why}" for why, names in by_reason(record["floats"]).items()),
         ]
 
     def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -228,7 +228,7 @@ def test_training_that_stops_before_the_windows_end_says_what_is_reached() -> No
 def test_the_report_says_what_keeps_its_width() -> None:
     pruning = shrink(targets=Targets(exclude=["second"]))
     fit([pruning], Deeper())
-    assert [note for note in pruning.report_notes() if note.startswith("second keeps its width")]
+    assert [note for note in pruning.report_notes() if note.startswith("`second` keeps its width")]
 
 
 class Deeper(Classifier):

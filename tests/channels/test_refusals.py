@@ -90,7 +90,7 @@ def test_a_plan_is_for_its_model_alone(fault: str) -> None:
 def test_plans_name_the_layers_that_stay() -> None:
     plan = plan_removal(mlp(), X, channels=0.5)
     assert str(plan).splitlines()[2:] == [
-        "stays whole: 4: an output",
+        "stays whole: `4`: an output",
         *("channels: 22 -> 11 (0.500)",),
         f"params: 247 -> {plan.after.params} ({plan.after.params / 247:.3f})",
         f"macs: 444 -> {plan.after.macs} ({plan.after.macs / 444:.3f})",
@@ -114,7 +114,7 @@ def _normed_by_hand(self: Any, x: Tensor) -> Tensor:
 
 CAN_STAY: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], str, str]] = [
     ("size_in_a_view", lambda: Net(_lenet, c=conv(3, 8), f=linear(288, 12), o=linear(12, 3)), (2, 3, 6, 6),
-     "c", "doesn't run without some"),
+     "c", "its code needs all of them"),
     ("index_of_channels", lambda: Net(lambda s, x: s.o(s.f(s.c(x)[:, s.order]).relu()), c=conv(3, 8), f=conv(8, 12),
      o=conv(12, 2), order=torch.randperm(8)), (2, 3, 6, 6), "c", "its places are numbered in the model's forward"),
     ("softmax_of_channels", lambda: Net(lambda s, x: s.o(s.f(s.c(x).softmax(1)).relu()), c=conv(3, 8), f=conv(8, 12),

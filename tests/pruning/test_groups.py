@@ -247,7 +247,7 @@ def test_layers_whose_inputs_do_not_divide_stay_dense_and_are_listed() -> None:
     assert list(pruning.masks) == ["body.weight"]
     assert (module.body.weight == 0).sum() == 33 * 8
     assert not (module.head.weight == 0).any()
-    assert "head.weight isn't pruned: 33 inputs are no multiple of 4" in pruning.report_notes()
+    assert "`head.weight` is not pruned: 33 inputs are no multiple of 4" in pruning.report_notes()
 
 
 def test_no_layer_that_divides_is_an_error_before_anything_changes() -> None:
