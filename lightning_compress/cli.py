@@ -1,7 +1,4 @@
-"""The command line: LightningCLI with this package's names.
-
-Importing this file imports the package, so jsonargparse finds every public class by its short name too.
-"""
+"""The command line: LightningCLI with this package's names."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from torch.optim import Optimizer
 
+import lightning_compress
 from lightning_compress.errors import CompressionError
 
 _PROG = "lightning-compress"
@@ -64,6 +62,8 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 and a message on stderr, no traceback, for input that can't be honoured.
     """
+    for name in lightning_compress.__all__:
+        getattr(lightning_compress, name)  # jsonargparse finds by their short names the classes that are imported
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)  # as `python -m` does; a console script gets its own folder there instead
@@ -89,7 +89,3 @@ def _cause(error: BaseException | None) -> CompressionError | None:
     while error is not None and not isinstance(error, CompressionError):
         error = error.__cause__
     return error
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
+import lightning_compress
+from lightning_compress.__main__ import HELP
+from lightning_compress.__main__ import main as entry
 from lightning_compress.cli import main
 from lightning_compress.errors import invalid
 from tests.support.modules import Classifier
@@ -146,8 +150,36 @@ def test_print_config_is_a_config(own_folder: Path, capsys: pytest.CaptureFixtur
     assert printed("--config=config.yaml") == text
 
 
-def test_runs_as_a_program() -> None:
-    command = [sys.executable, "-m", "lightning_compress.cli", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "usage: lightning-compress" in done.stdout
-    assert all(name in done.stdout for name in ("fit", "validate", "test", "predict"))
+def program(*args: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    start = ["-c", code] if code else ["-m", "lightning_compress", *args]
+    return subprocess.run([sys.executable, *start], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_help_is_there_before_torch_is() -> None:
+    done = program(
+        code="import sys, lightning_compress.__main__ as m; m.main(['-h']); sys.exit('torch' in sys.modules)"
+    )
+    assert (done.returncode, done.stdout) == (0, HELP)
+    asked_nothing = program()
+    assert (asked_nothing.returncode, asked_nothing.stdout, asked_nothing.stderr) == (2, "", HELP)
+
+
+def test_help_names_every_callback() -> None:
+    public = {name: getattr(lightning_compress, name) for name in lightning_compress.__all__}
+    callbacks = [name for name, value in public.items() if isinstance(value, type) and issubclass(value, Callback)]
+    assert len(callbacks) >= 7
+    assert [name for name in callbacks if f"\n  {name} " not in HELP] == []
+
+
+def test_what_help_shows_can_be_typed(own_folder: Path) -> None:
+    config = textwrap.dedent("  trainer:\n" + HELP.partition("  trainer:\n")[2].partition("\n\n")[0])
+    config = config.replace("my_project.MyModule", "tests.support.modules.Classifier")
+    (own_folder / "config.yaml").write_text(config.replace("my_project.MyData", "tests.support.data.TinyData"))
+    shown = [line.partition("   ")[0].split() for line in HELP.replace("  lightning-compress", "$").splitlines()]
+    commands = [line[1:] for line in shown if line[:2] == ["$", "fit"]]
+    assert len(commands) == 5
+    for command in commands:
+        runs = "--config" in command and "--print_config" not in command
+        with pytest.raises(SystemExit) as stop:
+            entry([*command, *(["--print_config"] if runs else [])])
+        assert stop.value.code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ MAY_IMPORT_LIGHTNING = {
 }
 # Other third parties beside torch, each where it belongs and nowhere else.
 MAY_ALSO_IMPORT = {
+    "__init__.py": {"lazy_loader"},
     "cli.py": {"jsonargparse"},
     "report/plots.py": {"matplotlib"},
     "report/sparsity_plot.py": {"matplotlib"},
@@ -83,3 +85,21 @@ def test_reads_every_kind_of_import() -> None:
         "import os, numpy.linalg as la\ndef f():\n    from lightning.pytorch import Trainer\nfrom . import torchao\n"
     )
     assert third_parties(source) == {"numpy", "lightning"}
+
+
+@pytest.mark.slow
+def test_any_file_can_be_imported_first() -> None:
+    """Public names are imported when they are used, in any order: a circle of imports would show only to some."""
+    code = """
+import os, sys, torch, lightning.pytorch, torchao
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        __import__(name)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{name} can't be imported first")
+"""
+    names = [f"lightning_compress.{file.removesuffix('.py').replace('/', '.')}" for file in FILES]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]

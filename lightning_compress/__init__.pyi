@@ -1,0 +1,90 @@
+"""Pruning, quantization and knowledge distillation as callbacks of a PyTorch Lightning Trainer."""
+
+from .channels import RemovalPlan, plan_removal, remove_channels_
+from .channels.callback import ChannelPruning
+from .distillation import (
+    DIST,
+    DKD,
+    AttentionTransfer,
+    Distillation,
+    DistillationModule,
+    EMATeacher,
+    FeatureCosine,
+    FeatureLoss,
+    FeatureMSE,
+    HardTarget,
+    LogitLoss,
+    LogitMSE,
+    Ramp,
+    RelationalAngle,
+    RelationalDistance,
+    SimilarityPreserving,
+    Snapshot,
+    SoftTarget,
+)
+from .errors import CompressionError, MissingExtraError, NoEffectWarning
+from .pruning import Rewind, ScheduledPruning, prune_, sparsity
+from .quantization import GPTQ, NF4, DynamicInt8, StaticInt8, WeightOnly, quantize
+from .quantization.ptq import PostTrainingQuantization
+from .quantization.qat import QuantizationAwareTraining
+from .quantization.qlora import QLoRA
+from .report import CompressionReport, compare, measure
+from .schedules import Cosine, Exponential, Linear, OneShot, Polynomial, Steps
+from .structure import load_compressed, merge_adapters, save_compressed
+from .targets import Targets
+from .window import Window
+
+__all__ = [
+    "DIST",
+    "DKD",
+    "GPTQ",
+    "NF4",
+    "AttentionTransfer",
+    "ChannelPruning",
+    "CompressionError",
+    "CompressionReport",
+    "Cosine",
+    "Distillation",
+    "DistillationModule",
+    "DynamicInt8",
+    "EMATeacher",
+    "Exponential",
+    "FeatureCosine",
+    "FeatureLoss",
+    "FeatureMSE",
+    "HardTarget",
+    "Linear",
+    "LogitLoss",
+    "LogitMSE",
+    "MissingExtraError",
+    "NoEffectWarning",
+    "OneShot",
+    "Polynomial",
+    "PostTrainingQuantization",
+    "QLoRA",
+    "QuantizationAwareTraining",
+    "Ramp",
+    "RelationalAngle",
+    "RelationalDistance",
+    "RemovalPlan",
+    "Rewind",
+    "ScheduledPruning",
+    "SimilarityPreserving",
+    "Snapshot",
+    "SoftTarget",
+    "StaticInt8",
+    "Steps",
+    "Targets",
+    "WeightOnly",
+    "Window",
+    "compare",
+    "load_compressed",
+    "measure",
+    "merge_adapters",
+    "plan_removal",
+    "prune_",
+    "quantize",
+    "remove_channels_",
+    "save_compressed",
+    "sparsity",
+]
