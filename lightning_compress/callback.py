@@ -17,30 +17,25 @@ The order of a fit, with what a callback of ours does in each hook::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress import structure
 from lightning_compress.errors import CompressionError
-from lightning_compress.inputs import run_step
 from lightning_compress.optimizers import Cut
 from lightning_compress.quantization import forms
-from lightning_compress.quantization.calls import copy_module, copy_tensors, quiet_random_state
 from lightning_compress.quantization.traced import all_modules
 from lightning_compress.window import Bounds, Window, fit_length
 
 STATE_VERSION = 1
-
-Seen = TypeVar("Seen")
 
 
 class CompressionCallback(Callback):
@@ -194,48 +189,6 @@ class CompressionCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**without_logging(self), "_handles": []}
-
-
-def look(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, watch: Callable[..., Seen]
-) -> list[Seen]:
-    """What ``watch(module, run)`` sees of the module's own training step and of its forward.
-
-    Both run on a deep copy that is float, and under a random state of their own, so that nothing is left behind.
-
-    Raises:
-        CompressionError: neither of the two runs.
-    """
-    probe = make_probe(trainer, pl_module)
-    forms.revert_(probe, "float")
-    # A batch of its own for each: a step may change or empty what it is given.
-    looks: list[Callable[[], Any]] = [lambda: run_step(probe, copy_tensors(batch))]
-    if pl_module.automatic_optimization:
-        looks.insert(0, lambda: probe.training_step(copy_tensors(batch), batch_idx))
-    seen, errors = list[Seen](), []
-    with quiet_random_state(), trainer.precision_plugin.train_step_context():
-        for run in looks:
-            # Forward need not be what the step calls, and a manual step can't be tried: one of the two is enough.
-            try:
-                seen.append(watch(probe, run))
-            except Exception as error:
-                errors.append(f"{type(error).__name__}: {error}")
-    if not seen:
-        raise CompressionError(
-            f"The module must run one batch for a look at what it calls. Received: {'; '.join(errors)}. "
-            "Set `example_input_array`, or define `calibration_step(batch)` on the module."
-        )
-    return seen
-
-
-def make_probe(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, shared: Collection[nn.Parameter] = ()
-) -> pl.LightningModule:
-    """A deep copy whose steps can be run without a trace: it logs nothing, and its metrics are its own."""
-    probe = copy_module(pl_module, shared)
-    probe.__dict__["log"] = probe.__dict__["log_dict"] = lambda *args, **kwargs: None
-    probe._trainer = trainer
-    return probe
 
 
 def training_modes(pl_module: pl.LightningModule) -> dict[Any, bool]:

@@ -1,9 +1,10 @@
-"""Example inputs: the one rule by which a batch becomes the arguments of a module's ``forward``."""
+"""The binding rule: how a batch becomes the arguments of a module's ``forward``."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MethodType
 from typing import Any
 
@@ -15,45 +16,32 @@ from lightning_compress.errors import CompressionError
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def example_call(model: nn.Module, batch: Any = None) -> Call:
-    """``(args, kwargs)`` for ``model.forward``: its ``example_input_array``, else ``batch`` bound to the signature.
+def bind_batch(model: nn.Module, batch: Any) -> list[Call]:
+    """The ways ``(args, kwargs)`` in which ``batch`` fits the signature of ``model.forward``, the likeliest first.
 
-    A mapping gives the keys that name parameters of ``forward``; a tuple or list gives its first element (by the same
-    rule); anything else is the first argument.
+    The entries of a mapping, the fields of a named tuple or of a dataclass are the arguments whose names they have; of
+    a tuple or list the first element counts (by the same rule); anything else is the first argument.
 
     Raises:
-        CompressionError: there is neither, or the batch doesn't bind.
+        CompressionError: the batch doesn't bind.
 
     Example:
         >>> import torch
-        >>> args, kwargs = example_call(nn.Linear(2, 1), (torch.zeros(3, 2), torch.zeros(3)))
+        >>> args, kwargs = bind_batch(nn.Linear(2, 1), (torch.zeros(3, 2), torch.zeros(3)))[0]
         >>> args[0].shape, kwargs
         (torch.Size([3, 2]), {})
     """
-    example = getattr(model, "example_input_array", None)
-    if example is not None:
-        return bind_example(example, next((parameter.device for parameter in model.parameters()), None))
-    if batch is None:
-        raise CompressionError(
-            f"`{type(model).__name__}` must have example inputs. Received: no batch, no `example_input_array`. "
-            "Set `self.example_input_array` on the module, or pass a batch."
-        )
-    parameters = _signature(model).parameters
-    calls: list[Call] = []
-    first = batch
-    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        first = batch[0] if batch else batch
-    if isinstance(first, Mapping):
-        calls.append(((), _matching(first, parameters)))
-    if not isinstance(batch, Mapping):
-        calls.append(((first,), {}))
-    for call in calls:
-        if (error := _misfit(model, call)) is None:
-            return call
-    raise CompressionError(
-        f"The batch must bind to {type(model).__name__}.forward{_signature(model)}. "
-        f"Received: {error}. Set `example_input_array`, or define `calibration_step(batch)` on the module."
-    )
+    signature = _signature(model)
+    fitting, error = list[Call](), TypeError("it is empty")
+    for args, kwargs in _bindings(batch, signature.parameters):
+        try:
+            signature.bind(*args, **kwargs)
+            fitting.append((args, kwargs))
+        except TypeError as misfit:
+            error = misfit if not fitting else error
+    if fitting:
+        return fitting
+    raise _misfit(model, str(error))
 
 
 def _signature(model: nn.Module) -> inspect.Signature:
@@ -61,13 +49,45 @@ def _signature(model: nn.Module) -> inspect.Signature:
     return inspect.signature(MethodType(type(model).forward, model))
 
 
-def _misfit(model: nn.Module, call: Call) -> str | None:
-    """Why ``forward`` can't be called so; None if it can."""
-    try:
-        _signature(model).bind(*call[0], **call[1])
-    except TypeError as error:
-        return str(error)
+def _misfit(model: nn.Module, reason: str) -> CompressionError:
+    return CompressionError(
+        f"The batch must bind to {type(model).__name__}.forward{_signature(model)}. "
+        f"Received: {reason}. Define `calibration_step(batch)` on the module."
+    )
+
+
+def _bindings(batch: Any, parameters: Mapping[str, inspect.Parameter]) -> Iterator[Call]:
+    fields = _fields(batch)
+    if fields is not None:
+        if matching := _matching(fields, parameters):
+            yield (), matching
+        yield (batch,), {}
+        if not isinstance(batch, Mapping):
+            yield from (((first,), {}) for first in list(fields.values())[:1])
+    elif isinstance(batch, tuple | list):
+        if batch and isinstance(batch[0], Mapping) and (matching := _matching(batch[0], parameters)):
+            yield (), matching
+        yield from (((first,), {}) for first in batch[:1])
+    else:
+        yield (batch,), {}
+
+
+def _fields(batch: Any) -> Mapping[Any, Any] | None:
+    """The named parts of a batch, if they have names."""
+    if isinstance(batch, Mapping):
+        return batch
+    if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
+        return dict(batch._asdict())
+    if dataclasses.is_dataclass(batch):
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return None
+
+
+def _matching(fields: Mapping[Any, Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """The entries that name parameters; all of them where ``forward`` takes ``**kwargs`` and nothing else matches."""
+    found = {key: value for key, value in fields.items() if key in parameters}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return found or (dict(fields) if takes_any else {})
 
 
 def bind_example(example: Any, device: Any = None) -> Call:
@@ -79,17 +99,32 @@ def bind_example(example: Any, device: Any = None) -> Call:
     return (tuple(example) if isinstance(example, tuple) else (example,)), {}
 
 
-def _matching(batch: Mapping[Any, Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """The entries that name parameters; all of them where ``forward`` takes ``**kwargs`` and nothing else matches."""
-    found = {key: value for key, value in batch.items() if key in parameters}
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    return found or (dict(batch) if takes_any else {})
+def run_example(model: nn.Module) -> Any:
+    """Run ``forward`` on the ``example_input_array``: its shapes are right, its values may be anything."""
+    args, kwargs = bind_example(model.example_input_array, next((one.device for one in model.parameters()), None))
+    return model(*args, **kwargs)
+
+
+def run_forward(model: nn.Module, batch: Any) -> Any:
+    """Run ``forward`` on a batch, bound in the likeliest way that works.
+
+    Raises:
+        CompressionError: the batch doesn't bind, or there were several ways and none works.
+    """
+    calls = bind_batch(model, batch)
+    if len(calls) == 1 and not isinstance(batch, Mapping):
+        args, kwargs = calls[0]
+        return model(*args, **kwargs)
+    reason = ""
+    for args, kwargs in calls:
+        try:
+            return model(*args, **kwargs)
+        except Exception as error:  # the next one may be what `forward` means
+            reason = reason or f"{type(error).__name__}: {error}"
+    raise _misfit(model, reason)
 
 
 def run_step(model: nn.Module, batch: Any) -> Any:
-    """What a look at the model runs: its own ``calibration_step(batch)`` if it has one, else ``forward``."""
+    """How data go through a module without a Trainer: by its ``calibration_step(batch)``, else by ``forward``."""
     step = getattr(model, "calibration_step", None)
-    if step is not None:
-        return step(batch)
-    args, kwargs = example_call(model, batch)
-    return model(*args, **kwargs)
+    return run_forward(model, batch) if step is None else step(batch)

@@ -15,6 +15,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 # The files that decide when things happen; all others compute on tensors and run without a Trainer.
 MAY_IMPORT_LIGHTNING = {
     "callback.py",
+    "probe.py",
     "window.py",
     "cli.py",
     "channels/callback.py",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
-from lightning_compress.callback import make_probe
 from lightning_compress.channels.groups import Run
 from lightning_compress.channels.steady import steady
 from lightning_compress.channels.trial import Subject
 from lightning_compress.errors import CompressionError
-from lightning_compress.inputs import run_step
+from lightning_compress.probe import make_probe, outputs_of_calls, reason_of, shape_feed
 from lightning_compress.quantization.calls import copy_tensors
 
 GUEST = "_guest"
@@ -40,20 +40,19 @@ class Look:
         self.host = self._probe(pl_module)
         self._batch, self._batch_idx = batch, batch_idx
         self._modes = {name: module.training for name, module in pl_module.named_modules()}
-        steps = [self._forward, self._step] if pl_module.automatic_optimization else [self._forward]
-        self.runs, errors = list[Run](), []
-        for run in steps:
+        self._feed = shape_feed(trainer, self.host, "validation", train=False)
+        self.runs = list[Run]()
+        if pl_module.automatic_optimization:
             try:
                 with steady():
-                    run(self._probe(self.host))
-                self.runs.append(run)
-            except Exception as error:
-                # Forward need not be what the step calls: one of the two is enough.
-                errors.append(f"{type(error).__name__}: {error}")
-        if not self.runs:
-            raise CompressionError(
-                f"The module must run one batch for a look at what it calls. Received: {'; '.join(errors)}"
-            )
+                    self._step(self._probe(self.host))
+                self.runs.append(self._step)
+            except Exception as error:  # it is the user's, and evaluation may do
+                self._feed.failures["training_step"] = reason_of(error)
+        with suppress(CompressionError) if self.runs else nullcontext(), steady():
+            self._feed.choose(self._probe(self.host), iter([batch]))
+            del self._feed.ways[1:]  # a cut that one fails with isn't to be tried with another
+            self.runs.insert(0, self._evaluate)
         for number, callback in guests(trainer, pl_module).items():
             self.host.add_module(f"{GUEST}{number}", copy.deepcopy(callback.objective.adapters))
             compare: Any = partial(self._compare, callback, f"{GUEST}{number}", self.runs[-1])
@@ -67,8 +66,10 @@ class Look:
     def subject(self) -> Subject:
         return Subject(self.host, self.runs, self._probe)
 
-    def _forward(self, twin: Any) -> Any:
-        return run_step(twin.eval(), copy_tensors(self._batch))
+    def _evaluate(self, twin: Any) -> Any:
+        twin.eval()
+        # What a step returns tells nothing of the layers that have come before it.
+        return outputs_of_calls(twin, lambda: self._feed(twin, self._batch))
 
     def _step(self, twin: Any) -> Any:
         for name, module in twin.named_modules():

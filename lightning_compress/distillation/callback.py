@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_compress.callback import make_probe, refuse_strategy
+from lightning_compress.callback import refuse_strategy
 from lightning_compress.distillation.check import closeness
 from lightning_compress.distillation.features import drop_taps_, find_layer
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, SoftTarget
@@ -31,6 +31,7 @@ from lightning_compress.distillation.teaching import (
 )
 from lightning_compress.distillation.wrapped_step import unwrap_step_, wrap_step_
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.probe import make_probe
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import copy_tensors
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress import structure
-from lightning_compress.callback import CompressionCallback, look, warn_of_other_settings
+from lightning_compress.callback import CompressionCallback, warn_of_other_settings
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.optimizers import Cut
+from lightning_compress.probe import look
 from lightning_compress.pruning import followers
 from lightning_compress.pruning import rewind as rewinding
 from lightning_compress.pruning.best import forget_scores

@@ -12,9 +12,10 @@ from torch import nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.inputs import run_step
-from lightning_compress.quantization.calls import quiet_random_state
+from lightning_compress.isolation import attributes_kept
 from lightning_compress.quantization.layers.fast_path import without_fast_path
 from lightning_compress.quantization.traced import CHILD, Traced
+from lightning_compress.random_state import random_state_kept
 from lightning_compress.targets import clean_name
 
 
@@ -32,14 +33,7 @@ def calibrate(
         CompressionError: there wasn't a single batch.
     """
     count = 0
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        quiet_random_state(),
-        without_fast_path(),
-        evaluating(model),
-        _observing(model),
-    ):
+    with leaving_no_trace(model), _observing(model):
         for batch in batches:
             if count == limit:
                 break
@@ -60,6 +54,41 @@ def _check_ranges(model: nn.Module) -> None:
         if (low.isnan() | (low == -math.inf)).any() or (high.isnan() | (high == math.inf)).any():
             place = clean_name(name).replace(f"{CHILD}.graph.", "")
             raise CompressionError(f"`calibration` must be finite. Received: NaN or infinity, seen by `{place}`.")
+
+
+@contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients, after which nothing of the model is changed but observers, and nothing was drawn.
+
+    Buffers, containers and numbers that it keeps, and the global random states are put back.
+    """
+    modules = [module for path, module in model.named_modules() if CHILD not in path.split(".")]
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        random_state_kept(),
+        without_fast_path(),
+        evaluating(model),
+        attributes_kept(modules),
+        _buffers_kept(modules),
+    ):
+        yield
+
+
+@contextmanager
+def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            module._buffers[name] = buffer
+            buffer.copy_(value)
 
 
 @contextmanager

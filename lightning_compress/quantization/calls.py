@@ -7,8 +7,7 @@ parent's traced form.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,6 +19,8 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.targets import clean_name
 
 Module = TypeVar("Module", bound=nn.Module)
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -71,7 +72,7 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             log.callers.setdefault(path, set()).add(stack[-1] if stack else None)
             if path not in log.inputs:
-                log.inputs[path] = copy_tensors((args, kwargs)) if keep_inputs else ((), {})
+                log.inputs[path] = _as_seen((args, kwargs)) if keep_inputs else ((), {})
             stack.append(path)
 
         return hook
@@ -91,6 +92,17 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
         for handle in handles:
             handle.remove()
     return log
+
+
+def _as_seen(call: Any) -> Any:
+    """A call to be run again, without autocast: what autocast made of floats is no choice of the model's."""
+    call = copy_tensors(call)
+    leaves = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    if not any(torch.is_autocast_enabled(kind) for kind in {leaf.device.type for leaf in leaves}):
+        return call
+    return pytree.tree_map(
+        lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in _HALF else leaf, call
+    )
 
 
 def copy_tensors(tree: Any) -> Any:
@@ -123,10 +135,3 @@ def copy_module(module: Module, shared: Collection[nn.Parameter] = ()) -> Module
         for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             twin.__dict__.pop(name, None)
     return twin
-
-
-@contextmanager
-def quiet_random_state() -> Iterator[None]:
-    """Runs that are only looks: the global random state is put back afterwards."""
-    with torch.random.fork_rng():
-        yield

@@ -14,11 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.inputs import run_step
-from lightning_compress.quantization.calibrate import evaluating
-from lightning_compress.quantization.calls import copy_tensors, quiet_random_state
+from lightning_compress.quantization.calibrate import leaving_no_trace
+from lightning_compress.quantization.calls import copy_tensors
 from lightning_compress.quantization.gptq import gptq
 from lightning_compress.quantization.layers.attention import QuantizedAttention
-from lightning_compress.quantization.layers.fast_path import without_fast_path
 from lightning_compress.quantization.layers.packed import matrix_of
 from lightning_compress.quantization.layers.packed_weight import LinearWeight
 from lightning_compress.quantization.layers.plan import quantized_form
@@ -63,7 +62,7 @@ def calibrated_weights(
     room = sum(each.numel() * each.element_size() for each in model.parameters()) // _SHARE
     routed: list[nn.Module] = []
     made: dict[str, LinearWeight] = {}
-    with torch.inference_mode(False), torch.no_grad(), quiet_random_state(), without_fast_path(), evaluating(model):
+    with leaving_no_trace(model):
         try:
             parts: dict[str, _Part] = {}
             for path, scheme in layers.items():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import Any, Literal
 
@@ -12,31 +11,38 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from lightning_compress import structure
-from lightning_compress.callback import make_probe, refuse_strategy, restore_modes_, training_modes, without_logging
+from lightning_compress.callback import refuse_strategy, restore_modes_, training_modes, without_logging
 from lightning_compress.errors import CompressionError
-from lightning_compress.inputs import run_step
 from lightning_compress.messages import in_short
+from lightning_compress.probe import data_feed, is_own, make_probe, to_module, unsilence_
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calibrate import evaluating
 from lightning_compress.quantization.plan import explain, summary
 from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator
-from lightning_compress.quantization.quantize import Recipe, dry_run, own_parameters_, quantize_
+from lightning_compress.quantization.quantize import Recipe, own_parameters_, quantize_
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.quantization.side_by_side import FloatTwin
 from lightning_compress.targets import Targets
 
 
 class PostTrainingQuantization(Callback):
-    """Quantizes a trained model when `test` (or `predict`) starts, so that the test metric is that of the int8 model.
+    """Quantizes a trained model when `test`, `validate` or `predict` starts: its metrics are those of the int8 model.
 
-    Afterwards the float model is back. Static int8 is calibrated on ``datamodule.calibration_dataloader()`` if there
-    is one, else on its train loader, in evaluation mode; never on test data. Without a datamodule, the module's own
-    ``calibration_dataloader`` or ``train_dataloader`` is asked. Shuffling is the same in every run and on every rank.
+    Afterwards the float model is back. The validation within a fit sees the float model.
+
+    Static int8 is calibrated on ``calibration_dataloader()`` of the datamodule, or of the module, if there is one, else
+    on the train loader; never on test data. ``trainer.test(model, test_loader)`` takes the module's:
+    ``model.calibration_dataloader = lambda: train_loader``. Shuffling is the same in every run and on every rank.
+
+    Batches go through ``calibration_step(batch)`` of the module, if it has one, else as its own evaluation feeds them:
+    through ``test_step``, ``validation_step`` or ``predict_step`` (that of the running stage first), on a copy that
+    logs nothing, after the hooks of batches of module and datamodule. If a step fails on these batches the next is
+    tried, ``forward`` at last. The log says which way was taken.
 
     Args:
         scheme: ``int8_static``, ``int8_dynamic``, ``int8_weight_only`` or a scheme object.
@@ -51,14 +57,14 @@ class PostTrainingQuantization(Callback):
             with every batch.
 
     Attributes:
-        quantized_model: the int8 module of the last test or predict, None before.
+        quantized_model: the int8 module of the last test, validate or predict, None before.
 
     Raises:
         CompressionError: in the constructor for bad arguments; on test start if there is nothing to calibrate on, or
             no layer can be quantized. The model is unchanged then.
 
-    Hooks: `on_test_start` and `on_predict_start` quantize, `teardown` and `on_exception` put the float model back; with
-    ``compare``, the hooks of test batches run the float model.
+    Hooks: `on_test_start`, `on_validation_start` (of `validate`) and `on_predict_start` quantize, `teardown` and
+    `on_exception` put the float model back; with ``compare``, the hooks of batches run the float model.
 
     Example:
         >>> ptq = PostTrainingQuantization("int8_static", calibration_batches=32, compare=True)
@@ -86,7 +92,7 @@ class PostTrainingQuantization(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_strategy(trainer, type(self).__name__)
-        if stage in ("test", "predict"):
+        if stage != "fit":
             if self.recipe.needs_cpu:
                 refuse_accelerator(trainer)
             self._modes = training_modes(pl_module)
@@ -98,7 +104,11 @@ class PostTrainingQuantization(Callback):
         if self.compare:
             self._twin = self._make_twin(trainer, pl_module)
         self._quantize(trainer, pl_module)
-        self._beside("on_test_start")
+        self._beside("start")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":  # and not in a fit
+            self.on_test_start(trainer, pl_module)
 
     def _make_twin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> FloatTwin | None:
         with torch.inference_mode(False):
@@ -108,24 +118,32 @@ class PostTrainingQuantization(Callback):
             except CompressionError:  # it came from a file, and its float weights are gone
                 rank_zero_warn(f"{type(self).__name__}: the model has no float weights to compare with.")
                 return None
-        return FloatTwin(probe.eval(), pl_module.log, isolate_rng)
+        return FloatTwin(probe.eval(), "test" if trainer.testing else "validation", pl_module.log, isolate_rng)
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._beside("on_test_epoch_start")
+        self._beside("epoch_start")
+
+    on_validation_epoch_start = on_test_epoch_start
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._twin is not None:
-            in_turn = getattr(trainer.test_loop, "_is_sequential", True)
-            several = in_turn and len(trainer.num_test_batches) > 1
+            loop = trainer.test_loop if trainer.testing else trainer.validate_loop
+            several = getattr(loop, "_is_sequential", True) and loop.num_dataloaders > 1
             self._twin.step(batch, batch_idx, *[dataloader_idx] * several)
 
+    on_validation_batch_start = on_test_batch_start
+
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._beside("on_test_epoch_end")
+        self._beside("epoch_end")
+
+    on_validation_epoch_end = on_test_epoch_end
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._beside("on_test_end")
+        self._beside("end")
+
+    on_validation_end = on_test_end
 
     def _beside(self, hook: str) -> None:
         if self._twin is not None:
@@ -143,28 +161,36 @@ class PostTrainingQuantization(Callback):
             return
         with torch.inference_mode(False), isolate_rng():
             torch.manual_seed(0)  # every rank shuffles alike
-            batches: Iterator[Any] = iter(())
-            if self.recipe.calibrates:
-                batches = _calibration_batches(trainer, pl_module, self.recipe.calibration_batches)
             # All is done on a copy, so that an error leaves the module as it was.
             shared = self.recipe.only_read(pl_module)
             probe = make_probe(trainer, pl_module, shared)
-            first = next(batches, None)
-            with evaluating(probe):
-                quantize_(probe, self.recipe, first, batches, _way_to_run(probe, first))
+            way = self._quantize_copy(trainer, pl_module, probe)
             forms.transplant_(pl_module, probe)
             own_parameters_(probe, shared)
         self._ours = True
         record = forms.record_of(pl_module)
         assert record is not None
         self._notes = explain(record)
-        for name in ("log", "log_dict"):
-            del probe.__dict__[name]
-        probe._trainer = None
+        unsilence_(probe)
         forms.forget_(probe)
         self.quantized_model = probe
-        head = f"{type(self).__name__}: quantized {summary(record)}."
-        rank_zero_info("\n  ".join(in_short([head, *self._notes])))
+        said = f"{type(self).__name__}: quantized {summary(record)}{way}."
+        rank_zero_info("\n  ".join(in_short([said, *self._notes])))
+
+    def _quantize_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: pl.LightningModule) -> str:
+        """Quantize ``probe``, a copy of the module; returns what is to be said of the way that batches took."""
+        if not self.recipe.calibrates:
+            with evaluating(probe):
+                quantize_(probe, self.recipe, None, ())
+            return ""
+        loader = _calibration_loader(trainer, pl_module)
+        stage = "test" if trainer.testing else "validation" if trainer.validating else "predict"
+        feed = data_feed(trainer, probe, stage)
+        found = _calibration_batches(loader, trainer, probe, self.recipe.calibration_batches)
+        with evaluating(probe), _generators_kept(loader), closing(found):
+            batches = feed.choose(probe, found)
+            quantize_(probe, self.recipe, next(batches, None), batches, feed)
+        return f"; {feed}"
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore(pl_module, self.keep)
@@ -190,35 +216,11 @@ class PostTrainingQuantization(Callback):
         return self._notes
 
 
-def _way_to_run(probe: pl.LightningModule, batch: Any) -> Callable[[Any, Any], Any]:
-    """How a batch goes through: ``calibration_step`` or ``forward``; a step of the module's own where that fails."""
-    ways: list[Callable[[Any, Any], Any]] = [run_step]
-    for step in ("validation_step", "test_step"):
-        if is_overridden(step, probe):
-            ways.append(partial(_call_step, step))
-    errors = []
-    for run in ways if batch is not None else ():
-        try:
-            dry_run(probe, batch, run)
-            return run
-        except Exception as error:
-            errors.append(f"{type(error).__name__}: {error}")
-    if errors:
-        raise CompressionError(
-            f"The module must run a calibration batch. Received: {errors[0]}. "
-            "Set `example_input_array`, or define `calibration_step(batch)` on the module."
-        )
-    return run_step
-
-
-def _call_step(step: str, module: pl.LightningModule, batch: Any) -> Any:
-    return getattr(module, step)(batch, 0)
-
-
-def _calibration_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int) -> Iterator[Any]:
-    """Batches on the module's device from the loader that may be calibrated on, with a progress bar."""
-    loader = _calibration_loader(trainer, pl_module)
-    if isinstance(loader, (dict, list, tuple)):
+def _calibration_batches(
+    loader: Any, trainer: pl.Trainer, probe: pl.LightningModule, limit: int
+) -> Generator[Any, None, None]:
+    """Batches as steps get them, with a progress bar."""
+    if isinstance(loader, dict | list | tuple) and not _holds_batches(loader):
         loader = CombinedLoader(loader, "max_size_cycle")  # as a fit reads several loaders
     if isinstance(loader, CombinedLoader):
         loader = (batch for batch, *_ in loader)
@@ -229,39 +231,58 @@ def _calibration_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, lim
         count = limit
     hidden = bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero
     for batch in tqdm(islice(loader, limit), "Calibrating", count, leave=False, disable=hidden):
-        batch = trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
-        yield trainer.precision_plugin.convert_input(batch)
+        yield to_module(trainer, probe, batch)
+
+
+def _holds_batches(loaders: Any) -> bool:
+    """Whether what could be several loaders is a list of batches."""
+    leaves = pytree.tree_leaves(loaders)
+    return any(isinstance(leaf, torch.Tensor) or not isinstance(leaf, Iterable) for leaf in leaves)
+
+
+@contextmanager
+def _generators_kept(loader: Any) -> Iterator[None]:
+    """A loader that shuffles by a generator of its own goes on as if nobody had read it."""
+    holders = [
+        holder
+        for leaf in pytree.tree_leaves(getattr(loader, "iterables", loader))
+        for holder in (leaf, getattr(leaf, "sampler", None), getattr(leaf, "dataset", None))
+    ]
+    found = [getattr(holder, "generator", None) for holder in holders]
+    states = [(one, one.get_state()) for one in found if isinstance(one, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    source: Any = getattr(trainer, "datamodule", None) or pl_module
+    """``calibration_dataloader`` of the datamodule or the module, else the train loader of either."""
+    datamodule = getattr(trainer, "datamodule", None)
+    sources = [source for source in (datamodule, pl_module) if source is not None]
+    for source in sources:
+        if getattr(source, "calibration_dataloader", None) is not None:
+            return _loader(source, "calibration_dataloader")
+    for source in sources:
+        if is_own(source, "train_dataloader"):
+            return _loader(source, "train_dataloader")
+    raise CompressionError(
+        "`calibration_dataloader` must be there to calibrate on. Received: bare loaders. Test and validation data "
+        "calibrate nothing. Pass a datamodule (its train loader serves), or define `calibration_dataloader()` on the "
+        "module or datamodule, such as: model.calibration_dataloader = lambda: train_loader"
+    )
+
+
+def _loader(source: Any, name: str) -> Any:
     if not isinstance(source, pl.LightningDataModule):
-        return _own_loader(source)
+        return getattr(source, name)()
     # Under `test` only setup("test") has run. Where that made the training data too, a second setup could split anew.
     try:
-        loader = _own_loader(source)
+        loader = getattr(source, name)()
         if getattr(loader, "dataset", loader) is not None:
             return loader
-    except CompressionError:
-        raise
     except Exception:  # there is no training data yet
         pass
     source.setup("fit")
-    return _own_loader(source)
-
-
-def _own_loader(source: Any) -> Any:
-    own = getattr(source, "calibration_dataloader", None)
-    if own is not None:
-        return own()
-    loader = source.train_dataloader
-    if getattr(type(source), "train_dataloader", None) not in (
-        pl.LightningDataModule.train_dataloader,
-        pl.LightningModule.train_dataloader,
-    ) or not inspect.ismethod(loader):
-        return loader()
-    raise CompressionError(
-        "`calibration_dataloader` must be there to calibrate on. Received: bare test loaders. "
-        "Test data calibrates nothing. Pass a datamodule (its train loader serves), or define "
-        "`calibration_dataloader()` on the module or datamodule."
-    )
+    return getattr(source, name)()

@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_compress import structure
 from lightning_compress.callback import (
     CompressionCallback,
-    look,
     rebuild_ddp,
     restore_modes_,
     training_modes,
@@ -19,6 +18,7 @@ from lightning_compress.callback import (
 )
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.messages import in_short, named
+from lightning_compress.probe import look
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import CallLog, record_calls
 from lightning_compress.quantization.layers.plan import check_overrides

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from lightning_compress.errors import CompressionError, invalid, nearest
-from lightning_compress.inputs import run_step
-from lightning_compress.quantization.calibrate import calibrate, evaluating
-from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, quiet_random_state, record_calls
+from lightning_compress.inputs import run_example, run_step
+from lightning_compress.quantization.calibrate import calibrate, evaluating, leaving_no_trace
+from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, record_calls
 from lightning_compress.quantization.equalize import adjust_
 from lightning_compress.quantization.flows import FLOWS, load
 from lightning_compress.quantization.forms import convert_, forget_, form_of, prepare_, refuse_adapted
 from lightning_compress.quantization.hessians import calibrated_weights
-from lightning_compress.quantization.layers.fast_path import without_fast_path
 from lightning_compress.quantization.layers.plan import Overrides, Weights, check_overrides, packable
 from lightning_compress.quantization.plan import make_plan
 from lightning_compress.quantization.schemes import GPTQ, Packed, Scheme, StaticInt8, resolve
 from lightning_compress.quantization.signature import canonical
 from lightning_compress.quantization.unit import Unit
+from lightning_compress.random_state import random_state_kept
 from lightning_compress.targets import Targets, compressible_modules
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,8 +44,7 @@ def quantize(
     """A new model with the same interface whose layers compute in int8, on the CPU; ``model`` is left as it is.
 
     Args:
-        model: any float module; called as ``model(*args)`` by the rule of `example_call`, or by its own
-            ``calibration_step(batch)``.
+        model: any float module; a batch goes through its own ``calibration_step(batch)``, or ``forward``.
         scheme: ``int8_static``, ``int8_dynamic``, ``int8_weight_only``, or a scheme object.
         calibration: batches, such as a DataLoader; needed by ``int8_static``. A batch is what ``forward`` takes, or a
             tuple whose first element is, or a dict whose keys name the parameters of ``forward``.
@@ -149,7 +148,8 @@ def quantize_(
     Args:
         model: float, in evaluation mode.
         recipe: what to quantize with.
-        first: the first calibration batch; may be None for a dynamic scheme and a model with ``example_input_array``.
+        first: the first calibration batch; may be None for a dynamic scheme, which then looks at what is called with
+            the ``example_input_array``, if there is one.
         batches: the rest of them.
         run: how a batch goes through the model.
     """
@@ -159,9 +159,10 @@ def quantize_(
         raise invalid("calibration", f"be given for {recipe.calibrates[0].name}", None, remedy)
     if isinstance(scheme, StaticInt8):
         _check_float32(model)
-    buffers = _buffers(model)
-    if first is not None or getattr(model, "example_input_array", None) is not None:
+    if first is not None:
         log = dry_run(model, copy_tensors(first), run, keep_inputs=isinstance(scheme, StaticInt8))
+    elif getattr(model, "example_input_array", None) is not None:
+        log = dry_run(model, None, lambda model, _: run_example(model), keep_inputs=False)
     plan = make_plan(model, log, scheme, recipe.targets, recipe.overrides, recipe.flow, training=False)
     if isinstance(scheme, StaticInt8) and log is not None:
         plan.units = [_adjusted(model, unit, log, scheme) for unit in plan.units]
@@ -174,21 +175,9 @@ def quantize_(
     prepare_(model, plan, scheme, training=False)
     if plan.units:
         calibrate(model, batches, recipe.calibration_batches, run)
-    _put_back_(buffers)
     convert_(model, weights)
     if first is not None:
         _check_runs(model, first, run)
-
-
-def _buffers(model: nn.Module) -> dict[Tensor, Tensor]:
-    """Each buffer with its value now: what a forward pass counts, it shall count for its user alone."""
-    return {buffer: buffer.clone() for buffer in model.buffers()}
-
-
-@torch.no_grad()
-def _put_back_(buffers: dict[Tensor, Tensor]) -> None:
-    for buffer, value in buffers.items():
-        buffer.copy_(value)
 
 
 def _check_float32(model: nn.Module) -> None:
@@ -201,11 +190,9 @@ def _check_float32(model: nn.Module) -> None:
 
 def _check_runs(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any]) -> None:
     """Raise now if the quantized model can't run; code that reads a layer's weights finds none there."""
-    buffers = _buffers(model)
     try:
-        with torch.no_grad(), quiet_random_state(), torch.compiler.set_stance("force_eager"):
+        with leaving_no_trace(model), torch.compiler.set_stance("force_eager"):
             run(model, copy_tensors(batch))
-        _put_back_(buffers)
     except Exception as error:
         raise CompressionError(
             f"The quantized model must run on a calibration batch. Received: {type(error).__name__}: {error}. "
@@ -227,7 +214,7 @@ def _adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8) ->
     kept = {key for key, count in owners.items() if count > 1}
     kept |= {id(one) for path in unit.floats for one in compressible_modules(module)[path].parameters()}
     widen = unit.flow == "fx"
-    with quiet_random_state():
+    with random_state_kept():
         relu6 = adjust_(graph, inputs, kept, equalize=scheme.equalize, smooth=scheme.smooth, widen=widen)
     return replace(unit, widened=tuple(relu6))
 
@@ -235,6 +222,6 @@ def _adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8) ->
 def dry_run(
     model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] = run_step, keep_inputs: bool = True
 ) -> CallLog:
-    """What one look at the model calls, in its present mode; draws nothing from the global random state."""
-    with torch.no_grad(), quiet_random_state(), without_fast_path():
+    """What one look at the model calls in evaluation."""
+    with leaving_no_trace(model):
         return record_calls(model, lambda: run(model, batch), keep_inputs)

@@ -18,6 +18,7 @@ class FloatTwin:
 
     Args:
         twin: the copy; its ``log`` and ``log_dict`` are replaced.
+        stage: ``test`` or ``validation``.
         log: what logs for it; takes what `LightningModule.log` takes.
         isolated: makes the context that puts every random state back.
         prefix: comes before each name.
@@ -26,11 +27,13 @@ class FloatTwin:
     def __init__(
         self,
         twin: Any,
+        stage: str,
         log: Callable[..., None],
         isolated: Callable[[], AbstractContextManager[None]],
         prefix: str = "float/",
     ) -> None:
         self.twin = twin
+        self._stage = stage
         self._isolated = isolated
         self._log = log
         self._prefix = prefix
@@ -48,8 +51,11 @@ class FloatTwin:
             self._forward(name, value, *args, **kwargs)
 
     def call(self, hook: str, *args: Any) -> Any:
-        """Call a hook or step of the twin with as many of ``args`` as it takes; the random state stays as it was."""
-        method = getattr(self.twin, hook)
+        """Call a hook of the stage (``start``) with as many of ``args`` as it takes; random states stay."""
+        return self._call(f"on_{self._stage}_{hook}", *args)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        method = getattr(self.twin, name)
         parameters = inspect.signature(method).parameters.values()
         if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
             args = args[: len(parameters)]
@@ -57,11 +63,11 @@ class FloatTwin:
             return method(*args)
 
     def step(self, batch: Any, *indices: int) -> None:
-        """One test batch, with the hooks around it; works on a copy of the batch."""
+        """One batch, with the hooks around it; works on a copy of the batch."""
         try:
             batch = copy.deepcopy(batch)
         except Exception:  # a batch of the user's own that can't be copied as a whole
             batch = copy_tensors(batch)
-        self.call("on_test_batch_start", batch, *indices)
-        outputs = self.call("test_step", batch, *indices)
-        self.call("on_test_batch_end", outputs, batch, *indices)
+        self.call("batch_start", batch, *indices)
+        outputs = self._call(f"{self._stage}_step", batch, *indices)
+        self.call("batch_end", outputs, batch, *indices)

@@ -12,12 +12,13 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.quantization import flows
 from lightning_compress.quantization.agreement import cosine, same_outputs, same_structure
-from lightning_compress.quantization.calls import copy_module, copy_tensors, quiet_random_state
+from lightning_compress.quantization.calls import copy_module, copy_tensors
 from lightning_compress.quantization.equalize import widen_
 from lightning_compress.quantization.layers.fast_path import without_fast_path
 from lightning_compress.quantization.schemes import Scheme, StaticInt8
 from lightning_compress.quantization.signature import Signature
 from lightning_compress.quantization.traced import Traced
+from lightning_compress.random_state import random_state_kept
 from lightning_compress.targets import clean_name
 
 LIKENESS = 0.8
@@ -139,7 +140,7 @@ def _on_cpu(tree: Any) -> Any:
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = copy_tensors((args, kwargs))
     device = next((leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
-    with torch.no_grad(), quiet_random_state(), without_fast_path(), torch.autocast(device, enabled=False):
+    with torch.no_grad(), random_state_kept(), without_fast_path(), torch.autocast(device, enabled=False):
         torch.manual_seed(0)
         return module(*args, **kwargs)
 

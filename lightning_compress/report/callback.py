@@ -9,19 +9,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ReferenceType, ref
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.inputs import example_call
+from lightning_compress.probe import example_calls
 from lightning_compress.report.compare import Comparison, compare
-from lightning_compress.report.inputs import batch_size_of, resize_batch, to_device
+from lightning_compress.report.inputs import batch_size_of, called_in_turn, resize_batch, to_device
 from lightning_compress.report.measure import BATCH_SIZES, MAX_SECONDS, Measurement, check_settings, measure
 from lightning_compress.report.render import legend
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _BEFORE, _AFTER, _TESTED = "before", "after", "tested"
 _OF_A_LAYER = re.compile(r"sparsity(_\d+)?/")
@@ -36,9 +39,10 @@ class CompressionReport(Callback):
     the one that ``PostTrainingQuantization`` makes.
 
     All latencies are measured on the CPU, where every form runs, on a structural copy that shares its tensors with the
-    model: training is bit-identical with and without this callback. Inputs are ``example_input_array``, else the first
-    batch of the run, bound to the signature of ``forward``. A model whose ``forward`` can't be run alone is still
-    counted and weighed, and a note gives the reason.
+    model: training is bit-identical with and without this callback. Inputs are what reaches ``forward`` when a step of
+    the module's own takes the first batch of the run; what reaches its children, which then run one after the other,
+    where the step doesn't call ``forward``; else ``example_input_array``, else the batch, bound to the signature of
+    ``forward``. A model that can't be run so is still counted and weighed, and a note gives the reason.
 
     Other callbacks add sentences to the notes with a method ``report_notes() -> list[str]``.
 
@@ -84,8 +88,9 @@ class CompressionReport(Callback):
         self._notes: dict[str, str] = {}
         self._folder = ""
         self._inputs: Any = None
+        self._called: tuple[str, ...] = ()
         self._no_inputs = ""
-        self._waiting: nn.Module | None = None
+        self._waiting: LightningModule | None = None
         self._measured: ReferenceType[nn.Module] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,16 +114,14 @@ class CompressionReport(Callback):
         # Kept until inputs are there: by the first batch a callback may have prepared the model for quantization.
         self._waiting = _structural_copy(pl_module)
         self._rows[_BEFORE] = measure(self._waiting)
-        if pl_module.example_input_array is not None:
-            self._measure_waiting(None)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._measure_waiting(batch)
+        self._measure_waiting(trainer, batch, "validation")
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._measure_waiting(batch)
+        self._measure_waiting(trainer, batch, "test")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -129,6 +132,7 @@ class CompressionReport(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage in ("fit", "test") and self._measured is not None:
+            self._measure_waiting(trainer, None, "test")  # not a single batch came
             if stage == "fit":
                 # After every callback's `on_fit_end`, in which models are converted.
                 self._rows[_AFTER] = self._measure(_AFTER, pl_module)
@@ -146,13 +150,15 @@ class CompressionReport(Callback):
         self._no_inputs = "no batch was seen."
         self._measured = None if pl_module is None else ref(pl_module)
 
-    def _measure_waiting(self, batch: Any) -> None:
+    def _measure_waiting(self, trainer: Trainer, batch: Any, stage: str) -> None:
         if self._waiting is None:
             return
         waiting, self._waiting = self._waiting, None
         try:
-            args, kwargs = example_call(waiting, batch)
-            self._inputs = _first_samples(kwargs or args, max(self.batch_sizes))
+            vars(waiting)["_device"] = torch.device("cpu")
+            calls = example_calls(trainer, waiting, move_data_to_device(batch, torch.device("cpu")), stage)
+            self._inputs = _first_samples(tuple(calls.values()), max(self.batch_sizes))
+            self._called = tuple(calls)
         except CompressionError as error:
             self._no_inputs = str(error)
         run = self._measure(_BEFORE, waiting)
@@ -184,7 +190,8 @@ class CompressionReport(Callback):
             self._notes[name] = f"{name}: no MACs and no latency, there are no example inputs: {self._no_inputs}"
             return measure(still)
         try:
-            return measure(still, self._inputs, **settings)
+            with called_in_turn(still, self._called):
+                return measure(still, self._inputs, **settings)
         except Exception as error:
             # `forward` is the user's and may need what only the steps provide; a report must not end a training.
             reason = str(error).strip().partition("\n")[0]
@@ -202,7 +209,7 @@ class CompressionReport(Callback):
         _show(self.comparison, Path(self._folder), written)
 
 
-def _structural_copy(model: nn.Module) -> nn.Module:
+def _structural_copy(model: Model) -> Model:
     """Copy modules and their attributes, but share the tensors on the CPU and bring the others there."""
     shared = {id(tensor): _on_cpu(tensor) for tensor in (*model.parameters(), *model.buffers())}
     try:
@@ -212,7 +219,7 @@ def _structural_copy(model: nn.Module) -> nn.Module:
         return model
 
 
-def _without_helpers(model: nn.Module) -> nn.Module:
+def _without_helpers(model: Model) -> Model:
     """Take out what helps in training alone, such as the adapters of a distillation: no user ships it."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():

@@ -6,7 +6,8 @@ becomes such inputs is the business of `lightning_compress.inputs`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.errors import invalid
+from lightning_compress.targets import clean_name
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -28,6 +30,33 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
     return model(inputs)
+
+
+@contextmanager
+def called_in_turn(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """Let ``model`` take the calls, ``(args, kwargs)``, of its modules at ``paths``, and run them one after the other.
+
+    Example:
+        >>> model = nn.ModuleDict({"encoder": nn.Linear(3, 2), "decoder": nn.Linear(2, 3)})
+        >>> calls = (((torch.ones(1, 3),), {}), ((), {"input": torch.ones(1, 2)}))
+        >>> with called_in_turn(model, ["encoder", "decoder"]):
+        ...     [tuple(output.shape) for output in call(model, calls)]
+        [(1, 2), (1, 3)]
+    """
+    modules = {clean_name(path): module for path, module in model.named_modules()}
+    before = vars(model).get("forward")
+    runs = [modules[path] if path else model.forward for path in paths]
+
+    def forward(*calls: Any) -> list[Any]:
+        return [run(*args, **kwargs) for run, (args, kwargs) in zip(runs, calls, strict=True)]
+
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        if before is not None:
+            vars(model)["forward"] = before
 
 
 def batch_size_of(inputs: Any) -> int:

@@ -104,16 +104,12 @@ def test_predictions_are_the_int8_models() -> None:
     assert torch.equal(torch.cat(predictions), expected)
 
 
-def test_fit_and_validate_are_left_alone() -> None:
+def test_fit_and_its_validation_are_left_alone() -> None:
     module, plain = Classifier(), Classifier()
     plain.load_state_dict(module.state_dict())
     quiet_trainer(max_epochs=2, callbacks=[PostTrainingQuantization()]).fit(module, TinyData())
     quiet_trainer(max_epochs=2).fit(plain, TinyData())
     assert_same_state(module, plain)
-    trainer = quiet_trainer(callbacks=[PostTrainingQuantization()])
-    assert trainer.validate(module, TinyData(), verbose=False) == quiet_trainer().validate(
-        plain, TinyData(), verbose=False
-    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -224,7 +220,8 @@ def test_bare_loaders_are_an_error_that_names_calibration_dataloader() -> None:
     data.setup("test")
     before, had = snapshot(module), attributes(module)
     with pytest.raises(
-        CompressionError, match="`calibration_dataloader` must be there to calibrate on.*bare test loaders.*datamodule"
+        CompressionError,
+        match="must be there.*bare loaders.*datamodule.*calibration_dataloader = lambda: train_loader",
     ):
         quiet_trainer(callbacks=[PostTrainingQuantization()]).test(module, data.test_dataloader(), verbose=False)
     assert_same_state(before, module)

@@ -204,14 +204,14 @@ def test_an_exception_leaves_nothing_behind(tmp_path, error: type[BaseException]
     assert list(rows(tmp_path)) == ["before", "after"]
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_forward_that_cannot_run_alone_is_noted(tmp_path) -> None:
     class Needy(Classifier):
         def forward(self, image: Tensor, table: Tensor | None = None) -> Tensor:
             assert table is not None, "a table\nis needed"
             return super().forward(image) + table
 
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            return self(batch[0], table=torch.zeros(4)).square().mean()
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None: ...
 
         def validation_step(self, batch: Any, batch_idx: int) -> None: ...
 
@@ -220,18 +220,19 @@ def test_a_forward_that_cannot_run_alone_is_noted(tmp_path) -> None:
         row = rows(tmp_path)[name]["measurement"]
         assert (row["parameters"], row["macs"], row["latency"]) == (CONV_NET_PARAMETERS, None, [])
         assert (
-            f"- {name}: no MACs and no latency, `forward` couldn't be run alone (AssertionError: a table)."
-            in (tmp_path / "report.md").read_text()
-        )
+            f"- {name}: no MACs and no latency, there are no example inputs: The module must run one batch. Received: "
+            "`validation_step`: it calls no layer; `test_step`: AssertionError: a table; `training_step`: it calls no "
+            "layer; `forward`: AssertionError: a table. Set `example_input_array`"
+        ) in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_batch_that_does_not_bind_is_noted(tmp_path) -> None:
     class Pair(Classifier):
         def forward(self, image: Tensor, table: Tensor) -> Tensor:
             return super().forward(image) + table
 
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            return self(batch[0], torch.zeros(4)).square().mean()
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None: ...
 
         def validation_step(self, batch: Any, batch_idx: int) -> None: ...
 
@@ -332,7 +333,7 @@ def test_a_tensor_that_the_step_changes_in_place_is_not_ours(tmp_path) -> None:
 
     class Looks(L.Callback):
         def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-            seen.append(callback._inputs[0])
+            seen.append(callback._inputs[0][0][0])
 
     callback = report()
     trainer(tmp_path, callback, Looks(), num_sanity_val_steps=0, limit_train_batches=1).fit(InPlace())

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.quantization.calls import quiet_random_state
 from lightning_compress.quantization.layers.packed import matrix_of
 from lightning_compress.quantization.layers.packed_weight import LinearWeight
 from lightning_compress.quantization.numerics import linear
 from lightning_compress.quantization.schemes import Scheme, WeightOnly
+from lightning_compress.random_state import random_state_kept
 
 
 def why_float(layer: nn.Module, scheme: Scheme) -> str:
@@ -43,7 +43,7 @@ def fake_quantized(layer: nn.Module, scheme: WeightOnly) -> nn.Module:
         kind = {"group_size": scheme.group_size}
     weights = IntxFakeQuantizeConfig(getattr(torch, f"int{scheme.bits}"), scale_precision=torch.bfloat16, **kind)
     holder = nn.ModuleDict({"layer": layer})
-    with quiet_random_state():  # it makes a new layer first
+    with random_state_kept():  # it makes a new layer first
         quantize_(holder, QATConfig(weight_config=weights, step="prepare"), filter_fn=lambda module, _: module is layer)
     return holder["layer"]
 
