@@ -17,6 +17,7 @@ from lightning_compress.distillation.functional.precision import check_shapes
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
 from lightning_compress.distillation.outputs import find_logits, find_tensors
 from lightning_compress.errors import CompressionError
+from lightning_compress.messages import named
 from lightning_compress.targets import clean_name
 
 Run = Callable[[], tuple[Any, Tensor | None, Tensor | None]]
@@ -77,9 +78,9 @@ class Plan:
     def __str__(self) -> str:
         lines = [str(pair) for pair in self.pairs]
         if self.without_gradient:
-            shown = ", ".join(self.without_gradient[:6]) + (" ..." if len(self.without_gradient) > 6 else "")
             lines.append(
-                f"no loss reaches {len(self.without_gradient)} parameters of the student: {shown}. They won't learn; "
+                f"no loss reaches {len(self.without_gradient)} parameters of the student: "
+                f"{named(self.without_gradient)}. They won't learn; "
                 "freeze them (`requires_grad_(False)`), or DDP will miss their gradients."
             )
         return "\n  ".join(lines)

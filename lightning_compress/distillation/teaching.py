@@ -27,6 +27,7 @@ from lightning_compress.distillation.made import EMATeacher
 from lightning_compress.distillation.objective import Objective, gradient_shares
 from lightning_compress.distillation.rehearsal import Plan
 from lightning_compress.errors import CompressionError, NoEffectWarning
+from lightning_compress.messages import in_short
 from lightning_compress.optimizers import Cut
 from lightning_compress.window import fit_length
 
@@ -139,7 +140,8 @@ def join_optimizer_(adapters: nn.Module, trainer: pl.Trainer) -> None:
 
 def announce(plan: Plan, name: str, teacher: nn.Module | None) -> None:
     """Tell what was planned, and warn of what has no effect."""
-    rank_zero_info(f"{name}: the student learns from {type(teacher).__name__}.\n  {plan}")
+    head = f"{name}: the student learns from {type(teacher).__name__}."
+    rank_zero_info("\n".join(in_short([head, *f"  {plan}".splitlines()])))
     for warning in plan.warnings():
         rank_zero_warn(f"{name}: {warning}", category=NoEffectWarning)
 

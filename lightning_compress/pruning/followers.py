@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
+from lightning_compress.messages import named
 from lightning_compress.targets import Target, clean_name, compressible_modules, own_parameters
 
 _KEEP_ZERO = (
@@ -144,7 +145,7 @@ def speaking(model: nn.Module, targets: Iterable[Target], producers: Producers) 
 
 def warning(norms: Iterable[str]) -> str:
     """What a user is told of norms that aren't silenced."""
-    return f"behind these norms pruned units may still put out a constant: {', '.join(norms)}."
+    return f"behind these norms pruned units may still put out a constant: {named(norms)}."
 
 
 def norm_paths(model: nn.Module) -> set[str]:

@@ -86,9 +86,9 @@ class Unused(ConvNet):
 def test_parameters_that_no_loss_reaches_are_listed(caplog: pytest.LogCaptureFixture) -> None:
     plan = module(Unused()).prepare_(IMAGES)
     assert plan.without_gradient == ("spare.weight", "spare.bias")
-    assert "no loss reaches 2 parameters of the student: spare.weight, spare.bias." in str(plan)
+    assert "no loss reaches 2 parameters of the student: `spare.weight`, `spare.bias`." in str(plan)
     lines = said(caplog, Distillation(large()), Own(Unused()))
-    assert lines[-1].startswith("no loss reaches 2 parameters of the student: net.spare.weight, net.spare.bias.")
+    assert lines[-1].startswith("no loss reaches 2 parameters of the student: `net.spare.weight`, `net.spare.bias`.")
 
 
 def test_features_alone_reach_no_head() -> None:
@@ -167,7 +167,7 @@ def test_what_the_modules_own_loss_reaches_is_no_false_alarm(caplog: pytest.LogC
     assert not any("no loss reaches" in line for line in said(caplog, Distillation(large()), OwnHead()))
     caplog.clear()
     lines = said(caplog, Distillation(large(), task_weight=0.0), OwnHead())
-    assert lines[-1].startswith("no loss reaches 2 parameters of the student: aux.weight, aux.bias")
+    assert lines[-1].startswith("no loss reaches 2 parameters of the student: `aux.weight`, `aux.bias`")
 
 
 class Recomputed(ConvNet):

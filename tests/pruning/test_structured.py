@@ -93,7 +93,7 @@ def test_the_example_input_array_is_run_if_there_are_no_inputs() -> None:
 def test_without_inputs_a_warning_says_that_norms_are_not_known() -> None:
     model = rough(Net())
     with pytest.warns(
-        UserWarning, match="may still put out a constant: bn. Which layers they follow isn't known without"
+        UserWarning, match="may still put out a constant: `bn`. Which layers they follow isn't known without"
     ):
         prune_(model, 0.5, "ln_structured", "layer", Targets(include=["conv"]))
     assert not model.conv.bias[gone_rows(model.conv.weight)].any()

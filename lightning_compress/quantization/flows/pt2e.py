@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 
-from lightning_compress.errors import CompressionError, NoEffectWarning
+from lightning_compress.errors import CompressionError, NoEffectWarning, in_a_line
 from lightning_compress.quantization.layers.fast_path import without_fast_path
 from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
 from lightning_compress.quantization.signature import Signature
@@ -138,7 +138,7 @@ class Int8Graph(Exported):
                 with _quiet(), torch._inductor.config.patch(_INDUCTOR):
                     output = self._compiled(*tensors)
             except Exception as error:  # of the compiler, or of what it made
-                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                reason = in_a_line(error)
                 self._check_shapes(*tensors)
                 continue
             if self._compilations > before:
