@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
@@ -105,26 +105,43 @@ def run_example(model: nn.Module) -> Any:
     return model(*args, **kwargs)
 
 
-def run_forward(model: nn.Module, batch: Any) -> Any:
-    """Run ``forward`` on a batch, bound in the likeliest way that works.
+class Forward:
+    """Runs ``forward`` on batches, bound in the likeliest way that works; what has worked is tried first from then on.
 
     Raises:
-        CompressionError: the batch doesn't bind, or there were several ways and none works.
+        CompressionError: when called with a batch that doesn't bind, or none of several ways works.
     """
-    calls = bind_batch(model, batch)
-    if len(calls) == 1 and not isinstance(batch, Mapping):
-        args, kwargs = calls[0]
-        return model(*args, **kwargs)
-    reason = ""
-    for args, kwargs in calls:
-        try:
+
+    __name__ = "forward"
+
+    def __init__(self) -> None:
+        self._first = 0
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        calls = bind_batch(model, batch)
+        if len(calls) == 1 and not isinstance(batch, Mapping):
+            args, kwargs = calls[0]
             return model(*args, **kwargs)
-        except Exception as error:  # the next one may be what `forward` means
-            reason = reason or f"{type(error).__name__}: {error}"
-    raise _misfit(model, reason)
+        reason = ""
+        for place in sorted(range(len(calls)), key=lambda place: place != self._first):
+            args, kwargs = calls[place]
+            try:
+                output = model(*args, **kwargs)
+            except Exception as error:  # the next one may be what `forward` means
+                reason = reason or f"{type(error).__name__}: {error}"
+            else:
+                self._first = place
+                return output
+        raise _misfit(model, reason)
 
 
 def run_step(model: nn.Module, batch: Any) -> Any:
     """How data go through a module without a Trainer: by its ``calibration_step(batch)``, else by ``forward``."""
-    step = getattr(model, "calibration_step", None)
-    return run_forward(model, batch) if step is None else step(batch)
+    return way_without_trainer(model)(model, batch)
+
+
+def way_without_trainer(model: Any) -> Callable[[Any, Any], Any]:
+    """`run_step` that remembers how a batch was bound."""
+    if getattr(model, "calibration_step", None) is None:
+        return Forward()
+    return lambda model, batch: model.calibration_step(batch)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.inputs import Call, run_example, run_forward
+from lightning_compress.inputs import Call, Forward, run_example
 from lightning_compress.isolation import attributes_kept
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calibrate import evaluating, leaving_no_trace
@@ -163,7 +163,9 @@ class Feed:
         self._context: Callable[[], AbstractContextManager[Any]] = trainer.precision_plugin.forward_context
 
     def __call__(self, module: nn.Module, batch: Any) -> Any:
-        """Run a batch by the first way that works."""
+        """Run a batch by the first way that works; a quantized module by the one that was chosen for the float one."""
+        if forms.form_of(module) == "converted":
+            return self._run(self.ways[0], module, batch)
         failures = dict(self.failures)
         for way in self.ways:
             try:
@@ -244,7 +246,7 @@ def data_feed(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> Fe
         "`calibration_dataloader()` with batches that one of these takes."
     )
     ways = _evaluation(module, stage)
-    return Feed(trainer, ways if calibration_step in ways else [*ways, forward], remedy)
+    return Feed(trainer, ways if calibration_step in ways else [*ways, Forward()], remedy)
 
 
 def shape_feed(trainer: pl.Trainer, module: pl.LightningModule, stage: str, *, train: bool) -> Feed:
@@ -257,12 +259,12 @@ def shape_feed(trainer: pl.Trainer, module: pl.LightningModule, stage: str, *, t
         train: whether ``training_step`` is a way too.
     """
     ways = _evaluation(module, stage)
-    if train and module.automatic_optimization:
+    if train and module.automatic_optimization and is_own(module, "training_step"):
         ways.append(training_step)
     if getattr(module, "example_input_array", None) is not None:
         ways.append(example_input_array)
     remedy = "Set `example_input_array`, or define `calibration_step(batch)` on the module."
-    return Feed(trainer, [*ways, forward], remedy)
+    return Feed(trainer, [*ways, Forward()], remedy)
 
 
 def _evaluation(module: Any, stage: str) -> list[Way]:
@@ -285,11 +287,6 @@ def training_step(module: Any, batch: Any) -> Any:
 def example_input_array(module: nn.Module, batch: Any) -> Any:
     """The way without a batch."""
     return run_example(module)
-
-
-def forward(module: nn.Module, batch: Any) -> Any:
-    """The way by the binding rule."""
-    return run_forward(module, batch)
 
 
 def reason_of(error: Exception) -> str:
@@ -344,7 +341,7 @@ def look(
             except Exception as error:  # it is the user's, and evaluation may do
                 feed.failures["training_step"] = reason_of(error)
         # Forward need not be what the steps call.
-        forwards = [Feed(trainer, [forward], feed.remedy)] if len(feed.ways) > 1 else []
+        forwards = [Feed(trainer, [Forward()], feed.remedy)] if len(feed.ways) > 1 else []
         for evaluation in (feed, *forwards):
             with evaluating(probe), nullcontext() if not seen else suppress(CompressionError):
                 seen.append(watch(probe, partial(evaluation, probe, batch)))
@@ -368,7 +365,7 @@ def example_calls(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, s
     """
     feed = shape_feed(trainer, module, stage, train=True)
     if trainer.world_size > 1:  # a step may wait for ranks that don't look
-        feed.ways = [way for way in feed.ways if way in (example_input_array, forward)]
+        feed.ways = [way for way in feed.ways if way is example_input_array or isinstance(way, Forward)]
     if batch is None:
         feed.ways = [way for way in feed.ways if way is example_input_array]
         feed.failures["training_step"] = "no batch was seen"

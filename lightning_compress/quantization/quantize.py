@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from lightning_compress.errors import CompressionError, invalid, nearest
-from lightning_compress.inputs import run_example, run_step
+from lightning_compress.inputs import run_example, run_step, way_without_trainer
 from lightning_compress.quantization.calibrate import calibrate, evaluating, leaving_no_trace
 from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, record_calls
 from lightning_compress.quantization.equalize import adjust_
@@ -75,9 +75,12 @@ def quantize(
         shared = recipe.only_read(model)
         twin = copy_module(model, shared) if shared else copy_module(model).cpu()
         batches = iter(calibration if calibration is not None else ())
-        first = next(batches, None)
+        first, run = next(batches, None), way_without_trainer(twin)
+        if first is not None and recipe.calibrates:
+            with leaving_no_trace(twin):
+                run(twin, copy_tensors(first))  # what fails before a batch is bound as it should be is no call
         with evaluating(twin):
-            quantize_(twin, recipe, first, batches)
+            quantize_(twin, recipe, first, batches, run)
         forget_(twin)
         own_parameters_(twin, shared)
     return twin
