@@ -34,7 +34,8 @@ from lightning_compress.targets import clean_name
 Seen = TypeVar("Seen")
 Way = Callable[[Any, Any], Any]
 
-_SILENT = ("log", "log_dict", "print")
+_SILENT = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
+_READ = ("optimizers", "lr_schedulers")
 _FED = "_fed"
 """Where a copy counts the batches that went through the steps of a stage, whose start hooks it has seen then."""
 
@@ -54,6 +55,7 @@ def silence_(probe: pl.LightningModule, trainer: pl.Trainer) -> None:
     for module in probe.modules():
         if "_trainer" in vars(module):
             vars(module).update(dict.fromkeys(_SILENT, _nothing))
+            vars(module).update({name: partial(_still, trainer, name) for name in _READ})
             module.__dict__["_trainer"] = silent
 
 
@@ -61,7 +63,7 @@ def unsilence_(probe: pl.LightningModule) -> None:
     """A copy that is handed on belongs to no Trainer, and logs again."""
     for module in probe.modules():
         if "_trainer" in vars(module):
-            for name in _SILENT:
+            for name in (*_SILENT, *_READ):
                 del vars(module)[name]
             module.__dict__["_trainer"] = None
 
@@ -89,6 +91,31 @@ def _silent_kind(kind: type[pl.Trainer]) -> type[pl.Trainer]:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """What is logged, printed or saved while nobody is to notice."""
+
+
+class _Still:
+    """An optimizer or a scheduler of the original's, which a step of a copy may read and not move."""
+
+    def __init__(self, held: Any) -> None:
+        self._held = held
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._held, name)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+    zero_grad = step
+
+    def toggle_model(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
+
+
+def _still(trainer: pl.Trainer, name: str, *args: Any, **kwargs: Any) -> Any:
+    """``optimizers()`` or ``lr_schedulers()`` of the module itself."""
+    found = getattr(trainer.lightning_module, name)(*args, **kwargs)
+    return [_Still(one) for one in found] if isinstance(found, list) else found and _Still(found)
 
 
 def is_own(owner: Any, method: str) -> bool:
@@ -256,15 +283,17 @@ def shape_feed(trainer: pl.Trainer, module: pl.LightningModule, stage: str, *, t
         trainer: that runs the module.
         module: whose steps can be run: see `make_probe`.
         stage: as in `data_feed`.
-        train: whether ``training_step`` is a way too.
+        train: whether ``training_step`` is a way too; one that optimizes by itself comes last.
     """
     ways = _evaluation(module, stage)
-    if train and module.automatic_optimization and is_own(module, "training_step"):
-        ways.append(training_step)
+    trains: list[Way] = [training_step] if train and is_own(module, "training_step") else []
+    if module.automatic_optimization:
+        ways += trains
     if getattr(module, "example_input_array", None) is not None:
         ways.append(example_input_array)
     remedy = "Set `example_input_array`, or define `calibration_step(batch)` on the module."
-    return Feed(trainer, [*ways, Forward()], remedy)
+    # A step that optimizes by itself may do without its optimizers, and run.
+    return Feed(trainer, [*ways, Forward(), *([] if module.automatic_optimization else trains)], remedy)
 
 
 def _evaluation(module: Any, stage: str) -> list[Way]:
@@ -333,7 +362,7 @@ def look(
     """
     probe = make_probe(trainer, pl_module)
     forms.revert_(probe, "float")
-    feed, seen = shape_feed(trainer, probe, "validation", train=False), list[Seen]()
+    feed, seen = shape_feed(trainer, probe, "validation", train=not probe.automatic_optimization), list[Seen]()
     with random_state_kept(), trainer.precision_plugin.train_step_context():
         if pl_module.automatic_optimization:
             try:
@@ -344,6 +373,7 @@ def look(
         forwards = [Feed(trainer, [Forward()], feed.remedy)] if len(feed.ways) > 1 else []
         for evaluation in (feed, *forwards):
             with evaluating(probe), nullcontext() if not seen else suppress(CompressionError):
+                evaluation.choose(probe, iter([batch]))  # what fails calls nothing that is to be seen
                 seen.append(watch(probe, partial(evaluation, probe, batch)))
     return seen
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import pytest
@@ -344,3 +344,81 @@ def test_a_tensor_that_the_step_changes_in_place_is_not_ours(tmp_path) -> None:
 def test_bad_settings_fail_in_the_constructor(settings) -> None:
     with pytest.raises(CompressionError, match=rf"`{next(iter(settings))}` must"):
         CompressionReport(**settings)
+
+
+class Parts(L.LightningModule):
+    """An encoder and a decoder, without a `forward`: Lightning's autoencoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(8, 3), nn.Linear(3, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0].flatten(1)
+        return nn.functional.mse_loss(self.decoder(self.encoder(x)), x)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Flattens(Parts):
+    def forward(self, x: Tensor, *, scale: float) -> Tensor:
+        return self.decoder(self.encoder(x)) * scale
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0].flatten(1), scale=2.0).square().mean()
+
+
+class Named(NamedTuple):
+    features: Tensor
+    lengths: Tensor
+
+
+class OfNamed(Parts):
+    def forward(self, source: Tensor, lengths: Tensor) -> Tensor:
+        return self.decoder(self.encoder(source)) / lengths[:, None]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch.features.flatten(1), batch.lengths).square().mean()
+
+
+class Manual(Parts):
+    """Two optimizers that it steps by itself, and a scheduler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def forward(self, noise: Tensor) -> Tensor:
+        raise AssertionError("not what a batch is for")
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        self.toggle_optimizer(first)
+        self.manual_backward(super().training_step(batch, batch_idx))
+        first.step()
+        self.untoggle_optimizer(first)
+        second.step()
+        self.lr_schedulers().step()
+        first.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        pair = [torch.optim.Adam(part.parameters()) for part in (self.encoder, self.decoder)]
+        return pair, [torch.optim.lr_scheduler.StepLR(pair[0], 1, 0.5)]
+
+
+@pytest.mark.parametrize("kind", [Parts, Flattens, OfNamed, Manual])
+def test_what_a_step_calls_is_measured_and_nothing_changes(kind: type[Parts], tmp_path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 2, 4)
+    batches = [Named(x, torch.ones(8)) if kind is OfNamed else [x]] * 3
+    plain, module = (copy.deepcopy(built) for built in [kind()] * 2)
+    if kind is not Manual:
+        module.example_input_array = torch.zeros(1, 99)  # which nothing would run on
+    for one, callbacks in ((plain, []), (module, [report()])):
+        trainer(tmp_path, *callbacks).fit(one, torch.utils.data.DataLoader(batches, batch_size=None))
+    for row in rows(tmp_path).values():
+        assert row["measurement"]["macs"] == 2 * 8 * 3
+        assert [entry["batch_size"] for entry in row["measurement"]["latency"]] == [1, 2]
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
