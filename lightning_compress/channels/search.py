@@ -17,8 +17,8 @@ from lightning_compress.channels.removal_plan import PlanRow, RemovalPlan, Total
 from lightning_compress.channels.remove import modules_of, named_tensors
 from lightning_compress.channels.slices import followed, kept_slices
 from lightning_compress.channels.trial import Subject
-from lightning_compress.channels.turns import latency_ratio
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.latency import latency_ratio
 from lightning_compress.targets import Targets, matches
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_compress.report.inputs import call
-from lightning_compress.report.undisturbed import device_of, undisturbed
+from lightning_compress.undisturbed import device_of, undisturbed
 
 _TURNS, _MOST_RUNS = 5, 1000
 _WARM_UP_RUNS, _WARM_UP_FRACTION = 10, 0.2
