@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from lightning_compress.report.callback import CompressionReport
 from lightning_compress.report.compare import Comparison, compare
-from lightning_compress.report.measure import Measurement, measure
+from lightning_compress.report.measure import Measurement, measure, measure_in_turns
 
-__all__ = ["Comparison", "CompressionReport", "Measurement", "compare", "measure"]
+__all__ = ["Comparison", "CompressionReport", "Measurement", "compare", "measure", "measure_in_turns"]

@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_compress.errors import invalid, nearest
+from lightning_compress.errors import CompressionError, invalid, nearest
+from lightning_compress.report.latency import speedup_range
 from lightning_compress.report.measure import Measurement
 from lightning_compress.report.notes import busy_notes, row_notes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Row:
     """One model in a comparison. Ratios are baseline / this model: 2.0 is half the size, or twice as fast.
 
-    A ratio is None where one side wasn't measured. ``metric_changes`` are this model's metric minus the baseline's.
+    A ratio is None where one side wasn't measured. ``speedup`` is by batch size, and ``speedup_range`` its middle half
+    over the rounds in which both took turns (for rows that were timed one after the other, how far apart the middle
+    halves of their times may lie): where that holds 1, no difference was measurable. ``metric_changes`` are this
+    model's metric minus the baseline's; ``origins`` say how a metric was measured.
     """
 
     name: str
@@ -36,7 +40,9 @@ class Row:
     size_ratio: float | None
     macs_ratio: float | None
     speedup: dict[int, float]
+    speedup_range: dict[int, tuple[float, float]]
     metric_changes: dict[str, float]
+    origins: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,12 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """Return numbers, strings, lists and dicts with string keys only."""
         rows = [
-            {**asdict(row), "measurement": row.measurement.as_dict(), "speedup": _keys_to(str, row.speedup)}
+            {
+                **asdict(row),
+                "measurement": row.measurement.as_dict(),
+                "speedup": {str(size): ratio for size, ratio in row.speedup.items()},
+                "speedup_range": {str(size): list(ratios) for size, ratios in row.speedup_range.items()},
+            }
             for row in self.rows
         ]
         return {
@@ -97,7 +108,9 @@ class Comparison:
                 raise invalid("text", f"be a report of version {VERSION}", plain["version"], "Measure again.")
             rows = tuple(_row_from(one) for one in plain["rows"])
             return cls(rows, plain["baseline"], tuple(plain["notes"]), plain["machine"])
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except CompressionError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise invalid("text", "be the JSON of a report", text[:80], f"({type(error).__name__}: {error})") from error
 
 
@@ -107,6 +120,7 @@ def compare(
     baseline: str | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     notes: Sequence[str] = (),
+    origins: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Comparison:
     """Compare measured models with one of them.
 
@@ -114,14 +128,15 @@ def compare(
         measurements: The rows, in order: name to measurement.
         baseline: The row that ratios refer to; the first by default.
         metrics: Row name to metric name to value, such as ``{"student": {"test_acc": 0.98}}``.
-        notes: Sentences to print before those that are made here.
+        notes: Sentences to print after those that are made here.
+        origins: Row name to metric name to how it was measured, such as ``{"student": {"test_acc": "test"}}``.
 
     Returns:
-        Rows with ratios, and notes. A note says so where a row is no smaller, no faster (a difference that lies within
-        the spread of the runs is none) or not comparable with the baseline.
+        Rows with ratios, and notes. A note says so where a row is no smaller, not measurably faster or not comparable
+        with the baseline. Time models in turns (`measure_in_turns`), or what slowed the machine for one of them counts.
 
     Raises:
-        CompressionError: there are no measurements, or ``baseline`` or a key of ``metrics`` is none of them.
+        CompressionError: there are no measurements, or ``baseline`` or a key of ``metrics`` or ``origins`` is none.
 
     Example:
         >>> from torch import nn
@@ -135,15 +150,25 @@ def compare(
     if not measurements:
         raise invalid("measurements", "hold at least one row", dict(measurements))
     chosen = next(iter(measurements)) if baseline is None else baseline
-    metrics = metrics or {}
-    for argument, names in (("baseline", [chosen]), ("metrics", list(metrics))):
+    metrics, origins = metrics or {}, origins or {}
+    for argument, names in (("baseline", [chosen]), ("metrics", list(metrics)), ("origins", list(origins))):
         for name in names:
             if name not in measurements:
                 raise invalid(argument, "name a row of `measurements`", name, nearest(name, measurements))
-    base, base_metrics = measurements[chosen], metrics.get(chosen, {})
-    rows = tuple(_row(name, one, dict(metrics.get(name, {})), base, base_metrics) for name, one in measurements.items())
-    made = [note for row in rows if row.name != chosen for note in row_notes(row.name, row.measurement, chosen, base)]
-    return Comparison(rows, chosen, tuple(dict.fromkeys([*notes, *made, *busy_notes(measurements)])), machine_facts())
+    rows = tuple(
+        _row(
+            name,
+            measurement,
+            metrics.get(name, {}),
+            origins.get(name, {}),
+            measurements[chosen],
+            metrics.get(chosen, {}),
+        )
+        for name, measurement in measurements.items()
+    )
+    base = next(row for row in rows if row.name == chosen)
+    made = [note for row in rows if row is not base for note in row_notes(row, base)]
+    return Comparison(rows, chosen, tuple(dict.fromkeys([*made, *busy_notes(rows), *notes])), machine_facts())
 
 
 def machine_facts() -> dict[str, Any]:
@@ -175,25 +200,33 @@ def _cpu_name() -> str:
 
 
 def _row(
-    name: str, one: Measurement, metrics: dict[str, float], base: Measurement, base_metrics: Mapping[str, float]
+    name: str,
+    measurement: Measurement,
+    metrics: Mapping[str, float],
+    origins: Mapping[str, str],
+    base: Measurement,
+    base_metrics: Mapping[str, float],
 ) -> Row:
     # Two lower bounds have no ratio.
-    exact = not one.uncounted and not base.uncounted
-    same_device = one.device == base.device
-    speedup = {
-        size: base.latency_ms[size] / median
-        for size, median in one.latency_ms.items()
-        if same_device and size in base.latency_ms
+    exact = not measurement.uncounted and not base.uncounted
+    before = {latency.batch_size: latency for latency in base.latency if measurement.device == base.device}
+    found = {
+        latency.batch_size: speedup_range(latency, before[latency.batch_size])
+        for latency in measurement.latency
+        if latency.batch_size in before
     }
+    speedups = {size: ratios for size, ratios in found.items() if ratios is not None}
     return Row(
         name=name,
-        measurement=one,
-        metrics=metrics,
-        parameters_ratio=_ratio(base.parameters, one.parameters),
-        size_ratio=_ratio(base.size_bytes, one.size_bytes),
-        macs_ratio=_ratio(base.macs, one.macs) if exact else None,
-        speedup=speedup,
+        measurement=measurement,
+        metrics=dict(metrics),
+        parameters_ratio=_ratio(base.parameters, measurement.parameters),
+        size_ratio=_ratio(base.size_bytes, measurement.size_bytes),
+        macs_ratio=_ratio(base.macs, measurement.macs) if exact else None,
+        speedup={size: median for size, (_, median, _) in speedups.items()},
+        speedup_range={size: (lower, upper) for size, (lower, _, upper) in speedups.items()},
         metric_changes={key: value - base_metrics[key] for key, value in metrics.items() if key in base_metrics},
+        origins={key: origin for key, origin in origins.items() if key in metrics},
     )
 
 
@@ -211,12 +244,9 @@ def _row_from(plain: Mapping[str, Any]) -> Row:
                 key: math.nan if value is None else value for key, value in plain["metric_changes"].items()
             },
             "speedup": {int(size): ratio for size, ratio in plain["speedup"].items()},
+            "speedup_range": {int(size): (lower, upper) for size, (lower, upper) in plain["speedup_range"].items()},
         }
     )
-
-
-def _keys_to(kind: type, plain: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {kind(key): value for key, value in plain.items()}
 
 
 def _finite(value: Any) -> Any:

@@ -1,90 +1,151 @@
-"""Times a model: the median of repeated runs after a warm-up, with its spread, within a time budget."""
+"""Times models in turns: the median of repeated calls after a warm-up, with its spread, within a time budget."""
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_compress.latency import time_in_turns
 from lightning_compress.report.inputs import call
 from lightning_compress.undisturbed import device_of, undisturbed
 
-_TURNS, _MOST_RUNS = 5, 1000
+# Fewer rounds than the least can't tell a difference from chance: of 8 ratios 7 must lie on one side of 1.
+_LEAST_ROUNDS, _MOST_ROUNDS, _MOST_RUNS = 8, 20, 1000
 _WARM_UP_RUNS, _WARM_UP_FRACTION = 10, 0.2
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one call at one batch size: the median of ``runs`` calls, and its lower and upper quartile."""
+    """Time of one call at one batch size: the median of ``runs`` calls, and its lower and upper quartile.
+
+    ``rounds_ms`` are the medians of the rounds in which several models took turns; those of models with the same
+    ``turns`` belong together, round by round.
+    """
 
     batch_size: int
     median_ms: float
     lower_ms: float
     upper_ms: float
     runs: int
+    rounds_ms: tuple[float, ...] = ()
+    turns: str = ""
+
+
+def speedup_range(one: Latency, base: Latency) -> tuple[float, float, float] | None:
+    """How many times faster ``one`` is than ``base``: lower quartile, median, upper quartile; None where a time is 0.
+
+    For models that took turns these are of the ratios round by round: whatever slowed a round slowed both. Otherwise
+    all that is known is where the middle halves of both lie.
+
+    Example:
+        >>> fast = Latency(1, 1.0, 0.9, 1.1, 50, (1.0, 1.0, 9.0), "a")
+        >>> slow = Latency(1, 2.0, 1.9, 2.1, 50, (2.0, 2.0, 18.0), "a")
+        >>> speedup_range(fast, slow)
+        (2.0, 2.0, 2.0)
+    """
+    if one.turns and one.turns == base.turns and len(one.rounds_ms) == len(base.rounds_ms) > 1:
+        if not all(one.rounds_ms + base.rounds_ms):
+            return None
+        ratios = [before / after for after, before in zip(one.rounds_ms, base.rounds_ms, strict=True)]
+        lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+        return lower, median, upper
+    if not all((one.lower_ms, one.median_ms, one.upper_ms, base.lower_ms, base.median_ms, base.upper_ms)):
+        return None
+    return base.lower_ms / one.upper_ms, base.median_ms / one.median_ms, base.upper_ms / one.lower_ms
 
 
 def measure_latency(
-    model: nn.Module, inputs: Mapping[int, Any], max_seconds: float, threads: int | None = None
-) -> tuple[Latency, ...]:
-    """Time ``model`` on the inputs of each batch size, in evaluation mode under ``inference_mode``.
+    models: Mapping[str, tuple[nn.Module, Mapping[int, Any]]], max_seconds: float, threads: int | None = None
+) -> dict[str, tuple[Latency, ...]]:
+    """Time models on inputs of several batch sizes, in evaluation mode under ``inference_mode``.
 
-    The batch sizes take turns, so that a busy moment of the machine doesn't fall on one of them alone. Every turn warms
-    up for a fifth of its time (at least one call) and then times calls: in all at least 5 for each batch size, at most
-    1000, and no new ones after ``max_seconds``.
+    Models and batch sizes take turns in short rounds, so that a busy moment of the machine doesn't fall on one of them
+    alone. In its turn a model is called until its share of the round is over, after calls that warm it up: in at least
+    8 rounds, and in no new one after the budget.
 
     Args:
-        model: Any module.
-        inputs: Batch size to example inputs of that size.
-        max_seconds: Time budget for each batch size.
+        models: Name to any module, and its example inputs by batch size.
+        max_seconds: Time budget for each model and batch size.
         threads: Threads of torch while timing; those that are set now by default.
 
     Example:
-        >>> [one.batch_size for one in measure_latency(nn.Linear(3, 2), {1: torch.ones(1, 3)}, 0.01)]
-        [1]
+        >>> model = nn.Linear(3, 2)
+        >>> timed = measure_latency({"a": (model, {1: torch.ones(1, 3)}), "b": (model, {1: torch.ones(1, 3)})}, 0.01)
+        >>> [latency.batch_size for latency in timed["a"]], list(timed)
+        ([1], ['a', 'b'])
     """
+    turns = uuid.uuid4().hex[:8]
+    slots = {
+        (name, size): _Slot(_timed_call(model, inputs), max_seconds / _MOST_ROUNDS)
+        for name, (model, by_size) in models.items()
+        for size, inputs in by_size.items()
+    }
+    with ExitStack() as stack:
+        for model, _ in models.values():
+            stack.enter_context(undisturbed(model))
+        stack.enter_context(_threads(threads))
+        time_in_turns(
+            [slot.take for slot in slots.values()],
+            max_seconds=max_seconds * len(slots),
+            min_rounds=_LEAST_ROUNDS,
+            max_rounds=_MOST_ROUNDS,
+            warm_up=0,
+        )
+    return {
+        name: tuple(slots[name, size].summary(size, turns) for size in by_size) for name, (_, by_size) in models.items()
+    }
+
+
+def _timed_call(model: nn.Module, inputs: Any) -> Callable[[], None]:
     device = device_of(model)
 
-    def run(size: int) -> None:
-        call(model, inputs[size])
+    def run() -> None:
+        call(model, inputs)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    times_ms: dict[int, list[float]] = {size: [] for size in inputs}
-    with undisturbed(model), _threads(threads), _no_garbage_collection():
-        for _ in range(_TURNS):
-            for size, times in times_ms.items():
-                _take_turn(partial(run, size), times, max_seconds / _TURNS)
-    return tuple(_summary(size, times) for size, times in times_ms.items())
+    return run
 
 
-def _take_turn(run: Callable[[], None], times_ms: list[float], seconds: float) -> None:
-    started = time.perf_counter()
-    for _ in range(_WARM_UP_RUNS):
-        run()
-        if time.perf_counter() - started > _WARM_UP_FRACTION * seconds:
-            break
-    for _ in range(_MOST_RUNS // _TURNS):
-        begin = time.perf_counter()
-        run()
-        end = time.perf_counter()
-        times_ms.append((end - begin) * 1e3)
-        if end - started > seconds:
-            break
+@dataclass
+class _Slot:
+    """The turns of one model at one batch size."""
 
+    run: Callable[[], None]
+    seconds: float
+    rounds_ms: list[list[float]] = field(default_factory=list)
 
-def _summary(batch_size: int, times_ms: list[float]) -> Latency:
-    quartiles = statistics.quantiles(times_ms, n=4, method="inclusive")
-    lower, median, upper = (round(value, 6) for value in quartiles)
-    return Latency(batch_size, median, lower, upper, len(times_ms))
+    def take(self) -> None:
+        started = time.perf_counter()
+        # The others have emptied the caches meanwhile; a call that takes long fills them by itself.
+        if not self.rounds_ms or min(self.rounds_ms[-1]) < 1e3 * _WARM_UP_FRACTION * self.seconds:
+            for _ in range(_WARM_UP_RUNS):
+                self.run()
+                if time.perf_counter() - started > _WARM_UP_FRACTION * self.seconds:
+                    break
+        times: list[float] = []
+        for _ in range(_MOST_RUNS // _MOST_ROUNDS):
+            begin = time.perf_counter()
+            self.run()
+            end = time.perf_counter()
+            times.append((end - begin) * 1e3)
+            if end - started > self.seconds:
+                break
+        self.rounds_ms.append(times)
+
+    def summary(self, batch_size: int, turns: str) -> Latency:
+        times = [time_ms for round_ms in self.rounds_ms for time_ms in round_ms]
+        lower, median, upper = (round(value, 6) for value in statistics.quantiles(times, n=4, method="inclusive"))
+        rounds = tuple(round(statistics.median(round_ms), 6) for round_ms in self.rounds_ms)
+        return Latency(batch_size, median, lower, upper, len(times), rounds, turns)
 
 
 @contextmanager
@@ -97,15 +158,3 @@ def _threads(count: int | None) -> Iterator[None]:
     finally:
         if count is not None:
             torch.set_num_threads(before)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    # A garbage collection of the whole program isn't the model's latency.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()

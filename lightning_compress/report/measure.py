@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Measurement:
             **{
                 **plain,
                 "uncounted": tuple(plain["uncounted"]),
-                "latency": tuple(Latency(**one) for one in plain["latency"]),
+                "latency": tuple(Latency(**{**one, "rounds_ms": tuple(one["rounds_ms"])}) for one in plain["latency"]),
                 "layers": tuple(LayerMeasurement(**one) for one in plain["layers"]),
             }
         )
@@ -104,23 +104,79 @@ def measure(
         >>> measurement.parameters, measurement.macs
         (55, 50)
     """
+    models = {"": model}
+    return measure_in_turns(models, example_inputs, batch_sizes=batch_sizes, max_seconds=max_seconds, threads=threads)[
+        ""
+    ]
+
+
+def measure_in_turns(
+    models: Mapping[str, nn.Module],
+    example_inputs: Any = None,
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    max_seconds: float = MAX_SECONDS,
+    threads: int | None = None,
+) -> dict[str, Measurement]:
+    """Measure several models as `measure` does, their latency in turns: what slows the machine slows them all.
+
+    Args:
+        models: Name to model; all are run on the same inputs.
+        example_inputs: As in `measure`.
+        batch_sizes: Likewise.
+        max_seconds: Time budget for each model and batch size.
+        threads: As in `measure`.
+
+    Returns:
+        Name to measurement; `compare` takes ratios of speed round by round.
+
+    Raises:
+        CompressionError: as `measure`.
+
+    Example:
+        >>> models = {"large": nn.Linear(64, 64), "small": nn.Linear(64, 4)}
+        >>> rows = measure_in_turns(models, torch.ones(1, 64), batch_sizes=[1], max_seconds=0.01)
+        >>> rows["large"].macs, rows["small"].macs
+        (4096, 256)
+    """
     check_settings(batch_sizes, max_seconds, threads)
     if example_inputs is not None:
         batch_size_of(example_inputs)
+    counted = {name: count(model, example_inputs) for name, model in models.items()}
+    if example_inputs is None:
+        return counted
+    sized = {size: resize_batch(example_inputs, size) for size in dict.fromkeys(batch_sizes)}
+    slots = {name: (model, to_device(sized, device_of(model))) for name, model in models.items()}
+    latency = measure_latency(slots, max_seconds, threads)
+    used = threads or torch.get_num_threads()
+    return {name: replace(one, latency=latency[name], threads=used) for name, one in counted.items()}
+
+
+def count(model: nn.Module, example_inputs: Any = None) -> Measurement:
+    """All of `measure` but latency.
+
+    Example:
+        >>> count(nn.Linear(10, 5), torch.ones(1, 10)).macs
+        50
+    """
     layers = measure_layers(model)
     size_bytes, compressed_bytes = file_bytes(model)
-    macs, uncounted, latency = _run(model, example_inputs, list(dict.fromkeys(batch_sizes)), max_seconds, threads)
+    macs: int | None = None
+    uncounted: tuple[str, ...] = ()
+    if example_inputs is not None:
+        macs, uncounted = count_macs(model, resize_batch(to_device(example_inputs, device_of(model)), 1))
     return Measurement(
         parameters=sum(layer.parameters for layer in layers),
         nonzeros=sum(layer.nonzeros for layer in layers),
         size_bytes=size_bytes,
         compressed_bytes=compressed_bytes,
-        macs=macs,
+        # Nothing that has a formula ran, but something that has none did: unknown, not zero.
+        macs=None if uncounted and not macs else macs,
         uncounted=uncounted,
-        latency=latency,
+        latency=(),
         layers=layers,
         device=device_of(model).type,
-        threads=threads or torch.get_num_threads(),
+        threads=torch.get_num_threads(),
     )
 
 
@@ -143,15 +199,3 @@ def check_settings(batch_sizes: Sequence[int], max_seconds: float, threads: int 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _run(
-    model: nn.Module, example_inputs: Any, batch_sizes: list[int], max_seconds: float, threads: int | None
-) -> tuple[int | None, tuple[str, ...], tuple[Latency, ...]]:
-    if example_inputs is None:
-        return None, (), ()
-    inputs = to_device(example_inputs, device_of(model))
-    macs, uncounted = count_macs(model, resize_batch(inputs, 1))
-    latency = measure_latency(model, {size: resize_batch(inputs, size) for size in batch_sizes}, max_seconds, threads)
-    # Nothing that has a formula ran, but something that has none did: unknown, not zero.
-    return (None if uncounted and not macs else macs), uncounted, latency

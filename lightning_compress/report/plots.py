@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_compress.errors import MissingExtraError, invalid, nearest
 from lightning_compress.report.compare import Comparison, Row
-from lightning_compress.report.render import shown_metrics
+from lightning_compress.report.render import factor, on_one_line, shown_metrics
 from lightning_compress.report.storage import LayerMeasurement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, FAINT, _BEFORE, _AFTER = "#22303c", "#8a97a3", "#c9d3dc", "#1f77b4"
 _COLORS = ("#5b6b7a", "#e07a3f", "#3f9e6e", "#1f77b4", "#9467bd", "#c44e52", "#8c6d31", "#17a2b8")
 _MOST_LAYERS = 18
 _LONGEST_NAME = 30
+# Beyond these an axis has no room for anything else, and float arithmetic ends.
+_SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 def plot_report(
@@ -39,21 +45,37 @@ def plot_report(
         MissingExtraError: matplotlib isn't installed.
         CompressionError: no row has ``metric``, or a row of ``layers_of`` doesn't exist.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("The report's picture", "matplotlib", "plots") from error
     chosen = _metric(comparison, metric)
     before, after = layers_of or (comparison.baseline, comparison.rows[-1].name)
     bars = _bars(comparison[before].measurement.layers, comparison[after].measurement.layers)
-    figure = Figure(figsize=(13, max(4.8, 2.1 + 0.32 * len(bars))), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
-    _draw_tradeoff(left, comparison, chosen)
-    _draw_layers(right, bars, before, after)
-    figure.savefig(path)
+    with drawing("The report's picture", (13, max(4.8, 2.1 + 0.32 * len(bars)))) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
+        _draw_tradeoff(left, comparison, chosen)
+        _draw_layers(right, bars, short_name(before), short_name(after))
+        figure.savefig(path)
     return Path(path)
+
+
+@contextmanager
+def drawing(what: str, size: tuple[float, float]) -> Iterator[Figure]:
+    """Yield an empty figure of ``size`` inches that looks the same whatever the user's settings of matplotlib are.
+
+    Names are written as they are: a ``$`` in one starts no formula, and a sign that the font lacks is no warning.
+
+    Raises:
+        MissingExtraError: matplotlib isn't installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(what, "matplotlib", "plots") from error
+    kept = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
+    with warnings.catch_warnings(action="ignore"), matplotlib.rc_context({**kept, "text.parse_math": False}):
+        figure = Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
 
 
 def _metric(comparison: Comparison, metric: str | None) -> str | None:
@@ -62,42 +84,60 @@ def _metric(comparison: Comparison, metric: str | None) -> str | None:
         if metric not in known:
             raise invalid("metric", "be a metric of the comparison", metric, nearest(metric, known))
         return metric
-    shown = shown_metrics(comparison.rows)
-    return next((name for name in shown if "acc" in name.lower()), shown[0] if shown else None)
+    shown = [
+        name
+        for name in shown_metrics(comparison.rows)
+        if any(_height(row, name) is not None for row in comparison.rows)
+    ]
+    # That of most rows, as a single point compares nothing; among those an accuracy, as it says most.
+    counts = {name: sum(_height(row, name) is not None for row in comparison.rows) for name in shown}
+    return max(shown, key=lambda name: (counts[name], "acc" in name.lower()), default=None)
 
 
 def _draw_tradeoff(axes: Axes, comparison: Comparison, metric: str | None) -> None:
-    heights = [(row, _height(row, metric), _fastest(row)) for row in comparison.rows]
-    points = [
-        (row, height, latency) for row, height, latency in heights if height is not None and math.isfinite(height)
-    ]
+    found = [(row, _height(row, metric), _fastest(row)) for row in comparison.rows]
+    points = [(row, height, latency) for row, height, latency in found if height is not None]
     slowest = max((latency for _, _, latency in points if latency), default=None)
     for index, (row, height, latency) in enumerate(points):
         color = _COLORS[index % len(_COLORS)]
         area = 90 + 900 * latency / slowest if latency and slowest else 160
-        kilobytes = row.measurement.size_bytes / 1e3
-        axes.scatter(kilobytes, height, s=area, color=color, alpha=0.75, edgecolor="white", linewidth=1.5, zorder=3)
-        axes.scatter(kilobytes, height, s=9, color="white", zorder=4)
+        place = _kilobytes(row)
+        axes.scatter(place, height, s=area, color=color, alpha=0.75, edgecolor="white", linewidth=1.5, zorder=3)
+        axes.scatter(place, height, s=9, color="white", zorder=4)
     axes.set_xscale("log")
+    ylabel = short_name(metric) if metric else "latency of one sample (ms)"
     _room_for_labels(axes, points)
     _label_points(axes, points, metric)
     _plain_ticks(axes)
-    ylabel = metric or "latency of one sample (ms)"
     dress(axes, f"{ylabel} against size", "size on disk (KB, log scale)", ylabel)
     axes.grid(True, which="major", color="#eef1f4", zorder=0)
-    if slowest:
-        axes.text(0.99, 0.01, "area: latency of the smallest batch", transform=axes.transAxes, ha="right", va="bottom",
-                  fontsize=8, color=FAINT)  # fmt: skip
+    lines = [f"no {ylabel}: {short_name(row.name)}" for row, height, _ in found if height is None][:3] if points else []
+    by_origin: dict[str, list[str]] = {}
+    for row, _, _ in points:
+        if metric in row.origins:
+            by_origin.setdefault(row.origins[metric], []).append(short_name(row.name))
+    lines += [f"{', '.join(names)}: {origin}" for origin, names in by_origin.items()]
+    lines += ["area: latency of the smallest batch"] if slowest else []
+    axes.text(0.99, 0.01, "\n".join(lines), transform=axes.transAxes, ha="right", va="bottom", fontsize=8, color=FAINT)
+
+
+def _kilobytes(row: Row) -> float:
+    # A file of no bytes has no place on a log scale.
+    return max(row.measurement.size_bytes, 1) / 1e3
 
 
 def _room_for_labels(axes: Axes, points: list[Any]) -> None:
     if not points:
+        axes.set_yticks([])
         axes.text(0.5, 0.5, "no metric was logged", transform=axes.transAxes, ha="center", color=FAINT)
         return
-    sizes = [row.measurement.size_bytes / 1e3 for row, _, _ in points]
+    sizes = [_kilobytes(row) for row, _, _ in points]
     heights = [height for _, height, _ in points]
-    axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)
-    span = max(heights) - min(heights) or abs(heights[0]) * 0.1 or 1.0
+    margin = max(1.6, (max(sizes) / min(sizes)) ** 0.1)
+    axes.set_xlim(min(sizes) / margin, max(sizes) * margin)
+    scale, span = max(map(abs, heights)), max(heights) - min(heights)
+    if span <= 1e-9 * scale or scale < _SMALLEST:
+        span = 0.1 * scale if scale > _SMALLEST else 1.0
     axes.set_ylim(min(heights) - 0.35 * span, max(heights) + 0.35 * span)
 
 
@@ -107,11 +147,11 @@ def _label_points(axes: Axes, points: list[Any], metric: str | None) -> None:
     left, right = (math.log10(limit) for limit in axes.get_xlim())
     taken: list[tuple[float, float, float]] = []
     for row, height, latency in sorted(points, key=lambda point: -point[1]):
-        kilobytes = row.measurement.size_bytes / 1e3
-        x, y = (math.log10(kilobytes) - left) / (right - left), (height - low) / (high - low)
+        place, kilobytes = _kilobytes(row), row.measurement.size_bytes / 1e3
+        x, y = (math.log10(place) - left) / (right - left), (height - low) / (high - low)
         beside_right = x < 0.5
         start, end = (x + 0.05, x + 0.4) if beside_right else (x - 0.4, x - 0.05)
-        while any(start < right and left < end and abs(y - other) < 0.075 for left, right, other in taken):
+        while y > 0 and any(start < right and left < end and abs(y - other) < 0.075 for left, right, other in taken):
             y -= 0.02
         taken.append((start, end, y))
         numbers = [f"{height:.4g}"] if metric else []
@@ -119,7 +159,7 @@ def _label_points(axes: Axes, points: list[Any], metric: str | None) -> None:
         numbers += [f"{latency:.3g} ms"] if latency else []
         axes.annotate(
             f"{short_name(row.name)}\n{', '.join(numbers)}",
-            xy=(kilobytes, height),
+            xy=(place, height),
             xytext=(x + (0.05 if beside_right else -0.05), y),
             textcoords="axes fraction",
             ha="left" if beside_right else "right",
@@ -132,14 +172,14 @@ def _label_points(axes: Axes, points: list[Any], metric: str | None) -> None:
 
 def _draw_layers(axes: Axes, bars: list[tuple[str, int, LayerMeasurement | None]], baseline: str, after: str) -> None:
     places = range(len(bars))
-    axes.barh(places, [before / 1e3 for _, before, _ in bars], height=0.74, color=_BEFORE, label=baseline)
-    axes.barh(
-        places, [(one.size_bytes if one else 0) / 1e3 for _, _, one in bars], height=0.4, color=_AFTER, label=after
-    )
-    widest = max((max(before, one.size_bytes if one else 0) for _, before, one in bars), default=1) / 1e3
-    for place, (_, before, one) in zip(places, bars, strict=True):
-        end = max(before, one.size_bytes if one else 0) / 1e3
-        axes.text(end + 0.015 * widest, place, _saved(before, one), va="center", fontsize=8.5, color=INK)
+    old = [before / 1e3 for _, before, _ in bars]
+    new = [(layer.size_bytes if layer else 0) / 1e3 for _, _, layer in bars]
+    axes.barh(places, old, height=0.74, color=_BEFORE, label=baseline)
+    axes.barh(places, new, height=0.4, color=_AFTER, label=after)
+    widest = max([*old, *new], default=0) or 1.0
+    for place, (_, before, layer) in zip(places, bars, strict=True):
+        end = max(old[place], new[place]) + 0.015 * widest
+        axes.text(end, place, _saved(before, layer), va="center", fontsize=8.5, color=INK)
     axes.set_yticks(list(places), [name for name, _, _ in bars])
     # The empty row at the bottom is the legend's.
     axes.set_ylim(len(bars) + 0.7, -0.7)
@@ -147,7 +187,9 @@ def _draw_layers(axes: Axes, bars: list[tuple[str, int, LayerMeasurement | None]
     dress(axes, "What was saved, layer by layer", "bytes of the layer (KB)", "")
     axes.grid(True, axis="x", color="#eef1f4", zorder=0)
     axes.set_axisbelow(True)
-    axes.legend(loc="lower right", ncols=2, frameon=False, fontsize=9)
+    axes.legend(
+        loc="lower right", ncols=1 if len(baseline) + len(after) > _LONGEST_NAME else 2, frameon=False, fontsize=9
+    )
 
 
 def _bars(before: tuple[LayerMeasurement, ...], after: tuple[LayerMeasurement, ...]) -> list[Any]:
@@ -174,18 +216,28 @@ def _bars(before: tuple[LayerMeasurement, ...], after: tuple[LayerMeasurement, .
     return bars
 
 
-def _saved(before: int, one: LayerMeasurement | None) -> str:
-    if one is None:
+def _saved(before: int, layer: LayerMeasurement | None) -> str:
+    """What became of a layer of ``before`` bytes."""
+    after = layer.size_bytes if layer else 0
+    if layer is None or before > after == 0:
         return "gone"
-    parts = ["new" if not before else f"{before / one.size_bytes:.1f}x" if before != one.size_bytes else "same"]
-    if one.dtype not in ("float32", "mixed"):
-        parts.append(one.dtype)
-    zeros = 1 - one.nonzeros / one.parameters if one.parameters else 0.0
-    return ", ".join([*parts, f"{zeros:.0%} zeros"] if zeros >= 0.005 else parts)
+    if before == 0 < after:
+        parts = ["new"]
+    elif abs(before - after) <= 0.01 * after:
+        parts = ["same"]
+    else:
+        parts = [f"{factor(before / after)}x" if before > after else f"{factor(after / before)}x larger"]
+    if layer.dtype not in ("float32", "mixed"):
+        parts.append(layer.dtype)
+    zeros = 1 - layer.nonzeros / layer.parameters if layer.parameters else 0.0
+    # Rounded down: only a layer without a weight is all zeros.
+    return ", ".join([*parts, f"{math.floor(100 * zeros)}% zeros"] if zeros >= 0.01 else parts)
 
 
 def _height(row: Row, metric: str | None) -> float | None:
-    return row.metrics.get(metric) if metric else _fastest(row)
+    """Where the row stands; None if nowhere."""
+    height = row.metrics.get(metric) if metric else _fastest(row)
+    return height if height is not None and abs(height) <= _LARGEST else None
 
 
 def _fastest(row: Row) -> float | None:
@@ -195,6 +247,7 @@ def _fastest(row: Row) -> float | None:
 
 def short_name(name: str) -> str:
     """A name that fits beside a panel."""
+    name = on_one_line(name)
     # The end of a layer's name tells layers apart, the beginning is what they share.
     return name if len(name) <= _LONGEST_NAME else "…" + name[-(_LONGEST_NAME - 1) :]
 
@@ -202,7 +255,8 @@ def short_name(name: str) -> str:
 def _plain_ticks(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,), numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.xaxis.set_minor_locator(NullLocator())
 

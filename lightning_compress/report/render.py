@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_compress.report.compare import Comparison, Row
-from lightning_compress.report.latency import Latency
 from lightning_compress.report.notes import faster
 
 if TYPE_CHECKING:
@@ -40,15 +41,16 @@ def table(comparison: Comparison) -> Table:
     from rich.table import Table
 
     drawn = Table(title="Compression report", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    longest_word = max(len(word) for row in comparison.rows for word in row.name.split() or [""])
+    names = [on_one_line(row.name) for row in comparison.rows]
+    longest_word = max(len(word) for name in names for word in name.split() or [""])
     drawn.add_column("Model", style="bold", min_width=min(longest_word, 12), overflow="fold")
     columns = columns_of(comparison)
     for column in columns:
         header = column.header if "\n" in column.header else column.header.replace("_", "_\n", 1)
         drawn.add_column(escape(header), justify="right", no_wrap=True)
-    for index, row in enumerate(comparison.rows):
+    for index, name in enumerate(names):
         cells = [column.cells[index] for column in columns]
-        drawn.add_row(escape(row.name), *(f"{escape(cell.value)}\n[dim]{cell.ratio}[/dim]" for cell in cells))
+        drawn.add_row(escape(name), *(f"{escape(cell.value)}\n[dim]{cell.ratio}[/dim]" for cell in cells))
     return drawn
 
 
@@ -60,8 +62,10 @@ def markdown(comparison: Comparison) -> str:
     for index, row in enumerate(comparison.rows):
         texts = [_in_words(column.cells[index]) for column in columns]
         lines.append(f"| {' | '.join([_escaped(row.name), *texts])} |")
-    lines += ["", f"Compared with {comparison.baseline}. {legend(comparison)}", ""]
-    lines += [f"- {note}" for note in comparison.notes]
+    lines += ["", f"Compared with {_escaped(comparison.baseline)}. {_escaped(legend(comparison))}", ""]
+    if origins := origins_of(comparison):
+        lines += [_escaped(origins), ""]
+    lines += [f"- {_escaped(note)}" for note in comparison.notes]
     lines += [""] if comparison.notes else []
     return "\n".join(lines)
 
@@ -70,8 +74,22 @@ def _in_words(cell: Cell) -> str:
     return " ".join(part for part in (cell.value, cell.spread, f"({cell.words})" if cell.words else "") if part)
 
 
+def on_one_line(text: str) -> str:
+    """The text without line breaks, which would end a row of a table."""
+    return " ".join(text.split())
+
+
+_MARKDOWN = re.compile(r"[\\|*$<~]|(?<![0-9A-Za-z])_+|_+(?![0-9A-Za-z])")
+
+
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+    """The text as Markdown shows it: no formula, no emphasis, no cell of its own; code in backticks stays."""
+    parts = on_one_line(text).split("`")
+    if len(parts) % 2 == 0:  # a backtick that opens no code
+        parts = [on_one_line(text).replace("`", "\\`")]
+    prose = [_MARKDOWN.sub(lambda found: "".join(f"\\{sign}" for sign in found[0]), part) for part in parts[::2]]
+    code = [part.replace("|", "\\|") for part in parts[1::2]]
+    return "`".join(part for pair in zip(prose, [*code, ""], strict=True) for part in pair).removesuffix("`")
 
 
 def legend(comparison: Comparison) -> str:
@@ -79,11 +97,33 @@ def legend(comparison: Comparison) -> str:
     machine = comparison.machine
     devices = sorted({row.measurement.device for row in comparison.rows})
     threads = sorted({row.measurement.threads for row in comparison.rows})
+    turns = {latency.turns for row in comparison.rows for latency in row.measurement.latency}
+    ratio = ""
+    if len(comparison.rows) > 1 and turns:
+        in_turns = len(turns) == 1 and "" not in turns
+        ratio = (
+            "Rows took turns, and a speed-up is the median ratio of a round, with its middle half. "
+            if in_turns
+            else "Rows were timed one after the other. "
+        )
     return (
         "Size is that of the saved file (1 KB = 1000 bytes), MACs are per sample, latency is the median of repeated "
-        f"calls ± half its interquartile range on {'/'.join(devices)}: {machine['cpu']}, {machine['cores']} cores, "
-        f"{'/'.join(map(str, threads))} threads, torch {machine['torch']}."
+        f"calls ± half its interquartile range. {ratio}On {'/'.join(devices)}: {machine['cpu']}, {machine['cores']} "
+        f"cores, {'/'.join(map(str, threads))} threads, torch {machine['torch']}."
     )
+
+
+def origins_of(comparison: Comparison) -> str:
+    """Say how the metrics that are shown were measured, where that is known."""
+    shown = shown_metrics(comparison.rows)
+    parts = []
+    for row in comparison.rows:
+        by_origin: dict[str, list[str]] = {}
+        for name in shown:
+            if name in row.origins:
+                by_origin.setdefault(row.origins[name], []).append(name)
+        parts += [f"{row.name}: {origin} ({', '.join(names)})" for origin, names in by_origin.items()]
+    return f"Metrics of {'; '.join(parts)}." if parts else ""
 
 
 def columns_of(comparison: Comparison) -> list[Column]:
@@ -105,12 +145,17 @@ def columns_of(comparison: Comparison) -> list[Column]:
 
 
 def shown_metrics(rows: Sequence[Row]) -> list[str]:
-    """Return the metrics worth a column: those of the test, else those of the validation, else all."""
-    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    for stage in ("test", "val"):
-        if found := [name for name in names if name.startswith(stage)]:
-            return found
-    return names
+    """Return the metrics worth a column: those of the test, else those of the validation, else all.
+
+    Both, where only those of the validation compare rows, or a row has no others.
+    """
+    counts = Counter(name for row in rows for name in row.metrics)
+    test, val = ([name for name in counts if name.startswith(stage)] for stage in ("test", "val"))
+    if not (test and val):
+        return test or val or list(counts)
+    compares = any(counts[name] > 1 for name in val) and not any(counts[name] > 1 for name in test)
+    bare = any(row.metrics.keys() & set(val) and not row.metrics.keys() & set(test) for row in rows)
+    return test + val if compares or bare else test
 
 
 def _scaled(
@@ -129,26 +174,26 @@ def _scaled(
 
 
 def _latency(size: int, comparison: Comparison) -> Column:
-    base = _at(size, comparison[comparison.baseline])
     cells = []
     for row in comparison.rows:
-        one = _at(size, row)
-        if one is None:
+        latency = next((one for one in row.measurement.latency if one.batch_size == size), None)
+        if latency is None:
             cells.append(Cell(_UNKNOWN))
             continue
-        spread = f"± {_number((one.upper_ms - one.lower_ms) / 2)}"
-        compared = base is not None and size in row.speedup and row.name != comparison.baseline
-        gained = _speed(row.speedup[size], one, base) if compared and base else ("", "")
-        cells.append(Cell(_number(one.median_ms), spread, *gained))
+        spread = f"± {_number((latency.upper_ms - latency.lower_ms) / 2)}"
+        compared = size in row.speedup and row.name != comparison.baseline
+        cells.append(Cell(_number(latency.median_ms), spread, *(_speed(row, size) if compared else ())))
     return Column(f"Batch {size}\n(ms)", cells)
 
 
-def _at(size: int, row: Row) -> Latency | None:
-    return next((one for one in row.measurement.latency if one.batch_size == size), None)
-
-
-def _speed(ratio: float, one: Latency, base: Latency) -> tuple[str, str]:
-    return ("no gain", "no faster") if faster(one, base) is None else _against(ratio, "×", "faster", "slower")
+def _speed(row: Row, size: int) -> tuple[str, str]:
+    if faster(row, size) is None:
+        return "no gain", "no measurable difference"
+    sign, words = _against(row.speedup[size], "×", "faster", "slower")
+    lower, upper = row.speedup_range[size]
+    if row.speedup[size] < 1:
+        lower, upper = 1 / upper, 1 / lower if lower else math.inf
+    return sign, words if words == "same" else f"{words}, {factor(lower)} to {factor(upper)}"
 
 
 def _metric(name: str, comparison: Comparison) -> Column:
@@ -156,30 +201,29 @@ def _metric(name: str, comparison: Comparison) -> Column:
     for row in comparison.rows:
         change = row.metric_changes.get(name) if row.name != comparison.baseline else None
         value = f"{row.metrics[name]:.4g}" if name in row.metrics else _UNKNOWN
-        shown = "" if change is None else f"{change:+.4g}"
+        shown = "" if change is None or not math.isfinite(change) else f"{change:+.4g}"
         cells.append(Cell(value, "", shown, shown))
     return Column(name, cells)
-
-
-def _batch_sizes(rows: Sequence[Row]) -> list[int]:
-    return sorted({one.batch_size for row in rows for one in row.measurement.latency})
 
 
 def _against(ratio: float, sign: str, better: str, worse: str) -> tuple[str, str]:
     if 0.99 <= ratio <= 1.01:
         return "same", "same"
-    words = f"{_factor(ratio)}x {better}" if ratio > 1 else f"{_factor(1 / ratio)}x {worse}"
-    return f"{sign} {_factor(ratio)}", words
+    words = f"{factor(ratio)}x {better}" if ratio > 1 else f"{factor(1 / ratio)}x {worse}"
+    return f"{sign} {factor(ratio)}", words
 
 
-def _factor(ratio: float) -> str:
+def factor(ratio: float) -> str:
+    """A ratio with as many digits as a reader needs."""
+    if ratio < 0.1:
+        return f"{ratio:.1g}"
     return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:,.0f}"
 
 
 def _number(value: float, *, whole: bool = False) -> str:
-    if whole or value == 0:
+    if whole or value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
-    if not math.isfinite(value):
-        return str(value)
-    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1g}"
+    digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:,.{digits}f}"

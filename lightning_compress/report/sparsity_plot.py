@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_compress.errors import MissingExtraError, invalid
-from lightning_compress.report.plots import FAINT, INK, dress, short_name
+from lightning_compress.errors import invalid
+from lightning_compress.report.plots import FAINT, INK, drawing, dress, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,23 +32,20 @@ def plot_sparsity(history: Sequence[Point], path: str | Path) -> Path:
         MissingExtraError: matplotlib isn't installed.
         CompressionError: the history is empty.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("The picture of sparsity", "matplotlib", "plots") from error
     if not history:
         raise invalid("history", "have at least one point", history, "Masks didn't grow in this fit.")
     layers = list(history[-1][2])
-    figure = Figure(figsize=(11, 3.6 + 0.24 * min(len(layers), 60)), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 0.6 + 0.24 * min(len(layers), 60)))
-    first, last = history[0][0], history[-1][0]
-    # What holds after the last step is shown for a little while, or it couldn't be seen.
-    edges = [step for step, _, _ in history] + [last + max(1, (last - first) // 12)]
-    _draw_overall(above, [overall for _, overall, _ in history], edges)
-    _draw_layers(below, [[by_layer.get(name, 0.0) for name in layers] for _, _, by_layer in history], layers, edges)
-    figure.savefig(path)
+    inches = 0.6 + 0.24 * min(len(layers), 60)
+    with drawing("The picture of sparsity", (11, 3 + inches)) as figure:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, inches))
+        first, last = history[0][0], history[-1][0]
+        # What holds after the last step is shown for a little while, or it couldn't be seen.
+        edges = [step for step, _, _ in history] + [last + max(1, (last - first) // 12)]
+        _draw_overall(above, [overall for _, overall, _ in history], edges)
+        rows = [[by_layer.get(name, 0.0) for name in layers] for _, _, by_layer in history]
+        if layers:
+            _draw_layers(below, rows, layers, edges)
+        figure.savefig(path)
     return Path(path)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.report import Comparison, Measurement, compare, measure
 from lightning_compress.report.latency import Latency
+from lightning_compress.report.render import shown_metrics
 from lightning_compress.report.storage import LayerMeasurement
 
 
@@ -62,15 +63,75 @@ def test_zeros_that_bring_nothing_are_said_to_bring_nothing() -> None:
     assert "no smaller on disk than before: 90.0% of its parameters are zero" in size
     assert "a compressed file is 6.0x smaller" in size
     assert speed == (
-        "after: no faster than before at batch 1 and 32: zeros in dense kernels are multiplied like any other number."
+        "after: no measurable difference in speed to before at batch 1 and 32: "
+        "zeros in dense kernels are multiplied like any other number."
     )
 
 
 def test_a_difference_within_the_spread_is_no_speed_up() -> None:
     slightly = replace(SMALL, latency=(latency(1.9), latency(2.0, 32)))
     comparison = compare({"large": LARGE, "small": slightly})
-    assert comparison.notes == ("small: no faster than large at batch 1.",)
-    assert "(no faster)" in comparison.to_markdown()
+    assert comparison.notes == ("small: no measurable difference in speed to large at batch 1.",)
+    assert "(no measurable difference)" in comparison.to_markdown()
+
+
+def turns(median_ms: float, *rounds_ms: float, key: str = "a") -> Latency:
+    return Latency(1, median_ms, min(rounds_ms), max(rounds_ms), 100, rounds_ms, key)
+
+
+def test_speed_is_the_median_ratio_of_rounds_that_both_took_part_in() -> None:
+    # A busy second slows both in half of the rounds; that lifts one row's median twentyfold and no ratio.
+    base = replace(LARGE, latency=(turns(21.0, 2.0, 2.1, 2.0, 40.0, 42.0, 41.0, 2.0, 40.0),))
+    fast = replace(SMALL, latency=(turns(1.0, 1.0, 1.0, 1.0, 20.0, 20.0, 20.0, 1.0, 20.0),))
+    row = compare({"large": base, "small": fast})["small"]
+    assert row.speedup == {1: pytest.approx(2.0, abs=0.06)}
+    assert row.speedup_range[1] == (pytest.approx(2.0), pytest.approx(2.06, abs=0.05))
+    assert "(2.0x faster, 2.0 to 2.1)" in compare({"large": base, "small": fast}).to_markdown()
+    # Unpaired, the same times are told apart by nothing but their medians.
+    apart = replace(fast, latency=(replace(fast.latency[0], turns="b"),))
+    assert compare({"large": base, "small": apart})["small"].speedup == {1: 21.0}
+    assert "Rows were timed one after the other." in compare({"large": base, "small": apart}).to_markdown()
+
+
+def test_ratios_that_scatter_about_one_are_no_difference() -> None:
+    base = replace(LARGE, latency=(turns(2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0),))
+    same = replace(INT8, latency=(turns(1.9, 1.5, 1.6, 1.8, 1.9, 2.1, 2.1, 2.2, 2.2),))
+    comparison = compare({"large": base, "small": same})
+    assert comparison.notes == ("small: no measurable difference in speed to large at batch 1.",)
+    assert "(no measurable difference)" in comparison.to_markdown()
+    slow = replace(INT8, latency=(turns(4.0, 3.9, 4.0, 4.1, 4.0, 1.0, 4.0, 4.0, 4.0),))
+    assert "(2.0x slower, 1.99 to 2.0)" in compare({"large": base, "small": slow}).to_markdown()
+
+
+def test_same_arithmetic_is_not_claimed_of_a_model_that_was_not_counted() -> None:
+    still = replace(LARGE, macs=None)
+    assert compare({"a": still, "b": still}).notes[1] == "b: no measurable difference in speed to a at batch 1 and 32."
+
+
+def test_a_larger_compressed_file_is_not_called_smaller() -> None:
+    [size, _] = compare({"before": LARGE, "after": replace(MASKED, compressed_bytes=9000)}).notes
+    assert "compressed file" not in size
+
+
+def test_metrics_that_compare_rows_are_shown() -> None:
+    def shown(*rows: dict[str, float]) -> list[str]:
+        names = "abc"[: len(rows)]
+        return shown_metrics(compare(dict.fromkeys(names, LARGE), metrics=dict(zip(names, rows, strict=True))).rows)
+
+    both = {"test_acc": 0.9, "val_acc": 0.8, "train_loss": 0.1}
+    assert shown({"train_loss": 0.1}) == ["train_loss"]
+    assert shown(both) == shown({}, both) == shown(both, both) == ["test_acc"]
+    assert shown({"val_acc": 0.7}, both) == shown({"val_acc": 0.7}, {"test_acc": 0.9}) == ["test_acc", "val_acc"]
+
+
+def test_origins_are_said_of_the_metrics_that_are_shown() -> None:
+    origins = {"large": {"test_acc": "test before fit", "train_loss": "fit"}, "small": {"test_acc": "test"}}
+    comparison = compare({"large": LARGE, "small": SMALL}, metrics=METRICS, origins=origins)
+    line = "Metrics of large: test before fit (test_acc); small: test (test_acc)."
+    assert line in comparison.to_markdown()
+    assert Comparison.from_json(comparison.to_json()) == comparison
+    with pytest.raises(CompressionError, match=r"`origins` must"):
+        compare({"large": LARGE}, origins={"larg": {}})
 
 
 def test_other_arithmetic_is_not_blamed_on_zeros() -> None:
@@ -126,9 +187,10 @@ def test_markdown_has_units_ratios_and_a_row_each() -> None:
     assert header.count("|") == rule.count("|") == rows[0].count("|") == rows[2].count("|")
     assert rows[0] == "| large | 1,000 | 0 | 8.00 | 50.0 | 2.00 ± 0.200 | 10.0 ± 1.00 | 1 |"
     assert rows[1].startswith(
-        "| a\\|b | 100 (10.0x less) | 0 | 1.00 (8.0x less) | 5.00 (10.0x less) | 0.500 ± 0.050 (4.0x faster) |"
+        "| a\\|b | 100 (10.0x less) | 0 | 1.00 (8.0x less) | 5.00 (10.0x less) "
+        "| 0.500 ± 0.050 (4.0x faster, 3.3 to 4.9) |"
     )
-    assert rows[2].endswith("| 1.00 ± 0.100 (2.0x faster) | - | - |")
+    assert rows[2].endswith("| 1.00 ± 0.100 (2.0x faster, 1.64 to 2.4) | - | - |")
 
 
 def test_table_shows_every_row_and_the_test_metrics() -> None:
