@@ -36,7 +36,7 @@ MAY_ALSO_IMPORT = {
     "report/sparsity_plot.py": {"matplotlib"},
     "report/compare.py": {"rich"},
     "report/render.py": {"rich"},
-    "report/callback.py": {"rich"},
+    "report/files.py": {"rich"},
     "distillation/check.py": {"torchmetrics"},
     "quantization/ptq.py": {"tqdm"},
     "quantization/flows/pt2e.py": {"torchao"},

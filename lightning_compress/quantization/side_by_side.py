@@ -12,6 +12,9 @@ import torch
 
 from lightning_compress.quantization.calls import copy_tensors
 
+FLOAT = "float/"
+"""Comes before the names of the float model's metrics."""
+
 
 class FloatTwin:
     """A float copy of a module that takes each test batch too and logs under names of its own.
@@ -30,7 +33,7 @@ class FloatTwin:
         stage: str,
         log: Callable[..., None],
         isolated: Callable[[], AbstractContextManager[None]],
-        prefix: str = "float/",
+        prefix: str = FLOAT,
     ) -> None:
         self.twin = twin
         self._stage = stage

@@ -135,7 +135,7 @@ def columns_of(comparison: Comparison) -> list[Column]:
         _scaled("Size", "B", comparison, lambda row: (row.measurement.size_bytes, row.size_ratio)),
     ]
     if any(row.measurement.macs is not None for row in rows):
-        macs = _scaled("MACs", "", comparison, lambda row: (row.measurement.macs, row.macs_ratio))
+        macs = _scaled("MACs per sample", "", comparison, lambda row: (row.measurement.macs, row.macs_ratio))
         bounds = ["≥ " if row.measurement.uncounted and row.measurement.macs else "" for row in rows]
         cells = [cell._replace(value=bound + cell.value) for bound, cell in zip(bounds, macs.cells, strict=True)]
         columns.append(Column(macs.header, cells))
@@ -170,7 +170,11 @@ def _scaled(
         shown = _UNKNOWN if value is None else _number(value / scale, whole=scale == 1.0)
         gained = ratio is not None and row.name != comparison.baseline
         cells.append(Cell(shown, "", *(_against(ratio, "÷", "less", "more") if gained and ratio else ())))
-    return Column(f"{title}\n({prefix}{unit})" if prefix or unit else title, cells)
+    # Two lines of a header, the unit at the end of the second.
+    first, _, second = title.partition(" per ")
+    lines = [f"{first} per", second] if second else [first]
+    unit = f"({prefix}{unit})" if prefix or unit else ""
+    return Column("\n".join([lines[0], " ".join(filter(None, [*lines[1:], unit]))]).strip(), cells)
 
 
 def _latency(size: int, comparison: Comparison) -> Column:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.report import Comparison, CompressionReport
+from lightning_compress.report.rows import Rows
 from tests.report.models import CONV_NET_MACS, CONV_NET_PARAMETERS, Classifier, images, int8
 
 pytestmark = [
@@ -198,7 +199,8 @@ def test_an_exception_leaves_nothing_behind(tmp_path, error: type[BaseException]
     callback = report()
     with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
         trainer(tmp_path, callback, Fails()).fit(Classifier())
-    assert (callback._rows, callback._inputs, callback._waiting, callback._measured) == ({}, None, None, None)
+    assert callback._rows == Rows((1, 2), 0.01, 1)
+    assert (callback._waiting, callback._measured, callback._evaluations) == (None, None, [])
     assert not (tmp_path / "report.json").exists()
     trainer(tmp_path, callback).fit(Classifier())
     assert list(rows(tmp_path)) == ["before", "after"]
@@ -288,7 +290,8 @@ def test_a_copy_taken_in_mid_training_works_and_holds_no_model(tmp_path, make) -
 
     callback, copies = report(), Copies()
     trainer(tmp_path, callback, copies).fit(Classifier())
-    assert (copies.copy._inputs, copies.copy._waiting, copies.copy._measured) == (None, None, None)
+    assert (copies.copy._rows.inputs, copies.copy._rows.models, copies.copy._waiting) == (None, {}, None)
+    assert copies.copy._measured is None
     trainer(tmp_path / "copy", copies.copy).fit(Classifier())
     assert list(rows(tmp_path / "copy")) == ["before", "after"]
 
@@ -319,7 +322,7 @@ def test_other_ranks_measure_and_write_nothing(tmp_path, monkeypatch) -> None:
     run.fit(Classifier())
     run.test(Classifier(), verbose=False)
     assert not list(tmp_path.iterdir())
-    assert (callback._rows, callback._waiting, callback.comparison) == ({}, None, None)
+    assert (callback._rows.measurements, callback._waiting, callback.comparison) == ({}, None, None)
 
 
 def test_a_tensor_that_the_step_changes_in_place_is_not_ours(tmp_path) -> None:
@@ -333,7 +336,7 @@ def test_a_tensor_that_the_step_changes_in_place_is_not_ours(tmp_path) -> None:
 
     class Looks(L.Callback):
         def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-            seen.append(callback._inputs[0][0][0])
+            seen.append(callback._rows.inputs[0][0][0])
 
     callback = report()
     trainer(tmp_path, callback, Looks(), num_sanity_val_steps=0, limit_train_batches=1).fit(InPlace())

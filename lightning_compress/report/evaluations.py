@@ -1,0 +1,181 @@
+"""What was measured of a model's quality, how, on how much data, and on which weights."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+_OF_A_LAYER = re.compile(r"sparsity(_\d+)?/")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One run over data.
+
+    Attributes:
+        row: the row of the report that was evaluated.
+        metrics: name to value.
+        origin: how they were measured, in a few words.
+        samples: of each loader, as `samples_of` counts them; empty if unknown.
+        weights: fingerprint of what was evaluated; None if unknown.
+    """
+
+    row: str
+    metrics: dict[str, float]
+    origin: str
+    samples: tuple[int | None, ...] = ()
+    weights: int | None = None
+
+
+def samples_of(loaders: Any, batches: Sequence[int | float]) -> tuple[int | None, ...]:
+    """How many samples a run sees of each loader, by its number of batches; None where a loader doesn't say.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> samples_of(DataLoader(range(10), batch_size=4), [2]), samples_of(DataLoader(range(10), batch_size=4), [3])
+        ((8,), (10,))
+    """
+    leaves = tree_leaves(loaders)
+    if len(leaves) != len(batches):
+        return ()
+    return tuple(map(_samples_of, leaves, batches))
+
+
+def _samples_of(loader: Any, batches: float) -> int | None:
+    size = getattr(loader, "batch_size", None)
+    try:
+        return min(len(loader.dataset), int(batches) * size) if size else None
+    except (AttributeError, TypeError, OverflowError):
+        return None
+
+
+def merged(
+    evaluations: Sequence[Evaluation],
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, str]], list[str]]:
+    """Metrics and their origins by row; and a sentence for each metric that is left out.
+
+    The last run counts. A row's metric that was measured on other data than the last one of that name isn't comparable
+    with it, and is left out.
+    """
+    last = {name: evaluation for evaluation in evaluations for name in evaluation.metrics}
+    latest = {(evaluation.row, name): evaluation for evaluation in evaluations for name in evaluation.metrics}
+    metrics: dict[str, dict[str, float]] = {}
+    origins: dict[str, dict[str, str]] = {}
+    left_out: list[str] = []
+    for (row, name), evaluation in latest.items():
+        newest = last[name]
+        if evaluation.samples and newest.samples and evaluation.samples != newest.samples:
+            mine, theirs = (_counted(one.samples) for one in (evaluation, newest))
+            left_out.append(
+                f"{row}: {name} ({evaluation.metrics[name]:.4g}) is of other data than that of {newest.row}, "
+                f"{mine} samples and not {theirs}: not compared."
+            )
+            continue
+        metrics.setdefault(row, {})[name] = evaluation.metrics[name]
+        if evaluation.origin:
+            origins.setdefault(row, {})[name] = evaluation.origin
+    return metrics, origins, left_out
+
+
+def _counted(samples: tuple[int | None, ...]) -> str:
+    return " + ".join("?" if count is None else f"{count:,}" for count in samples)
+
+
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of a whole run as numbers, without the sparsity of single layers: there is a picture of that.
+
+    Example:
+        >>> plain_metrics({"acc": torch.tensor(1.0), "loss_step": 0.1, "sparsity/conv": 0.5})
+        {'acc': 1.0}
+    """
+    kept = {name: float(value) for name, value in metrics.items() if not name.endswith("_step")}
+    return {name: value for name, value in kept.items() if not _OF_A_LAYER.match(name)}
+
+
+@dataclass
+class LastValidation:
+    """The last validation within a fit.
+
+    Attributes:
+        known: names of metrics that were there before the first validation: those of training.
+        names: names that validations have added.
+    """
+
+    known: set[str] | None = None
+    names: set[str] = field(default_factory=set)
+    step: int = 0
+    form: str = ""
+    samples: tuple[int | None, ...] = ()
+
+    def begin(self, trainer: Any) -> None:
+        """A validation starts."""
+        if self.known is None:
+            self.known = set(trainer.callback_metrics)
+
+    def remember(self, trainer: Any, form: str) -> None:
+        """A validation of a model in some ``form`` has ended."""
+        self.names |= set(trainer.callback_metrics) - (self.known or set())
+        self.step, self.form = trainer.global_step, form
+        self.samples = samples_of(trainer.val_dataloaders, trainer.num_val_batches)
+
+    def evaluations(self, row: str, trainer: Any, form: str) -> list[Evaluation]:
+        """What ``trainer`` has logged when the fit has ended, where the model has that ``form``."""
+        logged = plain_metrics(trainer.callback_metrics)
+        own = {name: value for name, value in logged.items() if name in self.names}
+        origin = "last validation of fit"
+        if self.step != trainer.global_step:
+            origin += f", at step {self.step} of {trainer.global_step}"
+        if self.form != form:
+            origin += f", {self.form} and not yet {form}"
+        training = {name: value for name, value in logged.items() if name not in own}
+        return [Evaluation(row, training, ""), Evaluation(row, own, origin, self.samples)]
+
+
+def fingerprint(model: nn.Module) -> int | None:
+    """A number that two models share if they hold the same values under the same names; None if they can't be read.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before = fingerprint(layer)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.add_(1)
+        >>> fingerprint(layer) == before
+        False
+    """
+    found = 0
+    try:
+        for name, value in model.state_dict().items():
+            if isinstance(value, Tensor):
+                held = value.int_repr() if value.is_quantized else value
+                data: Any = held.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                found = zlib.crc32(data, zlib.crc32(f"{name} {held.dtype} {tuple(held.shape)}".encode(), found))
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return found
+
+
+def is_untrained(model: nn.Module) -> bool:
+    """Whether the model shows that it never was trained: it has BatchNorms, and none of them has seen a batch.
+
+    Example:
+        >>> is_untrained(nn.BatchNorm1d(2)), is_untrained(nn.Linear(2, 2))
+        (True, False)
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    return bool(norms) and all(_is_fresh(norm) for norm in norms)
+
+
+def _is_fresh(norm: _BatchNorm) -> bool:
+    # Files of old checkpoints hold no count, so that alone tells nothing.
+    mean, variance, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if mean is None or variance is None or count is None:
+        return False
+    return not bool(count) and not bool(mean.any()) and bool((variance == 1).all())

@@ -1,0 +1,163 @@
+"""The rows of a report: models that are measured in a run, and timed in turns when it has ended."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import in_a_line
+from lightning_compress.report.inputs import batch_size_of, call, called_in_turn, resize_batch, to_device
+from lightning_compress.report.latency import measure_latency
+from lightning_compress.report.measure import Measurement, count
+from lightning_compress.report.storage import measure_layers
+from lightning_compress.undisturbed import undisturbed
+
+Model = TypeVar("Model", bound=nn.Module)
+
+BEFORE, AFTER, TESTED = "before", "after", "tested"
+
+
+@dataclass
+class Rows:
+    """What is known of each row.
+
+    Attributes:
+        batch_sizes: at which latency is measured.
+        max_seconds: for each batch size and row.
+        threads: of torch while latency is measured.
+        measurements: by name of the row.
+        models: structural copies of those that run, to time them; the original's is the last thing that knows it.
+        timed: rows that have been timed together.
+        notes: what couldn't be measured, by what it is about.
+        inputs: what the models are called with: the calls of their modules at the paths of ``called``.
+        no_inputs: why there are none.
+    """
+
+    batch_sizes: tuple[int, ...]
+    max_seconds: float
+    threads: int | None
+    measurements: dict[str, Measurement] = field(default_factory=dict)
+    models: dict[str, nn.Module] = field(default_factory=dict)
+    timed: frozenset[str] = frozenset()
+    notes: dict[str, str] = field(default_factory=dict)
+    inputs: Any = None
+    called: tuple[str, ...] = ()
+    no_inputs: str = "no batch was seen."
+
+    def take_inputs(self, calls: Mapping[str, Any]) -> None:
+        """Keep the first samples on the CPU; a copy, as a step may change its batch in place."""
+        inputs, self.called = tuple(calls.values()), tuple(calls)
+        most = min(max(self.batch_sizes), batch_size_of(inputs))
+        self.inputs = resize_batch(to_device(inputs, torch.device("cpu")), most)
+
+    def of(self, model: nn.Module) -> str | None:
+        """The last row that has the layers of ``model``."""
+        layers = measure_layers(structural_copy(model))
+        return next((name for name in reversed(self.measurements) if self.measurements[name].layers == layers), None)
+
+    def add(self, model: nn.Module) -> str:
+        """Measure another form of the model; returns its row."""
+        name = TESTED if AFTER in self.measurements else AFTER
+        self.measure(name, model)
+        return name
+
+    def weigh(self, name: str, model: nn.Module) -> None:
+        """Count what needs no inputs."""
+        self.measurements[name] = count(model)
+
+    def run_before(self, model: nn.Module) -> None:
+        """Measure the original once there are inputs: zeros and bytes stay as they were when it was weighed.
+
+        Since then a callback may have pruned what both share.
+        """
+        weighed = self.measurements.get(BEFORE)
+        self.measure(BEFORE, model)
+        if weighed is not None:
+            run = self.measurements[BEFORE]
+            self.measurements[BEFORE] = replace(weighed, macs=run.macs, uncounted=run.uncounted)
+        elif not self.measurements[BEFORE].parameters:
+            # Its `configure_model` comes after `setup`: there was no model yet.
+            del self.measurements[BEFORE]
+            self.models.pop(BEFORE, None)
+
+    def measure(self, name: str, model: nn.Module) -> None:
+        """Measure all but latency, and keep the model for that if it runs."""
+        self.models.pop(name, None)
+        self.timed -= {name}
+        still = structural_copy(model)
+        self.weigh(name, still)
+        if self.inputs is None:
+            self.notes[name] = f"{name}: no MACs and no latency, there are no example inputs: {self.no_inputs}"
+            return
+        try:
+            with called_in_turn(still, self.called):
+                self.measurements[name] = count(still, self.inputs)
+        except Exception as error:
+            # `forward` is the user's and may need what only the steps provide.
+            self.notes[name] = (
+                f"{name}: no MACs and no latency, `forward` couldn't be run alone ({in_a_line(error)}). "
+                "Set `example_input_array`."
+            )
+            return
+        if still is model and name == BEFORE:
+            self.notes[name] = f"{name}: no latency, as no copy of {type(model).__name__} can be kept until the end."
+        else:
+            self.models[name] = still
+
+    def time(self) -> None:
+        """Time all rows in turns, if one wasn't there the last time."""
+        if self.timed >= self.models.keys():
+            return
+        with ExitStack() as stack:
+            for model in self.models.values():
+                stack.enter_context(called_in_turn(model, self.called))
+            self._time()
+
+    def _time(self) -> None:
+        sized: dict[str, dict[int, Any]] = {}
+        for size in dict.fromkeys(self.batch_sizes):
+            inputs = resize_batch(self.inputs, size)
+            for name, model in self.models.items():
+                try:
+                    with undisturbed(model):
+                        call(model, inputs)
+                    sized.setdefault(name, {})[size] = inputs
+                except Exception as error:
+                    self.notes[f"{name} {size}"] = f"{name}: no latency at batch {size} ({in_a_line(error)})."
+        slots = {name: (self.models[name], by_size) for name, by_size in sized.items()}
+        latency = measure_latency(slots, self.max_seconds, self.threads)
+        threads = self.threads or torch.get_num_threads()
+        for name, found in latency.items():
+            self.measurements[name] = replace(self.measurements[name], latency=found, threads=threads)
+        self.timed = frozenset(self.models)
+
+
+def structural_copy(model: Model) -> Model:
+    """Copy modules and their attributes, but share the tensors on the CPU and bring the others there."""
+    shared = {id(tensor): _on_cpu(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        return _without_helpers(copy.deepcopy(model, shared))
+    except Exception:
+        # Not every module can be copied; measuring it as it stands restores it too, only a later change would show.
+        return model
+
+
+def _without_helpers(model: Model) -> Model:
+    """Take out what helps in training alone, such as the adapters of a distillation: no user ships it."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if getattr(child, "training_only", False):
+                parent._modules[name] = nn.Module()
+    return model
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    # Another object that shares its memory: the original may lose channels before the copy is measured.
+    moved = tensor.detach().cpu()
+    return nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved

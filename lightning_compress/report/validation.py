@@ -1,0 +1,98 @@
+"""Validates a module before it is trained, on a copy and in a Trainer of its own, so that no trace is left."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader
+
+from lightning_compress.random_state import random_state_kept
+from lightning_compress.report.evaluations import samples_of
+
+
+def validate_copy(trainer: Any, pl_module: Any) -> tuple[dict[str, Any], tuple[int | None, ...]]:
+    """The metrics of the validation loop that a fit of ``trainer`` would run now, and the samples that it sees.
+
+    It runs on a copy that shares the parameters' memory, with loaders of its own: buffers, metrics, counters, loggers,
+    callbacks, random states and the generators of loaders stay as they were.
+
+    Args:
+        trainer: whose fit has started.
+        pl_module: its module, on its device.
+    """
+    device = trainer.strategy.root_device
+    kind = next(kind for kind in type(trainer).__mro__ if kind.__module__.endswith("trainer.trainer"))
+    with random_state_kept(), _in_silence():
+        loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+        own = kind(
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            precision=trainer.precision,
+            limit_val_batches=trainer.limit_val_batches,
+            inference_mode=trainer.validate_loop.inference_mode,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with _generators_kept(loaders):
+            own.validate(_copy(pl_module), dataloaders=tree_map(_own_iterator, loaders), verbose=False)
+        return own.callback_metrics, samples_of(own.val_dataloaders, own.num_val_batches)
+
+
+def _copy(pl_module: Any) -> Any:
+    aliases = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        for parameter in pl_module.parameters()
+    }
+    twin = copy.deepcopy(pl_module, aliases)
+    if getattr(twin, "_compiler_ctx", None) is not None:
+        # Of a module that went through `torch.compile` as a whole: they are bound to the original.
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            twin.__dict__.pop(name, None)
+        twin._compiler_ctx = None
+    return twin
+
+
+def _own_iterator(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader):
+        return loader
+    # Persistent workers would stay for the fit, which then draws fewer numbers.
+    twin = copy.copy(loader)
+    twin._iterator = None
+    return twin
+
+
+@contextmanager
+def _generators_kept(loaders: Any) -> Iterator[None]:
+    owners = [part for loader in tree_leaves(loaders) for part in (loader, getattr(loader, "sampler", None))]
+    found = [getattr(owner, "generator", None) for owner in owners]
+    kept = [(one, one.get_state()) for one in found if isinstance(one, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in kept:
+            generator.set_state(state)
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    # What a Trainer says of itself was said by the one that trains.
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
