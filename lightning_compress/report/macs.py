@@ -76,13 +76,20 @@ class _Counter(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         namespace, name = func.namespace, func._schema.name.rpartition("::")[2]
-        if func._overloadpacket in flop_registry:
-            self.macs += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
-        elif (formula := _formula(namespace, name)) is not None:
-            self.macs += formula(args, out)
-        elif namespace not in _TRANSPARENT or name in _OPAQUE or _has_packed(args):
+        try:
+            self.macs += self._macs_of(func, namespace, name, args, kwargs, out)
+        except Exception:  # of a formula, by a shape that it doesn't foresee
             self.uncounted.add(f"{namespace}.{name}")
         return out
+
+    def _macs_of(self, func: Any, namespace: str, name: str, args: Any, kwargs: Any, out: Any) -> int:
+        if func._overloadpacket in flop_registry:
+            return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
+        if (formula := _formula(namespace, name)) is not None:
+            return formula(args, out)
+        if namespace not in _TRANSPARENT or name in _OPAQUE or _has_packed(args):
+            self.uncounted.add(f"{namespace}.{name}")
+        return 0
 
 
 _Formula = Callable[[Any, Any], int]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_compress.errors import in_a_line
 from lightning_compress.report.inputs import batch_size_of, call, called_in_turn, resize_batch, to_device
@@ -140,7 +141,8 @@ class Rows:
 
 def structural_copy(model: Model) -> Model:
     """Copy modules and their attributes, but share the tensors on the CPU and bring the others there."""
-    shared = {id(tensor): _on_cpu(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor))
+    shared = {id(tensor): _on_cpu(tensor) for tensor in tensors}
     try:
         return _without_helpers(copy.deepcopy(model, shared))
     except Exception:

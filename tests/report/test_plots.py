@@ -7,7 +7,7 @@ import pytest
 
 from lightning_compress.errors import CompressionError, MissingExtraError
 from lightning_compress.report import compare
-from lightning_compress.report.plots import _bars, plot_report
+from lightning_compress.report.plots import _bars, _saved, plot_report
 from lightning_compress.report.storage import LayerMeasurement
 from tests.report.test_compare import INT8, LARGE, METRICS, SMALL
 
@@ -43,6 +43,15 @@ def test_many_layers_are_summed_up_as_others() -> None:
     assert sum(layer.size_bytes for _, _, layer in bars) == sum(layer.size_bytes for layer in after)
     assert [name[-12:] for name, _, _ in bars[:2]] == [".convolution"] * 2
     assert all(len(name) <= 30 for name, _, _ in bars)
+
+
+def test_small_layers_that_vanish_are_one_bar_that_is_gone(tmp_path) -> None:
+    # As an int8 network of convolutions and BatchNorms that were folded into them.
+    norms = tuple(replace(one, name=f"norm{index}", size_bytes=80) for index, one in enumerate(layers(10)))
+    before, after = (*layers(10), *norms), layers(10, 100)
+    assert (_bars(before, after)[-1][0], _saved(*_bars(before, after)[-1][1:])) == ("3 others", "gone")
+    rows = {"float": replace(LARGE, layers=before), "int8": replace(INT8, layers=after)}
+    assert plot_report(compare(rows), tmp_path / "report.png").read_bytes()[:4] == PNG
 
 
 def test_removed_and_new_layers_are_kept() -> None:
