@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_compress.channels.groups import Run
 from lightning_compress.channels.steady import steady
-from lightning_compress.channels.trial import Subject
+from lightning_compress.channels.trial import Subject, samples_in
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import make_probe, outputs_of_calls, reason_of, shape_feed
 from lightning_compress.quantization.calls import copy_tensors
@@ -64,7 +64,7 @@ class Look:
 
     @property
     def subject(self) -> Subject:
-        return Subject(self.host, self.runs, self._probe)
+        return Subject(self.host, self.runs, self._probe, samples_in(self._batch))
 
     def _evaluate(self, twin: Any) -> Any:
         twin.eval()

@@ -19,7 +19,7 @@ from lightning_compress.channels.removal_plan import RemovalPlan
 from lightning_compress.channels.remove import check_shapes, cut_, named_tensors
 from lightning_compress.channels.search import make_plan
 from lightning_compress.channels.steady import steady
-from lightning_compress.channels.trial import Subject
+from lightning_compress.channels.trial import Subject, samples_in
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.inputs import bind_example
 from lightning_compress.optimizers import resize_state_
@@ -81,10 +81,10 @@ def plan_removal(
         >>> plan = plan_removal(model, torch.ones(1, 8), channels=0.5)
         >>> print(plan)
         0  16 -> 8
-        stays whole: 2: an output
+        stays whole: `2`: an output
         channels: 16 -> 8 (0.500)
         params: 178 -> 90 (0.506)
-        macs: 160 -> 80 (0.500)
+        macs per sample: 160 -> 80 (0.500)
         >>> remove_channels_(model, plan)
         >>> model
         Sequential(
@@ -101,7 +101,7 @@ def plan_removal(
     check_module(model)
     args, kwargs = bind_example(example, next((one.device for one in model.parameters()), None))
     with torch.inference_mode(False):
-        subject = Subject(model, _runs(model, args, kwargs))
+        subject = Subject(model, _runs(model, args, kwargs), samples=samples_in((args, kwargs)))
         structure = explore(subject)
     tensors = named_tensors(model)
     taylor = dict[str, Tensor]()

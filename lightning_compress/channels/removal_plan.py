@@ -28,7 +28,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Totals:
-    """What a model costs on the example inputs."""
+    """What a model costs on the example inputs; ``macs`` are multiply-accumulates for one sample of them."""
 
     params: int
     macs: int
@@ -75,9 +75,9 @@ class RemovalPlan:
     def totals(self) -> list[str]:
         """What the model costs, before and after."""
         lines = []
-        for name in ("channels", "params", "macs"):
+        for name, shown in (("channels", "channels"), ("params", "params"), ("macs", "macs per sample")):
             old, new = getattr(self.before, name), getattr(self.after, name)
-            lines.append(f"{name}: {old:,} -> {new:,} ({new / max(old, 1):.3f})")
+            lines.append(f"{shown}: {old:,} -> {new:,} ({new / max(old, 1):.3f})")
         if self.latency is not None:
             lines.append(f"latency: {self.latency:.3f} of before, measured")
         return lines

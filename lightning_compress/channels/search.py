@@ -156,9 +156,9 @@ class _Search:
 
     def plan(self, keep: list[Tensor], fixed: Mapping[str, str], latency: float | None) -> RemovalPlan:
         """The plan that keeps this."""
-        sizes = self.sizes
+        sizes, samples = self.sizes, self.subject.samples
         before, after = (
-            Totals(round(sizes.params(masks)), round(sizes.macs(masks)), round(sizes.channels(masks)))
+            Totals(round(sizes.params(masks)), round(sizes.macs(masks) / samples), round(sizes.channels(masks)))
             for masks in (self.every, keep)
         )
         rows = tuple(
@@ -170,16 +170,16 @@ class _Search:
             fixed,
             before,
             after,
-            self._missed(after, latency),
+            self._missed(keep, latency),
             latency,
             kept_slices(self.structure, keep),
             followed(self.structure, keep),
             self.structure.shapes,
         )
 
-    def _missed(self, after: Totals, latency: float | None) -> str:
+    def _missed(self, keep: list[Tensor], latency: float | None) -> str:
         kind, wanted = self.recipe.budget.kind, self.recipe.budget.fraction
-        reached = latency if kind == "latency" else getattr(after, kind) / self._whole(kind)
+        reached = latency if kind == "latency" else getattr(self.sizes, kind)(keep) / self._whole(kind)
         tolerance = _TOLERANCE[kind]
         if reached is None or abs(reached - wanted) <= tolerance * wanted:
             return ""

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_compress.channels.groups import Run, Structure
 from lightning_compress.channels.outputs import tensors_in
@@ -29,11 +31,13 @@ class Subject:
         model: nothing of it is changed.
         runs: ways to call it; what the first one costs counts.
         copy: makes a copy that can be run.
+        samples: how many samples the first run takes.
     """
 
     model: nn.Module
     runs: Sequence[Run]
     copy: Callable[[nn.Module], nn.Module] = copy_module
+    samples: int = 1
 
     def cut(self, structure: Structure, keep: Sequence[Tensor]) -> nn.Module:
         """A copy without the units that don't stay."""
@@ -78,6 +82,17 @@ class Subject:
         """Of the model as it is."""
         twin = self.copy(self.model)
         return [_outputs(run, twin) for run in self.runs]
+
+
+def samples_in(inputs: Any) -> int:
+    """How many samples a batch holds: the length of dimension 0 of its first tensor that has one.
+
+    Example:
+        >>> samples_in({"scale": torch.tensor(2.0), "x": torch.ones(4, 3)}), samples_in("text")
+        (4, 1)
+    """
+    found = (leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim())
+    return max(1, next(found, 1))
 
 
 def _outputs(run: Run, model: nn.Module) -> list[Tensor]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_compress import RemovalPlan, Targets, plan_removal
+from lightning_compress.report.inputs import batch_size_of
 from lightning_compress.report.macs import count_macs
 from tests.channels.cuts import PLANS, SETTINGS, cut, inputs_of, plan_of
 
@@ -27,8 +28,9 @@ def test_totals_are_those_of_the_models(name: str, setting: int) -> None:
     inputs = inputs_of(name)
     small = cut(model, plan)
     assert (plan.before.params, plan.after.params) == (params(model), params(small))
-    assert plan.before.macs == count_macs(model, inputs)[0]
-    assert plan.after.macs == count_macs(small, inputs)[0]
+    samples = batch_size_of(inputs)
+    assert plan.before.macs == round(count_macs(model, inputs)[0] / samples)
+    assert plan.after.macs == round(count_macs(small, inputs)[0] / samples)
     assert plan.after.channels < plan.before.channels
 
 
@@ -42,6 +44,13 @@ def test_a_missed_budget_is_reported_and_one_that_is_met_is_not(name: str, setti
     if plan.missed:
         assert plan.missed.startswith(f"The budget is missed: {kind}={wanted} was asked for, {reached:.3f} is nearest.")
         assert str(plan).endswith(plan.missed)
+
+
+def test_macs_are_those_of_a_sample_whatever_the_batch() -> None:
+    one, many = (plan_removal(cnn(16, 16), torch.ones(batch, 3, 8, 8), macs=0.5) for batch in (1, 6))
+    assert (one.before, one.after) == (many.before, many.after)
+    assert one.before.macs == count_macs(cnn(16, 16), torch.ones(1, 3, 8, 8))[0]
+    assert f"macs per sample: {one.before.macs:,} -> {one.after.macs:,}" in str(many)
 
 
 def cnn(*widths: int) -> nn.Sequential:

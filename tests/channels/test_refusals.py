@@ -93,7 +93,7 @@ def test_plans_name_the_layers_that_stay() -> None:
         "stays whole: `4`: an output",
         *("channels: 22 -> 11 (0.500)",),
         f"params: 247 -> {plan.after.params} ({plan.after.params / 247:.3f})",
-        f"macs: 444 -> {plan.after.macs} ({plan.after.macs / 444:.3f})",
+        f"macs per sample: 222 -> {plan.after.macs} ({plan.after.macs / 222:.3f})",
     ]
 
 
