@@ -36,8 +36,8 @@ from lightning_compress import (
     SoftTarget,
     compare,
     load_compressed,
-    measure,
 )
+from lightning_compress.report import measure_in_turns
 from lightning_compress.report.compare import Comparison
 from lightning_compress.report.plots import plot_report
 
@@ -144,7 +144,7 @@ def run(output: Path, teacher_epochs: int, student_epochs: int) -> Comparison:
     metrics = {name: {"test_acc": test(model, data)["test_acc"]} for name, model in models.items()}
     image = torch.zeros(1, 1, 8, 8)
     networks = dict(zip(ROWS, (teacher.network, alone.network, again.network, int8.student), strict=True))
-    rows = {name: measure(network, image, threads=1) for name, network in networks.items()}
+    rows = measure_in_turns(networks, image, threads=1)
     notes = [
         "Zeros make dense kernels no faster and plain files no smaller. After zlib the pruned student takes "
         f"{rows[PRUNED].compressed_bytes / 1e3:.0f} KB, the student alone {rows[ALONE].compressed_bytes / 1e3:.0f} KB.",

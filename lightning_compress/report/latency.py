@@ -20,6 +20,7 @@ from lightning_compress.undisturbed import device_of, undisturbed
 # Fewer rounds than the least can't tell a difference from chance: of 8 ratios 7 must lie on one side of 1.
 _LEAST_ROUNDS, _MOST_ROUNDS, _MOST_RUNS = 8, 20, 1000
 _WARM_UP_RUNS, _WARM_UP_FRACTION = 10, 0.2
+_LOST = 0.1
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Latency:
     """Time of one call at one batch size: the median of ``runs`` calls, and its lower and upper quartile.
 
     ``rounds_ms`` are the medians of the rounds in which several models took turns; those of models with the same
-    ``turns`` belong together, round by round.
+    ``turns`` belong together, round by round. ``waited`` is the fraction of the time in which no thread of this process
+    ran: the machine did other work, or the model waits for something.
     """
 
     batch_size: int
@@ -37,13 +39,15 @@ class Latency:
     runs: int
     rounds_ms: tuple[float, ...] = ()
     turns: str = ""
+    waited: float = 0.0
 
 
 def speedup_range(one: Latency, base: Latency) -> tuple[float, float, float] | None:
     """How many times faster ``one`` is than ``base``: lower quartile, median, upper quartile; None where a time is 0.
 
     For models that took turns these are of the ratios round by round: whatever slowed a round slowed both. Otherwise
-    all that is known is where the middle halves of both lie.
+    all that is known is where the middle halves of both lie. A busy machine makes long calls wait more often than short
+    ones, so the range is wide enough for the ratio of the times in which they ran.
 
     Example:
         >>> fast = Latency(1, 1.0, 0.9, 1.1, 50, (1.0, 1.0, 9.0), "a")
@@ -56,10 +60,15 @@ def speedup_range(one: Latency, base: Latency) -> tuple[float, float, float] | N
             return None
         ratios = [before / after for after, before in zip(one.rounds_ms, base.rounds_ms, strict=True)]
         lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-        return lower, median, upper
-    if not all((one.lower_ms, one.median_ms, one.upper_ms, base.lower_ms, base.median_ms, base.upper_ms)):
+    elif all((one.lower_ms, one.median_ms, one.upper_ms, base.lower_ms, base.median_ms, base.upper_ms)):
+        median = base.median_ms / one.median_ms
+        lower, upper = base.lower_ms / one.upper_ms, base.upper_ms / one.lower_ms
+    else:
         return None
-    return base.lower_ms / one.upper_ms, base.median_ms / one.median_ms, base.upper_ms / one.lower_ms
+    if one.waited < 1 and base.waited < 1:
+        running = median * (1 - base.waited) / (1 - one.waited)
+        lower, upper = min(lower, running), max(upper, running)
+    return lower, median, upper
 
 
 def measure_latency(
@@ -122,6 +131,7 @@ class _Slot:
     run: Callable[[], None]
     seconds: float
     rounds_ms: list[list[float]] = field(default_factory=list)
+    waited_ms: float = 0.0
 
     def take(self) -> None:
         started = time.perf_counter()
@@ -131,21 +141,26 @@ class _Slot:
                 self.run()
                 if time.perf_counter() - started > _WARM_UP_FRACTION * self.seconds:
                     break
-        times: list[float] = []
+        calls: list[tuple[float, float]] = []
         for _ in range(_MOST_RUNS // _MOST_ROUNDS):
-            begin = time.perf_counter()
+            running, begin = time.process_time(), time.perf_counter()
             self.run()
             end = time.perf_counter()
-            times.append((end - begin) * 1e3)
+            waited = end - begin - (time.process_time() - running)
+            calls.append(((end - begin) * 1e3, max(0.0, waited) * 1e3))
             if end - started > self.seconds:
                 break
-        self.rounds_ms.append(times)
+        # Calls that nothing else came in between say what the model takes; if there are none, all must do.
+        calls = [one for one in calls if one[1] <= _LOST * one[0]] or calls
+        self.rounds_ms.append([time_ms for time_ms, _ in calls])
+        self.waited_ms += sum(waited_ms for _, waited_ms in calls)
 
     def summary(self, batch_size: int, turns: str) -> Latency:
         times = [time_ms for round_ms in self.rounds_ms for time_ms in round_ms]
         lower, median, upper = (round(value, 6) for value in statistics.quantiles(times, n=4, method="inclusive"))
         rounds = tuple(round(statistics.median(round_ms), 6) for round_ms in self.rounds_ms)
-        return Latency(batch_size, median, lower, upper, len(times), rounds, turns)
+        waited = round(min(1.0, self.waited_ms / sum(times)), 3) if any(times) else 0.0
+        return Latency(batch_size, median, lower, upper, len(times), rounds, turns, waited)
 
 
 @contextmanager

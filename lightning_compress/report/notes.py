@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 # Below one per cent a difference in file size is names and padding.
 _SAME_SIZE = 0.01
 _ZEROS_ARE_DENSE = "zeros in dense kernels are multiplied like any other number"
-# Middle halves wider than this fraction of the median are the machine's other work, not the model's.
-_BUSY = 0.5
+# Middle halves wider than this fraction of the median are the machine's other work, not the model's; so are waits.
+_BUSY, _WAITED = 0.5, 0.2
 
 
 def busy_notes(rows: Sequence[Row]) -> Iterator[str]:
@@ -27,6 +27,13 @@ def busy_notes(rows: Sequence[Row]) -> Iterator[str]:
                 f"{row.name}: latency at batch {' and '.join(sizes)} varied by more than {_BUSY:.0%}: the machine was "
                 f"busy. Measure again{'' if row.measurement.threads == 1 else ', perhaps with threads=1'}."
             )
+    waited = {row.name: max((at.waited for at in row.measurement.latency), default=0.0) for row in rows}
+    waiting = [f"{name} {share:.0%}" for name, share in waited.items() if share > _WAITED]
+    if waiting:
+        yield (
+            f"Calls waited for a part of their time ({', '.join(waiting)}): the machine was busy, or the model waits. "
+            "Long calls wait more often, so a speed-up may be too large."
+        )
 
 
 def row_notes(row: Row, baseline: Row) -> Iterator[str]:

@@ -103,6 +103,15 @@ def test_ratios_that_scatter_about_one_are_no_difference() -> None:
     assert "(2.0x slower, 1.99 to 2.0)" in compare({"large": base, "small": slow}).to_markdown()
 
 
+def test_what_waited_widens_the_range_and_is_said() -> None:
+    # On a machine that is three quarters busy calls of 8 ms wait, those of 1 ms don't: 32 ms against 1 ms, but 8 times.
+    base = replace(LARGE, latency=(replace(turns(32.0, *[32.0] * 8), waited=0.75),))
+    fast = replace(SMALL, latency=(turns(1.0, *[1.0] * 8),))
+    comparison = compare({"large": base, "small": fast})
+    assert comparison["small"].speedup_range == {1: (pytest.approx(8.0), 32.0)}
+    assert comparison.notes[0].startswith("Calls waited for a part of their time (large 75%): the machine was busy")
+
+
 def test_same_arithmetic_is_not_claimed_of_a_model_that_was_not_counted() -> None:
     still = replace(LARGE, macs=None)
     assert compare({"a": still, "b": still}).notes[1] == "b: no measurable difference in speed to a at batch 1 and 32."

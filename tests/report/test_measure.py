@@ -227,6 +227,30 @@ def test_latency_has_a_row_for_each_batch_size() -> None:
     assert set(measurement.latency_ms) == {1, 3}
 
 
+def test_calls_that_something_came_in_between_do_not_count(monkeypatch) -> None:
+    from lightning_compress.report import latency
+
+    now = {"wall": 0.0, "process": 0.0}
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now["wall"])
+    monkeypatch.setattr(latency.time, "process_time", lambda: now["process"])
+
+    class Preempted(nn.Module):
+        def __init__(self, every: int) -> None:
+            super().__init__()
+            self.every, self.calls = every, []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.append(x)
+            now["process"] += 0.001
+            # The machine does something else for 50 ms within every second call, or within each.
+            now["wall"] += 0.051 if len(self.calls) % self.every == 0 else 0.001
+            return x
+
+    for every, median_ms, waited in ((2, 1.0, 0.0), (1, 51.0, 50 / 51)):
+        timed = latency.measure_latency({"": (Preempted(every), {1: torch.ones(1)})}, 2.0)[""][0]
+        assert (timed.median_ms, timed.waited) == (pytest.approx(median_ms), pytest.approx(waited, abs=1e-3))
+
+
 def test_without_inputs_the_model_is_not_run() -> None:
     class Never(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
