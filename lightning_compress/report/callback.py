@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_compress.errors import CompressionError, in_a_line, invalid
 from lightning_compress.probe import example_calls
@@ -158,7 +159,8 @@ class CompressionReport(Callback):
         with self._not_ending_the_run("before: it couldn't be measured"):
             # Kept until inputs are there: by the first batch a callback may have prepared the model for quantization.
             self._waiting = structural_copy(pl_module)
-            self._rows.weigh(BEFORE, self._waiting)
+            if not any(map(is_lazy, pl_module.parameters())):  # which have a shape after the first batch
+                self._rows.weigh(BEFORE, self._waiting)
         with self._not_ending_the_run("before: no metrics"):
             self._take_over(earlier, pl_module)
             if self.validate_before:

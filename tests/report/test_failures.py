@@ -153,7 +153,7 @@ def test_a_model_that_cannot_be_copied_has_no_latency_before_and_a_reason(tmp_pa
     assert "before: no latency, as no copy of Single can be kept" in (tmp_path / "report.md").read_text()
 
 
-def test_a_layer_without_a_shape_is_a_note(tmp_path) -> None:
+def test_a_layer_that_has_no_shape_yet_is_measured_after_the_first_batch(tmp_path) -> None:
     class Lazy(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -161,9 +161,9 @@ def test_a_layer_without_a_shape_is_a_note(tmp_path) -> None:
 
         def configure_optimizers(self) -> None: ...
 
-    [first, *_] = fit(tmp_path, report(), model=Lazy())
-    assert first.startswith("CompressionReport: before: it couldn't be measured: `model` must")
-    assert list(written_rows(tmp_path)) == ["after"]
+    trainer(tmp_path, report()).fit(Lazy())
+    found = written_rows(tmp_path)
+    assert [found[name]["measurement"]["parameters"] for name in ("before", "after")] == [CONV_NET_PARAMETERS] * 2
 
 
 EDGES: dict[str, Callable[[], nn.Module]] = {
