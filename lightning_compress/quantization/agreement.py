@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
@@ -49,3 +51,50 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     a, b = a.float(), b.float()
     scale = a.abs().nan_to_num(0.0, 0.0, 0.0).amax().item() if a.numel() else 0.0
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(scale, 1e-3), equal_nan=True)
+
+
+@contextmanager
+def outer_outputs(model: nn.Module) -> Iterator[list[Any]]:
+    """The outputs of the calls into ``model`` that come from outside of all modules, such as those of a step's code.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.ReLU())
+        >>> with outer_outputs(model) as outputs:
+        ...     _ = model(torch.ones(1, 2)), model[1](torch.ones(3))
+        >>> [tuple(output.shape) for output in outputs]
+        [(1, 2), (3,)]
+    """
+    outputs, depth = list[Any](), 0
+
+    def enter(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        if not depth:
+            outputs.append(pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output))
+
+    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    handles += [module.register_forward_hook(leave, always_call=True) for module in model.modules()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def least_cosine(expected: Sequence[Any], got: Sequence[Any]) -> float:
+    """The least `cosine` of two runs' outputs, call by call; scalars such as losses have no direction to compare.
+
+    Example:
+        >>> least_cosine([torch.ones(2), torch.ones(())], [torch.tensor([1.0, 0.0]), -torch.ones(())])
+        0.7071067690849304
+    """
+    pairs = [
+        (one, other)
+        for one, other in zip(expected, got, strict=False)
+        if any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in pytree.tree_leaves(one))
+    ]
+    return min((cosine(*pair) for pair in pairs), default=1.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -24,10 +24,12 @@ from lightning_compress.quantization.flows.weight_only import fake_quantized, tr
 from lightning_compress.quantization.layers.fast_path import quiet_fast_path_, restore_fast_path_
 from lightning_compress.quantization.layers.packed import PackedLayer
 from lightning_compress.quantization.layers.packed_weight import PackedWeight
+from lightning_compress.quantization.layers.per_token import give_tokens_scales_
 from lightning_compress.quantization.layers.plan import Weights, quantized_form
 from lightning_compress.quantization.plan import Plan
 from lightning_compress.quantization.schemes import (
     NF4,
+    DynamicInt8,
     Scheme,
     StaticInt8,
     WeightOnly,
@@ -173,6 +175,25 @@ def convert_(model: nn.Module, weights: Weights = MappingProxyType({})) -> None:
     record["form"] = "converted"
 
 
+def decide_per_token_(model: nn.Module, cosine: Callable[[], float]) -> None:
+    """Give those layers of a converted model a scale for each token that need one, where the scheme leaves it open.
+
+    Args:
+        model: converted.
+        cosine: runs it, and compares its outputs with those of the float model.
+    """
+    record = record_of(model)
+    assert record is not None
+    open_ones = {layer["path"]: layer["scheme"] for layer in record["layers"] if _leaves_open(layer["scheme"])}
+    for path in give_tokens_scales_(model, open_ones, cosine):
+        open_ones[path]["per_token"] = True
+
+
+def _leaves_open(scheme: Mapping[str, Any]) -> bool:
+    one = from_description(scheme)
+    return isinstance(one, DynamicInt8) and one.per_token is None
+
+
 def _layer_forms(model: nn.Module, layers: Mapping[str, Scheme], weights: Weights) -> dict[str, nn.Module]:
     """The forms of layers outside of units. Layers that share a weight (and, by the plan, a scheme) share its codes."""
     made: dict[str, nn.Module] = {}
@@ -293,6 +314,13 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
             "Quantize for it with StaticInt8(reduce_range=True).",
             stacklevel=2,
         )
+    layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
+    if needs_reduced_range() and any(isinstance(one, DynamicInt8) and not one.reduce_range for one in layers.values()):
+        warnings.warn(
+            "The int8_dynamic weights have 8 bits, with which products overflow on a CPU without VNNI, such as this "
+            "one: they are rounded to 7 bits here. DynamicInt8(reduce_range=True) does so from the float weights.",
+            stacklevel=2,
+        )
     for part in (*record["units"], *record["layers"]):
         module = _unit_module(model, part["path"])
         if (shapes := part.get("shapes", _shapes_of(module))) != _shapes_of(module):
@@ -303,7 +331,6 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
         forget_(model)
         return
     units = [Unit.from_description(unit) for unit in record["units"]]
-    layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
     prepare_(model, Plan(units, layers, dict(record["floats"])), scheme, training=record["training"])
     if record["form"] == "converted":
         convert_(model)

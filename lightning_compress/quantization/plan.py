@@ -273,6 +273,17 @@ def summary(record: Mapping[str, Any]) -> str:
     return "; ".join(f"{named(paths)} ({way})" for way, paths in ways.items())
 
 
+def per_token_line(record: Mapping[str, Any]) -> str:
+    """Which dynamic layers have a scale for each token; empty if none has."""
+    paths = [layer["path"] for layer in record.get("layers", ()) if layer["scheme"].get("per_token")]
+    if not paths:
+        return ""
+    return (
+        f"{named(paths)}: a scale for each token, with outlier columns in float, where one scale for all activations "
+        "loses too much; this takes longer, and DynamicInt8(per_token=False) leaves it out"
+    )
+
+
 def explain(record: Mapping[str, Any]) -> list[str]:
     """What stays float, and what has a form that users should know of: a line for each reason.
 
@@ -296,13 +307,18 @@ def explain(record: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{named(paths)}: weights are stored in {bits} bits and computed with in float; this is smaller, not faster"
         )
+    if line := per_token_line(record):
+        lines.append(line)
     if len(record["units"]) >= _MANY and record["units"][0]["flow"] == "fx":
         lines.append(
             f"quantized in {len(record['units'])} pieces, with activations rounded at each border; flow='pt2e' may "
             "take it whole, and int8_dynamic keeps the outputs of linear layers in float"
         )
     if any(unit["flow"] == "pt2e" for unit in record["units"]):
-        lines.append("flow pt2e: compiled by inductor at the first call with each new shape, which takes a while")
+        lines.append(
+            "flow pt2e: compiled by inductor at the first call with each new shape, which takes a while; not timed "
+            "against float"
+        )
     return lines
 
 

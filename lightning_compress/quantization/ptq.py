@@ -23,7 +23,7 @@ from lightning_compress.probe import data_feed, is_own, make_probe, to_module, u
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calibrate import evaluating
 from lightning_compress.quantization.plan import explain, summary
-from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator
+from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator, time_against_float
 from lightning_compress.quantization.quantize import Recipe, own_parameters_, quantize_
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.quantization.side_by_side import FloatTwin
@@ -86,6 +86,7 @@ class PostTrainingQuantization(Callback):
         self.compare = compare
         self.quantized_model: pl.LightningModule | None = None
         self._twin: FloatTwin | None = None
+        self._floats: pl.LightningModule | None = None
         self._ours = False
         self._modes: dict[Any, bool] = {}
         self._notes: list[str] = []
@@ -128,6 +129,7 @@ class PostTrainingQuantization(Callback):
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        self._time(trainer, batch)
         if self._twin is not None:
             loop = trainer.test_loop if trainer.testing else trainer.validate_loop
             several = getattr(loop, "_is_sequential", True) and loop.num_dataloaders > 1
@@ -152,6 +154,11 @@ class PostTrainingQuantization(Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._quantize(trainer, pl_module)
 
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._time(trainer, batch)
+
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         forms.refuse_adapted(pl_module)
         if forms.form_of(pl_module) == "converted":
@@ -165,6 +172,7 @@ class PostTrainingQuantization(Callback):
             shared = self.recipe.only_read(pl_module)
             probe = make_probe(trainer, pl_module, shared)
             way = self._quantize_copy(trainer, pl_module, probe)
+            self._floats = make_probe(trainer, pl_module, list(pl_module.parameters()))
             forms.transplant_(pl_module, probe)
             own_parameters_(probe, shared)
         self._ours = True
@@ -179,18 +187,29 @@ class PostTrainingQuantization(Callback):
 
     def _quantize_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: pl.LightningModule) -> str:
         """Quantize ``probe``, a copy of the module; returns what is to be said of the way that batches took."""
-        if not self.recipe.calibrates:
+        if not self.recipe.calibrates and not (self.recipe.looks and _offers_calibration(trainer, pl_module)):
             with evaluating(probe):
                 quantize_(probe, self.recipe, None, ())
             return ""
         loader = _calibration_loader(trainer, pl_module)
-        stage = "test" if trainer.testing else "validation" if trainer.validating else "predict"
-        feed = data_feed(trainer, probe, stage)
+        feed = data_feed(trainer, probe, _stage(trainer))
         found = _calibration_batches(loader, trainer, probe, self.recipe.calibration_batches)
         with evaluating(probe), _generators_kept(loader), closing(found):
             batches = feed.choose(probe, found)
             quantize_(probe, self.recipe, next(batches, None), batches, feed)
         return f"; {feed}"
+
+    def _time(self, trainer: pl.Trainer, batch: Any) -> None:
+        """Say if the first batch takes longer than in float; both forms are copies."""
+        floats, self._floats = self._floats, None
+        if floats is None or self.quantized_model is None:
+            return
+        with torch.inference_mode(False), isolate_rng():
+            quantized = make_probe(trainer, self.quantized_model)
+            line = time_against_float(trainer, floats, quantized, batch, _stage(trainer))
+        if line:
+            self._notes.append(line)
+            rank_zero_info(f"{type(self).__name__}: {line}.")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore(pl_module, self.keep)
@@ -199,7 +218,7 @@ class PostTrainingQuantization(Callback):
         self._restore(pl_module)
 
     def _restore(self, pl_module: pl.LightningModule, keep: bool = False) -> None:
-        self._twin = None
+        self._twin = self._floats = None
         if self._ours:
             if not keep:
                 forms.revert_(pl_module, "float")
@@ -209,11 +228,20 @@ class PostTrainingQuantization(Callback):
         structure.detach(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**without_logging(self), "_modes": {}, "_twin": None, "quantized_model": None}
+        return {**without_logging(self), "_modes": {}, "_twin": None, "_floats": None, "quantized_model": None}
 
     def report_notes(self) -> list[str]:
         """Lines for the report: which layers stay float and why, and what makes nothing faster."""
         return self._notes
+
+
+def _stage(trainer: pl.Trainer) -> str:
+    return "test" if trainer.testing else "validation" if trainer.validating else "predict"
+
+
+def _offers_calibration(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    sources = (getattr(trainer, "datamodule", None), pl_module)
+    return any(getattr(source, "calibration_dataloader", None) is not None for source in sources)
 
 
 def _calibration_batches(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_compress import structure
 from lightning_compress.callback import (
@@ -18,12 +19,13 @@ from lightning_compress.callback import (
 )
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.messages import in_short, named
-from lightning_compress.probe import look
+from lightning_compress.probe import look, make_probe, shape_feed
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import CallLog, record_calls
 from lightning_compress.quantization.layers.plan import check_overrides
 from lightning_compress.quantization.plan import explain, make_plan, summary
-from lightning_compress.quantization.schemes import GPTQ, Scheme, StaticInt8, WeightOnly, describe, resolve
+from lightning_compress.quantization.schemes import GPTQ, Packed, Scheme, StaticInt8, WeightOnly, describe, resolve
+from lightning_compress.quantization.slower import slower_than_float
 from lightning_compress.quantization.traced import Traced
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window
@@ -101,6 +103,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self.convert = convert
         self._notes: list[str] = []
         self._modes: dict[Any, bool] = {}
+        self._batch: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         from lightning_compress.quantization.ptq import PostTrainingQuantization
@@ -148,6 +151,7 @@ class QuantizationAwareTraining(CompressionCallback):
             if all(other.has_settled() for other in others):
                 self._prepare(trainer, pl_module, batch, batch_idx)
         self._freeze(pl_module)
+        self._batch = batch
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         log = CallLog()
@@ -176,12 +180,27 @@ class QuantizationAwareTraining(CompressionCallback):
             forms.quantized_like_(averaged, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.convert:
+        if self.convert and forms.form_of(pl_module) == "prepared":
+            floats = make_probe(trainer, pl_module, list(pl_module.parameters()))
+            forms.revert_(floats, "float")
             convert_prepared_(pl_module)
+            self._time(trainer, pl_module, floats)
         if forms.form_of(pl_module) == "float":
             rank_zero_warn(
                 "QuantizationAwareTraining: the fit ended before the window began; the model is still float."
             )
+
+    def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule, floats: pl.LightningModule) -> None:
+        """Say if the last batch of the training takes longer than in float; both forms are copies."""
+        batch, self._batch = self._batch, None
+        int8 = not all(isinstance(one, Packed) for one in (self.scheme, *self._overrides.values()))
+        if batch is None or (int8 and pl_module.device.type != "cpu"):
+            return
+        with torch.no_grad(), isolate_rng():
+            line = time_against_float(trainer, floats, make_probe(trainer, pl_module), batch, "validation")
+        if line:
+            self._notes.append(line)
+            rank_zero_info(f"{type(self).__name__}: {line}.")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._convert_loaded(pl_module)
@@ -208,9 +227,10 @@ class QuantizationAwareTraining(CompressionCallback):
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)
         self._modes = {}
+        self._batch = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_modes": {}}
+        return {**super().__getstate__(), "_modes": {}, "_batch": None}
 
     def unfinished(self) -> str:
         return "observers and BatchNorm may not have been frozen. Shorten the window, or train longer."
@@ -224,6 +244,26 @@ def convert_prepared_(pl_module: pl.LightningModule) -> None:
     if forms.form_of(pl_module) == "prepared":
         with torch.inference_mode(False), torch.no_grad():
             forms.convert_(pl_module)
+
+
+def time_against_float(
+    trainer: pl.Trainer, floats: pl.LightningModule, quantized: pl.LightningModule, batch: Any, stage: str
+) -> str:
+    """A line for the log and the report if a batch takes longer in the quantized copy than in the float one.
+
+    Args:
+        trainer: that runs the module.
+        floats: a copy whose steps can be run, see `make_probe`.
+        quantized: likewise.
+        batch: on the module's device.
+        stage: ``test``, ``validation`` or ``predict``: that step comes first.
+    """
+    feed = shape_feed(trainer, floats, stage, train=True)
+    try:
+        feed.choose(floats, iter([batch]))
+    except CompressionError:  # nothing runs, and nothing can be timed
+        return ""
+    return slower_than_float(floats, quantized, feed, batch, fixed_rounds=trainer.world_size > 1)
 
 
 def refuse_accelerator(trainer: pl.Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -15,19 +16,32 @@ from torch.fx import GraphModule
 
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.inputs import run_example, run_step, way_without_trainer
+from lightning_compress.quantization.agreement import least_cosine, outer_outputs
 from lightning_compress.quantization.calibrate import calibrate, evaluating, leaving_no_trace
 from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, record_calls
 from lightning_compress.quantization.equalize import adjust_
 from lightning_compress.quantization.flows import FLOWS, load
-from lightning_compress.quantization.forms import convert_, forget_, form_of, prepare_, refuse_adapted
+from lightning_compress.quantization.forms import (
+    convert_,
+    decide_per_token_,
+    forget_,
+    form_of,
+    prepare_,
+    record_of,
+    refuse_adapted,
+)
 from lightning_compress.quantization.hessians import calibrated_weights
 from lightning_compress.quantization.layers.plan import Overrides, Weights, check_overrides, packable
-from lightning_compress.quantization.plan import make_plan
-from lightning_compress.quantization.schemes import GPTQ, Packed, Scheme, StaticInt8, resolve
+from lightning_compress.quantization.plan import make_plan, per_token_line
+from lightning_compress.quantization.schemes import GPTQ, DynamicInt8, Packed, Scheme, StaticInt8, resolve
 from lightning_compress.quantization.signature import canonical
+from lightning_compress.quantization.slower import slower_than_float
 from lightning_compress.quantization.unit import Unit
 from lightning_compress.random_state import random_state_kept
 from lightning_compress.targets import Targets, compressible_modules
+from lightning_compress.undisturbed import device_of
+
+_logger = logging.getLogger("lightning_compress")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -83,7 +97,18 @@ def quantize(
             quantize_(twin, recipe, first, batches, run)
         forget_(twin)
         own_parameters_(twin, shared)
+        _say(model, twin, first)
     return twin
+
+
+def _say(model: nn.Module, quantized: nn.Module, batch: Any) -> None:
+    """Log what a user would not expect: layers that need more than their scheme's default, and a form that is slow."""
+    lines = [line for line in [per_token_line(record_of(quantized) or {})] if line]
+    if batch is not None and device_of(model) == device_of(quantized):
+        floats = copy_module(model, list(model.parameters()))
+        lines += [line for line in [slower_than_float(floats, quantized, run_step, batch)] if line]
+    if lines:
+        _logger.warning("\n  ".join(["quantize:", *lines]))
 
 
 def own_parameters_(model: nn.Module, shared: Collection[nn.Parameter]) -> None:
@@ -128,6 +153,7 @@ class Recipe:
         self.calibration_batches = calibration_batches
         schemes = (self.scheme, *self.overrides.values())
         self.calibrates = [one for one in schemes if isinstance(one, StaticInt8 | GPTQ)]
+        self.looks = any(isinstance(one, DynamicInt8) and one.per_token is None for one in schemes)
         self.needs_cpu = not all(isinstance(one, Packed) for one in schemes)
 
     def only_read(self, model: nn.Module) -> list[nn.Parameter]:
@@ -162,10 +188,11 @@ def quantize_(
         raise invalid("calibration", f"be given for {recipe.calibrates[0].name}", None, remedy)
     if isinstance(scheme, StaticInt8):
         _check_float32(model)
-    if first is not None:
-        log = dry_run(model, copy_tensors(first), run, keep_inputs=isinstance(scheme, StaticInt8))
-    elif getattr(model, "example_input_array", None) is not None:
-        log = dry_run(model, None, lambda model, _: run_example(model), keep_inputs=False)
+    with outer_outputs(model) as expected:
+        if first is not None:
+            log = dry_run(model, copy_tensors(first), run, keep_inputs=isinstance(scheme, StaticInt8))
+        elif getattr(model, "example_input_array", None) is not None:
+            log = dry_run(model, None, lambda model, _: run_example(model), keep_inputs=False)
     plan = make_plan(model, log, scheme, recipe.targets, recipe.overrides, recipe.flow, training=False)
     if isinstance(scheme, StaticInt8) and log is not None:
         plan.units = [_adjusted(model, unit, log, scheme) for unit in plan.units]
@@ -180,7 +207,13 @@ def quantize_(
         calibrate(model, batches, recipe.calibration_batches, run)
     convert_(model, weights)
     if first is not None:
-        _check_runs(model, first, run)
+
+        def cosine() -> float:
+            with outer_outputs(model) as got:
+                _check_runs(model, first, run)
+            return least_cosine(expected, got)
+
+        decide_per_token_(model, cosine)
 
 
 def _check_float32(model: nn.Module) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,21 +65,31 @@ class StaticInt8(Scheme):
 
 @dataclass(frozen=True)
 class DynamicInt8(Scheme):
-    """8-bit weights; activations are quantized as they come. Linear, LSTM, GRU and attention layers.
+    """8-bit weights; activations are quantized to 8 bits as they come. Linear, LSTM, GRU and attention layers.
 
-    Weights symmetric with a scale for each output channel. A row ``x`` of activations is divided by its own largest
-    magnitude first, so an outlier costs only its own token precision.
+    Weights symmetric with a scale for each output channel. All activations of a call share one scale, which is fast;
+    or each token has its own, and columns of outliers are multiplied in float, which is slower and more exact.
 
     Args:
-        reduce_range: 7-bit activations for CPUs that lack VNNI; None asks this CPU. (Weights keep 8 bits: the outliers
-            are multiplied with them.)
+        per_token: a scale for each token and outlier columns in float, in linear and attention layers. None decides
+            for each layer by a batch, where there is one: only layers whose outputs are far off without.
+        reduce_range: 7-bit weights, without which CPUs that lack VNNI overflow in int8 products; None asks this CPU.
+            Weights that were stored in 8 bits are rounded to 7 where a CPU needs it.
+
+    Raises:
+        CompressionError: ``per_token`` is neither a boolean nor None.
 
     References:
-        Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), section 2.1 (row-wise scales).
+        Dettmers et al., "LLM.int8()", 2022 (arXiv:2208.07339), sections 2.1 (row-wise scales) and 3.2 (outliers).
     """
 
+    per_token: bool | None = None
     reduce_range: bool | None = None
     name = "int8_dynamic"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.per_token, bool | None):
+            raise invalid("per_token", "be true, false or none", self.per_token)
 
 
 class Packed(Scheme):
@@ -234,7 +246,23 @@ def needs_reduced_range(engine: str = "x86") -> bool:
     ``2 * 255 * 127`` exceeds 32767, with weights of 7 bits ``2 * 255 * 64`` does not.
     """
     supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    return engine != "qnnpack" and (supported is None or not supported())
+    # The kernel is asked too: settings such as ONEDNN_MAX_CPU_ISA can keep it from what the CPU has.
+    return engine != "qnnpack" and (supported is None or not supported() or _kernel_overflows(engine))
+
+
+@cache
+def _kernel_overflows(engine: str) -> bool:
+    before = torch.backends.quantized.engine
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        warnings.simplefilter("ignore")  # torch announces the end of its quantized tensors
+        try:
+            torch.backends.quantized.engine = engine
+            weight = torch._make_per_tensor_quantized_tensor(torch.full((1, 2), 127, dtype=torch.int8), 1.0, 0)
+            packed = torch.ops.quantized.linear_prepack(weight, None)
+            total = torch.ops.quantized.linear_dynamic(torch.full((1, 2), 255.0), packed, False).item()
+        finally:
+            torch.backends.quantized.engine = before
+    return bool(total < 0.99 * 2 * 255 * 127)
 
 
 def describe(scheme: Scheme) -> dict[str, Any]:
@@ -253,7 +281,7 @@ def from_description(description: Mapping[str, Any]) -> Scheme:
 
     Example:
         >>> from_description(describe(DynamicInt8(reduce_range=True)))
-        DynamicInt8(reduce_range=True)
+        DynamicInt8(per_token=None, reduce_range=True)
     """
     fields = {name: value for name, value in description.items() if name not in ("class", "name")}
     kind = description["class"]

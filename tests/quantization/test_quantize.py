@@ -124,9 +124,22 @@ def test_static_against_the_formula_by_hand() -> None:
 
 def test_dynamic_against_the_formula_by_hand() -> None:
     torch.manual_seed(0)
+    linear, x = nn.Linear(32, 8), torch.rand(64, 32) * 4 - 1
+    scale = linear.weight.detach().abs().amax(1, keepdim=True) / (63 if needs_reduced_range() else 127)
+    weight = (linear.weight.detach() / scale).round() * scale
+    step = (x.max() - x.min()) / 255
+    zero = (-x.min() / step).round()
+    expected = F.linear(((x / step + zero).round() - zero) * step, weight, linear.bias.detach())
+    got = quantize(nn.Sequential(linear), DynamicInt8())(x)
+    assert (got - expected).abs().max() < 2 * step * weight.abs().max()  # a tie may round either way
+    assert (got - F.linear(x, weight, linear.bias)).abs().max() > 2 * step * weight.abs().max()
+
+
+def test_dynamic_per_token_against_the_formula_by_hand() -> None:
+    torch.manual_seed(0)
     linear = nn.Linear(32, 8)
     x = torch.randn(16, 32) * torch.logspace(-3, 3, 16)[:, None]
-    int8 = quantize(nn.Sequential(linear), DynamicInt8())
+    int8 = quantize(nn.Sequential(linear), DynamicInt8(per_token=True))
     expected = F.linear(x, linear.weight, linear.bias).detach()
     # Each token by itself is right, however different their magnitudes are.
     for row_, want in zip(int8(x), expected, strict=True):
@@ -146,7 +159,8 @@ def test_dynamic_survives_outliers_that_destroy_torchs_own() -> None:
     x[:, ::4, :3] *= 40
     with torch.no_grad():
         expected = model(x)
-        ours = quantize(model, "int8_dynamic", calibration=[x])(x)
+        ours = quantize(model, DynamicInt8(per_token=True))(x)
+        chosen = quantize(model, "int8_dynamic", calibration=[x])(x)
         # torch's own breaks the fused evaluation path, which reads weights that are functions by then.
         torchs = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
         torchs[0].activation_relu_or_gelu = 0
@@ -157,6 +171,7 @@ def test_dynamic_survives_outliers_that_destroy_torchs_own() -> None:
 
     assert cosine(ours) >= 0.99
     assert cosine(theirs) < cosine(ours)
+    assert F.cosine_similarity(chosen.flatten(), expected.flatten(), dim=0) >= 0.985
 
 
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])

@@ -27,7 +27,7 @@ class DynamicRecurrent(nn.Module):
 
     Args:
         layer: float, on any device; it isn't changed.
-        reduce_range: 7-bit activations, for CPUs without VNNI.
+        reduce_range: 7-bit weights, for CPUs without VNNI.
 
     Example:
         >>> lstm = nn.LSTM(8, 16, batch_first=True)
@@ -45,7 +45,6 @@ class DynamicRecurrent(nn.Module):
         super().__init__()
         self.mode, self.hidden_size, self.num_layers = layer.mode, layer.hidden_size, layer.num_layers
         self.bidirectional, self.batch_first = layer.bidirectional, layer.batch_first
-        self.reduce_range = reduce_range
         self.used: frozenset[str] = frozenset()
         """Names of the float layer's tensors that it takes the place of."""
         # In the kernel's order: by layer, forward before reverse. These layers only hold weights, they aren't called.
@@ -131,7 +130,7 @@ class DynamicRecurrent(nn.Module):
         for index, (inputs, states) in enumerate(zip(ih, hh, strict=True)):
             kernels = [_half(inputs) if index < unquantized else inputs.pack(_bias(inputs)), states.pack(_bias(states))]
             cell = torch.ops.quantized.make_quantized_cell_params_dynamic
-            cells.append(cell(*kernels, _bias(inputs), _bias(states), self.reduce_range))
+            cells.append(cell(*kernels, _bias(inputs), _bias(states), False))
         return cells
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
