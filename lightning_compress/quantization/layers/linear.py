@@ -68,13 +68,14 @@ class DynamicLinear(nn.Module):
         else:
             if "bias" not in self._packed:
                 self._packed["bias"] = self.pack(self.bias)  # once the weights have been loaded
-            product = torch.ops.quantized.linear_dynamic(rows, self._packed["bias"])
-        return product.view(*x.shape[:-1], len(self.scale)).to(x.dtype)
+            product = torch.ops.quantized.linear_dynamic.default(rows, self._packed["bias"])
+        return product.view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
     def _fits_one_scale(rows: Tensor) -> bool:
         low, high = torch.aminmax(rows)
-        return _LEAST <= max(high.item(), 0.0) - min(low.item(), 0.0) <= _MOST
+        spread: float = max(high.item(), 0.0) - min(low.item(), 0.0)
+        return _LEAST <= spread <= _MOST
 
     def _by_rows(self, rows: Tensor) -> Tensor:
         if "no bias" not in self._packed:
