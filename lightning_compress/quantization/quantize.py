@@ -97,17 +97,19 @@ def quantize(
             quantize_(twin, recipe, first, batches, run)
         forget_(twin)
         own_parameters_(twin, shared)
-        _say(model, twin, recipe, first)
+        _say(model, twin, recipe, first, run)
     return twin
 
 
-def _say(model: nn.Module, quantized: nn.Module, recipe: Recipe, batch: Any) -> None:
+def _say(
+    model: nn.Module, quantized: nn.Module, recipe: Recipe, batch: Any, run: Callable[[nn.Module, Any], Any]
+) -> None:
     """Log what a user would not expect: layers that need more than their scheme's default, and a form that is slow."""
     found = per_token_line(record_of(quantized) or {})
     lines = [found] if found and recipe.looks else []
     if batch is not None and device_of(model) == device_of(quantized):
         floats = copy_module(model, list(model.parameters()))
-        lines += [line for line in [slower_than_float(floats, quantized, run_step, batch)] if line]
+        lines += [line for line in [slower_than_float(floats, quantized, run, batch)] if line]
     if lines:
         _logger.warning("\n  ".join(["quantize:", *lines]))
 
