@@ -7,7 +7,6 @@ run for weights-only saves too, and on load before the weights, with the whole c
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -19,6 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_compress.channels import widths
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.hyperparameters import plain_modules_
+from lightning_compress.inert import read_inert
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import copy_module
 
@@ -29,6 +30,8 @@ STATES = ("state_dict", "current_model_state")
 
 _ADDED = {"prepared": "observers", "adapted": "adapters"}
 """Where an entry holds what such a form adds to the user's keys; of adapters, for each of a checkpoint's states."""
+
+_REMEDY = "Save tensors and plain data: torch.save(model.state_dict(), path)."
 
 _RESTORED = "_restored_callback_states"
 
@@ -88,7 +91,9 @@ def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
             checkpoint.pop("averaging_state", None)
     if "callbacks" not in checkpoint:
         entry["callbacks"] = {key: callback.state_dict() for key, callback in callbacks.items()}
-    checkpoint[ENTRY] = entry
+    plain_modules_(checkpoint, module)
+    if callbacks or entry.keys() - {"version", "callbacks"}:
+        checkpoint[ENTRY] = entry
 
 
 def _once(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -265,20 +270,22 @@ def load_compressed(path: str, model: Model) -> Model:
     fit needs of our callbacks' state (masks) waits on the model for the next fit with such a callback.
 
     Args:
-        path: a Lightning checkpoint, ``save_weights_only`` included, or a plain state dict; read with
-            ``weights_only=True``.
+        path: a Lightning checkpoint, ``save_weights_only`` included, or a plain state dict. No code in it is run:
+            where it also holds objects of other classes, such as a network among the hyperparameters, these are left
+            out, and named in a warning.
         model: the module as its constructor makes it. It is changed in place and returned.
 
     Raises:
         CompressionError: the file can't be read, or doesn't fit; the model is unchanged then.
     """
     try:
-        with warnings.catch_warnings():
-            # torch warns of its own storages and kinds of tensors whenever it reads a quantized one.
-            warnings.filterwarnings("ignore", message=".*(TypedStorage|quantize_per_tensor).*")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint, left_out = read_inert(path, "load_compressed")
     except Exception as error:  # torch.load raises a dozen types, by file format
         raise invalid("path", "be a readable checkpoint", str(path), f"{type(error).__name__}: {error}") from error
+    for place, kind in left_out.items():
+        if place.partition(".")[0] in ("", ENTRY, *STATES):
+            must = "hold weights that can be read without running code from the file"
+            raise invalid("path", must, str(path), f"`{place or 'its content'}` is of class {kind}. {_REMEDY}")
     if isinstance(checkpoint, dict) and checkpoint and all(isinstance(one, Tensor) for one in checkpoint.values()):
         checkpoint = {"state_dict": checkpoint}
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
+from lightning_compress import structure
 from lightning_compress.callback import refuse_strategy
 from lightning_compress.distillation.check import closeness
 from lightning_compress.distillation.features import drop_taps_, find_layer
@@ -159,6 +160,7 @@ class Distillation(Teaching):
         self.objective.taps.find(student)
         self.objective.teacher.taps.find(teacher)
         self.objective.teacher.load_once()
+        structure.attach(pl_module)  # hyperparameters may hold what is tapped
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         student = self._scope(pl_module)
@@ -225,6 +227,7 @@ class Distillation(Teaching):
         unwrap_step_(pl_module)
         self._call.detach()
         self.objective.detach(pl_module)
+        structure.detach(pl_module)
         self._serves = None
 
     def state_dict(self) -> dict[str, Any]:

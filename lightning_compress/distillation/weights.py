@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import invalid
+from lightning_compress.inert import read_inert
 
 
 def load_weights_(module: nn.Module, path: str) -> None:
@@ -22,7 +21,7 @@ def load_weights_(module: nn.Module, path: str) -> None:
 
     Args:
         module: The model whose weights are replaced.
-        path: A file that ``torch.load(weights_only=True)`` reads.
+        path: Of the file. No code in it is run; objects that aren't weights are left out.
 
     Raises:
         CompressionError: If the file can't be read, no prefix fits, several do, or a shape differs. Nothing is
@@ -56,12 +55,12 @@ def load_weights_(module: nn.Module, path: str) -> None:
 def _read(path: str) -> dict[str, Any]:
     remedy = "Save the teacher's weights alone: torch.save(teacher.state_dict(), path)."
     try:
-        content = torch.load(os.fspath(path), map_location="cpu", weights_only=True)
+        content, _ = read_inert(os.fspath(path), "teacher_checkpoint")
     except FileNotFoundError:
         raise invalid("teacher_checkpoint", "be an existing file", path) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch.load raises a dozen types, by file format
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        must = "be readable by `torch.load(weights_only=True)`"
+        must = "be readable as a checkpoint of torch"
         raise invalid("teacher_checkpoint", must, path, f"{reason} {remedy}") from error
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization import flows
 from lightning_compress.quantization.adapters import LowRank, adapt_, merge_
 from lightning_compress.quantization.calls import is_at_or_below, is_below
 from lightning_compress.quantization.flows.weight_only import fake_quantized, trained_weight, why_float
@@ -113,6 +112,7 @@ def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) ->
         share_buffers(traced, module)
         built.append((module, traced))
     for module, traced in built:
+        traced.take_qconfigs_(module)
         route_(module, traced)
         traced.keep_frozen_batchnorm_()
     for path, one in trained_in_few_bits(model, plan).items() if training else ():
@@ -159,7 +159,7 @@ def convert_(model: nn.Module, weights: Weights = MappingProxyType({})) -> None:
     for path in (unit["path"] for unit in record["units"]):
         traced = _unit_module(model, path)._modules[CHILD]
         assert isinstance(traced, Traced) and isinstance(scheme, StaticInt8)
-        graph = flows.load(traced.flow).convert(traced.graph, scheme)
+        graph = traced.converted(scheme)
         for layer in [layer for layer in layers if is_below(layer, path)]:
             # What a unit leaves in float was copied into its int8 form, where it is quantized in turn.
             leaf: Any = graph.get_submodule(layer.removeprefix(path).lstrip("."))

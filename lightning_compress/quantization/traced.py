@@ -7,6 +7,7 @@ traced form. So the keys and the order of the user's parameters never change, an
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -50,6 +51,7 @@ class Traced(nn.Module):
         self._observing: bool | None = None
         # (module in the graph, buffer, module in the parent, buffer): the same tensor, seen from both.
         self.shared_buffers: list[tuple[nn.Module, str, nn.Module, str]] = []
+        self._qconfigs: list[tuple[nn.Module, Any]] = []
 
     def forward(self, *tensors: Tensor) -> Any:
         observe = self.calibrating or (self.training and not self.observers_frozen)
@@ -71,10 +73,28 @@ class Traced(nn.Module):
         return twin
 
     def __reduce__(self) -> Any:
+        # At the start of each run Lightning pickles every hyperparameter, only to drop from `hparams` what fails. What
+        # it writes into files later is made plain beforehand, so a module of these must not fail here.
+        if sys._getframe(1).f_code.co_name == "is_picklable":
+            return nn.Identity, ()
         raise CompressionError(
             "A quantized model can't be pickled: torch's traced form can't. Save it with trainer.save_checkpoint(path) "
-            "and load it with load_compressed(path, model)."
+            "or save_compressed(model, path), and load it with load_compressed(path, model)."
         )
+
+    def take_qconfigs_(self, parent: nn.Module) -> None:
+        """Take off the parent's modules what upstream leaves on them, which can't be pickled."""
+        self._qconfigs = [(inner, vars(inner).pop("qconfig")) for inner in parent.modules() if "qconfig" in vars(inner)]
+
+    def converted(self, scheme: Any) -> Any:
+        """The graph in int8; the one that is prepared is left as it is."""
+        for inner, qconfig in self._qconfigs:
+            vars(inner)["qconfig"] = qconfig
+        try:
+            return flows.load(self.flow).convert(self.graph, scheme)
+        finally:
+            for inner, _ in self._qconfigs:
+                del vars(inner)["qconfig"]
 
     def keep_frozen_batchnorm_(self) -> None:
         """A BatchNorm that the user had put into evaluation mode stays so when it was fused."""
@@ -168,8 +188,6 @@ def unroute_(module: nn.Module) -> None:
     """Take the traced form away again; the module computes as it was written."""
     restore_aside_(module)
     module.__dict__.pop("forward", None)
-    for inner in module.modules():
-        inner.__dict__.pop("qconfig", None)
 
 
 def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | None) -> None:
@@ -226,8 +244,27 @@ def all_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 def children_aside(module: nn.Module) -> dict[str, nn.Module]:
     """The children of a module that were set aside, by name."""
-    held: dict[str, nn.Module | None] = (vars(module).get(_ASIDE) or {}).get("_modules", {})
+    held: dict[str, nn.Module | None] = (set_aside_of(module) or {}).get("_modules", {})
     return {name: child for name, child in held.items() if child is not None and name not in module._modules}
+
+
+def set_aside_of(module: nn.Module) -> dict[str, Any] | None:
+    """What `set_aside_` kept of a module, if it hasn't been forgotten."""
+    aside: dict[str, Any] | None = vars(module).get(_ASIDE)
+    return aside
+
+
+def has_forgotten(module: nn.Module) -> bool:
+    """Whether a module was set aside, and isn't kept any more."""
+    return vars(module).get(_ASIDE, module) is None
+
+
+def parameters_aside(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that were set aside, of the module and of its children aside."""
+    aside = set_aside_of(module) or {}
+    held = [*aside.get("_parameters", {}).values()]
+    held += [found for child in children_aside(module).values() for found in child.parameters()]
+    return [parameter for parameter in held if parameter is not None]
 
 
 def drop_aside_(module: nn.Module) -> bool:
