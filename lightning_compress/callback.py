@@ -22,7 +22,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -248,7 +247,7 @@ def refuse_strategy(trainer: pl.Trainer, name: str) -> None:
 
 def rebuild_ddp(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Let the DDP wrapper find parameters and buffers as they are now, on all ranks at the same batch."""
-    strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+    strategy: Any = trainer.strategy
+    if isinstance(strategy.model, DistributedDataParallel) and hasattr(strategy, "configure_ddp"):
         strategy.model = pl_module
         strategy.configure_ddp()

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import io
 import pickle
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -70,14 +70,15 @@ def plain_modules_(checkpoint: dict[str, Any], module: Any) -> None:
         CompressionError: a module's float form is gone, and Lightning has kept no copy of it.
     """
     modules = list(dict.fromkeys(all_modules(module)))
-    aside = {id(inner) for outer in modules for child in children_aside(outer).values() for inner in child.modules()}
-    marked = [inner for inner in modules if CHILD in inner._modules or id(inner) in aside or any(_ours(inner))]
-    memo = _memo(module, modules, marked)
-    for key in checkpoint.keys() - set(_TENSORS_ALONE):
-        if _reaches(checkpoint[key], marked):
-            kept = _with_known_modules(key, checkpoint[key], module, memo)
-            checkpoint[key] = copy.deepcopy(kept, memo)
-    for inner in marked:
+    aside = {child for outer in modules for child in children_aside(outer).values()}
+    tops = [inner for inner in modules if inner in aside or CHILD in inner._modules or any(_ours(inner))]
+    marked = list(dict.fromkeys(inner for top in tops if top is not module for inner in all_modules(top)))
+    memo = _memo(module, modules, [module, *marked])
+    keys = [key for key in checkpoint.keys() - set(_TENSORS_ALONE) if _reaches(checkpoint[key], [module, *marked])]
+    if keys:
+        kept = {key: _with_known_modules(key, checkpoint[key], module, memo) for key in keys}
+        checkpoint.update(_copied(kept, [module, *marked], memo))
+    for inner in (module, *marked):
         if id(inner) in memo:
             _strip_(memo[id(inner)])
 
@@ -93,13 +94,13 @@ def _with_known_modules(key: str, value: Any, module: Any, memo: dict[int, Any])
     initial = getattr(module, "_hparams_initial", {}) if key == "hyper_parameters" else {}
     kept = dict(value) if isinstance(value, dict) else {key: value}
     for name in [name for name, part in kept.items() if _reaches(part, forgotten)]:
-        if name not in initial:
+        if name not in initial or _reaches(initial[name], forgotten):
             raise CompressionError(
                 f"`checkpoint[{key!r}]` must hold no module whose float form is gone. Received: one in {name!r}. Keep "
                 f"it out of the file: self.save_hyperparameters(ignore=[{name!r}])."
             )
         kept[name] = initial[name]
-        memo |= {id(found): _Zeros(found) for found in _found(initial[name], nn.Parameter)}
+        memo |= {id(found): _Zeros(found) for found in _parameters(initial[name])}
     return kept
 
 
@@ -155,30 +156,45 @@ def _strip_(module: nn.Module) -> None:
 
 
 class _Walk(pickle.Pickler):
-    """Visits what would be written; where ``visit`` returns true it goes no further."""
+    """Goes through what a file would hold, and holds the tensors that it meets, and what else it is to stop at."""
 
-    def __init__(self, visit: Callable[[Any], bool]) -> None:
-        super().__init__(io.BytesIO())
-        self._visit = visit
+    def __init__(self, stop: Callable[[Any], bool]) -> None:
+        self.buffer = io.BytesIO()
+        super().__init__(self.buffer)
+        self.held: dict[int, Any] = {}
+        self._stop = stop
 
     def persistent_id(self, obj: Any) -> Any:
-        return True if self._visit(obj) or isinstance(obj, Tensor) else None
-
-
-def _found(value: Any, wanted: type | Container[int]) -> list[Any]:
-    """What of ``value`` is of a class, or has one of these ids, as far as a file would hold it."""
-    found: list[Any] = []
-
-    def visit(inner: Any) -> bool:
-        if isinstance(inner, wanted) if isinstance(wanted, type) else id(inner) in wanted:
-            found.append(inner)
-            return True
-        return False
-
-    with contextlib.suppress(Exception):  # what can't be pickled is Lightning's to say
-        _Walk(visit).dump(value)
-    return found
+        if not isinstance(obj, Tensor) and not self._stop(obj):
+            return None
+        self.held[id(obj)] = obj
+        return id(obj)
 
 
 def _reaches(value: Any, modules: Iterable[nn.Module]) -> bool:
-    return bool(_found(value, {id(module) for module in modules}))
+    keys = {id(module) for module in modules}
+    walk = _Walk(lambda inner: id(inner) in keys)
+    with contextlib.suppress(Exception):  # what can't be pickled is Lightning's to say
+        walk.dump(value)
+    return not keys.isdisjoint(walk.held)
+
+
+def _parameters(value: Any) -> list[nn.Parameter]:
+    walk = _Walk(lambda inner: False)
+    walk.dump(value)
+    return [found for found in walk.held.values() if isinstance(found, nn.Parameter)]
+
+
+def _copied(value: Any, modules: Iterable[nn.Module], memo: dict[int, Any]) -> Any:
+    """A copy as a file would give it back, of deep copies of ``modules``: containers may copy themselves otherwise."""
+    keys = {id(module) for module in modules}
+    walk = _Walk(lambda inner: id(inner) in keys)
+    walk.dump(value)
+
+    def load(key: int) -> Any:
+        found = walk.held[key]
+        return memo.get(key, found) if isinstance(found, Tensor) else copy.deepcopy(found, memo)
+
+    reader = pickle.Unpickler(io.BytesIO(walk.buffer.getvalue()))
+    reader.persistent_load = load  # type: ignore[method-assign]
+    return reader.load()

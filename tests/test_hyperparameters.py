@@ -161,7 +161,7 @@ def test_nothing_is_written_twice(tmp_path: Path) -> None:
     sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("*.ckpt")}
     weights = 4 * sum(tensor.numel() for tensor in Wide().state_dict().values())
     assert weights < sizes["float"] < 1.5 * weights  # and the observers
-    assert sizes["int8"] < 0.4 * weights
+    assert sizes["int8"] < 0.7 * weights  # with scales, zero points and biases for each of its rows
 
 
 def test_weights_in_few_bits_are_zeros_in_the_network_of_the_file(tmp_path: Path) -> None:
@@ -256,6 +256,25 @@ def test_a_float_form_that_is_gone_is_said(tmp_path: Path) -> None:
     tester.test(loaded, TinyData(), verbose=False)
     with pytest.raises(CompressionError, match=r"float form is gone.*save_hyperparameters\(ignore=\['late'\]\)"):
         tester.save_checkpoint(tmp_path / "b.ckpt")
+
+
+class Container(dict[str, Any]):
+    """Keeps its objects when it is copied, as a configuration of OmegaConf does."""
+
+    def __deepcopy__(self, memo: Any) -> Container:
+        return Container(self)
+
+
+def test_a_container_that_copies_itself_otherwise(tmp_path: Path) -> None:
+    net = Net()
+    module = LitTemplate(net, settings=Container(net=net, layers=[net.body]))
+    trainer = quiet_trainer(callbacks=[QuantizationAwareTraining()])
+    trainer.fit(module, TinyData())
+    trainer.test(module, TinyData(), verbose=False)
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    saved = read(tmp_path / "a.ckpt")["hyper_parameters"]
+    assert type(saved["settings"]) is Container and saved["settings"]["net"] is saved["net"]
+    assert saved["settings"]["layers"][0] is saved["net"].body
 
 
 class DataWithNet(TinyData):

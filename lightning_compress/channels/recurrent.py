@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,14 @@ Recurrent = nn.RNNBase | nn.RNNCellBase
 def opaque(tracer: Tracer, layer: Recurrent) -> Callable[[], None]:
     """Let a recurrent layer run out of the tracer's sight, which is told what its widths are; returns the way back."""
     own = layer.forward
+    signature = inspect.signature(own)
 
-    def forward(input: Any, hx: Any = None) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():
-            out = own(input, hx)
-        _follow(tracer, layer, input, hx, out)
+            out = own(*args, **kwargs)
+        # A subclass may take other arguments too, such as lengths; whether it may be followed so, the trial will tell.
+        given = signature.bind(*args, **kwargs).arguments
+        _follow(tracer, layer, next(iter(given.values()), None), given.get("hx"), out)
         return out
 
     layer.forward = forward
@@ -31,8 +35,8 @@ def opaque(tracer: Tracer, layer: Recurrent) -> Callable[[], None]:
 
 def _follow(tracer: Tracer, layer: Recurrent, x: Any, state: Any, out: Any) -> None:
     data = x.data if isinstance(x, PackedSequence) else x
-    if getattr(layer, "proj_size", 0):
-        tracer.pin((data, list(layer.parameters()), state), f"a projected recurrent state, in {tracer.where()}")
+    if reason := _strange(layer, data, out):
+        tracer.pin((data, list(layer.parameters()), state, out), f"{reason}, in {tracer.where()}")
         return
     hidden = _hidden(tracer, layer, data)
     states = [] if state is None else [state] if isinstance(state, Tensor) else list(state)
@@ -45,6 +49,17 @@ def _follow(tracer: Tracer, layer: Recurrent, x: Any, state: Any, out: Any) -> N
     for one in features:  # that of two directions stands side by side
         width = hidden.repeat(one.shape[-1] // len(hidden))
         tracer.set(one, (spread(one.shape[-1], width, one.dim() - 1, one.dim()),))
+
+
+def _strange(layer: Recurrent, data: Any, out: Any) -> str:
+    """Why a layer can't be followed; empty if it can."""
+    if getattr(layer, "proj_size", 0):
+        return "a projected recurrent state"
+    fits = isinstance(data, Tensor) and data.shape[-1] == layer.input_size
+    widths = [found.shape[-1] for found in tensors_in(out) if found.is_floating_point()]
+    if not fits or not widths or any(width % layer.hidden_size for width in widths):
+        return "a forward that isn't torch's"
+    return ""
 
 
 def _hidden(tracer: Tracer, layer: Recurrent, data: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ def _calibration_batches(
     """Batches as steps get them, with a progress bar."""
     if isinstance(loader, dict | list | tuple) and not _holds_batches(loader):
         loader = CombinedLoader(loader, "max_size_cycle")  # as a fit reads several loaders
-    if isinstance(loader, CombinedLoader):
+    if type(loader).__name__ == "CombinedLoader":  # of either package
         loader = (batch for batch, *_ in loader)
     bar = trainer.progress_bar_callback
     try:
@@ -303,7 +303,7 @@ def _calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> A
 
 
 def _loader(source: Any, name: str) -> Any:
-    if not isinstance(source, pl.LightningDataModule):
+    if isinstance(source, torch.nn.Module):
         return getattr(source, name)()
     # Under `test` only setup("test") has run. Where that made the training data too, a second setup could split anew.
     try:

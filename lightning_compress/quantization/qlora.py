@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_compress import structure
 from lightning_compress.callback import (
@@ -25,6 +24,7 @@ from lightning_compress.callback import (
 )
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.messages import by_reason, in_short, named, they
+from lightning_compress.probe import is_own
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.adapters import LowRank, plan_adapters
 from lightning_compress.quantization.ptq import PostTrainingQuantization
@@ -103,7 +103,7 @@ class QLoRA(Callback):
         self._module = weakref.ref(pl_module)
         if stage != "fit":
             return
-        if is_overridden("setup", pl_module):
+        if is_own(pl_module, "setup"):
             pl_module.__dict__["setup"] = partial(self._after_setup, pl_module)  # it may be what loads the weights
         else:
             self._adapt(pl_module)
