@@ -68,12 +68,11 @@ QUICK = {(kind, "qat") for kind in PROJECTS} | {
     ("autoencoder", "channels"),
     ("metrics", "ptq dynamic"),
 }
+NOISE = "torch's int8 transposed convolution gives a copy other outputs: it must not be used where it does"
 NOT_YET = {
-    (
-        "UNet",
-        kind,
-    ): "torch's int8 transposed convolution gives a copy other outputs: it must not be used where it does"
-    for kind in ("qat", "ptq static")
+    ("UNet", "qat"): NOISE,
+    ("UNet", "ptq static"): NOISE,
+    ("UNet", "distillation"): "it is refused within the first step, which has moved BatchNorm's statistics by then",
 }
 
 
