@@ -4,7 +4,7 @@ The order of a fit, with what a callback of ours does in each hook::
 
     setup                    refuse what can't work, hook into checkpoints
     (checkpoint is loaded)   structure first, then weights, then `load_state_dict`
-    on_fit_start             `begin`: find the targets, check everything
+    on_fit_start             what was given in eval mode trains; `begin`: find the targets, check everything
     on_train_start           fix the window's bounds, watch the optimizers; `act` where the window starts at 0
       on_train_batch_start
         optimizer step       `after_optimizer_step`
@@ -22,7 +22,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -32,6 +32,8 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.optimizers import Cut
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.traced import all_modules
+from lightning_compress.targets import clean_name
+from lightning_compress.training_mode import has_frozen, restore_given_, train_given_, wake_
 from lightning_compress.window import Bounds, Window, fit_length
 
 STATE_VERSION = 1
@@ -98,6 +100,7 @@ class CompressionCallback(Callback):
             self._step, self._bounds = 0, None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        begin_training_mode_(trainer, pl_module, type(self).__name__)
         self.begin(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -111,6 +114,11 @@ class CompressionCallback(Callback):
         if self._step == 0 and self._bounds.start == 0:
             self.act(trainer, pl_module, 0.0)
         self.bring_in_line(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        keep_training_mode_(trainer, pl_module, type(self).__name__, batch_idx)
 
     def _on_optimizer_step(self, optimizer: Optimizer) -> None:
         self._stepped = True
@@ -156,6 +164,7 @@ class CompressionCallback(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        restore_given_(pl_module)
         structure.detach(pl_module)
 
     # State: plain, versioned.
@@ -188,6 +197,39 @@ class CompressionCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**without_logging(self), "_handles": []}
+
+
+def begin_training_mode_(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
+    """Let what was handed over in evaluation mode train, unless it is frozen on purpose, and say so."""
+    _tell_of_modes(name, train_given_(pl_module, _trained_parameters(trainer, pl_module)), "was handed over")
+
+
+def keep_training_mode_(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, batch_idx: int) -> None:
+    """In the first batch of each epoch: let train what was frozen and isn't any more."""
+    # Here, as what unfreezes it may be any hook of the epoch's start.
+    if batch_idx == 0 and has_frozen(pl_module):
+        _tell_of_modes(name, wake_(pl_module, _trained_parameters(trainer, pl_module)), "was frozen until now")
+
+
+def _tell_of_modes(name: str, paths: list[str], why: str) -> None:
+    if paths:
+        shown = ", ".join(f"`{path}`" if path else "the whole module" for path in paths[:5])
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        rank_zero_info(
+            f"{name}: {shown}{more} {why} in evaluation mode, and trains in training mode. What is to stay in "
+            "evaluation mode: freeze its parameters, or put it there in `on_train_start`."
+        )
+
+
+def _trained_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[int]:
+    """Ids of the parameters that are trained, or would be if `QLoRA` hadn't frozen them."""
+    held = {id(one) for optimizer in trainer.optimizers for group in optimizer.param_groups for one in group["params"]}
+    frozen = (forms.record_of(pl_module) or {}).get("frozen", ())
+    return {
+        id(parameter)
+        for name, parameter in pl_module.named_parameters()
+        if (parameter.requires_grad and (not held or id(parameter) in held)) or clean_name(name) in frozen
+    }
 
 
 def training_modes(pl_module: pl.LightningModule) -> dict[Any, bool]:

@@ -193,6 +193,7 @@ class ChannelPruning(CompressionCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.settle_structure(trainer, pl_module, batch, batch_idx)
         self._fresh.begin_(pl_module)
         if self._seen is None and self._asked < 1.0 and (self._needs_groups or not self._looked):

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_compress import structure
-from lightning_compress.callback import refuse_strategy
+from lightning_compress.callback import begin_training_mode_, keep_training_mode_, refuse_strategy
 from lightning_compress.distillation.check import closeness
 from lightning_compress.distillation.features import drop_taps_, find_layer
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, SoftTarget
@@ -35,6 +35,7 @@ from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.probe import make_probe
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import copy_tensors
+from lightning_compress.training_mode import restore_given_
 
 
 class Distillation(Teaching):
@@ -163,6 +164,7 @@ class Distillation(Teaching):
         structure.attach(pl_module)  # hyperparameters may hold what is tapped
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        begin_training_mode_(trainer, pl_module, type(self).__name__)
         student = self._scope(pl_module)
         self.begin(self.objective, student)
         self.objective.attach(student)
@@ -178,6 +180,7 @@ class Distillation(Teaching):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        keep_training_mode_(trainer, pl_module, type(self).__name__, batch_idx)
         if self._entry is None:
             self._rehearse(trainer, pl_module, batch, batch_idx)
 
@@ -224,6 +227,7 @@ class Distillation(Teaching):
 
     def close(self, pl_module: pl.LightningModule) -> None:
         """Take all hooks away; may be called twice."""
+        restore_given_(pl_module)
         unwrap_step_(pl_module)
         self._call.detach()
         self.objective.detach(pl_module)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_compress.callback import refuse_strategy
+from lightning_compress.callback import begin_training_mode_, keep_training_mode_, refuse_strategy
 from lightning_compress.distillation.check import accuracy, closeness
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses import DistillationLoss
@@ -34,6 +34,7 @@ from lightning_compress.distillation.teaching import (
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import forms
 from lightning_compress.random_state import random_state_kept
+from lightning_compress.training_mode import restore_given_
 
 if TYPE_CHECKING:
     _Base = L.LightningModule
@@ -267,11 +268,17 @@ class _ModuleTeaching(Teaching):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, DistillationSteps):
+            begin_training_mode_(trainer, pl_module, type(pl_module).__name__)
             self.begin(pl_module.objective, pl_module.student)
             join_optimizer_(pl_module.adapters, trainer)  # a `configure_optimizers` of the user's may not know them
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start_clock(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        keep_training_mode_(trainer, pl_module, type(pl_module).__name__, batch_idx)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -286,10 +293,12 @@ class _ModuleTeaching(Teaching):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if isinstance(pl_module, DistillationSteps):
+            restore_given_(pl_module)
             self.finish(pl_module.objective, pl_module.close)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(pl_module, DistillationSteps):
+            restore_given_(pl_module)
             pl_module.close()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -193,6 +193,7 @@ class ScheduledPruning(CompressionCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._looks_for_norms(pl_module):
             try:
                 found = look(trainer, pl_module, batch, batch_idx, norms_after)

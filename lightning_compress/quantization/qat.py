@@ -125,9 +125,6 @@ class QuantizationAwareTraining(CompressionCallback):
                 forms.revert_(pl_module)
             if self._other_scheme(pl_module):
                 forms.revert_(pl_module, "float")
-            for module in pl_module.modules():
-                if isinstance(module, Traced):
-                    module.thaw_batchnorm_()
 
     def _other_scheme(self, pl_module: pl.LightningModule) -> str:
         """The scheme that a prepared module has, if it isn't the one that was asked for."""
@@ -140,10 +137,15 @@ class QuantizationAwareTraining(CompressionCallback):
             warn_of_other_settings(type(self).__name__, {"scheme": other}, now, "codes")
         if self.targets is not None:
             self.targets.check_patterns(pl_module)
+        # Not before modules have the modes in which they train: one in evaluation mode counts as frozen.
+        for module in pl_module.modules():
+            if isinstance(module, Traced):
+                module.thaw_batchnorm_()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._step >= self.bounds.start and forms.form_of(pl_module) == "float":
             others = structure.callbacks_of(pl_module).values()
             for other in others:

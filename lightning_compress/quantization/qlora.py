@@ -17,7 +17,9 @@ from lightning_compress import structure
 from lightning_compress.callback import (
     STATE_VERSION,
     CompressionCallback,
+    begin_training_mode_,
     check_version,
+    keep_training_mode_,
     refuse_strategy,
     warn_of_other_settings,
     without_logging,
@@ -30,6 +32,7 @@ from lightning_compress.quantization.adapters import LowRank, plan_adapters
 from lightning_compress.quantization.ptq import PostTrainingQuantization
 from lightning_compress.structure import merge_adapters
 from lightning_compress.targets import Targets, compressible_modules, matches
+from lightning_compress.training_mode import restore_given_
 
 
 class QLoRA(Callback):
@@ -144,6 +147,7 @@ class QLoRA(Callback):
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        begin_training_mode_(trainer, pl_module, type(self).__name__)
         record = forms.record_of(pl_module)
         assert record is not None
         saved, now = ({key: str(value) for key, value in one.items()} for one in (record, self._asked()))
@@ -170,6 +174,11 @@ class QLoRA(Callback):
         self.bring_in_line(trainer, pl_module)
         self._notes = self._explain(pl_module, record)
         rank_zero_info("\n  ".join(in_short(self._notes)))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        keep_training_mode_(trainer, pl_module, type(self).__name__, batch_idx)
 
     def _explain(self, pl_module: pl.LightningModule, record: dict[str, Any]) -> list[str]:
         training = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
@@ -209,6 +218,7 @@ class QLoRA(Callback):
 
     def _close(self, pl_module: pl.LightningModule) -> None:
         pl_module.__dict__.pop("setup", None)
+        restore_given_(pl_module)
         structure.detach(pl_module)
 
     def report_notes(self) -> list[str]:
