@@ -85,6 +85,10 @@ class CompressionCallback(Callback):
         """Whether the module's structure is what it will be at the end of this fit."""
         return True
 
+    def settles_after(self, trainer: pl.Trainer) -> int:
+        """The optimizer step of this fit after which the module's structure is what it will be at its end."""
+        return 0
+
     def follow_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
         """Channels have left the module: cut what is kept of its tensors with the same indices."""
 

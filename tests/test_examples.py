@@ -161,7 +161,10 @@ def blocks(language: str, page: str = "README.md") -> list[str]:
 
 def test_readme_python(own_folder: Path) -> None:
     torch.save(Large().state_dict(), "large.ckpt")
-    names: dict[str, Any] = {"model": Classifier(), "data": TinyData(), "Small": Small, "Large": Large}
+    trainer = quiet_trainer()
+    trainer.fit(Classifier(), TinyData())
+    trainer.save_checkpoint("trained.ckpt")
+    names: dict[str, Any] = {"LitModel": Classifier, "data": TinyData(), "Small": Small, "Large": Large}
     found = blocks("python")
     assert len(found) >= 3
     for block in found:

@@ -17,7 +17,7 @@ from lightning_compress import structure
 from lightning_compress.callback import CompressionCallback, rebuild_ddp, warn_of_other_settings
 from lightning_compress.channels.budget import Budget
 from lightning_compress.channels.explore import explore
-from lightning_compress.channels.fresh_statistics import FreshStatistics
+from lightning_compress.channels.fresh_statistics import FreshStatistics, input_moments
 from lightning_compress.channels.groups import Structure
 from lightning_compress.channels.importance import rank, taylor_step
 from lightning_compress.channels.look import GUEST, Look, guests
@@ -30,11 +30,13 @@ from lightning_compress.channels.search import Progress, make_plan, removable
 from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.optimizers import Cut, resize_state_
+from lightning_compress.probe import make_probe
 from lightning_compress.pruning.budget import Scope
+from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import copy_tensors
 from lightning_compress.schedules import Linear, OneShot, Schedule
 from lightning_compress.targets import Targets
-from lightning_compress.window import Window, fit_length
+from lightning_compress.window import Bounds, Window, fit_length
 
 _WORTH = 0.1
 """Between two removals at least this fraction of the way to the budget is gone: less isn't worth a plan."""
@@ -45,7 +47,8 @@ class ChannelPruning(CompressionCallback):
 
     What leaves is really gone: parameters, multiply-accumulates, memory and time fall. Training goes on undisturbed:
     parameters stay the same objects, and optimizer moments, pruning masks, averaged copies and adapters are cut with
-    the same indices; BatchNorm's running statistics start anew: see `FreshStatistics`. Checkpoints hold the smaller
+    the same indices; running statistics of norms start anew, frozen ones too where a cut has changed what reaches them:
+    see `FreshStatistics`. Checkpoints hold the smaller
     tensors; ``fit(ckpt_path=)``, ``test(ckpt_path=)`` (with this callback) and ``load_compressed(path, model)`` load
     them into the full-size module.
 
@@ -147,7 +150,7 @@ class ChannelPruning(CompressionCallback):
 
     def _forget(self) -> None:
         self._progress, self._taylor, self._missed = Progress(), {}, ""
-        self._fresh.batches = None
+        self._fresh.batches, self._fresh.norms = None, []
         self._asked, self._goal, self._latency = 0.0, None, None
 
     def _refuse_overlap(self, trainer: pl.Trainer, at_start: bool) -> None:
@@ -158,18 +161,21 @@ class ChannelPruning(CompressionCallback):
         for other in callbacks:
             if not isinstance(other, QuantizationAwareTraining):
                 continue
+            if other.waits or self.has_settled():
+                continue
             # Where both are fractions of the same, rounding to steps may cross: then quantization waits.
             comparable = other.window.unit == self.window.unit
             overlap = comparable and other.window.start < self._last_place()
             remedy = f"start={self._last_place()}, unit={self.window.unit!r}"
             if at_start and not comparable:
                 bounds = other._bounds or other.window.bounds(*fit_length(trainer))
-                overlap, remedy = bounds.start < self._last_step(), f"start={self._last_step()}, unit='step'"
+                last = self.settles_after(trainer)
+                overlap, remedy = bounds.start < last, f"start={last}, unit='step'"
             if overlap:
                 raise CompressionError(
                     "`window` of QuantizationAwareTraining must start when all channels have left. Received: "
-                    f"{other.window} beside ChannelPruning's {self.window}. Start it later: "
-                    f"QuantizationAwareTraining(window=Window({remedy}))."
+                    f"{other.window} beside ChannelPruning's {self.window}. Leave it out, by which quantization waits, "
+                    f"or start it later: QuantizationAwareTraining(window=Window({remedy}))."
                 )
 
     def has_settled(self) -> bool:
@@ -180,8 +186,14 @@ class ChannelPruning(CompressionCallback):
         end = self.window.end if self.window.end is not None else math.inf
         return self.window.start if isinstance(self.schedule, OneShot) else end
 
-    def _last_step(self) -> int:
-        return self.bounds.start if isinstance(self.schedule, OneShot) else self.bounds.end
+    def settles_after(self, trainer: pl.Trainer) -> int:
+        if self.has_settled():
+            return 0
+        bounds = self._bounds or self.window.bounds(*fit_length(trainer))
+        return self._last_step(bounds)
+
+    def _last_step(self, bounds: Bounds) -> int:
+        return bounds.start if isinstance(self.schedule, OneShot) else bounds.end
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.recipe.targets.check_patterns(pl_module)
@@ -195,7 +207,7 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.settle_structure(trainer, pl_module, batch, batch_idx)
-        self._fresh.begin_(pl_module)
+        self._refresh_statistics_(trainer, pl_module, batch, batch_idx)
         if self._seen is None and self._asked < 1.0 and (self._needs_groups or not self._looked):
             look = Look(trainer, pl_module, batch, batch_idx)
             self._seen = explore(look.subject)
@@ -209,10 +221,22 @@ class ChannelPruning(CompressionCallback):
         ):
             self._batch = copy_tensors(batch), batch_idx
 
+    def _refresh_statistics_(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let norms forget the wider network in this batch, those too that can't by themselves."""
+        if self._fresh.awaits_pass(pl_module):
+            look = Look(trainer, pl_module, batch, batch_idx)
+            models = (pl_module, *structure.averaged_copies(trainer))
+            probe = make_probe(trainer, pl_module)
+            forms.revert_(probe, "float")
+            self._fresh.follow_(models, probe, look.own)
+        self._fresh.begin_(pl_module)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._fresh.end_()  # before channels leave in this hook: the next batch is the first after that
+        self._fresh.end_(pl_module)  # before channels leave in this hook: the next batch is the first after that
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def settle_structure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -223,7 +247,9 @@ class ChannelPruning(CompressionCallback):
     @property
     def _needs_groups(self) -> bool:
         """Whether something is done with each gradient until the last channels have left."""
-        return (self.recipe.importance == "taylor" or self.regularization > 0) and self._step < self._last_step()
+        return (self.recipe.importance == "taylor" or self.regularization > 0) and (
+            self._step < self._last_step(self.bounds)
+        )
 
     def _asks(self, progress: float | None) -> bool:
         """Whether the schedule asks for enough to be worth a plan."""
@@ -265,7 +291,11 @@ class ChannelPruning(CompressionCallback):
         self._progress = self._progress.after(plan)
         overall = self._progress.overall(plan)
         self.plans.append(overall)
+        before = input_moments(make_probe(trainer, pl_module), look.own)
         self._apply(trainer, pl_module, plan)
+        if plan.kept:
+            models = (pl_module, *structure.averaged_copies(trainer))
+            self._fresh.restart_(models, make_probe(trainer, pl_module), look.own, before, plan.kept)
         if self._asked >= 1.0:
             head = f"ChannelPruning, after step {self._step}: {'; '.join(overall.totals())}"
             rank_zero_info("\n  ".join(in_short([head, *overall.lines()])))
@@ -338,7 +368,6 @@ class ChannelPruning(CompressionCallback):
                 callback.follow_cut(trainer, pl_module, cut)
         if plan.kept:
             rebuild_ddp(trainer, pl_module)
-            self._fresh.restart()
         self._seen, self._taylor = None, {}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -351,7 +380,7 @@ class ChannelPruning(CompressionCallback):
 
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)
-        self._fresh.end_()
+        self._fresh.end_(pl_module)
         self._seen, self._batch, self._waits = None, None, None
 
     def unfinished(self) -> str:
@@ -383,6 +412,7 @@ class ChannelPruning(CompressionCallback):
             "asked": self._asked,
             "progress": asdict(self._progress),
             "batches": self._fresh.batches,
+            "norms": self._fresh.norms,
             "goal": self._goal,
             "latency": self._latency,
             "taylor": self._taylor,
@@ -401,7 +431,8 @@ class ChannelPruning(CompressionCallback):
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self._asked = state["asked"]
-        self._progress, self._fresh.batches = Progress(**state["progress"]), state["batches"]
+        self._progress = Progress(**state["progress"])
+        self._fresh.batches, self._fresh.norms = state["batches"], list(state["norms"])
         self._goal, self._latency, self._taylor = state["goal"], state["latency"], dict(state["taylor"])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Look:
     Attributes:
         host: a copy of the module that holds the layers of guests too.
         runs: its forward, its training step, and what guests make of it; those that work.
+        own: its training step, or where that doesn't work its forward.
     """
 
     def __init__(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -53,6 +54,7 @@ class Look:
             self._feed.choose(self._probe(self.host), iter([batch]))
             del self._feed.ways[1:]  # a cut that one fails with isn't to be tried with another
             self.runs.insert(0, self._evaluate)
+        self.own = self.runs[-1]
         for number, callback in guests(trainer, pl_module).items():
             self.host.add_module(f"{GUEST}{number}", copy.deepcopy(callback.objective.adapters))
             compare: Any = partial(self._compare, callback, f"{GUEST}{number}", self.runs[-1])

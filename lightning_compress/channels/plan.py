@@ -164,6 +164,8 @@ def remove_channels_(
     """Apply a plan: channels leave ``model``, and what optimizers remember of them.
 
     Parameters stay the same objects, with their hooks and places in optimizers; the keys of ``state_dict`` stay.
+    Running statistics of norms stay those of the wider model: run batches in training mode before you evaluate, through
+    frozen norms too. In a Trainer `ChannelPruning` does that.
 
     Args:
         model: the module that the plan was made for.

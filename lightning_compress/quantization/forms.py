@@ -385,7 +385,7 @@ def quantized_like_(twin: nn.Module, model: nn.Module) -> None:
     if form_of(twin) != record["form"]:
         rebuild_(twin, record)
     if record["form"] == "prepared":
-        _copy_observers_(twin, model)
+        copy_ranges_(twin, model)
     if record["form"] == "adapted":
         forget_(twin)
         for mine, theirs in zip(packed_weights(twin), packed_weights(model), strict=True):
@@ -393,7 +393,8 @@ def quantized_like_(twin: nn.Module, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _copy_observers_(twin: nn.Module, model: nn.Module) -> None:
+def copy_ranges_(twin: nn.Module, model: nn.Module) -> None:
+    """Give a prepared ``twin`` the observers' values of ``model``."""
     added = added_keys(model)
     source, target = model.state_dict(keep_vars=True), twin.state_dict(keep_vars=True)
     for key, alias in added.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -18,17 +20,32 @@ from lightning_compress.callback import (
     warn_of_other_settings,
 )
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.inputs import run_step
 from lightning_compress.messages import in_short, named
 from lightning_compress.probe import look, make_probe, shape_feed
 from lightning_compress.quantization import forms
-from lightning_compress.quantization.calls import CallLog, record_calls
+from lightning_compress.quantization.calibrate import calibrate
+from lightning_compress.quantization.calls import CallLog, copy_tensors, record_calls
 from lightning_compress.quantization.layers.plan import check_overrides
 from lightning_compress.quantization.plan import explain, make_plan, summary
-from lightning_compress.quantization.schemes import GPTQ, Packed, Scheme, StaticInt8, WeightOnly, describe, resolve
+from lightning_compress.quantization.schemes import (
+    AVERAGING_CONSTANT,
+    GPTQ,
+    Packed,
+    Scheme,
+    StaticInt8,
+    WeightOnly,
+    describe,
+    resolve,
+)
 from lightning_compress.quantization.slower import slower_than_float
 from lightning_compress.quantization.traced import Traced
 from lightning_compress.targets import Targets
-from lightning_compress.window import Window
+from lightning_compress.window import Bounds, Window, fit_length
+
+_WINDOW = Window()
+_FEW = round(1 / AVERAGING_CONSTANT)
+"""Ranges that have followed for fewer batches than this are hardly averages."""
 
 
 class QuantizationAwareTraining(CompressionCallback):
@@ -43,7 +60,8 @@ class QuantizationAwareTraining(CompressionCallback):
         scheme: ``int8_static`` or a `StaticInt8`; or ``int4_weight_only`` or a symmetric `WeightOnly`, of which
             linear and embedding layers are fake-quantized by torchao, and others rounded when the fit ends.
         flow: ``fx``; ``auto`` is the same for training.
-        window: prepared at its start, by default before training.
+        window: prepared at its start; by default before training, or when the last channels have left where
+            `ChannelPruning` removes some: fractions of the window count from there.
         targets: which layers; by default all that int8 has kernels for.
         overrides: pattern of layers' paths to the scheme that they get instead, one that works layer by layer; the
             last match wins. They train in float, and are quantized when the fit ends, but for linear and embedding
@@ -57,8 +75,9 @@ class QuantizationAwareTraining(CompressionCallback):
             start when no layer can be quantized. Nothing is changed then.
 
     Hooks: `on_train_batch_start` prepares (the batch is its example, nothing is taken from a loader) and freezes,
-    `on_fit_end` converts, as do `on_test_start` and `on_predict_start` for a prepared checkpoint; `validate` stays
-    fake-quantized.
+    `on_fit_end` converts (where no step was left after the last cut it prepares too, and takes the ranges of
+    activations from the last batches of the fit), as do `on_test_start` and `on_predict_start` for a prepared
+    checkpoint; `validate` stays fake-quantized.
 
     Example:
         >>> qat = QuantizationAwareTraining(window=Window(start=0.5))
@@ -73,7 +92,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self,
         scheme: str | Scheme = "int8_static",
         flow: Literal["auto", "fx"] = "auto",
-        window: Window = Window(),  # noqa: B008  frozen
+        window: Window = _WINDOW,
         targets: Targets | None = None,
         overrides: dict[str, str | Scheme] | None = None,
         freeze_observers: float = 0.9,
@@ -104,6 +123,12 @@ class QuantizationAwareTraining(CompressionCallback):
         self._notes: list[str] = []
         self._modes: dict[Any, bool] = {}
         self._batch: Any = None
+        self._recent: deque[Any] = deque(maxlen=_FEW)
+
+    @property
+    def waits(self) -> bool:
+        """Whether quantization begins when the last channels have left, as no window says when."""
+        return self.window == _WINDOW
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         from lightning_compress.quantization.ptq import PostTrainingQuantization
@@ -119,6 +144,7 @@ class QuantizationAwareTraining(CompressionCallback):
         if stage == "fit" and str(trainer.precision).endswith(("16-true", "64-true")):
             raise invalid("precision", "keep weights in float32", trainer.precision, "Use 'bf16-mixed' or '32-true'.")
         self._modes = training_modes(pl_module)
+        self._recent.clear()
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             if forms.form_of(pl_module) == "converted":
@@ -142,6 +168,13 @@ class QuantizationAwareTraining(CompressionCallback):
             if isinstance(module, Traced):
                 module.thaw_batchnorm_()
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._bounds is None and self.waits:
+            bounds = self.window.bounds(*fit_length(trainer))
+            last = max(other.settles_after(trainer) for other in structure.callbacks_of(pl_module).values())
+            self._bounds = Bounds(max(bounds.start, last), max(bounds.end, last + 1))
+        super().on_train_start(trainer, pl_module)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -154,6 +187,13 @@ class QuantizationAwareTraining(CompressionCallback):
                 self._prepare(trainer, pl_module, batch, batch_idx)
         self._freeze(pl_module)
         self._batch = batch
+        if forms.form_of(pl_module) == "float" and self._trained > -_FEW:
+            self._recent.append((copy_tensors(batch), batch_idx))  # should the fit end before it is prepared
+
+    @property
+    def _trained(self) -> int:
+        """Optimizer steps since the window's start; negative before it."""
+        return self._step - self.bounds.start
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         log = CallLog()
@@ -162,7 +202,8 @@ class QuantizationAwareTraining(CompressionCallback):
         plan = make_plan(pl_module, log, self.scheme, self.targets, self._overrides, "fx", training=True)
         forms.prepare_(pl_module, plan, self.scheme, training=True)
         self.bring_in_line(trainer, pl_module)
-        rebuild_ddp(trainer, pl_module)
+        if trainer.training:
+            rebuild_ddp(trainer, pl_module)
         floats = plan.layers.keys() - forms.trained_in_few_bits(pl_module, plan).keys()
         self._notes = explain(plan.describe())
         if floats:
@@ -182,6 +223,14 @@ class QuantizationAwareTraining(CompressionCallback):
             forms.quantized_like_(averaged, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        others = structure.callbacks_of(pl_module).values()
+        due = forms.form_of(pl_module) == "float" and self._trained >= 0
+        if due and self._recent and all(other.has_settled() for other in others):
+            self._prepare_late(trainer, pl_module)
+        if forms.form_of(pl_module) == "prepared" and self._trained < _FEW:
+            self._notes.append(f"only {self._trained} optimizer steps were trained with fake-quantizers")
+            rank_zero_info(f"{type(self).__name__}: {self._notes[-1]}. Train longer, or let channels leave earlier.")
+        self._recent.clear()
         if self.convert and forms.form_of(pl_module) == "prepared":
             floats = make_probe(trainer, pl_module, list(pl_module.parameters()))
             forms.revert_(floats, "float")
@@ -191,6 +240,21 @@ class QuantizationAwareTraining(CompressionCallback):
             rank_zero_warn(
                 "QuantizationAwareTraining: the fit ended before the window began; the model is still float."
             )
+
+    def _prepare_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prepare when a fit has ended in which no step was left, with ranges of activations from its last batches."""
+        # The same on all ranks; and the model has left its device by now.
+        recent = move_data_to_device(trainer.strategy.broadcast(list(self._recent)), pl_module.device)
+        self._prepare(trainer, pl_module, *recent[-1])
+        probe = make_probe(trainer, pl_module)
+
+        def run(model: Any, item: tuple[Any, int]) -> Any:
+            batch, batch_idx = item
+            return model.training_step(batch, batch_idx) if model.automatic_optimization else run_step(model, batch)
+
+        with trainer.precision_plugin.train_step_context():
+            calibrate(probe, recent, len(recent), run)
+        forms.copy_ranges_(pl_module, probe)
 
     def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule, floats: pl.LightningModule) -> None:
         """Say if the last batch of the training takes longer than in float; both forms are copies."""
@@ -230,11 +294,14 @@ class QuantizationAwareTraining(CompressionCallback):
         super().close(pl_module)
         self._modes = {}
         self._batch = None
+        self._recent.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_modes": {}, "_batch": None}
+        return {**super().__getstate__(), "_modes": {}, "_batch": None, "_recent": deque(maxlen=_FEW)}
 
     def unfinished(self) -> str:
+        if self._trained == 0:
+            return "no step was left for it. Let channels leave earlier, or train longer."
         return "observers and BatchNorm may not have been frozen. Shorten the window, or train longer."
 
     def report_notes(self) -> list[str]:

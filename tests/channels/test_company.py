@@ -174,7 +174,9 @@ def test_quantization_begins_when_the_last_channels_have_left(first: bool, tmp_p
 
 
 @both_orders
-@pytest.mark.parametrize("window", [Window(9, unit="step"), Window(0.4), Window(1, unit="epoch"), Window()], ids=str)
+@pytest.mark.parametrize(
+    "window", [Window(9, unit="step"), Window(0.4), Window(1, unit="epoch"), Window(0.0, 0.4)], ids=str
+)
 def test_quantization_that_would_begin_earlier_is_refused_and_nothing_changes(window: Window, first: bool) -> None:
     module = Classifier()
     before, attributes = snapshot(module), set(vars(module))
@@ -187,8 +189,9 @@ def test_quantization_that_would_begin_earlier_is_refused_and_nothing_changes(wi
 @both_orders
 def test_the_refusal_names_a_window_that_works(first: bool) -> None:
     with pytest.raises(CompressionError, match="must start when all channels have left") as refused:
-        fit(ordered(first, QuantizationAwareTraining(), ChannelPruning(macs=0.5)))
-    [start] = re.findall(r"Start it later: \S+Window\(start=([\d.]+), unit='fit'\)", str(refused.value))
+        early = QuantizationAwareTraining(window=Window(0.1))
+        fit(ordered(first, early, ChannelPruning(macs=0.5)))
+    [start] = re.findall(r"start it later: \S+Window\(start=([\d.]+), unit='fit'\)", str(refused.value))
     qat = QuantizationAwareTraining(window=Window(float(start)))
     _, module = fit(ordered(first, qat, ChannelPruning(macs=0.5)))
     assert int8_shapes(module) == {(16, 16), (4, 16)}
