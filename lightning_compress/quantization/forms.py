@@ -144,22 +144,30 @@ def _shapes_of(layer: nn.Module) -> dict[str, list[int]]:
     return {name: list(one.shape) for name, one in layer._parameters.items() if one is not None}
 
 
-def convert_(model: nn.Module, weights: Weights = MappingProxyType({})) -> None:
+def convert_(model: nn.Module, weights: Weights = MappingProxyType({}), judge: bool = True) -> None:
     """Turn a prepared model into its quantized form; what it was stays aside, for `revert_`.
 
     Args:
         model: prepared.
         weights: packed weights that are known already, by the path of their layer.
+        judge: leave layers float, with a warning, whose int8 kernels compute something else now: on another CPU, say,
+            than the one that it was prepared on.
     """
     record = record_of(model)
     assert record is not None and record["form"] == "prepared"
     scheme = from_description(record["scheme"])
     layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
     converted: dict[str, nn.Module] = {}
-    for path in (unit["path"] for unit in record["units"]):
+    for unit in record["units"]:
+        path = unit["path"]
         traced = _unit_module(model, path)._modules[CHILD]
         assert isinstance(traced, Traced) and isinstance(scheme, StaticInt8)
-        graph = traced.converted(scheme)
+        wrong = traced.wrong_kernels(scheme) if judge else dict.fromkeys(unit["unconverted"], "")
+        unconverted = [name for name in wrong if name]
+        graph = traced.converted(scheme, unconverted)
+        if judge:
+            unit["unconverted"] = unconverted
+            _tell_of_wrong_kernels({f"{path}.{name}".strip("."): why for name, why in wrong.items()}, record["floats"])
         for layer in [layer for layer in layers if is_below(layer, path)]:
             # What a unit leaves in float was copied into its int8 form, where it is quantized in turn.
             leaf: Any = graph.get_submodule(layer.removeprefix(path).lstrip("."))
@@ -192,6 +200,17 @@ def decide_per_token_(model: nn.Module, cosine: Callable[[], float]) -> None:
 def _leaves_open(scheme: Mapping[str, Any]) -> bool:
     one = from_description(scheme)
     return isinstance(one, DynamicInt8) and one.per_token is None
+
+
+def _tell_of_wrong_kernels(wrong: Mapping[str, str], floats: dict[str, str]) -> None:
+    if wrong:
+        floats |= wrong
+        lines = [f"`{path}`: {reason}" for path, reason in wrong.items()]
+        warnings.warn(
+            f"On this CPU some layers can't be int8, and stay float: {'; '.join(lines)}. They were right when they "
+            "were prepared: the model isn't quite the one that it is on a CPU where they still are.",
+            stacklevel=3,
+        )
 
 
 def _layer_forms(model: nn.Module, layers: Mapping[str, Scheme], weights: Weights) -> dict[str, nn.Module]:
@@ -333,7 +352,7 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
     units = [Unit.from_description(unit) for unit in record["units"]]
     prepare_(model, Plan(units, layers, dict(record["floats"])), scheme, training=record["training"])
     if record["form"] == "converted":
-        convert_(model)
+        convert_(model, judge=False)  # it has no weights yet
 
 
 # Checkpoints: what a prepared model adds to the user's keys, and how it comes back.

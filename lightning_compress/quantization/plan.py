@@ -31,7 +31,7 @@ _TRACERS = {"fx": "torch.fx", "pt2e": "torch.export"}
 _MANY = 8
 """From so many pieces on a static int8 model is worth a hint."""
 
-QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @dataclass
@@ -169,6 +169,8 @@ class _Planner:
             if unit is not None:
                 self.plan.units.append(unit)
                 return
+            if self.excluded.issuperset(wanted):  # their kernels were found wrong
+                return
             if path in wanted:
                 self.plan.floats[path] = reason
             elif path in self.calls.inputs:
@@ -200,18 +202,34 @@ class _Planner:
         floats = tuple(name for name in inner if prefix + name in self.excluded | self.layers)
         try:
             args, kwargs = canonical(module, *self.calls.inputs[path])
-            unit = Unit(path, Signature(args, kwargs), hooked, floats, self.flow)
-            reason, left = verify(module, unit, args, kwargs, self.scheme, self.training)
+            while True:
+                unit = Unit(path, Signature(args, kwargs), hooked, floats, self.flow)
+                verdict = verify(module, unit, args, kwargs, self.scheme, self.training)
+                if not verdict.wrong.keys() - set(floats):
+                    break
+                floats = (*floats, *verdict.wrong.keys() - set(floats))
+                self.leave_float({_inner_path(path, name, inner): why for name, why in verdict.wrong.items()})
         except CompressionError as error:
             return None, str(error)
         except Exception as error:  # whatever tracing meets in a user's forward is the reason why it stays float
             return None, f"{_TRACERS[self.flow]} can't trace its forward ({in_a_line(error)})"
-        if reason:
-            return None, reason
+        if verdict.reason:
+            return None, verdict.reason
         tied = tied_to_float(module)
-        self.plan.floats |= {prefix + name: tied.get(name, "excluded") for name in floats}
-        self.plan.floats |= {prefix + name: reason for name, reason in left.items() if name not in floats}
+        for name in floats:
+            self.plan.floats.setdefault(prefix + name, tied.get(name, "excluded"))
+        self.plan.floats |= {prefix + name: reason for name, reason in verdict.left.items() if name not in floats}
         return unit, ""
+
+    def leave_float(self, wrong: Mapping[str, str]) -> None:
+        """Exclude layers whose kernels are wrong from this unit, and from those that are tried when it can't be one."""
+        self.excluded |= wrong.keys()
+        self.plan.floats |= wrong
+
+
+def _inner_path(path: str, name: str, inner: Collection[str]) -> str:
+    """The path from the root of ``name`` in the unit at ``path``, which may be a single layer with nothing in it."""
+    return f"{path}.{name}".lstrip(".") if name in inner else path
 
 
 def _is_shell(path: str, module: nn.Module) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import flows
 from lightning_compress.quantization.signature import Signature, canonical
+from lightning_compress.random_state import random_state_kept
 
 CHILD = "_traced_forward"
 """Name of the child that holds a module's traced form; in a checkpoint no key has it but in a converted one."""
@@ -86,12 +88,25 @@ class Traced(nn.Module):
         """Take off the parent's modules what upstream leaves on them, which can't be pickled."""
         self._qconfigs = [(inner, vars(inner).pop("qconfig")) for inner in parent.modules() if "qconfig" in vars(inner)]
 
-    def converted(self, scheme: Any) -> Any:
-        """The graph in int8; the one that is prepared is left as it is."""
+    def converted(self, scheme: Any, floats: Collection[str] = ()) -> Any:
+        """The graph in int8, but for the layers in ``floats``; the one that is prepared is left as it is."""
+        with self._as_prepared():
+            return flows.load(self.flow).convert(self.graph, scheme, floats)
+
+    def wrong_kernels(self, scheme: Any) -> dict[str, str]:
+        """The layers (paths in the parent) whose int8 kernels compute something else now, each with the reason."""
+        examples, flow = self.signature.inputs, flows.load(self.flow)
+        with random_state_kept(), self._as_prepared():
+            inputs = [torch.randn(one.shape) if one.is_floating_point() else one.clone() for one in examples]
+            int8 = flow.convert(self.graph, scheme)
+            return flow.wrong_kernels(self.graph, int8, scheme, inputs, drawn_only=True)
+
+    @contextmanager
+    def _as_prepared(self) -> Iterator[None]:
         for inner, qconfig in self._qconfigs:
             vars(inner)["qconfig"] = qconfig
         try:
-            return flows.load(self.flow).convert(self.graph, scheme)
+            yield
         finally:
             for inner, _ in self._qconfigs:
                 del vars(inner)["qconfig"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from lightning_compress.quantization import flows
-from lightning_compress.quantization.agreement import cosine, same_outputs, same_structure
+from lightning_compress.quantization.agreement import same_outputs, same_structure
 from lightning_compress.quantization.calls import copy_module, copy_tensors
 from lightning_compress.quantization.equalize import widen_
 from lightning_compress.quantization.layers.fast_path import without_fast_path
@@ -20,9 +20,6 @@ from lightning_compress.quantization.signature import Signature
 from lightning_compress.quantization.traced import Traced
 from lightning_compress.random_state import random_state_kept
 from lightning_compress.targets import clean_name
-
-LIKENESS = 0.8
-"""The least cosine similarity to float of a unit's int8 output on the batch that it was traced with."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,8 @@ class Unit:
         floats: inner modules (paths in the unit) that stay float by the user's choice.
         flow: name of the flow that traces it.
         widened: inner ReLU6 (paths in the unit) that are ReLU in its traced form.
+        unconverted: inner layers (paths in the unit) that were prepared, and are float in its int8 form all the same:
+            their kernels were found wrong when it was converted.
     """
 
     path: str
@@ -44,6 +43,7 @@ class Unit:
     floats: tuple[str, ...] = ()
     flow: str = "fx"
     widened: tuple[str, ...] = ()
+    unconverted: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
@@ -54,13 +54,14 @@ class Unit:
             "floats": list(self.floats),
             "flow": self.flow,
             "widened": list(self.widened),
+            "unconverted": list(self.unconverted),
         }
 
     @classmethod
     def from_description(cls, plain: dict[str, Any]) -> Unit:
         args, kwargs = plain["example"]
         signature = Signature(tuple(args), kwargs)
-        lists = {name: tuple(plain[name]) for name in ("hooked", "floats", "widened")}
+        lists = {name: tuple(plain[name]) for name in ("hooked", "floats", "widened", "unconverted")}
         return cls(plain["path"], signature, flow=plain["flow"], **lists)
 
 
@@ -73,13 +74,29 @@ def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training
     return Traced(prepared, unit.signature, used, unit.flow)
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What came out when a unit was tried.
+
+    Attributes:
+        reason: why it can't be one; empty if it can.
+        left: its layers (paths in the unit) that stay float, each with the reason.
+        wrong: its layers that must stay float as their int8 kernels are wrong, each with the reason; without them it
+            could be a unit.
+    """
+
+    reason: str
+    left: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+
 def verify(
     module: nn.Module, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], scheme: StaticInt8, training: bool
-) -> tuple[str, dict[str, str]]:
-    """Why the prepared form can't stand for ``module`` (empty if it can), and which layers in it stay float.
+) -> Verdict:
+    """Whether the prepared form can stand for ``module``.
 
     It can if, with fake-quantization off, it gives the outputs that ``module`` gives in each mode, and then converts
-    and runs. Works on copies.
+    into kernels each of which computes its own layer. Works on copies.
     """
     flow, left = flows.load(unit.flow), dict[str, str]()
     for mode in (True, False) if training else (False,):
@@ -87,7 +104,7 @@ def verify(
         twin.train(training)
         traced = prepared_form(twin, unit, scheme, training=training)
         if not flow.quantizes(traced.graph):
-            return "no layer in it can be quantized", {}
+            return Verdict("no layer in it can be quantized")
         flow.fake_quantize_(traced.graph, False)
         traced.calibrating = True  # so that its int8 form knows the ranges
         for model in (original, twin, traced):
@@ -98,11 +115,11 @@ def verify(
             name for name, buffer in original.named_buffers() if not same_outputs(buffers.get(name), buffer, 0.0)
         ]
         if changed and not mode:
-            return f"it changes its `{changed[0]}` in evaluation, which an int8 form doesn't", {}
+            return Verdict(f"it changes its `{changed[0]}` in evaluation, which an int8 form doesn't")
         tensors = unit.signature.tensors(*copy_tensors((args, kwargs)))
         assert tensors is not None
         if not same_outputs(expected, _run(traced, tuple(tensors), {})):
-            return f"its traced form computes something else in {'training' if mode else 'evaluation'}", {}
+            return Verdict(f"its traced form computes something else in {'training' if mode else 'evaluation'}")
         layers = {clean_name(name): child for name, child in twin.named_modules()}
         left = {
             path: no_kernel(layers.get(path), scheme)
@@ -110,15 +127,12 @@ def verify(
             if not holds_layers(layers.get(path))
         }
     # Found out now, not when hours of training end; some int8 kernels of torch compute something else altogether.
-    int8, expected = flow.convert(traced.graph, scheme), _on_cpu(expected)
-    for _ in range(3):  # such a kernel reads memory that isn't its own, and is right by chance at times
-        with torch.compiler.set_stance("force_eager"):
-            got = _run(int8, tuple(_on_cpu(tensors)), {})
-        if not same_structure(expected, got):
-            return "its int8 form gives outputs of another structure", {}
-        if (likeness := cosine(expected, got)) < LIKENESS:
-            return f"its int8 form computes something else (cosine {likeness:.2f} to float)", {}
-    return "", left
+    int8, inputs = flow.convert(traced.graph, scheme), _on_cpu(tensors)
+    with torch.compiler.set_stance("force_eager"):
+        if not same_structure(_on_cpu(expected), _run(int8, tuple(inputs), {})):
+            return Verdict("its int8 form gives outputs of another structure")
+    wrong = flow.wrong_kernels(traced.graph, int8, scheme, inputs)
+    return Verdict(wrong.pop("", ""), left, wrong)
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
@@ -145,6 +159,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return module(*args, **kwargs)
 
 
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _DYNAMIC = (nn.LSTM, nn.GRU, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
@@ -160,5 +175,7 @@ def no_kernel(layer: nn.Module | None, scheme: Scheme) -> str:
     kind = "it" if layer is None else type(layer).__name__
     if layer is not None and is_parametrized(layer):
         return f"the weight of this {kind} is computed by a parametrization"
+    if isinstance(scheme, StaticInt8) and isinstance(layer, _TRANSPOSED):
+        return f"torch has no int8 kernel of {kind} that is right on every CPU"
     remedy = " (`overrides` can give it int8_dynamic)" if type(layer) in _DYNAMIC else ""
     return f"no {'static int8' if isinstance(scheme, StaticInt8) else scheme.name} kernel for {kind}{remedy}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.schemes import StaticInt8
@@ -41,8 +41,21 @@ class Flow(Protocol):
     def quantizes(self, prepared: nn.Module) -> bool:
         """Whether any layer computes in int8."""
 
-    def convert(self, prepared: nn.Module, scheme: StaticInt8) -> nn.Module:
-        """A new int8 form on the CPU; ``prepared`` is left as it is."""
+    def convert(self, prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> nn.Module:
+        """A new int8 form on the CPU, but for the layers in ``floats``; ``prepared`` is left as it is."""
+
+    def wrong_kernels(
+        self, prepared: nn.Module, int8: nn.Module, scheme: StaticInt8, inputs: list[Tensor], drawn_only: bool = False
+    ) -> dict[str, str]:
+        """Paths of the layers whose kernels compute something else, each with a reason; empty for what is no layer.
+
+        Args:
+            prepared: what was converted.
+            int8: what `convert` made of it.
+            scheme: the numbers.
+            inputs: tensors of a call.
+            drawn_only: the values of ``inputs`` mean nothing; judge by activations that are drawn.
+        """
 
 
 def load(name: str) -> Flow:

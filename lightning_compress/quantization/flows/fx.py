@@ -33,19 +33,28 @@ from torch.ao.quantization import (
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
-from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
+from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx, prepare_qat_fx
 from torch.fx import GraphModule, Proxy
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.quantization.flows.fused import guard_, unguard_
+from lightning_compress.quantization.flows.kernels import furthest, mark_, quantized_steps, reasons
 from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
 from lightning_compress.quantization.signature import Signature
 
 FLOAT_TYPES = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Layers that static int8 leaves in float: torch has no static kernel for them."""
 
+WRONG_KERNELS: tuple[Any, ...] = (
+    *_ConvTransposeNd.__subclasses__(),
+    *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
+)
+"""What has int8 kernels in torch that compute something else: with `onednn` wherever the channel counts differ, with
+`fbgemm` where the kernel is two rows high. `x86` takes the one or the other by the CPU, and a copy or a file that is
+loaded takes what its own process would, so it doesn't help that this one is right."""
 
 _WITH_KERNEL = (nn.Linear, _ConvNd)
 _AGAIN = "__call"
@@ -219,8 +228,31 @@ def quantizes(prepared: nn.Module) -> bool:
     return any(_has_kernel(inner) and isinstance(inner, _WITH_KERNEL) for inner in prepared.modules())
 
 
-def convert(prepared: nn.Module, scheme: StaticInt8) -> GraphModule:
-    """A new int8 graph on the CPU; ``prepared`` is left as it is."""
+def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> GraphModule:
+    """A new int8 graph on the CPU; ``prepared`` is left as it is.
+
+    Args:
+        prepared: what `prepare` returned, after it has seen values.
+        scheme: the numbers.
+        floats: paths of prepared layers that are float in the int8 graph nonetheless.
+    """
+    return _convert_with(convert_fx, prepared, scheme, floats)
+
+
+def wrong_kernels(
+    prepared: nn.Module, int8: nn.Module, scheme: StaticInt8, inputs: list[Tensor], drawn_only: bool = False
+) -> dict[str, str]:
+    """The layers whose kernels in ``int8`` compute something else than they do, each with a reason; see `Flow`."""
+    reference = _convert_with(convert_to_reference_fx, prepared, scheme, ())
+    assert isinstance(int8, GraphModule) and isinstance(prepared, GraphModule)
+    far = furthest(partial(quantized_steps, int8, reference), inputs, drawn_only)
+    kinds = {path: type(prepared.get_submodule(path)).__name__ for path in far if path}
+    return {path.partition(_AGAIN)[0]: reason for path, reason in reasons(far, kinds).items()}
+
+
+def _convert_with(
+    upstream: Callable[[GraphModule], GraphModule], prepared: nn.Module, scheme: StaticInt8, floats: Collection[str]
+) -> GraphModule:
     assert isinstance(prepared, GraphModule)
     with upstream_quiet(), _engine(scheme.engine), torch.no_grad(), torch.random.fork_rng():
         graph = copy.deepcopy(prepared).cpu().eval()
@@ -228,12 +260,21 @@ def convert(prepared: nn.Module, scheme: StaticInt8) -> GraphModule:
             module._forward_hooks.clear()
         _observe_weights_(graph, anew=True)
         unguard_(graph)
-        converted = convert_fx(graph)
+        mark_(graph)
+        _leave_float_(graph, floats)
+        converted = upstream(graph)
     for name, module in list(converted.named_modules()):
         if isinstance(module, Opaque):
             parent, _, leaf = name.rpartition(".")
             setattr(converted.get_submodule(parent), leaf, module.__dict__["module"].cpu().eval())
     return converted
+
+
+def _leave_float_(prepared: GraphModule, floats: Collection[str]) -> None:
+    schemes = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
+    for node in prepared.graph.nodes:
+        if node.op == "call_module" and str(node.target).partition(_AGAIN)[0] in floats:
+            schemes[node.name] = None
 
 
 def float_layers(prepared: nn.Module) -> list[str]:
@@ -268,6 +309,8 @@ def _qconfig_mapping(scheme: StaticInt8, training: bool) -> QConfigMapping:
     for kind in FLOAT_TYPES:
         for leaf in (kind, *kind.__subclasses__()):
             mapping.set_object_type(leaf, None)
+    for wrong in WRONG_KERNELS:
+        mapping.set_object_type(wrong, None)
     return mapping
 
 

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from lightning_compress.errors import CompressionError, NoEffectWarning, in_a_line
+from lightning_compress.quantization.flows.exported_kernels import compiled_is_off, exported_steps
+from lightning_compress.quantization.flows.kernels import furthest, reasons
 from lightning_compress.quantization.layers.fast_path import without_fast_path
 from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
 from lightning_compress.quantization.signature import Signature
@@ -141,12 +144,16 @@ class Int8Graph(Exported):
                 reason = in_a_line(error)
                 self._check_shapes(*tensors)
                 continue
-            if self._compilations > before:
-                self._known.add(key)
-            return output
+            if self._compilations == before:
+                return output
+            self._known.add(key)
+            if not (off := compiled_is_off(self.graph, tensors, output)):
+                return output
+            reason = off
+            self._compiled = None
         self._gave_up = True
         warnings.warn(
-            f"pt2e: inductor couldn't compile the int8 form ({reason}). It runs uncompiled, and so slower than "
+            f"pt2e: the int8 form isn't compiled by inductor ({reason}). It runs uncompiled, and so slower than "
             "float32. Install a C++ compiler, or use flow='fx'.",
             NoEffectWarning,
             stacklevel=2,
@@ -309,13 +316,34 @@ def float_layers(prepared: nn.Module) -> list[str]:
     ]
 
 
-def convert(prepared: nn.Module, scheme: StaticInt8) -> Int8Graph:
-    """A new int8 graph on the CPU; ``prepared`` is left as it is."""
+def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> Int8Graph:
+    """A new int8 graph on the CPU; ``prepared`` is left as it is.
+
+    Raises:
+        CompressionError: prepared layers are to be float nonetheless, which this flow can't do.
+    """
     assert isinstance(prepared, Exported)
+    if floats:
+        raise CompressionError(
+            "A layer that is converted must compute what it computed before. Received: "
+            f"{', '.join(map(repr, floats))}, whose int8 form doesn't. Exclude it in `targets`, or use flow='fx'."
+        )
     with _quiet(), torch.no_grad(), torch.random.fork_rng():
         converted = convert_pt2e(copy.deepcopy(prepared.graph).cpu())
     _drop_unread_(converted)
     return Int8Graph(converted)
+
+
+def wrong_kernels(
+    prepared: nn.Module, int8: nn.Module, scheme: StaticInt8, inputs: list[Tensor], drawn_only: bool = False
+) -> dict[str, str]:
+    """The layers that in ``int8`` compute something else than they do, each with a reason; see `Flow`.
+
+    That is, uncompiled: `Int8Graph` judges its compiled form when there is one.
+    """
+    assert isinstance(prepared, Exported) and isinstance(int8, Exported)
+    run = partial(exported_steps, int8.graph, copy.deepcopy(prepared.graph).cpu())
+    return reasons(furthest(run, inputs, drawn_only), {})
 
 
 def _drop_unread_(graph: GraphModule) -> None:
