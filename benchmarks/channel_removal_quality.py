@@ -46,7 +46,7 @@ LEAST = 0.1
 """No layer keeps less of its channels: `min_layer_channels` of ours by default, so `max_pruning_ratio` of theirs."""
 
 FULL = "full network, trained as long"
-TRAINED = "`ChannelPruning`, its defaults, fit of the trained network"
+TRAINED = '`ChannelPruning`, scope="global", fit of the trained network'
 BY_HAND = "torch-pruning by hand, of the trained network"
 SPARSE = "torch-pruning by hand, sparse training in half of the epochs"
 ROWS = (TRAINED, BY_HAND, SPARSE)
@@ -158,7 +158,7 @@ def run_row(row: str, trained: nn.Module, fold: int, keep: float, epochs: Epochs
     after = epochs[1]
     network = copy.deepcopy(trained)
     if row == TRAINED:
-        return fit(Module(network), fold, after, (ChannelPruning(macs=keep),))
+        return fit(Module(network), fold, after, (ChannelPruning(macs=keep, scope="global"),))
     pruner = pruner_by_hand(network)
     if row == SPARSE:
         fit(Sparse(network.train(), pruner), fold, after // 2)

@@ -106,7 +106,7 @@ def gradual(method: str = "l1_unstructured") -> Make:
 
 
 def one_shot(model: Classifier, goal: float, epochs: int) -> L.Callback:
-    return ScheduledPruning(sparsity=goal, schedule=OneShot(), window=Window(0.75))
+    return ScheduledPruning("magnitude", goal, schedule=OneShot(), window=Window(0.75))
 
 
 def rewinding(to: int, window: Window | None = None) -> Make:
@@ -117,7 +117,7 @@ def rewinding(to: int, window: Window | None = None) -> Make:
         fractions = [(1 - (1 - goal) ** (done / ROUNDS)) / goal for done in range(1, ROUNDS)]
         settings = {} if window is None else {"window": window}
         return ScheduledPruning(
-            sparsity=goal, schedule=Steps(points, [*fractions, 1.0]), rewind=Rewind(to, unit="epoch"), **settings
+            "magnitude", goal, schedule=Steps(points, [*fractions, 1.0]), rewind=Rewind(to, unit="epoch"), **settings
         )
 
     return make
@@ -187,7 +187,7 @@ def run_fold(kind: type[nn.Module], fold: int, epochs: int, levels: list[int]) -
         goal = level / 100
         yield level, DENSE, accuracy, sparsity(dense)
         pruned = copy.deepcopy(dense)
-        prune_(pruned, goal)
+        prune_(pruned, goal, "magnitude")
         yield level, AT_THE_END, demo.test(pruned, Digits(fold))["test_acc"], check(pruned, goal)
         for row, make in FITS.items():
             if row == TO_INIT and level != ONE_LEVEL:

@@ -160,7 +160,7 @@ def lightnings(network: nn.Module) -> Callback:
 
 def ours(every_n_steps: int) -> Callable[[nn.Module], Callback]:
     window = Window(SKIPPED - 1, STEPS - 1, unit="step", every_n_steps=every_n_steps)
-    return lambda network: ScheduledPruning(sparsity=0.9, window=window)
+    return lambda network: ScheduledPruning("magnitude", 0.9, window=window)
 
 
 ARMS: dict[str, Callable[[nn.Module], Callback] | None] = {

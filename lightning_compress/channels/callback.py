@@ -22,7 +22,7 @@ from lightning_compress.channels.groups import Structure
 from lightning_compress.channels.importance import rank, taylor_step
 from lightning_compress.channels.look import GUEST, Look, guests
 from lightning_compress.channels.plan import check_module
-from lightning_compress.channels.recipe import make_recipe
+from lightning_compress.channels.recipe import LEAST, SCOPE, make_recipe
 from lightning_compress.channels.regularize import regularize_
 from lightning_compress.channels.removal_plan import RemovalPlan
 from lightning_compress.channels.remove import cut_, modules_of, named_tensors
@@ -59,7 +59,7 @@ class ChannelPruning(CompressionCallback):
         latency: budget: the fraction of a forward pass' time that remains, measured on this machine when the window
             starts.
         importance: ``l1``, ``l2``, ``batchnorm``, ``taylor``, ``fpgm`` or ``random``: see `rank`.
-        scope: ``global`` ranks the channels of all layers together, ``layer`` takes the same fraction of each.
+        scope: ``layer`` takes the same fraction of each layer, ``global`` ranks the channels of all layers together.
         schedule: how much of the way to the budget is gone when. Channels leave when it asks for a tenth more, so there
             are ten rounds at most; `Steps` says how many, `OneShot` is one, at the window's start.
         window: when. Leave a hundred optimizer steps or more after its end.
@@ -100,12 +100,12 @@ class ChannelPruning(CompressionCallback):
         macs: float | None = None,
         latency: float | None = None,
         importance: str = "l1",
-        scope: Scope = "global",
+        scope: Scope = SCOPE,
         schedule: Schedule = Linear(),  # noqa: B008  frozen
         window: Window = Window(0.0, 0.3),  # noqa: B008  frozen
         targets: Targets = Targets(),  # noqa: B008  frozen
         overrides: Mapping[str, float] | None = None,
-        min_layer_channels: float = 0.1,
+        min_layer_channels: float = LEAST,
         round_to: int | None = None,
         regularization: float = 0.0,
         seed: int = 0,

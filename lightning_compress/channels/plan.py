@@ -14,7 +14,7 @@ from lightning_compress.channels.budget import Scope
 from lightning_compress.channels.explore import explore
 from lightning_compress.channels.groups import Run
 from lightning_compress.channels.importance import taylor_step
-from lightning_compress.channels.recipe import make_recipe
+from lightning_compress.channels.recipe import LEAST, SCOPE, make_recipe
 from lightning_compress.channels.removal_plan import RemovalPlan
 from lightning_compress.channels.remove import check_shapes, cut_, named_tensors
 from lightning_compress.channels.search import make_plan
@@ -37,10 +37,10 @@ def plan_removal(
     macs: float | None = None,
     latency: float | None = None,
     importance: str = "l1",
-    scope: Scope = "global",
+    scope: Scope = SCOPE,
     targets: Targets | None = None,
     overrides: Mapping[str, float] | None = None,
-    min_layer_channels: float = 0.1,
+    min_layer_channels: float = LEAST,
     round_to: int | None = None,
     seed: int = 0,
 ) -> RemovalPlan:
@@ -61,7 +61,7 @@ def plan_removal(
         latency: budget: the fraction of the time of a run on ``inputs`` that remains, measured here and now.
         importance: ``l1``, ``l2``, ``batchnorm``, ``taylor`` (call ``loss.backward()`` before), ``fpgm``, ``random``:
             see `rank`.
-        scope: ``global`` ranks the channels of all layers together, ``layer`` takes the same fraction of each.
+        scope: ``layer`` takes the same fraction of each layer, ``global`` ranks the channels of all layers together.
         targets: which layers; by default all that can lose channels and are trained. A width that a norm spans
             (LayerNorm, GroupNorm) is cut only if ``include`` names one of its layers exactly, as that is approximate.
         overrides: pattern of layers' paths to the fraction of their channels that remains; the last match wins.

@@ -84,6 +84,11 @@ class Teaching(Callback):
     student_path = ""
     """Of the student within the LightningModule."""
 
+    @property
+    def averages_weights(self) -> bool:
+        """Whether the teacher follows the student's weights, so that these must keep their scale."""
+        return self._objective is not None and isinstance(self._objective.teacher.given, EMATeacher)
+
     def follow_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
         """Channels have left the module: a teacher that follows the student loses them too."""
         if self._objective is not None and isinstance(self._objective.teacher.given, EMATeacher):

@@ -26,7 +26,7 @@ from lightning_compress.pruning.history import Snapshot, remember_
 from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
 from lightning_compress.pruning.methods import CRITERIA, Masks, Smallest, pruned
 from lightning_compress.pruning.pruner import Pruner
-from lightning_compress.pruning.recipe import make_recipe
+from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.pruning.rewind import Rewind
 from lightning_compress.schedules import Polynomial, Schedule
 from lightning_compress.targets import Targets
@@ -42,9 +42,10 @@ class ScheduledPruning(CompressionCallback):
     dense kernel faster and no file smaller; the report says so.
 
     Args:
-        method: ``l1_unstructured`` (or ``magnitude``), ``lamp``, ``taylor``, ``movement`` (see `criteria`),
-            ``random_unstructured``, ``ln_structured``, ``random_structured``, ``custom_from_mask``, or the import path
-            of a `torch.nn.utils.prune.BasePruningMethod` subclass.
+        method: ``lamp``, by which the weights of several layers compare, ``l1_unstructured`` (or ``magnitude``),
+            ``taylor``, ``movement`` (see `criteria`), ``random_unstructured``, ``ln_structured``,
+            ``random_structured``, ``custom_from_mask``, or the import path of a
+            `torch.nn.utils.prune.BasePruningMethod` subclass.
         sparsity: the fraction of the original weights that is zero at the end, in [0, 1); left out where the method
             or ``n_m`` fixes it.
         scope: ``global`` ranks all targeted weights together, ``layer`` each tensor by itself.
@@ -79,7 +80,7 @@ class ScheduledPruning(CompressionCallback):
     to the weights that are saved.
 
     Example:
-        >>> pruning = ScheduledPruning("l1_unstructured", sparsity=0.9, schedule=Polynomial(power=3))
+        >>> pruning = ScheduledPruning(sparsity=0.9, schedule=Polynomial(power=3))
         >>> # Trainer(callbacks=[pruning]).fit(model, datamodule)
 
     References:
@@ -88,7 +89,7 @@ class ScheduledPruning(CompressionCallback):
 
     def __init__(
         self,
-        method: str = "l1_unstructured",
+        method: str = METHOD,
         sparsity: float | None = None,
         scope: Scope = "global",
         schedule: Schedule = Polynomial(),  # noqa: B008  frozen

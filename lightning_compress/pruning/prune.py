@@ -14,7 +14,7 @@ from lightning_compress.pruning.budget import Scope
 from lightning_compress.pruning.followers import norm_paths, norms_after, norms_in_sequence, warning
 from lightning_compress.pruning.methods import Masks
 from lightning_compress.pruning.pruner import Pruner, own_random_state
-from lightning_compress.pruning.recipe import make_recipe
+from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.quantization.calls import copy_module
 from lightning_compress.quantization.forms import refuse_adapted
 from lightning_compress.targets import Targets
@@ -23,7 +23,7 @@ from lightning_compress.targets import Targets
 def prune_(
     model: nn.Module,
     sparsity: float | None = None,
-    method: str = "l1_unstructured",
+    method: str = METHOD,
     scope: Scope = "global",
     targets: Targets | None = None,
     *,
@@ -46,7 +46,7 @@ def prune_(
     Args:
         model: any module.
         sparsity: the fraction to mask, in [0, 1); None for a method that fixes it itself, and with ``n_m``.
-        method: ``l1_unstructured`` (or ``magnitude``), ``lamp``, ``taylor``, ``movement`` (these two need gradients:
+        method: ``lamp``, ``l1_unstructured`` (or ``magnitude``), ``taylor``, ``movement`` (these two need gradients:
             call ``loss.backward()`` before), ``random_unstructured``, ``ln_structured``, ``random_structured``,
             ``custom_from_mask``, or the import path of a `torch.nn.utils.prune.BasePruningMethod` subclass.
         scope: rank all targeted weights together, or each tensor by itself.

@@ -24,10 +24,11 @@ from lightning_compress.inputs import run_step
 from lightning_compress.messages import in_short, named
 from lightning_compress.probe import look, make_probe, shape_feed
 from lightning_compress.quantization import forms
-from lightning_compress.quantization.calibrate import calibrate
+from lightning_compress.quantization.calibrate import calibrate, evaluating
 from lightning_compress.quantization.calls import CallLog, copy_tensors, record_calls
 from lightning_compress.quantization.layers.plan import check_overrides
 from lightning_compress.quantization.plan import explain, make_plan, summary
+from lightning_compress.quantization.quantize import adjusted
 from lightning_compress.quantization.schemes import (
     AVERAGING_CONSTANT,
     GPTQ,
@@ -53,8 +54,10 @@ class QuantizationAwareTraining(CompressionCallback):
 
     At the window's start the largest sub-modules whose traced form computes what they computed are given
     fake-quantizers (BatchNorm folded); the rest stays float and is listed with its reason. Parameters stay the same
-    objects, so optimizers go on. After the fit the model computes in int8 on the CPU: ``trainer.test(model)`` measures
-    just that. The next `fit` trains the float weights on.
+    objects, so optimizers go on. Where the window starts with the fit, and nothing averages weights, those of
+    `StaticInt8` are equalized and smoothed first, as before calibration; the float function stays. After the fit the
+    model computes in int8 on the CPU: ``trainer.test(model)`` measures just that. The next `fit` trains the float
+    weights on.
 
     Args:
         scheme: ``int8_static`` or a `StaticInt8`; or ``int4_weight_only`` or a symmetric `WeightOnly`, of which
@@ -67,7 +70,9 @@ class QuantizationAwareTraining(CompressionCallback):
             last match wins. They train in float, and are quantized when the fit ends, but for linear and embedding
             layers in a symmetric `WeightOnly` outside of traced modules, which are fake-quantized.
         freeze_observers: fraction of the window after which activation ranges no longer move; 1 is never.
-        freeze_batchnorm: fraction of the window after which BatchNorm statistics no longer move; 1 is never.
+        freeze_batchnorm: fraction of the window after which BatchNorm statistics no longer move; 1 is never. Freeze
+            them only where the learning rate is close to zero by then: weights that go on at their full rate leave the
+            statistics behind, which costs an MLP on digits 3 points in float too (``benchmarks/defaults.md``).
         convert: convert when the fit ends; False leaves the model fake-quantized.
 
     Raises:
@@ -85,7 +90,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     References:
         Jacob et al., 2018 (arXiv:1712.05877), section 3; Krishnamoorthi, 2018 (arXiv:1806.08342), for freezing
-        BatchNorm.
+        BatchNorm, which isn't done by default.
     """
 
     def __init__(
@@ -95,8 +100,8 @@ class QuantizationAwareTraining(CompressionCallback):
         window: Window = _WINDOW,
         targets: Targets | None = None,
         overrides: dict[str, str | Scheme] | None = None,
-        freeze_observers: float = 0.9,
-        freeze_batchnorm: float = 0.9,
+        freeze_observers: float = 1.0,
+        freeze_batchnorm: float = 1.0,
         convert: bool = True,
     ) -> None:
         super().__init__(window)
@@ -200,6 +205,9 @@ class QuantizationAwareTraining(CompressionCallback):
         for seen in look(trainer, pl_module, batch, batch_idx, record_calls):
             log.merge(seen)
         plan = make_plan(pl_module, log, self.scheme, self.targets, self._overrides, "fx", training=True)
+        if isinstance(self.scheme, StaticInt8) and _may_rescale(trainer):
+            with evaluating(pl_module):
+                plan.units = [adjusted(pl_module, unit, log, self.scheme, training=True) for unit in plan.units]
         forms.prepare_(pl_module, plan, self.scheme, training=True)
         self.bring_in_line(trainer, pl_module)
         if trainer.training:
@@ -302,10 +310,19 @@ class QuantizationAwareTraining(CompressionCallback):
     def unfinished(self) -> str:
         if self._trained == 0:
             return "no step was left for it. Let channels leave earlier, or train longer."
-        return "observers and BatchNorm may not have been frozen. Shorten the window, or train longer."
+        return "what was to be frozen may not have been. Shorten the window, or train longer."
 
     def report_notes(self) -> list[str]:
         return [*super().report_notes(), *self._notes]
+
+
+def _may_rescale(trainer: pl.Trainer) -> bool:
+    """Whether there are neither momenta nor averages yet: they would be those of weights of another scale."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    averages = next(structure.averaged_copies(trainer), None) is not None or any(
+        getattr(callback, "averages_weights", False) for callback in callbacks
+    )
+    return not averages and not any(optimizer.state for optimizer in trainer.optimizers)
 
 
 def convert_prepared_(pl_module: pl.LightningModule) -> None:

@@ -198,7 +198,7 @@ def quantize_(
             log = dry_run(model, None, lambda model, _: run_example(model), keep_inputs=False)
     plan = make_plan(model, log, scheme, recipe.targets, recipe.overrides, recipe.flow, training=False)
     if isinstance(scheme, StaticInt8) and log is not None:
-        plan.units = [_adjusted(model, unit, log, scheme) for unit in plan.units]
+        plan.units = [adjusted(model, unit, log, scheme) for unit in plan.units]
     fitted = {path: one for path, one in plan.layers.items() if isinstance(one, GPTQ)}
     batches = chain([first], batches)
     weights: Weights = {}
@@ -239,8 +239,11 @@ def _check_runs(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], An
         ) from error
 
 
-def _adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8) -> Unit:
-    """Equalize and smooth the weights of one unit, as far as `fx` can trace it."""
+def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8, training: bool = False) -> Unit:
+    """Equalize and smooth the weights of one unit of a model in evaluation, as far as `fx` can trace it.
+
+    Before ``training`` frozen weights stay as they are, and so does each ReLU6: what is trained is the same function.
+    """
     module = compressible_modules(model)[unit.path]
     inputs = unit.signature.tensors(*canonical(module, *log.inputs[unit.path]))
     assert inputs is not None
@@ -252,7 +255,9 @@ def _adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8) ->
     owners = Counter(id(one) for layer in model.modules() for one in layer.parameters(recurse=False))
     kept = {key for key, count in owners.items() if count > 1}
     kept |= {id(one) for path in unit.floats for one in compressible_modules(module)[path].parameters()}
-    widen = unit.flow == "fx"
+    if training:
+        kept |= {id(one) for one in module.parameters() if not one.requires_grad}
+    widen = unit.flow == "fx" and not training
     with random_state_kept():
         relu6 = adjust_(graph, inputs, kept, equalize=scheme.equalize, smooth=scheme.smooth, widen=widen)
     return replace(unit, widened=tuple(relu6))

@@ -222,3 +222,16 @@ def test_resumed_in_mid_window_equals_uninterrupted(method: str, regrow: bool, s
         _, pruning, resumed = run(24, path)
         assert_same_state(module, resumed)
         assert_same_state(whole.masks, pruning.masks)
+
+
+def test_lamp_of_a_large_layer_is_its_equation_nearly_and_keeps_the_order() -> None:
+    weight = torch.randn(300, 100, generator=torch.Generator().manual_seed(0))
+    scores, squares = lamp(weight).flatten(), weight.double().square().flatten()
+    order = squares.argsort()
+    assert torch.equal(scores[order], scores.sort().values)
+    expected = squares[order] / squares[order].flip(0).cumsum(0).flip(0)
+    # Of the largest few, which no mask reaches, those of one bin share a denominator.
+    torch.testing.assert_close(scores[order][:-300].double(), expected[:-300], rtol=0.03, atol=0)
+    assert 0.2 < float(scores.max()) <= 1.0
+    zeros = weight.where(weight.abs() > 1, 0.0)
+    assert torch.equal(lamp(zeros) == 0, zeros == 0)

@@ -110,7 +110,7 @@ def test_structured_global_is_the_nearest_number_where_units_are_of_one_size() -
 @settings(max_examples=40)
 def test_l1_global_equals_torch(shapes: list[tuple[int, ...]], sparsity: float) -> None:
     model, theirs = stack(*shapes), stack(*shapes)
-    masks = prune_(model, sparsity)
+    masks = prune_(model, sparsity, "l1_unstructured")
     amount = round(sparsity * sum(layer.weight.numel() for layer in theirs))
     if amount:
         prune.global_unstructured([(layer, "weight") for layer in theirs], prune.L1Unstructured, amount=amount)
@@ -303,7 +303,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "1": ({"sparsity": 1.0}, "`sparsity` must lie"),
     "below 0": ({"sparsity": -0.2}, "`sparsity` must lie"),
     "nan": ({"sparsity": float("nan")}, "`sparsity` must lie"),
-    "none": ({}, "`sparsity` must be given for method='l1_unstructured'"),
+    "none": ({}, "`sparsity` must be given for method='lamp'"),
     "method": ({"sparsity": 0.5, "method": "l2"}, "`method` must be a pruning rule"),
     "scope": ({"sparsity": 0.5, "scope": "local"}, "`scope` must be 'global' or 'layer'"),
     "dim": ({"sparsity": 0.5, "method": "ln_structured", "dim": 2}, "`dim` must be a dimension of every target"),

@@ -1,0 +1,164 @@
+"""What the callbacks' defaults cost, beside other settings: small networks on digits and pretrained ones, five seeds.
+
+Every arm of a row and a seed starts from the same weights and sees the same batches in the same order, so differences
+are paired by seed; in brackets is the 95 % t-interval of their mean. Results are appended to a file as they come, and
+what it holds isn't measured again, so a run may be broken off, and rows may be measured one by one:
+
+    python benchmarks/defaults.py --rows "mlp-bn/scratch*" --arms "plain,QAT*"    # patterns
+    python benchmarks/defaults.py --list                                          # the rows and arms
+    python benchmarks/defaults.py --table > benchmarks/defaults.md                # the tables of what was measured
+
+A row of a pretrained network is left out, with a word, where its package isn't installed: see `defaults_pretrained.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from defaults_rows import FITS, TASKS, score
+from scipy.stats import t as student_t
+
+from lightning_compress import (
+    ChannelPruning,
+    OneShot,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    ScheduledPruning,
+    StaticInt8,
+    Window,
+)
+
+Arm = Callable[[], tuple[list, list | None]]
+
+PLAIN, PTQ = "plain", "PTQ of plain"
+QAT, CUT, ZEROS = "QAT", "ChannelPruning", "ScheduledPruning"
+_RAW = StaticInt8(equalize=False, smooth=False)
+
+ARMS: dict[str, Arm] = {
+    PLAIN: lambda: ([], None),
+    PTQ: lambda: ([], [PostTrainingQuantization()]),
+    QAT: lambda: ([QuantizationAwareTraining()], None),
+    f"{QAT}, as it was": lambda: (
+        [QuantizationAwareTraining(_RAW, freeze_observers=0.9, freeze_batchnorm=0.9)],
+        None,
+    ),
+    f"{QAT}, not equalized": lambda: ([QuantizationAwareTraining(_RAW)], None),
+    f"{QAT}, freeze_batchnorm=0.5": lambda: ([QuantizationAwareTraining(freeze_batchnorm=0.5)], None),
+    f"{QAT}, freeze_observers=0.9": lambda: ([QuantizationAwareTraining(freeze_observers=0.9)], None),
+    f"{QAT}, Window(0.5)": lambda: ([QuantizationAwareTraining(window=Window(0.5))], None),
+    CUT: lambda: ([ChannelPruning(macs=0.5)], None),
+    f"{CUT}, as it was": lambda: ([ChannelPruning(macs=0.5, scope="global", min_layer_channels=0.1)], None),
+    f"{CUT}, global, floor 0.35": lambda: ([ChannelPruning(macs=0.5, scope="global", min_layer_channels=0.35)], None),
+    f"{CUT}, OneShot": lambda: ([ChannelPruning(macs=0.5, schedule=OneShot())], None),
+    f"{CUT}, l2": lambda: ([ChannelPruning(macs=0.5, importance="l2")], None),
+    f"{CUT}, taylor": lambda: ([ChannelPruning(macs=0.5, importance="taylor", window=Window(0.05, 0.3))], None),
+    ZEROS: lambda: ([ScheduledPruning(sparsity=0.8)], None),
+    f"{ZEROS}, as it was": lambda: ([ScheduledPruning("l1_unstructured", sparsity=0.8)], None),
+    f"{ZEROS}, layer": lambda: ([ScheduledPruning("l1_unstructured", sparsity=0.8, scope="layer")], None),
+    f"{ZEROS}, every step": lambda: ([ScheduledPruning(sparsity=0.8, window=Window(0.1, 0.6))], None),
+    f"{ZEROS}, to 0.75": lambda: ([ScheduledPruning(sparsity=0.8, window=Window(0.1, 0.75, every_n_steps=10))], None),
+}
+
+
+def rows() -> Iterator[tuple[str, str]]:
+    """Networks and the fits that they have."""
+    for name, task in TASKS.items():
+        for fit, how in FITS.items():
+            uneven = not how.uneven or name in ("cnn", "transformer")
+            if bool(task.package) == fit.startswith("pretrained") and uneven:
+                yield name, fit
+
+
+def read(path: Path) -> dict[tuple[str, str, int], float]:
+    """Row, arm and seed to the score."""
+    if not path.exists():
+        return {}
+    lines = map(json.loads, path.read_text("utf-8").splitlines())
+    return {(line["row"], line["arm"], line["seed"]): line["score"] for line in lines}
+
+
+def measure(path: Path, row_patterns: list[str], arm_patterns: list[str], seeds: int) -> None:
+    known = read(path)
+    for name, fit in rows():
+        row = f"{name}/{fit}"
+        if not any(fnmatch(row, pattern) for pattern in row_patterns):
+            continue
+        if TASKS[name].missing:
+            print(f"{row}: left out, {TASKS[name].package} isn't installed", file=sys.stderr)
+            continue
+        for seed in range(seeds):
+            for arm, make in ARMS.items():
+                if (row, arm, seed) in known or not any(fnmatch(arm, pattern) for pattern in arm_patterns):
+                    continue
+                start = time.perf_counter()
+                found = score(name, FITS[fit], seed, *make())
+                seconds = round(time.perf_counter() - start, 1)
+                line = {"row": row, "arm": arm, "seed": seed, "score": found, "seconds": seconds}
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(f"{row}, {arm}, seed {seed}: {found:.2f} in {seconds} s", file=sys.stderr)
+
+
+def difference(known: dict[tuple[str, str, int], float], row: str, arm: str, base: str) -> tuple[list[float], str]:
+    """The differences by seed, and their mean with its interval; bold where that lies below 0."""
+    pairs = [(value, known.get((row, base, seed))) for (r, a, seed), value in known.items() if (r, a) == (row, arm)]
+    found = [value - other for value, other in pairs if other is not None]
+    if len(found) < 2:
+        return found, f"{found[0]:+.2f}" if found else ""
+    mean = statistics.mean(found)
+    half = student_t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
+    text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    return found, f"**{text}**" if mean + half < 0 else text
+
+
+def table(known: dict[tuple[str, str, int], float], technique: str, base: str) -> Iterator[str]:
+    """One technique: the differences of its arms to ``base``, row by row."""
+    arms = [arm for arm in ARMS if arm == technique or arm.startswith(f"{technique},")]
+    arms = [arm for arm in arms if any(arm == a for _, a, _ in known)]
+    heads = ["as it is", *(arm.removeprefix(f"{technique}, ") for arm in arms[1:])]
+    yield f"| Network, fit | Seeds | {base} (%) | " + " | ".join(heads) + " |"
+    yield "|:--|--:|--:|" + ":--|" * len(arms)
+    for name, fit in rows():
+        row = f"{name}/{fit}"
+        cells = [difference(known, row, arm, base) for arm in arms]
+        if any(found for found, _ in cells):
+            level = statistics.mean(value for (r, a, _), value in known.items() if (r, a) == (row, base))
+            seeds = max(len(found) for found, _ in cells)
+            yield f"| {name}, {fit} | {seeds} | {level:.2f} | " + " | ".join(text for _, text in cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="*", help="patterns of network/fit, with semicolons between them")
+    parser.add_argument("--arms", default="*", help="patterns of arms, with semicolons between them")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=Path("defaults.jsonl"))
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join([*(f"{name}/{fit}" for name, fit in rows()), "", *ARMS]))
+        return
+    if not args.table:
+        warnings.simplefilter("ignore")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        torch.set_num_threads(1)
+        measure(args.results, args.rows.split(";"), args.arms.split(";"), args.seeds)
+    known = read(args.results)
+    for technique, base in ((QAT, PTQ), (QAT, PLAIN), (CUT, PLAIN), (ZEROS, PLAIN)):
+        print(f"\n{technique}, to {base}:\n")
+        print("\n".join(table(known, technique, base)))
+
+
+if __name__ == "__main__":
+    main()
