@@ -23,10 +23,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
 from defaults_rows import FITS, TASKS, score
 from scipy.stats import t as student_t
+from torch import nn
 
 from lightning_compress import (
     ChannelPruning,
@@ -39,10 +42,26 @@ from lightning_compress import (
 )
 
 Arm = Callable[[], tuple[list, list | None]]
+Scores = dict[tuple[str, str, int], float]
 
 PLAIN, PTQ = "plain", "PTQ of plain"
 QAT, CUT, ZEROS = "QAT", "ChannelPruning", "ScheduledPruning"
 _RAW = StaticInt8(equalize=False, smooth=False)
+
+
+class FrozenStatistics(L.Callback):
+    """Puts BatchNorms into evaluation mode at a fraction of a float fit, as training for int8 did."""
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for module in pl_module.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(trainer.global_step < self.start * trainer.estimated_stepping_batches)
+
 
 ARMS: dict[str, Arm] = {
     PLAIN: lambda: ([], None),
@@ -55,15 +74,20 @@ ARMS: dict[str, Arm] = {
     f"{QAT}, not equalized": lambda: ([QuantizationAwareTraining(_RAW)], None),
     f"{QAT}, freeze_batchnorm=0.5": lambda: ([QuantizationAwareTraining(freeze_batchnorm=0.5)], None),
     f"{QAT}, freeze_observers=0.9": lambda: ([QuantizationAwareTraining(freeze_observers=0.9)], None),
+    f"{QAT}, none, but statistics frozen at 0.9": lambda: ([FrozenStatistics(0.9)], None),
     f"{QAT}, Window(0.5)": lambda: ([QuantizationAwareTraining(window=Window(0.5))], None),
     CUT: lambda: ([ChannelPruning(macs=0.5)], None),
     f"{CUT}, as it was": lambda: ([ChannelPruning(macs=0.5, scope="global", min_layer_channels=0.1)], None),
+    f"{CUT}, 0.25": lambda: ([ChannelPruning(macs=0.25)], None),
+    f"{CUT}, 0.25, as it was": lambda: ([ChannelPruning(macs=0.25, scope="global")], None),
     f"{CUT}, global, floor 0.35": lambda: ([ChannelPruning(macs=0.5, scope="global", min_layer_channels=0.35)], None),
     f"{CUT}, OneShot": lambda: ([ChannelPruning(macs=0.5, schedule=OneShot())], None),
     f"{CUT}, l2": lambda: ([ChannelPruning(macs=0.5, importance="l2")], None),
     f"{CUT}, taylor": lambda: ([ChannelPruning(macs=0.5, importance="taylor", window=Window(0.05, 0.3))], None),
     ZEROS: lambda: ([ScheduledPruning(sparsity=0.8)], None),
     f"{ZEROS}, as it was": lambda: ([ScheduledPruning("l1_unstructured", sparsity=0.8)], None),
+    f"{ZEROS}, 0.9": lambda: ([ScheduledPruning(sparsity=0.9)], None),
+    f"{ZEROS}, 0.9, as it was": lambda: ([ScheduledPruning("l1_unstructured", sparsity=0.9)], None),
     f"{ZEROS}, layer": lambda: ([ScheduledPruning("l1_unstructured", sparsity=0.8, scope="layer")], None),
     f"{ZEROS}, every step": lambda: ([ScheduledPruning(sparsity=0.8, window=Window(0.1, 0.6))], None),
     f"{ZEROS}, to 0.75": lambda: ([ScheduledPruning(sparsity=0.8, window=Window(0.1, 0.75, every_n_steps=10))], None),
@@ -79,7 +103,7 @@ def rows() -> Iterator[tuple[str, str]]:
                 yield name, fit
 
 
-def read(path: Path) -> dict[tuple[str, str, int], float]:
+def read(path: Path) -> Scores:
     """Row, arm and seed to the score."""
     if not path.exists():
         return {}
@@ -109,19 +133,22 @@ def measure(path: Path, row_patterns: list[str], arm_patterns: list[str], seeds:
                 print(f"{row}, {arm}, seed {seed}: {found:.2f} in {seconds} s", file=sys.stderr)
 
 
-def difference(known: dict[tuple[str, str, int], float], row: str, arm: str, base: str) -> tuple[list[float], str]:
-    """The differences by seed, and their mean with its interval; bold where that lies below 0."""
+def difference(known: Scores, row: str, arm: str, base: str, seeds: int = 0) -> tuple[list[float], str]:
+    """The differences by seed, and their mean with its interval; bold where that lies below 0.
+
+    Where there are less than ``seeds``, their number is added.
+    """
     pairs = [(value, known.get((row, base, seed))) for (r, a, seed), value in known.items() if (r, a) == (row, arm)]
     found = [value - other for value, other in pairs if other is not None]
     if len(found) < 2:
-        return found, f"{found[0]:+.2f}" if found else ""
+        return found, f"{found[0]:+.2f}" + (" (1)" if seeds > 1 else "") if found else ""
     mean = statistics.mean(found)
     half = student_t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
-    text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]" + (f" ({len(found)})" if len(found) < seeds else "")
     return found, f"**{text}**" if mean + half < 0 else text
 
 
-def table(known: dict[tuple[str, str, int], float], technique: str, base: str) -> Iterator[str]:
+def table(known: Scores, technique: str, base: str) -> Iterator[str]:
     """One technique: the differences of its arms to ``base``, row by row."""
     arms = [arm for arm in ARMS if arm == technique or arm.startswith(f"{technique},")]
     arms = [arm for arm in arms if any(arm == a for _, a, _ in known)]
@@ -130,10 +157,10 @@ def table(known: dict[tuple[str, str, int], float], technique: str, base: str) -
     yield "|:--|--:|--:|" + ":--|" * len(arms)
     for name, fit in rows():
         row = f"{name}/{fit}"
-        cells = [difference(known, row, arm, base) for arm in arms]
-        if any(found for found, _ in cells):
+        seeds = max((len(difference(known, row, arm, base)[0]) for arm in arms), default=0)
+        cells = [difference(known, row, arm, base, seeds) for arm in arms]
+        if seeds:
             level = statistics.mean(value for (r, a, _), value in known.items() if (r, a) == (row, base))
-            seeds = max(len(found) for found, _ in cells)
             yield f"| {name}, {fit} | {seeds} | {level:.2f} | " + " | ".join(text for _, text in cells) + " |"
 
 

@@ -56,7 +56,7 @@ _LOWEST = 1997.3794084376191
 
 
 @functools.cache
-def tones(train: int = 640, test: int = 500) -> tuple[TensorDataset, TensorDataset]:
+def tones(train: int = 320, test: int = 400) -> tuple[TensorDataset, TensorDataset]:
     """Harmonic tones of known pitch in noise; the target is that pitch, blurred over neighbouring bins."""
     generator = torch.Generator().manual_seed(0)
     count = train + test
