@@ -247,6 +247,7 @@ def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8, tra
     module = compressible_modules(model)[unit.path]
     inputs = unit.signature.tensors(*canonical(module, *log.inputs[unit.path]))
     assert inputs is not None
+    inputs = [one.float() if one.is_floating_point() else one for one in inputs]  # of a step in mixed precision
     try:
         graph, _ = load("fx").trace(module, unit.signature, ())
     except Exception:  # as with any tracing of a user's forward

@@ -98,6 +98,14 @@ def test_weights_keep_their_scale_where_something_holds_them(others: tuple[Any, 
     torch.testing.assert_close(module.first.weight, Uneven().first.weight, rtol=1e-6, atol=0)
 
 
+def test_mixed_precision_is_equalized_too() -> None:
+    module = Uneven()
+    quiet_trainer(max_epochs=1, precision="bf16-mixed", callbacks=[QuantizationAwareTraining(convert=False)]).fit(
+        module
+    )
+    assert not torch.equal(module.first.weight, Uneven().first.weight)
+
+
 def test_frozen_weights_stay_as_they_are() -> None:
     module = Uneven()
     module.second.requires_grad_(False)
