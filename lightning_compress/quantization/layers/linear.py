@@ -60,19 +60,25 @@ class DynamicLinear(nn.Module):
         return cls(linear.weight.cpu(), bias, describe(scheme)["reduce_range"], bool(scheme.per_token))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and x.dim() > 1 and not self.per_token and self._fits_one_scale(x):
+            return self._by_kernel(x)
         rows = x.float().reshape(-1, x.shape[-1])
         if not len(rows):
             return x.new_empty(*x.shape[:-1], len(self.scale))
-        if self.per_token or not self._fits_one_scale(rows):
-            product = self._by_rows(rows)
-        else:
-            if "bias" not in self._packed:
-                self._packed["bias"] = self.pack(self.bias)  # once the weights have been loaded
-            product = torch.ops.quantized.linear_dynamic.default(rows, self._packed["bias"])
+        fits = not self.per_token and self._fits_one_scale(rows)
+        product = self._by_kernel(rows) if fits else self._by_rows(rows)
         return product.view(*x.shape[:-1], -1).to(x.dtype)
+
+    def _by_kernel(self, x: Tensor) -> Tensor:
+        if "bias" not in self._packed:
+            self._packed["bias"] = self.pack(self.bias)  # once the weights have been loaded
+        product: Tensor = torch.ops.quantized.linear_dynamic.default(x, self._packed["bias"])
+        return product
 
     @staticmethod
     def _fits_one_scale(rows: Tensor) -> bool:
+        if not rows.numel():
+            return False
         low, high = torch.aminmax(rows)
         spread: float = max(high.item(), 0.0) - min(low.item(), 0.0)
         return _LEAST <= spread <= _MOST
