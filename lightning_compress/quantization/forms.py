@@ -166,6 +166,8 @@ def convert_(model: nn.Module, weights: Weights = MappingProxyType({}), judge: b
         unconverted = [name for name in wrong if name]
         graph = traced.converted(scheme, unconverted)
         if judge:
+            for name in unit["unconverted"]:  # when it was converted before
+                record["floats"].pop(f"{path}.{name}".strip("."), None)
             unit["unconverted"] = unconverted
             _tell_of_wrong_kernels({f"{path}.{name}".strip("."): why for name, why in wrong.items()}, record["floats"])
         for layer in [layer for layer in layers if is_below(layer, path)]:

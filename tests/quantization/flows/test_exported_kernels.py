@@ -19,12 +19,12 @@ from tests.quantization.flows.test_kernels import Skip, images
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    return float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    return F.cosine_similarity(a.detach().flatten(), b.detach().flatten(), dim=0).item()
 
 
 def noise_like(out: Tensor) -> Tensor:
     noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
-    return noise * out.std() + out.mean()
+    return noise * out.detach().std() + out.detach().mean()
 
 
 def spoil_(graph: GraphModule, is_spoilt: Callable[[Any], bool]) -> bool:
