@@ -295,7 +295,8 @@ def _has_kernel(module: nn.Module) -> bool:
 
 def _qconfig_mapping(scheme: StaticInt8, training: bool) -> QConfigMapping:
     """Upstream's mapping for the engine, with the scheme's range in place of its own."""
-    mapping = (get_default_qat_qconfig_mapping if training else get_default_qconfig_mapping)(scheme.engine)
+    with upstream_quiet():  # of `onednn` it warns that its weights have 8 bits, which aren't taken
+        mapping = (get_default_qat_qconfig_mapping if training else get_default_qconfig_mapping)(scheme.engine)
     default = mapping.global_qconfig
     assert default is not None
     if training:
