@@ -48,7 +48,7 @@ def test_a_log_of_a_transformer_has_ten_lines(callback: Any, caplog: pytest.LogC
     module, trainer = ZooModule(gpt), quiet_trainer(callbacks=[callback])
     with caplog.at_level("INFO"):
         trainer.test(module, verbose=False) if isinstance(callback, PostTrainingQuantization) else trainer.fit(module)
-    [said] = [text for text in caplog.messages if text.startswith(type(callback).__name__)]
+    said = next(text for text in caplog.messages if text.startswith(type(callback).__name__))
     assert len(said.splitlines()) <= MOST_LINES
     reasons = [line.partition(": ")[2] for line in said.splitlines()[1:]]
     assert len(set(reasons)) == len(reasons)
