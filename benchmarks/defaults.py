@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--rows", default="*", help="patterns of network/fit, with semicolons between them")
     parser.add_argument("--arms", default="*", help="patterns of arms, with semicolons between them")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=Path("defaults.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -212,7 +212,17 @@ def choose(
             high = middle
         else:
             low = middle + 1
-    return keep(_fill(counts_at(high), ranked, limits, orders, lambda counts: cost(keep(counts)), target))
+    counts = counts_at(high)
+    if scope == "layer":  # what rounding misses is made up for by a step in some layers, not by many in one
+        limits = [
+            replace(
+                limit,
+                least=max(limit.least, math.ceil(count / limit.step - 1) * limit.step),
+                most=min(limit.most, count + limit.step),
+            )
+            for limit, count in zip(limits, counts, strict=True)
+        ]
+    return keep(_fill(counts, ranked, limits, orders, lambda counts: cost(keep(counts)), target))
 
 
 _STEPS = 2000
