@@ -10,9 +10,7 @@ from lightning_compress.channels.importance import check_importance
 from lightning_compress.errors import invalid
 from lightning_compress.targets import Targets
 
-SCOPE: Scope = "layer"
-"""How far importances spread within a layer depends on its fan-in more than on what the layer is worth, so ranked
-together some layers go to their floor before others lose anything. ``benchmarks/defaults.md`` says what that costs."""
+SCOPE: Scope = "global"
 LEAST = 0.1
 
 

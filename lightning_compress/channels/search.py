@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -126,12 +126,28 @@ class _Search:
         cost = getattr(self.sizes, kind)
         target = fraction * self._whole(kind)
         steps = (self.recipe.round_to,) if self.recipe.round_to else _STEPS
+        even = self._even(cost, target) if self.recipe.scope == "global" else 0.0
         for step in steps:  # the coarsest that meets the budget
-            limits = _limits(self.structure.groups, self.recipe, self.progress, step)
+            limits = _limits(self.structure.groups, self.recipe, self.progress, step, SHARE * even)
             keep = choose(self._ranked, limits, cost, target, self.recipe.scope)
             if abs(cost(keep) - target) <= _TOLERANCE[kind] * target:
                 break
         return keep
+
+    def _even(self, cost: Callable[[list[Tensor]], float], target: float) -> float:
+        """The fraction of each group's original width that would meet the target, if all kept the same."""
+        groups = self.structure.groups
+        limits = _limits(groups, self.recipe, self.progress, 1, 0.0)
+        low, high = 0.0, 1.0
+        for _ in range(20):
+            middle = (low + high) / 2
+            counts = [
+                min(group.size, round(middle * _original(group, self.progress))) if one.exactly is None else one.exactly
+                for group, one in zip(groups, limits, strict=True)
+            ]
+            masks = [torch.arange(group.size) < count for group, count in zip(groups, counts, strict=True)]
+            low, high = (middle, high) if cost(masks) <= target else (low, middle)
+        return low
 
     def _whole(self, kind: str) -> float:
         """What there was before anything was removed."""
@@ -246,13 +262,23 @@ def _refusal(group: Group, targets: Targets, tensors: Mapping[str, Tensor]) -> s
     return ""
 
 
-def _limits(groups: Sequence[Group], recipe: Recipe, progress: Progress, step: int) -> list[Limits]:
+SHARE = 0.5
+"""Ranked together, no group keeps less than this part of what it would keep if all kept the same fraction: how far
+scores spread depends on a layer's fan-in more than on what it is worth. ``benchmarks/defaults.md`` has figures."""
+
+
+def _original(group: Group, progress: Progress) -> int:
+    """The units that a group had at first."""
+    return round(group.size * progress.widths.get(group.name, group.width) / group.width)
+
+
+def _limits(groups: Sequence[Group], recipe: Recipe, progress: Progress, step: int, share: float) -> list[Limits]:
     limits = []
     for group in groups:
-        original = round(group.size * progress.widths.get(group.name, group.width) / group.width)
+        original = _original(group, progress)
         mine = step if recipe.round_to or original >= 4 * step else 1
         mine = mine if group.width == group.size and original > mine else 1
-        least = max(1, math.ceil(recipe.min_layer_channels * original), min(mine, group.size))
+        least = max(1, math.ceil(max(recipe.min_layer_channels, share) * original), min(mine, group.size))
         exactly = None
         for pattern, fraction in recipe.overrides.items():
             if any(matches(layer, pattern) for layer in group.layers):
