@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -40,6 +41,7 @@ from lightning_compress import (
     StaticInt8,
     Window,
 )
+from lightning_compress.channels import search
 
 Arm = Callable[[], tuple[list, list | None]]
 Scores = dict[tuple[str, str, int], float]
@@ -47,6 +49,14 @@ Scores = dict[tuple[str, str, int], float]
 PLAIN, PTQ = "plain", "PTQ of plain"
 QAT, CUT, ZEROS = "QAT", "ChannelPruning", "ScheduledPruning"
 _RAW = StaticInt8(equalize=False, smooth=False)
+
+
+class Unfloored(ChannelPruning):
+    """Ranks all channels together with no floor but a tenth of each layer, as it was."""
+
+    def _plan(self, *args: Any) -> Any:
+        with mock.patch.object(search, "SHARE", 0.0):
+            return super()._plan(*args)
 
 
 class FrozenStatistics(L.Callback):
@@ -77,8 +87,10 @@ ARMS: dict[str, Arm] = {
     f"{QAT}, none, but statistics frozen at 0.9": lambda: ([FrozenStatistics(0.9)], None),
     f"{QAT}, Window(0.5)": lambda: ([QuantizationAwareTraining(window=Window(0.5))], None),
     CUT: lambda: ([ChannelPruning(macs=0.5)], None),
+    f"{CUT}, as it was": lambda: ([Unfloored(macs=0.5)], None),
     f"{CUT}, layer": lambda: ([ChannelPruning(macs=0.5, scope="layer")], None),
     f"{CUT}, 0.25": lambda: ([ChannelPruning(macs=0.25)], None),
+    f"{CUT}, 0.25, as it was": lambda: ([Unfloored(macs=0.25)], None),
     f"{CUT}, floor 0.35": lambda: ([ChannelPruning(macs=0.5, min_layer_channels=0.35)], None),
     f"{CUT}, OneShot": lambda: ([ChannelPruning(macs=0.5, schedule=OneShot())], None),
     f"{CUT}, l2": lambda: ([ChannelPruning(macs=0.5, importance="l2")], None),

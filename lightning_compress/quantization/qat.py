@@ -72,7 +72,7 @@ class QuantizationAwareTraining(CompressionCallback):
         freeze_observers: fraction of the window after which activation ranges no longer move; 1 is never.
         freeze_batchnorm: fraction of the window after which BatchNorm statistics no longer move; 1 is never. Freeze
             them only where the learning rate is close to zero by then: weights that go on at their full rate leave the
-            statistics behind, which costs an MLP on digits 3 points in float too (``benchmarks/defaults.md``).
+            statistics behind, which costs an MLP on digits 2.5 points (``benchmarks/defaults.md``).
         convert: convert when the fit ends; False leaves the model fake-quantized.
 
     Raises:
