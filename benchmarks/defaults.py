@@ -51,11 +51,15 @@ QAT, CUT, ZEROS = "QAT", "ChannelPruning", "ScheduledPruning"
 _RAW = StaticInt8(equalize=False, smooth=False)
 
 
-class Unfloored(ChannelPruning):
-    """Ranks all channels together with no floor but a tenth of each layer, as it was."""
+class Floored(ChannelPruning):
+    """Leaves another part of each layer's even share; 0 is none but a tenth of its width, as it was."""
+
+    def __init__(self, share: float, **budget: float) -> None:
+        super().__init__(**budget)
+        self.share = share
 
     def _plan(self, *args: Any) -> Any:
-        with mock.patch.object(search, "SHARE", 0.0):
+        with mock.patch.object(search, "SHARE", self.share):
             return super()._plan(*args)
 
 
@@ -87,10 +91,11 @@ ARMS: dict[str, Arm] = {
     f"{QAT}, none, but statistics frozen at 0.9": lambda: ([FrozenStatistics(0.9)], None),
     f"{QAT}, Window(0.5)": lambda: ([QuantizationAwareTraining(window=Window(0.5))], None),
     CUT: lambda: ([ChannelPruning(macs=0.5)], None),
-    f"{CUT}, as it was": lambda: ([Unfloored(macs=0.5)], None),
+    f"{CUT}, as it was": lambda: ([Floored(0.0, macs=0.5)], None),
+    f"{CUT}, half the share": lambda: ([Floored(0.5, macs=0.5)], None),
     f"{CUT}, layer": lambda: ([ChannelPruning(macs=0.5, scope="layer")], None),
     f"{CUT}, 0.25": lambda: ([ChannelPruning(macs=0.25)], None),
-    f"{CUT}, 0.25, as it was": lambda: ([Unfloored(macs=0.25)], None),
+    f"{CUT}, 0.25, as it was": lambda: ([Floored(0.0, macs=0.25)], None),
     f"{CUT}, floor 0.35": lambda: ([ChannelPruning(macs=0.5, min_layer_channels=0.35)], None),
     f"{CUT}, OneShot": lambda: ([ChannelPruning(macs=0.5, schedule=OneShot())], None),
     f"{CUT}, l2": lambda: ([ChannelPruning(macs=0.5, importance="l2")], None),

@@ -76,7 +76,7 @@ def test_defaults_end_where_plain_training_ends(name: str) -> None:
 
 
 @pytest.mark.parametrize("macs", [0.5, 0.25])
-def test_ranked_together_no_layer_keeps_less_than_half_of_its_share(macs: float) -> None:
+def test_ranked_together_no_layer_keeps_less_than_its_floor(macs: float) -> None:
     torch.manual_seed(0)
     network, x = mlp().eval(), torch.rand(4, 1, 8, 8)
     with torch.no_grad():  # scores that spread less where the fan-in is larger, as they do in training
@@ -85,7 +85,7 @@ def test_ranked_together_no_layer_keeps_less_than_half_of_its_share(macs: float)
     even = plan_removal(network, x, macs=macs, scope="layer", round_to=1)
     share = {row.layers: row.after for row in even.rows}
     plan = plan_removal(network, x, macs=macs)
-    assert all(row.after >= share[row.layers] // 2 for row in plan.rows), str(plan)
+    assert all(row.after >= 0.75 * share[row.layers] - 1 for row in plan.rows), str(plan)
 
 
 def test_a_global_budget_never_takes_a_layer_below_its_floor() -> None:

@@ -59,7 +59,7 @@ class ChannelPruning(CompressionCallback):
         latency: budget: the fraction of a forward pass' time that remains, measured on this machine when the window
             starts.
         importance: ``l1``, ``l2``, ``batchnorm``, ``taylor``, ``fpgm`` or ``random``: see `rank`.
-        scope: ``global`` ranks the channels of all layers together, but leaves no layer less than half of what it would
+        scope: ``global`` ranks the channels of all layers together, but leaves no layer less than 3/4 of what it would
             keep if all lost the same fraction, which is what ``layer`` takes of each.
         schedule: how much of the way to the budget is gone when. Channels leave when it asks for a tenth more, so there
             are ten rounds at most; `Steps` says how many, `OneShot` is one, at the window's start.

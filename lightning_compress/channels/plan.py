@@ -61,7 +61,7 @@ def plan_removal(
         latency: budget: the fraction of the time of a run on ``inputs`` that remains, measured here and now.
         importance: ``l1``, ``l2``, ``batchnorm``, ``taylor`` (call ``loss.backward()`` before), ``fpgm``, ``random``:
             see `rank`.
-        scope: ``global`` ranks the channels of all layers together, but leaves no layer less than half of what it would
+        scope: ``global`` ranks the channels of all layers together, but leaves no layer less than 3/4 of what it would
             keep if all lost the same fraction, which is what ``layer`` takes of each.
         targets: which layers; by default all that can lose channels and are trained. A width that a norm spans
             (LayerNorm, GroupNorm) is cut only if ``include`` names one of its layers exactly, as that is approximate.

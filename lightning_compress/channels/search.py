@@ -262,7 +262,7 @@ def _refusal(group: Group, targets: Targets, tensors: Mapping[str, Tensor]) -> s
     return ""
 
 
-SHARE = 0.5
+SHARE = 0.75
 """Ranked together, no group keeps less than this part of what it would keep if all kept the same fraction: how far
 scores spread depends on a layer's fan-in more than on what it is worth. ``benchmarks/defaults.md`` has figures."""
 
