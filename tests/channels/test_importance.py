@@ -158,8 +158,9 @@ def test_layers_without_a_batchnorm_are_as_important_as_the_mean() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1))
     scales = torch.tensor([1.0, 5.0, 1.0, 5.0, 1.0, 5.0, 1.0, 5.0])  # over their mean: 1/3 and 5/3
     model[1].weight.data.copy_(scales)
-    plan = plan_removal(model, X, channels=0.75, importance="batchnorm")
-    assert plan.kept["0.weight"][0].tolist() == [1, 3, 5, 7]
+    plan = plan_removal(model, X, channels=0.875, importance="batchnorm")
+    stays = plan.kept["0.weight"][0].tolist()
+    assert len(stays) == 6 and {1, 3, 5, 7} < set(stays)
     assert "2.weight" not in plan.kept or 0 not in plan.kept["2.weight"]
 
 
