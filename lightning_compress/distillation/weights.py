@@ -28,7 +28,7 @@ def load_weights_(module: nn.Module, path: str) -> None:
             changed then.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> source, target = nn.Linear(2, 2), nn.Linear(2, 2)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     torch.save({f"model.{key}": value for key, value in source.state_dict().items()}, f"{folder}/t.pt")
