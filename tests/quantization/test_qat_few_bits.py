@@ -169,8 +169,7 @@ class Adaptive(Net):
 
 
 def test_two_bits_are_better_trained_than_rounded_afterwards() -> None:
-    # One fit's loss is 0.25 to 0.9 of the other's, by the seed and by the order in which a CPU adds. (With 3 bits
-    # rounding costs so little here that it is the other way round for some seeds.)
+    # The order in which a CPU adds decides where a single fit ends; at a small rate, and over three, it doesn't matter.
     losses = torch.tensor([losses_afterwards_and_trained(2, seed) for seed in (2, 3, 4)])
     afterwards, trained = losses.sum(0).tolist()
     assert trained < afterwards
@@ -181,6 +180,7 @@ def losses_afterwards_and_trained(bits: int, seed: int) -> tuple[float, float]:
     everything = Targets(include=["net.0", "net.2", "net.4", "net.6"])
     data = TinyData(200, 16)
     _, plain = fit(module=Adaptive(mlp(32, 32, 32, 4), lr=0.01), data=data, max_epochs=10, limit_val_batches=0)
+    plain.lr = 0.001
     # As long again for both: the float model doesn't gain what rounding then costs.
     _, longer = fit(module=copy.deepcopy(plain), data=data, max_epochs=10, limit_val_batches=0)
     _, trained = fit(qat(bits, 8, targets=everything), module=plain, data=data, max_epochs=10, limit_val_batches=0)
