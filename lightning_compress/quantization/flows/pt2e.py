@@ -342,8 +342,9 @@ def wrong_kernels(
     That is, uncompiled: `Int8Graph` judges its compiled form when there is one.
     """
     assert isinstance(prepared, Exported) and isinstance(int8, Exported)
-    run = partial(exported_steps, int8.graph, copy.deepcopy(prepared.graph).cpu())
-    return reasons(furthest(run, inputs, drawn_only), {})
+    with _quiet():
+        run = partial(exported_steps, int8.graph, copy.deepcopy(prepared.graph).cpu())
+        return reasons(furthest(run, inputs, drawn_only), {})
 
 
 def _drop_unread_(graph: GraphModule) -> None:
