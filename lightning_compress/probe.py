@@ -332,14 +332,14 @@ def _own_copy(batch: Any) -> Any:
 
 
 def _reached(module: nn.Module, run: Callable[[], Any]) -> int:
-    """How many numbers reach the layers with parameters in a run."""
+    """How many numbers reach the modules with parameters in a run; what they do with these is their own affair."""
     count = 0
 
     def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
         count += sum(leaf.numel() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
 
-    layers = [layer for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None]
+    layers = [layer for layer in module.modules() if next(layer.parameters(), None) is not None]
     handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
     try:
         with torch.compiler.set_stance("force_eager"):

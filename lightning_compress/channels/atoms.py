@@ -28,6 +28,7 @@ class Atoms:
         self.count = 1
         self._ties: list[tuple[Tensor, Tensor]] = []
         self._pins: list[tuple[Tensor, str]] = []
+        self._outputs: list[tuple[Tensor, str]] = []
         self._spans: list[tuple[Tensor, str]] = []
         self._lasting: list[Tensor] = []
 
@@ -42,9 +43,9 @@ class Atoms:
             left, right = torch.broadcast_tensors(one, other)
             self._ties.append((left.reshape(-1), right.reshape(-1)))
 
-    def pin(self, atoms: Tensor, reason: str) -> None:
-        """Let atoms stay for ever."""
-        self._pins.append((atoms.reshape(-1), reason))
+    def pin(self, atoms: Tensor, reason: str, *, output: bool = False) -> None:
+        """Let atoms stay for ever; of several reasons an ``output`` is told, else the first one."""
+        (self._outputs if output else self._pins).append((atoms.reshape(-1), reason))
 
     def span(self, atoms: Tensor, reason: str, lasting: bool = False) -> None:
         """Note that something is computed across these atoms, so that one that goes changes what the others do.
@@ -66,7 +67,7 @@ class Atoms:
         half = (left == FIXED) ^ (right == FIXED)
         ends = torch.maximum(left, right)[half]
         fixed = dict.fromkeys(unit[ends].unique().tolist(), "it meets something of a fixed size")
-        for atoms, reason in reversed(self._pins):
+        for atoms, reason in reversed([*self._outputs, *self._pins]):
             fixed.update(dict.fromkeys(unit[atoms].unique().tolist(), reason))
         spanned: dict[int, str] = {}
         for atoms, reason in reversed(self._spans):

@@ -144,7 +144,7 @@ def find_structure(model: nn.Module, runs: Sequence[Run], choices: Mapping[str, 
     with steady(), following(tracer, model):
         for number, run in enumerate(runs):
             tracer.counting = number == 0
-            tracer.pin(list(tensors_in(run(model))), getattr(run, "reason", "an output"))
+            tracer.pin(list(tensors_in(run(model))), getattr(run, "reason", "an output"), output=True)
     return _read(tracer, model, tensors)
 
 

@@ -144,12 +144,12 @@ class Tracer(TorchDispatchMode):
             self.macs += macs
             self.products.append(Product(macs, tuple(labels for labels in widths if labels is not None)))
 
-    def pin(self, tensors: Any, reason: str) -> None:
-        """Let every channel of some tensors stay."""
+    def pin(self, tensors: Any, reason: str, *, output: bool = False) -> None:
+        """Let every channel of some tensors stay; that they are an ``output`` is told before any other reason."""
         for leaf in pytree.tree_leaves(tensors):
             if isinstance(leaf, Tensor):
                 for factor in self.labels(leaf):
-                    self.atoms.pin(factor, reason)
+                    self.atoms.pin(factor, reason, output=output)
 
     def along(self, tensor: Tensor, dim: int) -> Tensor | None:
         """The atoms along one dimension, ``(size,)``, or None if there are none.

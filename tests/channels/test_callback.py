@@ -154,7 +154,8 @@ def test_training_goes_on_as_if_the_module_had_been_built_so(how: str) -> None:
     data.setup("fit")
     batches = [*data.train_dataloader()] * 2
     for number, (x, y) in enumerate(batches[at + 1 :], at + 1):
-        twin.norm.momentum = max(0.1, 1 / (number - at))  # statistics are of the batches since the cut
+        # Statistics are of the batches since the cut, and of that on which it was planned.
+        twin.norm.momentum = max(0.1, 1 / (number - at + 1))
         if how == "scheduled":
             optimizer.param_groups[0]["lr"] = 0.1 * 0.5 ** (number // 5)
         (F.cross_entropy(twin(x), y) / every).backward()
