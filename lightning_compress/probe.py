@@ -26,6 +26,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.inputs import Call, Forward, run_example
 from lightning_compress.isolation import attributes_kept
 from lightning_compress.quantization import forms
+from lightning_compress.quantization.agreement import outer_outputs
 from lightning_compress.quantization.calibrate import evaluating, leaving_no_trace
 from lightning_compress.quantization.calls import copy_module, copy_tensors, record_calls
 from lightning_compress.random_state import random_state_kept
@@ -413,25 +414,8 @@ def example_calls(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, s
 
 def outputs_of_calls(module: nn.Module, run: Callable[[], Any]) -> list[Any]:
     """What a run gives back, with what ``forward`` gave to it; without a ``forward``, what its last child gave."""
-    whole, last, depth = list[Any](), list[Any](), 0
-
-    def enter(*_: Any) -> None:
-        nonlocal depth
-        depth += 1
-
-    def leave(inner: nn.Module, _: Any, output: Any) -> None:
-        nonlocal depth
-        depth -= 1
-        if inner is module:
-            whole.append(output)
-        elif not depth and any(True for _ in inner.parameters()):
-            last[:] = [output]
-
-    handles = [inner.register_forward_pre_hook(enter) for inner in module.modules()]
-    handles += [inner.register_forward_hook(leave, always_call=True) for inner in module.modules()]
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            return [run(), *(whole or last)]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with outer_outputs(module) as outputs:
+        returned = run()
+    whole = [output for inner, output in outputs if inner is module]
+    parts = [output for inner, output in outputs if any(True for _ in inner.parameters())]
+    return [returned, *(whole or parts[-1:])]

@@ -54,32 +54,33 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 @contextmanager
-def outer_outputs(model: nn.Module) -> Iterator[list[Any]]:
-    """The outputs of the calls into ``model`` that come from outside of all modules, such as those of a step's code.
+def outer_outputs(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
+    """The calls into ``model`` that come from outside of all modules, such as a step's: what is called, and its output.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.ReLU())
         >>> with outer_outputs(model) as outputs:
         ...     _ = model(torch.ones(1, 2)), model[1](torch.ones(3))
-        >>> [tuple(output.shape) for output in outputs]
+        >>> [tuple(output.shape) for _, output in outputs]
         [(1, 2), (3,)]
     """
-    outputs, depth = list[Any](), 0
+    outputs, depth = list[tuple[nn.Module, Any]](), 0
 
     def enter(*_: Any) -> None:
         nonlocal depth
         depth += 1
 
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
         nonlocal depth
         depth -= 1
         if not depth:
-            outputs.append(pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output))
+            outputs.append((module, output))
 
     handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
     handles += [module.register_forward_hook(leave, always_call=True) for module in model.modules()]
     try:
-        yield outputs
+        with torch.compiler.set_stance("force_eager"):
+            yield outputs
     finally:
         for handle in handles:
             handle.remove()

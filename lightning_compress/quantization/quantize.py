@@ -214,7 +214,7 @@ def quantize_(
         def cosine() -> float:
             with outer_outputs(model) as got:
                 _check_runs(model, first, run)
-            return least_cosine(expected, got)
+            return least_cosine(*([output for _, output in calls] for calls in (expected, got)))
 
         decide_per_token_(model, cosine)
 
