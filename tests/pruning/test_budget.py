@@ -82,7 +82,7 @@ def test_overrides(name: str, scope: Any) -> None:
 def test_the_layers_without_an_override_are_ranked_together() -> None:
     model = Net()
     before = snapshot(model)
-    prune_(model, 0.5, overrides={"stem": 0.0})
+    prune_(model, 0.5, method="magnitude", overrides={"stem": 0.0})
     rest = [before[f"{layer}.weight"].abs().flatten() for layer in LAYERS[1:]]
     threshold = sorted(torch.cat(rest).tolist())[176 - 1]
     for layer in LAYERS[1:]:
@@ -119,7 +119,7 @@ def test_no_layer_lies_above_the_cap_and_the_total_is_exact(cap: float) -> None:
     with torch.no_grad():
         model.stem.weight.mul_(1e-3)
         model.head.weight.mul_(1e-2)
-    prune_(model, 0.7, max_layer_sparsity=cap)
+    prune_(model, 0.7, method="magnitude", max_layer_sparsity=cap)
     found = zeros(model)
     assert sum(found.values()) == round(0.7 * 352)
     for layer, count in found.items():
@@ -131,7 +131,7 @@ def test_no_layer_lies_above_the_cap_and_the_total_is_exact(cap: float) -> None:
     with torch.no_grad():
         free.stem.weight.mul_(1e-3)
         free.head.weight.mul_(1e-2)
-    prune_(free, 0.7)
+    prune_(free, 0.7, method="magnitude")
     assert zeros(free)["stem"] == 64 and zeros(free)["head"] == 32
 
 
