@@ -76,6 +76,7 @@ def test_configure_by_yaml(as_in_the_clone: Path, monkeypatch: pytest.MonkeyPatc
     assert (as_in_the_clone / "demo_output/yaml_example/report.json").is_file()
 
 
+@pytest.mark.slow
 def test_demo_as_yaml(as_in_the_clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = as_in_the_clone / "demo_output/yaml"
     main(["fit", "--config=examples/digits/teacher.yaml", *QUICK])
@@ -100,6 +101,7 @@ def test_yaml_demo_is_the_python_demo() -> None:
         assert re.findall(rf"{name}: ([\d.]+)", config) == [in_script]
 
 
+@pytest.mark.slow
 def test_latency_benchmark(own_folder: Path) -> None:
     lines = run("benchmarks/latency.py", "--rounds", "2").splitlines()
     assert sum(line.startswith("| student, int8 |") for line in lines) == 2
@@ -247,6 +249,7 @@ def test_fewer_bits_page_python(own_folder: Path) -> None:
         torch.testing.assert_close(names[merged].eval()(x), names["model"].eval()(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["four_bits", "qlora"])
 def test_fewer_bits(script: str, own_folder: Path) -> None:
     assert "accuracy" in run(f"examples/fewer_bits/{script}.py", "1")
@@ -330,6 +333,7 @@ def test_distillation_page_files() -> None:
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["shrink", "prune_cut_distil"])
 def test_channels(
     script: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -345,6 +349,7 @@ def test_channels(
     assert len(re.findall(r"^.*: +0\.\d{3}$", shown, flags=re.MULTILINE)) == 3, shown
 
 
+@pytest.mark.slow
 def test_channels_as_yaml(as_in_the_clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = as_in_the_clone / "demo_output/channels_yaml"
     config = "--config=examples/channels/config.yaml"

@@ -262,7 +262,10 @@ ROWS = (
     ),
     Row(
         "report",
-        lambda: CompressionReport(directory="report"),
-        {"class_path": "lightning_compress.CompressionReport", "init_args": {"directory": "report"}},
+        lambda: CompressionReport(directory="report", picture=False, max_seconds=0.1),
+        {
+            "class_path": "lightning_compress.CompressionReport",
+            "init_args": {"directory": "report", "picture": False, "max_seconds": 0.1},
+        },
     ),
 )

@@ -42,7 +42,7 @@ DEFAULTS: dict[str, Callable[[Project], Callback]] = {
     "ptq dynamic": lambda _: PostTrainingQuantization("int8_dynamic"),
     "qlora": lambda _: QLoRA(),
     "distillation": lambda project: Distillation(project.build()),
-    "report": lambda _: CompressionReport(directory="report"),
+    "report": lambda _: CompressionReport(directory="report", max_seconds=0.1),
 }
 # What may be refused: in one sentence, with the module as it was.
 MAY_REFUSE = {

@@ -53,7 +53,7 @@ def build(teacher: bool = True) -> DistillationModule:
 def callbacks(averaged: bool) -> list[Any]:
     average = [EMAWeightAveraging(decay=0.9)] if averaged else []
     pruning, qat = ScheduledPruning(sparsity=0.6), QuantizationAwareTraining(window=Window(0.3))
-    return [qat, *average, pruning, CompressionReport(directory="report")]
+    return [qat, *average, pruning, CompressionReport(directory="report", max_seconds=0.1)]
 
 
 def fit(folder: Path, averaged: bool, ckpt_path: Path | None = None) -> tuple[Any, DistillationModule]:

@@ -79,6 +79,7 @@ def test_d1_a_trained_lightning_teacher_is_loaded_from_its_checkpoint(tmp_path: 
     assert not any(child.training for child in module.teacher.modules())
 
 
+@pytest.mark.slow
 def test_d2_d3_ddp_trains_without_unused_parameters_and_equally_on_both_ranks(tmp_path: Path) -> None:
     # PL#6087, PL#17212, PL#18457: a frozen teacher broke DDP with its default `find_unused_parameters=False`.
     script = Path(__file__).with_name("ddp_script.py")

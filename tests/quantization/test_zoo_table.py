@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lightning_compress import quantize
@@ -50,6 +51,7 @@ def table() -> str:
     return "\n".join([*lines, *(f"| {row} | {cell(row, 'fx')} | {cell(row, 'pt2e')} |" for row in ZOO)])
 
 
+@pytest.mark.slow
 def test_the_page_tells_what_each_flow_quantizes() -> None:
     assert table() in PAGE.read_text()
 

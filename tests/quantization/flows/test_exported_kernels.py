@@ -85,6 +85,7 @@ def test_what_the_compiler_makes_is_judged_at_its_first_call(is_off: bool, monke
             assert spoil_(graph, lambda node: node is convolutions[0])
         return graph.forward
 
+    torch._dynamo.reset()  # other tests may have used up the compilations that it allows
     monkeypatch.setattr(pt2e, "compile_fx", compiler)
     model, x = Skip().eval(), images()
     if not is_off:
