@@ -77,6 +77,7 @@ def test_one_that_is_wrong_when_it_is_converted_is_an_error(monkeypatch: pytest.
         quantize(Skip().eval(), calibration=[images()], flow="pt2e")
 
 
+@torch.compiler.set_stance("default")  # collecting `test_flows` sets another one for the whole process
 @pytest.mark.parametrize("is_off", [False, True], ids=["right", "wrong"])
 def test_what_the_compiler_makes_is_judged_at_its_first_call(is_off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiler(graph: GraphModule, inputs: Any) -> Any:
@@ -85,7 +86,6 @@ def test_what_the_compiler_makes_is_judged_at_its_first_call(is_off: bool, monke
             assert spoil_(graph, lambda node: node is convolutions[0])
         return graph.forward
 
-    torch._dynamo.reset()  # other tests may have used up the compilations that it allows
     monkeypatch.setattr(pt2e, "compile_fx", compiler)
     model, x = Skip().eval(), images()
     if not is_off:
