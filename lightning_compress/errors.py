@@ -47,9 +47,10 @@ def in_a_line(error: BaseException, longest: int = 160) -> str:
         >>> in_a_line(KeyError("a")), in_a_line(CompressionError("it is empty"))
         ("KeyError: 'a'", 'it is empty')
     """
-    text = next(iter(str(error).strip().splitlines()), "")[:longest]
+    text = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, CompressionError):
-        return text
+        return text  # whole, for its remedy stands at the end
+    text = text[:longest]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

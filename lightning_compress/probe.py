@@ -22,7 +22,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_compress.errors import CompressionError
+from lightning_compress.errors import CompressionError, in_a_line
 from lightning_compress.inputs import Call, Forward, run_example
 from lightning_compress.isolation import attributes_kept
 from lightning_compress.quantization import forms
@@ -199,7 +199,7 @@ class Feed:
             try:
                 return self._run(way, module, batch)
             except Exception as error:  # of code of the user's
-                failures[way.__name__] = reason_of(error)
+                failures[way.__name__] = in_a_line(error)
         raise self._no_way(failures)
 
     def _run(self, way: Way, module: nn.Module, batch: Any) -> Any:
@@ -229,7 +229,7 @@ class Feed:
                     self.ways = self.ways[number:]
                     return chain([seen.pop(place)], seen, batches)
             except Exception as error:
-                reason = reason_of(error)
+                reason = in_a_line(error)
             self.failures[way.__name__] = reason
         if seen or not self.ways:
             raise self._no_way(self.failures)
@@ -319,12 +319,6 @@ def example_input_array(module: nn.Module, batch: Any) -> Any:
     return run_example(module)
 
 
-def reason_of(error: Exception) -> str:
-    """One line that says what went wrong in code of the user's."""
-    first = str(error).strip().partition("\n")[0]
-    return first if isinstance(error, CompressionError) else f"{type(error).__name__}: {first}"
-
-
 def _own_copy(batch: Any) -> Any:
     try:
         return copy.deepcopy(batch)
@@ -369,7 +363,7 @@ def look(
             try:
                 seen.append(watch(probe, lambda: probe.training_step(_own_copy(batch), batch_idx)))
             except Exception as error:  # it is the user's, and evaluation may do
-                feed.failures["training_step"] = reason_of(error)
+                feed.failures["training_step"] = in_a_line(error)
         # Forward need not be what the steps call.
         forwards = [Feed(trainer, [Forward()], feed.remedy)] if len(feed.ways) > 1 else []
         for evaluation in (feed, *forwards):

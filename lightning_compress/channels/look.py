@@ -10,8 +10,8 @@ from typing import Any
 from lightning_compress.channels.groups import Run
 from lightning_compress.channels.steady import steady
 from lightning_compress.channels.trial import Subject, samples_in
-from lightning_compress.errors import CompressionError
-from lightning_compress.probe import make_probe, outputs_of_calls, reason_of, shape_feed
+from lightning_compress.errors import CompressionError, in_a_line
+from lightning_compress.probe import make_probe, outputs_of_calls, shape_feed
 from lightning_compress.quantization.calls import copy_tensors
 
 GUEST = "_guest"
@@ -49,7 +49,7 @@ class Look:
                     self._step(self._probe(self.host))
                 self.runs.append(self._step)
             except Exception as error:  # it is the user's, and evaluation may do
-                self._feed.failures["training_step"] = reason_of(error)
+                self._feed.failures["training_step"] = in_a_line(error)
         with suppress(CompressionError) if self.runs else nullcontext(), steady():
             self._feed.choose(self._probe(self.host), iter([batch]))
             del self._feed.ways[1:]  # a cut that one fails with isn't to be tried with another
