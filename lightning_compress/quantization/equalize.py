@@ -99,19 +99,32 @@ class Pair:
     relu6: tuple[str, ...] = ()
 
     def scales(self) -> Tensor:
-        """``s = sqrt(r1 / r2)`` for each channel, of ranges r1 of the first and r2 of the second layer's weights."""
+        """``s = sqrt(r1 / r2)`` for each channel, of ranges r1 of the first and r2 of the second layer's weights.
+
+        Divided by their geometric mean: see `_centred`.
+        """
         r1 = self.first.weight.abs().flatten(1).amax(dim=1)
         if self.norm is not None:
             r1 = r1 * self.norm.weight.abs() * (self.norm.running_var + self.norm.eps).rsqrt()
         r2 = _by_input(self.second, len(r1)).abs().amax(dim=(1, 3)).flatten()
-        usable = (r1 > 0) & (r2 > 0)
-        return torch.where(usable, (r1 / r2).sqrt(), 1.0).nan_to_num(1.0).clamp(1e-4, 1e4)
+        return _centred((r1 / r2).sqrt())
 
     def divide_(self, scales: Tensor) -> None:
         """Divide the first layer's channels by ``scales``, and multiply the second's inputs by them."""
         _divide_output_(self.first if self.norm is None else self.norm, scales)
         weight = _by_input(self.second, len(scales))
         weight *= scales.view(len(weight), 1, -1, 1)
+
+
+def _centred(scales: Tensor) -> Tensor:
+    """Scales whose geometric mean is 1; 1 for channels without a range.
+
+    A factor that all channels share changes no rounding, for each tensor is quantized with a scale of its own; but it
+    would change how far an optimizer's step moves the two layers, which costs a fit that begins with random weights.
+    """
+    usable = (scales > 0) & scales.isfinite()
+    mean = scales[usable].log().mean().exp()
+    return torch.where(usable, scales / mean, 1.0).clamp(1e-4, 1e4)
 
 
 def _by_input(layer: Any, channels: int) -> Tensor:
@@ -132,7 +145,8 @@ def equalize_(graph: GraphModule, kept: set[int], widen: bool) -> list[str]:
     """Equalize all pairs of layers of a traced ``graph`` in evaluation; returns the ReLU6 that are to become ReLU.
 
     Each channel i of ``W2 f(W1 x)`` is divided by ``s_i`` in ``W1`` and multiplied by it in ``W2``, which leaves the
-    function as it is and both ranges equal. Chains of layers are gone through until nothing moves.
+    function as it is and both ranges equal, but for a factor that all channels share: each layer keeps its mean range.
+    Chains of layers are gone through until nothing moves.
 
     Args:
         graph: from the flow `fx`; the parameters of its layers change in place.
@@ -141,7 +155,7 @@ def equalize_(graph: GraphModule, kept: set[int], widen: bool) -> list[str]:
 
     References:
         Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019
-        (arXiv:1906.04721), section 4.1, equation 11.
+        (arXiv:1906.04721), section 4.1, equation 11, divided by the geometric mean over the channels.
     """
     found = [pair for pair in pairs(graph, kept) if widen or not pair.relu6]
     for _ in range(_ROUNDS):
@@ -227,8 +241,8 @@ def _flattens(graph: GraphModule, node: Node) -> bool:
 def smooth_(graph: GraphModule, kept: set[int], inputs: list[Tensor]) -> None:
     """Move the ranges of LayerNorms' channels into the linear layers that read them, and them alone.
 
-    ``s_j = max|X_j|^a / max|W_j|^(1-a)`` with a = 0.5; the LayerNorm is divided by it, the layers' inputs are
-    multiplied.
+    ``s_j = max|X_j|^a / max|W_j|^(1-a)`` with a = 0.5, divided by their geometric mean; the LayerNorm is divided by it,
+    the layers' inputs are multiplied.
 
     Args:
         graph: from the flow `fx`; the parameters of its layers change in place.
@@ -246,8 +260,7 @@ def smooth_(graph: GraphModule, kept: set[int], inputs: list[Tensor]) -> None:
         if norm is None or None in layers or not norm.elementwise_affine or len(norm.normalized_shape) > 1:
             continue
         weights = torch.stack([layer.weight.abs().amax(dim=0) for layer in layers]).amax(dim=0)
-        scales = largest**ALPHA / weights ** (1 - ALPHA)
-        scales = torch.where((largest > 0) & (weights > 0), scales, 1.0).clamp(1e-4, 1e4)
+        scales = _centred(largest**ALPHA / weights ** (1 - ALPHA))
         _divide_output_(norm, scales)
         for linear in layers:
             linear.weight *= scales

@@ -50,6 +50,10 @@ def spread_(model: nn.Module, seed: int = 0, low: float = 0.1, high: float = 10.
     return model
 
 
+def geometric_mean(values: np.ndarray) -> Any:
+    return np.exp(np.log(values).mean())
+
+
 def names(model: nn.Module, graph: Any, kept: Any = ()) -> list[tuple[str, str]]:
     """The pairs by their paths, but for those across ReLU6."""
     paths = {id(module): path for path, module in graph.named_modules()}
@@ -158,7 +162,7 @@ CHAINS: dict[str, tuple[Any, tuple[int, ...], list[tuple[int, int | None, int, i
 
 @settings(max_examples=60)
 @given(name=st.sampled_from(sorted(CHAINS)), seed=st.integers(0, 2**16))
-def test_the_function_stays_and_the_ranges_of_each_pair_become_equal(name: str, seed: int) -> None:
+def test_the_function_stays_and_the_ranges_of_each_pair_become_alike(name: str, seed: int) -> None:
     make, shape, expected = CHAINS[name]
     torch.manual_seed(seed)
     model = spread_(nn.Sequential(*make()), seed).double().eval()
@@ -169,20 +173,22 @@ def test_the_function_stays_and_the_ranges_of_each_pair_become_equal(name: str, 
     assert relative(float_output, graph(x)) < 1e-4
     for first, norm, second, groups in expected:
         r1, r2 = ranges(model[first], None if norm is None else model[norm], model[second], groups)
-        np.testing.assert_allclose(r1, r2, rtol=0.05)
+        ratio = r1 / r2
+        np.testing.assert_allclose(ratio, np.full_like(ratio, geometric_mean(ratio)), rtol=0.05)
 
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**16), scale=st.floats(1e-6, 1e6))
 def test_the_scales_are_the_papers(seed: int, scale: float) -> None:
-    # Nagel et al., equation 11: s_i = sqrt(r1 r2) / r2.
+    # Nagel et al., equation 11: s_i = sqrt(r1 r2) / r2, but for what the channels share.
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
     with torch.no_grad():
         model[0].weight *= scale
     w1, b1, w2, b2 = (parameter.detach().numpy().copy() for parameter in model.parameters())
     equalize_(traced(model, torch.zeros(2, 5)), set(), widen=False)
-    s = np.clip(np.sqrt(np.abs(w1).max(1) * np.abs(w2).max(0)) / np.abs(w2).max(0), 1e-4, 1e4)
+    s = np.sqrt(np.abs(w1).max(1) * np.abs(w2).max(0)) / np.abs(w2).max(0)
+    s = np.clip(s / geometric_mean(s), 1e-4, 1e4)
     for got, want in zip(model.parameters(), (w1 / s[:, None], b1 / s, w2 * s, b2), strict=True):
         np.testing.assert_allclose(got.detach().numpy(), want, rtol=2e-2, atol=1e-30)
 
@@ -506,6 +512,7 @@ def test_the_scales_behind_a_layernorm_are_smoothquants(seed: int, outlier: floa
     activations = (x.numpy() - mean) / np.sqrt(variance + model.norm.eps) * gamma + beta
     largest = np.abs(activations.reshape(-1, 16)).max(0)
     s = largest**0.5 / np.abs(np.concatenate(weights)).max(0) ** 0.5  # equation 4, one for all that read it
+    s /= geometric_mean(s)
     graph = traced(model, x)
     smooth_(graph, set(), [x])
     for got, want in ((model.norm.weight, gamma / s), (model.norm.bias, beta / s)):

@@ -83,6 +83,19 @@ def test_the_float_function_stays() -> None:
     assert not torch.equal(plain.first.weight, Uneven().first.weight)
 
 
+def test_layers_keep_their_mean_range_so_that_one_learning_rate_serves_them_as_before() -> None:
+    def means(module: Uneven) -> Tensor:
+        ranges = module.first.weight.abs().amax((1, 2, 3)), module.second.weight.abs().amax((0, 2, 3))
+        return torch.stack([channels.log().mean().exp() for channels in ranges]).detach()
+
+    module = Uneven()
+    with torch.no_grad():
+        module.second.weight *= 30
+    before = means(module)
+    fit(module, convert=False)
+    torch.testing.assert_close(means(module), before, rtol=1e-3, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:.*teacher.*")
 @pytest.mark.parametrize(
     ("others", "settings"),
