@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import logging
 import os
@@ -30,7 +31,8 @@ from tests.support.zoo import ZOO, Row, row
 
 FLOWS = ["fx", "pt2e"]
 REPOSITORY = Path(__file__).parents[2]
-UNCOMPILED = torch.compiler.set_stance("force_eager")  # inductor takes ten seconds a model; one slow test is for it
+uncompiled = functools.partial(torch.compiler.set_stance, "force_eager")
+"""A new one each time: made, it takes hold at once. Inductor takes ten seconds a model; one slow test is for it."""
 
 
 def kernel(kind: str, dynamic: bool = False) -> str:
@@ -68,7 +70,7 @@ def resized(inputs: Any, size: int) -> Any:
 def test_the_zoos_table_of_what_each_flow_quantizes_and_why_not(row: Row, flow: str) -> None:
     model = row.build()
     before = snapshot(model)
-    with UNCOMPILED:
+    with uncompiled():
         int8 = quantize(model, calibration=batches(row, 3), flow=flow)  # type: ignore[arg-type]
         record = record_of(int8) or {}
         assert [(unit["path"], unit["flow"]) for unit in record["units"]] == [("", flow)]
@@ -90,7 +92,7 @@ def _shape(leaf: Any) -> Any:
 @pytest.mark.parametrize("flow", FLOWS)
 def test_a_flow_draws_nothing_from_the_global_generators(flow: str) -> None:
     model, x = row("mlp").build(), torch.randn(8, 16)
-    with UNCOMPILED, same_random_state():
+    with uncompiled(), same_random_state():
         quantize(model, calibration=[x], flow=flow)(x)  # type: ignore[arg-type]
 
 
@@ -127,7 +129,7 @@ class FunctionalModule(Classifier):
 def test_auto_falls_back_to_pt2e_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model, x = Functional().eval(), torch.randn(64, 16)
-    with UNCOMPILED, caplog.at_level(logging.INFO, "lightning_compress"):
+    with uncompiled(), caplog.at_level(logging.INFO, "lightning_compress"):
         int8 = quantize(model, calibration=[x])
         assert agreement(model(x), int8(x)) > 0.99
     assert not torch.equal(model(x), int8(x))
@@ -141,7 +143,7 @@ def test_in_a_trainer_auto_falls_back_too_and_the_float_model_comes_back(caplog:
     before = snapshot(module)
     floats = quiet_trainer().test(module, data, verbose=False)[0]["test_loss"]
     ptq = PostTrainingQuantization()
-    with UNCOMPILED, caplog.at_level(logging.INFO, "lightning_compress"):
+    with uncompiled(), caplog.at_level(logging.INFO, "lightning_compress"):
         loss = quiet_trainer(callbacks=[ptq]).test(module, data, verbose=False)[0]["test_loss"]
     assert loss == pytest.approx(floats, rel=0.05) and loss != floats
     assert "pt2e" in caplog.text
@@ -159,7 +161,7 @@ def test_the_explicit_flow_pt2e_in_a_trainer(inference_mode: bool) -> None:
     before = snapshot(module)
     floats = quiet_trainer().test(module, data, verbose=False)[0]
     trainer = quiet_trainer(inference_mode=inference_mode, callbacks=[PostTrainingQuantization(flow="pt2e")])
-    with UNCOMPILED:
+    with uncompiled():
         metrics = trainer.test(module, data, verbose=False)[0]
         assert metrics["test_loss"] == pytest.approx(floats["test_loss"], rel=0.05)
         assert metrics != floats
@@ -172,7 +174,7 @@ def test_the_explicit_flow_pt2e_in_a_trainer(inference_mode: bool) -> None:
 @pytest.mark.parametrize("flow", FLOWS)
 def test_calibrated_one_sample_at_a_time(flow: str) -> None:
     model, x = row("conv_bn_relu").build().eval(), torch.randn(8, 3, 8, 8)
-    with UNCOMPILED:
+    with uncompiled():
         int8 = quantize(model, calibration=list(x.split(1)), flow=flow)  # type: ignore[arg-type]
         assert agreement(model(x), int8(x)) > 0.98
         assert agreement(model(x[:1]), int8(x[:1])) > 0.98
@@ -181,7 +183,7 @@ def test_calibrated_one_sample_at_a_time(flow: str) -> None:
 @pytest.mark.parametrize("flow", FLOWS)
 def test_images_of_other_sizes_than_the_calibrated(flow: str) -> None:
     model = row("conv_bn_relu").build().eval()
-    with UNCOMPILED:
+    with uncompiled():
         int8 = quantize(model, calibration=[torch.randn(4, 3, 8, 8)], flow=flow)  # type: ignore[arg-type]
         x = torch.randn(3, 3, 12, 20)
         assert agreement(model(x), int8(x)) > 0.98
@@ -194,7 +196,7 @@ def test_dropout_stays_off_in_int8_whatever_the_mode(flow: str) -> None:
     x = torch.randn(64, 16)
     for _ in range(3):
         model(x)
-    with UNCOMPILED:
+    with uncompiled():
         int8 = quantize(model, calibration=[x], flow=flow)  # type: ignore[arg-type]
         expected = model.eval()(x)
         assert agreement(expected, int8.eval()(x)) > 0.99
@@ -269,7 +271,7 @@ def test_int8_files_load_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
     for name, scheme, flow in FILES:
         path, module = tmp_path / f"{name}-{scheme}-{flow}.ckpt", ZooModule(row(name))
         trainer = quiet_trainer(callbacks=[PostTrainingQuantization(scheme, flow=flow, keep=True)])  # type: ignore[arg-type]
-        with UNCOMPILED:
+        with uncompiled():
             trainer.test(module, verbose=False)
             trainer.save_checkpoint(path)
             args, kwargs = row(name).inputs(7)
@@ -287,7 +289,7 @@ def test_int8_files_load_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
 def test_an_int8_file_of_pt2e_is_tested_with_ckpt_path_and_refuses_to_train(tmp_path: Path) -> None:
     module, data, path = Classifier(), TinyData(), tmp_path / "int8.ckpt"
     trainer = quiet_trainer(callbacks=[PostTrainingQuantization(flow="pt2e", keep=True)])
-    with UNCOMPILED:
+    with uncompiled():
         expected = trainer.test(module, data, verbose=False)
         trainer.save_checkpoint(path)
         ours = quiet_trainer(callbacks=[PostTrainingQuantization(flow="pt2e")])
@@ -438,7 +440,7 @@ def test_logging_that_the_user_disabled_stays_disabled() -> None:
     before = logging.root.manager.disable
     try:
         logging.disable(logging.INFO)
-        with UNCOMPILED:
+        with uncompiled():
             quantize(row("mlp").build(), calibration=[torch.randn(4, 16)], flow="pt2e")
         assert logging.root.manager.disable == logging.INFO
     finally:
@@ -460,7 +462,7 @@ def test_what_another_thread_logs_meanwhile_is_not_lost(caplog: pytest.LogCaptur
     thread = threading.Thread(target=speak)
     thread.start()
     try:
-        with UNCOMPILED:
+        with uncompiled():
             quantize(row("conv_bn_relu").build(), calibration=[torch.randn(4, 3, 8, 8)], flow="pt2e")
     finally:
         stop.set()
@@ -513,7 +515,7 @@ def test_no_warning_of_upstream_reaches_a_user(way: str, options: dict[str, Any]
     # In a process of its own each, as many a warning comes only once.
     if way == "load":
         trainer = quiet_trainer(callbacks=[PostTrainingQuantization(**options, keep=True)])
-        with UNCOMPILED:
+        with uncompiled():
             trainer.test(Classifier(), TinyData(), verbose=False)
             trainer.save_checkpoint(tmp_path / "int8.ckpt")
     run = child(NOISE, way, str(tmp_path / "int8.ckpt"), repr(options))
@@ -530,7 +532,7 @@ EXPORTED = ["mlp", "conv_bn_relu", "depthwise", "attention", "keyword_only", "di
 @pytest.mark.parametrize("name", EXPORTED)
 def test_q10_an_export_computes_what_the_int8_module_does(name: str) -> None:
     (args, kwargs), model = row(name).inputs(0), row(name).build().eval()
-    with UNCOMPILED:
+    with uncompiled():
         int8 = quantize(model, calibration=batches(row(name), 3), flow="pt2e").eval()
         expected = int8(*args, **kwargs)
         exported = torch.export.export(int8, args, kwargs)
@@ -549,7 +551,7 @@ def test_q17_onnxruntime_computes_what_the_int8_module_does(name: str, tmp_path:
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")
     (args, kwargs), model = row(name).inputs(0), row(name).build().eval()
-    with UNCOMPILED:
+    with uncompiled():
         int8 = quantize(model, calibration=batches(row(name), 3), flow="pt2e").eval()
         expected = pytree.tree_leaves(int8(*args, **kwargs))
         torch.onnx.export(int8, args, tmp_path / "int8.onnx", kwargs=kwargs, dynamo=True, verbose=False)
@@ -571,7 +573,7 @@ def test_compiled_by_inductor_it_computes_what_it_does_uncompiled(name: str, tmp
     torch._dynamo.reset()
     (args, kwargs), model = row(name).inputs(0), row(name).build().eval()
     int8 = quantize(model, calibration=batches(row(name), 3), flow="pt2e").eval()
-    with UNCOMPILED:
+    with uncompiled():
         expected = int8(*args, **kwargs)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         got = int8(*args, **kwargs)

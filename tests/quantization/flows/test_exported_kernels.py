@@ -77,7 +77,6 @@ def test_one_that_is_wrong_when_it_is_converted_is_an_error(monkeypatch: pytest.
         quantize(Skip().eval(), calibration=[images()], flow="pt2e")
 
 
-@torch.compiler.set_stance("default")  # collecting `test_flows` sets another one for the whole process
 @pytest.mark.parametrize("is_off", [False, True], ids=["right", "wrong"])
 def test_what_the_compiler_makes_is_judged_at_its_first_call(is_off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiler(graph: GraphModule, inputs: Any) -> Any:
