@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress import structure
 from lightning_compress.errors import CompressionError
-from lightning_compress.optimizers import Cut
+from lightning_compress.optimizers import Cut, with_inner
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.traced import all_modules
 from lightning_compress.targets import clean_name
@@ -113,7 +113,7 @@ class CompressionCallback(Callback):
         self._stepped = False
         self._handles = [
             optimizer.register_step_post_hook(lambda stepped, *_: self._on_optimizer_step(stepped))
-            for optimizer in trainer.optimizers
+            for optimizer in with_inner(trainer.optimizers)  # SAM steps only the one that it wraps
         ]
         if self._step == 0 and self._bounds.start == 0:
             self.act(trainer, pl_module, 0.0)

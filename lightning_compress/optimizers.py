@@ -1,13 +1,13 @@
-"""Resizes a parameter and all that rides on it: its gradient and what optimizers remember of it."""
+"""Resizes a parameter and all that rides on it, and says which state of an optimizer can follow a change of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
@@ -80,6 +80,86 @@ def resize_(tensor: Tensor, kept: Kept) -> None:
     tensor.grad = gradient
 
 
+def with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """Optimizers, and those that they step in turn (as SAM and Lookahead do), each state once.
+
+    Example:
+        >>> outer, inner = (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]) for _ in range(2))
+        >>> outer.base_optimizer = inner
+        >>> with_inner([outer]) == [outer, inner]
+        True
+    """
+    found: dict[int, Optimizer] = {}
+    ahead = list(optimizers)
+    while ahead:
+        optimizer = ahead.pop(0)
+        if found.setdefault(id(optimizer.state), optimizer) is optimizer:
+            held = list(vars(optimizer).values())
+            held += [part for parts in held if isinstance(parts, list | tuple) for part in parts]
+            ahead += [one for one in held if isinstance(one, Optimizer) and id(one.state) not in found]
+    return list(found.values())
+
+
+def forget_(optimizers: Iterable[Optimizer], stale: Mapping[Tensor, torch.Size]) -> list[str]:
+    """Let optimizers start anew where they remember ``stale`` parameters in a way that can't follow what these became.
+
+    What follows is state along the parameter: numbers, and real tensors of its shape or of one that broadcasts to it.
+    An optimizer keeps it so for all its parameters, or counts as one that doesn't: a factor that has a square weight's
+    shape by chance is no moment. What parameters share, as the history of LBFGS, is forgotten as a whole.
+
+    Args:
+        optimizers: whose state it is; those that they wrap are meant too.
+        stale: parameters that were changed, with their shapes as the state knows them.
+
+    Returns:
+        Names of the optimizers that start anew for some parameter.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2, 3))
+        >>> optimizer = torch.optim.LBFGS([weight])
+        >>> _ = optimizer.step(lambda: weight.square().sum())
+        >>> optimizer.state[weight]["factor"] = torch.eye(2)
+        >>> forget_([optimizer], {weight: weight.shape}), dict(optimizer.state)
+        (['LBFGS'], {})
+    """
+    anew = set()
+    for optimizer in with_inner(optimizers):
+        groups = [group["params"] for group in optimizer.param_groups]
+        shapes = {one: stale.get(one, one.shape) for params in groups for one in params}
+        if not stale.keys() & shapes.keys() or lies_along(optimizer, shapes):
+            continue
+        totals = {sum(shapes[one].numel() for one in params) for params in [*groups, list(shapes)] if len(params) > 1}
+        for key, state in list(optimizer.state.items()):
+            if key not in shapes or any(_is_vector(leaf, totals) for leaf in pytree.tree_leaves(state)):
+                optimizer.state.clear()
+                anew.add(type(optimizer).__name__)
+                break
+            if key in stale:
+                del optimizer.state[key]
+                anew.add(type(optimizer).__name__)
+    return sorted(anew)
+
+
+def lies_along(optimizer: Optimizer, shapes: Mapping[Tensor, torch.Size] | None = None) -> bool:
+    """Whether all that an optimizer remembers are numbers, and tensors that lie along the parameter they stand for.
+
+    Args:
+        optimizer: whose state it is.
+        shapes: of its parameters, where the state knows others than they have.
+    """
+    if shapes is None:
+        shapes = {one: one.shape for group in optimizer.param_groups for one in group["params"]}
+    return all(
+        _rides(leaf, shapes[key]) if key in shapes else not isinstance(leaf, Tensor) or leaf.numel() <= 1
+        for key, state in optimizer.state.items()
+        for leaf in pytree.tree_leaves(state)
+    )
+
+
+def _is_vector(leaf: Any, sizes: Collection[int]) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() == 1 and leaf.numel() in sizes
+
+
 def resize_state_(optimizers: Iterable[Optimizer], changes: Mapping[Tensor, tuple[torch.Size, Kept]]) -> list[str]:
     """Cut what optimizers remember of parameters with the same indices.
 
@@ -105,25 +185,15 @@ def resize_state_(optimizers: Iterable[Optimizer], changes: Mapping[Tensor, tupl
         >>> optimizer.state[weight]["momentum_buffer"]
         tensor([1.])
     """
-    anew = []
+    optimizers = with_inner(optimizers)
+    anew = forget_(optimizers, {parameter: before for parameter, (before, _) in changes.items()})
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
-            if any(one in changes for group in optimizer.param_groups for one in group["params"]):
-                optimizer.state.clear()  # flat, over all parameters
-                optimizer._numel_cache = None
-                anew.append("LBFGS")
-            continue
+            optimizer._numel_cache = None
         for parameter, (before, kept) in changes.items():
-            state = optimizer.state.get(parameter)
-            if not state:
-                continue
-            cut = cut_state(dict(state), before, kept)
-            if cut is None:
-                del optimizer.state[parameter]
-                anew.append(type(optimizer).__name__)
-            else:
-                optimizer.state[parameter] = cut
-    return sorted(set(anew))
+            if state := optimizer.state.get(parameter):
+                optimizer.state[parameter] = cut_state(dict(state), before, kept) or {}
+    return anew
 
 
 def cut_state(state: dict[str, Any], before: torch.Size, kept: Kept) -> dict[str, Any] | None:
@@ -138,7 +208,10 @@ def _rides(leaf: Any, shape: torch.Size) -> bool:
     """Whether a piece of state is a number, or lies along the parameter."""
     if not isinstance(leaf, Tensor) or leaf.numel() <= 1:
         return True
-    return leaf.dim() == len(shape) and all(mine in (1, size) for mine, size in zip(leaf.shape, shape, strict=True))
+    # Codes of few bits, and what a subclass of tensors holds, can't be multiplied or cut as they are.
+    plain = type(leaf) in (Tensor, nn.Parameter) and leaf.is_floating_point() and leaf.layout == torch.strided
+    along = leaf.dim() == len(shape) and all(mine in (1, size) for mine, size in zip(leaf.shape, shape, strict=True))
+    return plain and along
 
 
 def _cut(leaf: Any, shape: torch.Size, kept: Kept) -> Any:

@@ -134,6 +134,7 @@ class ScheduledPruning(CompressionCallback):
         self._first = True
         self._awaits_score = False
         self._masked_gradients = False
+        self._told = False
         self._pruner: Pruner | None = None
         self._carried: dict[str, dict[str, Tensor]] = {"scores": {}, "aside": {}}
         self._kept: rewinding.Kept | None = None
@@ -150,7 +151,7 @@ class ScheduledPruning(CompressionCallback):
         if stage != "fit":
             return
         self.sparsity_history, self._kept, self._carried = [], None, {"scores": {}, "aside": {}}
-        self._awaits_score = False
+        self._awaits_score = self._told = False
         if self._model is None or self._model() is not pl_module:
             self._masks, self._model = {}, weakref.ref(pl_module)
             restored = structure.restored_state(pl_module, self.state_key)
@@ -221,12 +222,13 @@ class ScheduledPruning(CompressionCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._masked_gradients = False  # only here: an optimizer that calls another's step is seen twice
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._keep_if_due(trainer, pl_module)
 
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
         self._keep_if_due(trainer, pl_module)
-        pruner, before = self.pruner, pruned(self.masks.values())
+        pruner, before = self.pruner, self.masks
         if self._given is not None:
             pruner.masks = {name: mask & self._given[name] for name, mask in pruner.masks.items()}
         else:
@@ -234,7 +236,7 @@ class ScheduledPruning(CompressionCallback):
         if trainer.world_size > 1:
             # All ranks hold the same weights and seed; a user's own rule may still draw from elsewhere.
             pruner.masks = trainer.strategy.broadcast(pruner.masks)
-        if self._kept is not None and pruned(pruner.masks.values()) > before:
+        if self._kept is not None and pruned(pruner.masks.values()) > pruned(before.values()):
             rewinding.put_back_(self._kept, pl_module, trainer.optimizers)
             for copy in structure.averaged_copies(trainer):
                 rewinding.put_tensors_back_(self._kept, copy)
@@ -244,6 +246,7 @@ class ScheduledPruning(CompressionCallback):
                 f"ScheduledPruning: {sparsity_of(pruner.masks):.1%} of the weights are zero at step {self._step}; the "
                 f"others are back at step {self._rewind_step}."
             )
+        self._follow_masks(trainer, before)
         self.bring_in_line(trainer, pl_module)
         remember_(self.sparsity_history, self._step, pruner.masks, at_end=progress >= 1.0)
         if progress >= 1.0:
@@ -297,7 +300,19 @@ class ScheduledPruning(CompressionCallback):
         if not self._masked_gradients:
             # A step that Lightning didn't know of.
             self.pruner.apply_to_moments_([optimizer])
-        self._masked_gradients = False
+            self.pruner.forget_([optimizer])
+
+    def _follow_masks(self, trainer: pl.Trainer, before: Masks) -> None:
+        """Let optimizers follow what became of the masks, or start anew, and say so once."""
+        if self.regrow:
+            self.pruner.bring_back_(trainer.optimizers, before)
+        anew = self.pruner.forget_(trainer.optimizers, before)
+        if anew and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"ScheduledPruning: {', '.join(anew)} keeps state of no known layout, and starts anew for what is "
+                "pruned whenever masks grow."
+            )
 
     def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._pruner is not None:
@@ -326,7 +341,9 @@ class ScheduledPruning(CompressionCallback):
         self._first = True  # norms are to be looked for again
         progress = None if self._bounds is None else self._bounds.progress(self._step)
         if progress is not None and self._given is None:
+            before = self._pruner.masks
             self._pruner.refit_(self.schedule.value(progress, 1.0), self.seed + self._step)
+            self._follow_masks(trainer, before)
         self.bring_in_line(trainer, pl_module)
 
     def close(self, pl_module: pl.LightningModule) -> None:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.optimizers import forget_, lies_along, with_inner
 from lightning_compress.pruning import followers
-from lightning_compress.pruning.followers import Producers
+from lightning_compress.pruning.followers import Producers, reduce_mask
 from lightning_compress.pruning.masks import check_masks
 from lightning_compress.pruning.methods import Masks, Rule, Smallest, Units, pruned
 from lightning_compress.pruning.recipe import Recipe
@@ -196,7 +198,7 @@ class Pruner:
     def _stepped_by(self, optimizer: Optimizer | None) -> dict[str, Tensor]:
         if optimizer is None:
             return self._tensors
-        mine = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        mine = {id(one) for inner in with_inner([optimizer]) for group in inner.param_groups for one in group["params"]}
         return {name: one for name, one in self._tensors.items() if id(one) in mine}
 
     def is_at_goal(self) -> bool:
@@ -211,14 +213,36 @@ class Pruner:
         )
 
     def apply_to_moments_(self, optimizers: Iterable[Optimizer]) -> None:
-        """Zero what optimizers remember of what is masked: all of their state that has the weight's shape."""
-        for optimizer in optimizers:
-            for name in self._applied:
-                weight = self._tensors[name]
-                state = optimizer.state.get(weight, {})
-                for moment in state.values():
-                    if isinstance(moment, Tensor) and moment.shape == weight.shape:
-                        multiply_({name: moment}, self._applied)
+        """Zero what optimizers remember of what is masked, entry by entry or slice by slice, where it lies along it."""
+        for optimizer in filter(lies_along, with_inner(optimizers)):
+            for name, factor in self._applied.items():
+                for moment in pytree.tree_leaves(optimizer.state.get(self._tensors[name], {})):
+                    if isinstance(moment, Tensor) and moment.numel() > 1:
+                        kept = factor if moment.shape == factor.shape else reduce_mask(factor != 0, moment.shape)
+                        multiply_({name: moment}, {name: kept})
+
+    @torch.no_grad()
+    def bring_back_(self, optimizers: Iterable[Optimizer], before: Masks) -> None:
+        """Give what isn't masked any more its weight in the copies of the weights that optimizers keep beside moments.
+
+        Such a copy, an average or an iterate, lies near the weights, which no moment does.
+        """
+        for optimizer in filter(lies_along, with_inner(optimizers)):
+            for name, mask in self.masks.items():
+                weight, stays = self.weights[name], mask & before[name]
+                back = mask & ~stays
+                if not back.any():
+                    continue
+                for held in pytree.tree_leaves(optimizer.state.get(weight, {})):
+                    along = isinstance(held, Tensor) and held.shape == weight.shape
+                    if along and (held - weight)[stays].norm() < 0.5 * weight[stays].norm():
+                        held[back] = weight[back].to(held.dtype)
+
+    def forget_(self, optimizers: Iterable[Optimizer], before: Masks | None = None) -> list[str]:
+        """Let optimizers start anew whose state can't follow what became of ``before``; returns their names."""
+        changed = {name for name, mask in self.masks.items() if before is None or not torch.equal(mask, before[name])}
+        changed |= {one.name for one in self._followers if changed & {name for name, _ in one.leaders}}
+        return forget_(optimizers, {self._tensors[name]: self._tensors[name].shape for name in changed})
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.optimizers import Cut, cut_state
+from lightning_compress.optimizers import Cut, cut_state, with_inner
 from lightning_compress.schedules import Schedule
 from lightning_compress.targets import clean_name
 from lightning_compress.window import Bounds, Unit, Window
@@ -113,7 +113,10 @@ def keep(model: nn.Module, optimizers: Sequence[Optimizer]) -> Kept:
     tensors = {
         name: copies.setdefault(id(tensor), tensor.detach().cpu().clone()) for name, tensor in _tensors(model).items()
     }
-    states = [[_copied(optimizer.state.get(one, {})) for one in _parameters(optimizer)] for optimizer in optimizers]
+    states = [
+        [_copied(optimizer.state.get(one, {})) for one in _parameters(optimizer)]
+        for optimizer in with_inner(optimizers)
+    ]
     return {"tensors": tensors, "optimizers": states}
 
 
@@ -127,7 +130,7 @@ def put_back_(kept: Kept, model: nn.Module, optimizers: Sequence[Optimizer]) -> 
         optimizers: the same optimizers; their learning rates and other settings stay.
     """
     put_tensors_back_(kept, model)
-    for optimizer, states in zip(optimizers, kept["optimizers"], strict=True):
+    for optimizer, states in zip(with_inner(optimizers), kept["optimizers"], strict=True):
         for parameter, state in zip(_parameters(optimizer), states, strict=False):
             current = optimizer.state.pop(parameter, {})
             if state:
@@ -148,7 +151,7 @@ def put_tensors_back_(kept: Kept, model: nn.Module) -> None:
 def cut_kept(kept: Kept, optimizers: Sequence[Optimizer], cut: Cut) -> Kept:
     """What was kept, cut as the model was meanwhile."""
     states = []
-    for optimizer, held in zip(optimizers, kept["optimizers"], strict=True):
+    for optimizer, held in zip(with_inner(optimizers), kept["optimizers"], strict=True):
         mine = []
         for parameter, state in zip(_parameters(optimizer), held, strict=False):
             change = cut.changes.get(parameter)
