@@ -10,6 +10,7 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -258,7 +259,8 @@ def resolve(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None
         >>> resolve("ln_structured", dim=0, norm=1.0).structured
         True
     """
-    cls = None if method in CRITERIA else NAMED[method] if method in NAMED else _imported(method)
+    named = NAMED.get(method) if isinstance(method, str) else None  # a number isn't hashed as a name is
+    cls = None if method in CRITERIA else named or _imported(method)
     if cls is None or cls is prune.L1Unstructured:
         return Smallest("magnitude" if cls else method, None if n_m is None else Pattern.parse(n_m))
     if n_m is not None:
@@ -268,16 +270,23 @@ def resolve(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None
     return Units(cls, dim, norm) if cls.PRUNING_TYPE == "structured" else TorchRule(cls)  # type: ignore[attr-defined]
 
 
-def _imported(method: str) -> type[prune.BasePruningMethod]:
-    if "." not in method:
-        raise invalid(
-            "method", "be a pruning rule or the import path of one", method, nearest(method, [*NAMED, *CRITERIA])
-        )
+def _imported(method: object) -> type[prune.BasePruningMethod]:
+    must = "be a pruning rule or the import path of one"
+    if isinstance(method, type | prune.BasePruningMethod):
+        kind = method if isinstance(method, type) else type(method)
+        raise invalid("method", must, method, f"Write method='{kind.__module__}.{kind.__qualname__}'.")
+    fraction: Any = None
+    with suppress(TypeError, ValueError):
+        fraction = float(method)  # type: ignore[arg-type]
+    if fraction is not None:
+        raise invalid("method", must, method, f"Is it the sparsity? Write sparsity={fraction:g}.")
+    if not isinstance(method, str) or "." not in method:
+        raise invalid("method", must, method, nearest(str(method), [*NAMED, *CRITERIA]))
     module, _, name = method.rpartition(".")
     try:
         cls: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise invalid("method", "be a pruning rule or the import path of one", method, f"{error}.") from error
+        raise invalid("method", must, method, f"{error}.") from error
     if not (isinstance(cls, type) and issubclass(cls, prune.BasePruningMethod)):
         raise invalid("method", "name a subclass of torch.nn.utils.prune.BasePruningMethod", method)
     if getattr(cls, "PRUNING_TYPE", None) not in ("unstructured", "structured", "global"):

@@ -146,9 +146,13 @@ def test_sparsity_of_nothing_is_zero() -> None:
         ("torch.nn.utils.prune.global_unstructured", "subclass of"),
         ("torch.nn.utils.prune.BasePruningMethod", "PRUNING_TYPE|abstract"),
         ("", "`method` must be a pruning rule"),
+        (0.8, r"`method` must be a pruning rule.*Received: method=0\.8\. Is it the sparsity\? Write sparsity=0\.8\."),
+        ("0.8", r"Write sparsity=0\.8\."),
+        (prune.L1Unstructured, r"Write method='torch\.nn\.utils\.prune\.L1Unstructured'\."),
+        (prune.LnStructured(0.5, 2), r"Write method='torch\.nn\.utils\.prune\.LnStructured'\."),
     ],
 )
-def test_methods_that_are_none(method: str, message: str) -> None:
+def test_methods_that_are_none(method: Any, message: str) -> None:
     # P10: messages name the real argument and list what is near.
     with pytest.raises(CompressionError, match=message):
         resolve(method)
