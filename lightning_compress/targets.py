@@ -5,27 +5,26 @@ Names are dotted module paths from the root (``_orig_mod``, which `torch.compile
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
-from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_compress.errors import CompressionError, invalid, nearest
-
-PRUNABLE: tuple[type[nn.Module], ...] = (
-    _ConvNd,
-    nn.Linear,
-    nn.Bilinear,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.MultiheadAttention,
+from lightning_compress.layer_weights import (
+    NO_WEIGHT,
+    PRUNABLE,
+    UNSURE,
+    holds_list_of,
+    lies_in_a_list,
+    magnitude,
+    named_weights,
+    own_parameters,
+    why_no_weight,
 )
-"""Layers whose weights are targeted when nothing else is said: no norms, no embeddings."""
+from lightning_compress.messages import by_reason
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,24 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """What `Targets.select` found: the targets, and what was left out with the reason."""
+    """What `Targets.select` found.
+
+    Attributes:
+        targets: what is targeted.
+        skipped: the names of what isn't, each with the reason.
+        missed: what was named by ``include`` or ``types`` and has nothing that is targeted, each with the reason.
+    """
 
     targets: tuple[Target, ...]
     skipped: dict[str, str]
+    missed: dict[str, str]
+
+    @property
+    def warning(self) -> str:
+        """What was named and isn't targeted, as a sentence; empty if nothing."""
+        reasons = by_reason(self.missed)
+        missed = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+        return f"`targets` names what isn't targeted. {missed}." if missed else ""
 
     @property
     def numel(self) -> int:
@@ -94,21 +107,35 @@ def matches(path: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:depth]), pattern) for depth in range(1, len(parts) + 1))
 
 
+def names_itself(pattern: str, path: str) -> bool:
+    """Whether a pattern means just this module or parameter, by its last part, and not as one of many below another.
+
+    Example:
+        >>> names_itself("*.experts", "net.experts"), names_itself("net.*", "net.experts")
+        (True, False)
+    """
+    return fnmatchcase(path, pattern) and bool(pattern.rpartition(".")[2].strip("*?"))
+
+
 @dataclass(frozen=True)
 class Targets:
-    """Selects weights by the dotted path of their layer.
+    """Selects weights by the dotted path of their layer, or of the parameter itself.
 
     By default: the weights of every trainable convolution, linear, recurrent and attention layer; never biases, norms,
     embeddings or frozen parameters. An embedding is targeted when an ``include`` pattern names it exactly or ``types``
-    lists its class. A tensor with several owners (tied weights) is targeted once, and only if all owners are.
+    lists its class. Of a layer of your own, which ``types`` lists or ``include`` names, all parameters of two
+    dimensions and more are weights, whatever they are called, also those in a list or dict of parameters; biases and
+    scales, by name or shape, are not. An ``include`` pattern may also name a parameter, such as ``moe.experts.up``. A
+    tensor with several owners (tied weights) is targeted once, and only if all owners are.
 
     Args:
-        include: `fnmatch` patterns on dotted module paths; a container means its subtree. None means everything.
+        include: `fnmatch` patterns on dotted module paths; a container means its subtree. A pattern that matches no
+            module, or has no wildcard in its last part, may match the path of a parameter. None means everything.
         exclude: patterns that are taken out again.
         types: module classes whose weights are targeted in place of the default ones.
 
     Raises:
-        CompressionError: on `select`, if a pattern matches no module, or nothing is left to target.
+        CompressionError: on `select`, if a pattern matches neither module nor parameter, or nothing is left to target.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -131,40 +158,41 @@ class Targets:
         Raises:
             CompressionError: a pattern matched nothing, everything was excluded, or a layer is still lazy.
         """
-        layers = self.check_patterns(model)
+        layers = compressible_modules(model, every_name=True)
+        modules = {path: module for path, module in layers.items() if not lies_in_a_list(path, layers)}
+        names = [_join(path, name) for path, module in modules.items() for name, _ in own_parameters(module)]
+        self._check_patterns(list(filter(None, layers)), names)
         owners: dict[int, list[tuple[str, str, nn.Parameter]]] = {}
         refused: dict[int, str] = {}
-        for path, module in layers.items():
-            weights = {name for name, _ in _weights(module, self.types)}
+        for path, module in modules.items():
             for name, parameter in own_parameters(module):
                 owners.setdefault(id(parameter), []).append((path, name, parameter))
-                reason = self._refusal(path, module, parameter) if name in weights else "not a weight"
-                if reason:
+                if reason := self._refusal(path, name, parameter, modules):
                     refused.setdefault(id(parameter), reason)
         targets, skipped = [], {}
         for key, found in owners.items():
             path, name, parameter = found[0]
-            full = f"{path}.{name}".lstrip(".")
-            reason = refused.get(key, "")
-            if not reason:
-                if is_lazy(parameter):
-                    raise CompressionError(
-                        f"`{full}` must have its shape. Received: a lazy layer that hasn't run yet. "
-                        "Run one forward pass before training, or build the layer with its sizes."
-                    )
-                targets.append(Target(full, path, parameter, _magnitude(layers[path], full, name)))
-            elif reason != "not a weight":
+            full, reason = _join(path, name), refused.get(key, "")
+            if reason:
                 skipped[full] = reason
-            elif parameter.dim() > 1 and name.startswith("parametrizations."):
-                skipped[full] = "a parametrization computes the weight, and zeros in this needn't be zeros in that"
-            elif parameter.dim() > 1 and not isinstance(layers[path], (nn.LayerNorm, nn.RMSNorm)):
-                skipped[full] = f"{type(layers[path]).__name__} isn't among the targeted types (name it in `types`)"
+            elif is_lazy(parameter):
+                raise CompressionError(
+                    f"`{full}` must have its shape. Received: a lazy layer that hasn't run yet. "
+                    "Run one forward pass before training, or build the layer with its sizes."
+                )
+            else:
+                targets.append(Target(full, path, parameter, magnitude(modules[path], full, name)))
+        missed = dict(self._missed(modules, targets, skipped))
+        skipped = {full: reason for full, reason in skipped.items() if reason not in NO_WEIGHT}
         if not targets:
+            left = [f"{named}: {why}" for named, why in missed.items()]
+            left += [] if left else [f"{name} ({reason})" for name, reason in list(skipped.items())[:5]]
+            kinds = ", ".join(sorted({type(module).__name__ for module in modules.values()})[:8])
             raise CompressionError(
                 f"`targets` must select at least one trainable weight. Received: {self}. "
-                + _why_nothing(skipped, layers)
+                + (f"Left out: {'; '.join(left)}." if left else f"The model's layers are of type {kinds}.")
             )
-        return Selection(tuple(targets), skipped)
+        return Selection(tuple(targets), skipped, missed)
 
     def check_patterns(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules of ``model`` by clean path, once every pattern has matched one.
@@ -173,13 +201,16 @@ class Targets:
             CompressionError: a pattern matches nothing; the nearest paths are named.
         """
         layers = compressible_modules(model, every_name=True)
+        self._check_patterns(list(filter(None, layers)))
+        return layers
+
+    def _check_patterns(self, paths: Sequence[str], parameters: Sequence[str] = ()) -> None:
         for pattern in (*(self.include or ()), *self.exclude):
-            if not any(matches(path, pattern) for path in layers if path):
+            if not any(matches(path, pattern) for path in (*paths, *parameters)):
                 raise CompressionError(
                     f"`targets` pattern {pattern!r} must match a module. Received: a model without such a path. "
-                    + nearest(pattern, layers)
+                    + nearest(pattern, [*paths, *(one for one in parameters if not one.endswith(_USUAL))])
                 )
-        return layers
 
     def leaves_out(self, path: str) -> str:
         """Why the module at ``path`` is left out by the patterns; empty if it isn't."""
@@ -187,64 +218,96 @@ class Targets:
             return "not included"
         return "excluded" if any(matches(path, pattern) for pattern in self.exclude) else ""
 
-    def _refusal(self, path: str, module: nn.Module, parameter: nn.Parameter) -> str:
-        """Why this weight isn't targeted; empty if it is."""
-        if reason := self.leaves_out(path):
+    def _refusal(self, path: str, name: str, parameter: nn.Parameter, modules: Mapping[str, nn.Module]) -> str:
+        """Why this parameter isn't targeted; empty if it is."""
+        full, module = _join(path, name), modules[path]
+        include = [pattern for pattern in self.include or () if _reaches(pattern, path, full, modules)]
+        direct = [pattern for pattern in include if not matches(path, pattern)]
+        if full not in direct and (reason := self._kind(path, name, bool(direct), modules)):
             return reason
+        if self.include is not None and not include:
+            return "not included"
+        if any(_reaches(pattern, path, full, modules) for pattern in self.exclude):
+            return "excluded"
         if not parameter.requires_grad:
             return "frozen"
         if not is_lazy(parameter) and not parameter.numel():
             return "empty"
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not self._names_embedding(path, module):
+        named = path in (self.include or ()) or full in direct or isinstance(module, tuple(self.types or ()))
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not named:
             return "embedding (name it exactly in `include`, or its class in `types`, to target it)"
         return ""
 
-    def _names_embedding(self, path: str, module: nn.Module) -> bool:
-        return path in (self.include or ()) or isinstance(module, tuple(self.types or ()))
+    def _kind(self, path: str, name: str, direct: bool, modules: Mapping[str, nn.Module]) -> str:
+        """Why a parameter is no weight, or its layer none that is targeted; empty if it is one of such a layer."""
+        module = modules[path]
+        types = (*PRUNABLE, nn.Embedding, nn.EmbeddingBag) if self.types is None else tuple(self.types)
+        theirs = tuple(one for one in types if one.__module__.startswith("torch.nn.modules.") and one is not nn.Module)
+        ours = tuple(kind for kind in types if kind not in theirs)
+        if direct or isinstance(module, ours) or holds_list_of(module, name, types):
+            return why_no_weight(module, name)
+        if isinstance(module, theirs) and name in named_weights(module):
+            return ""
+        reason = why_no_weight(module, name)
+        named = any(names_itself(pattern, path) for pattern in self.include or ())
+        if self.types is None and named and self._is_leaf(path, modules):
+            return reason
+        if isinstance(module, theirs) or (reason and not reason.startswith(UNSURE)):
+            return reason or NO_WEIGHT[1]
+        return f"{type(module).__name__} {_OTHER_TYPE} (name it in `types`, or this in `include`)"
+
+    def _is_leaf(self, path: str, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether no layer of a targeted type lies below a module."""
+        types = tuple(self.types or PRUNABLE)
+        return not any(inner.startswith(f"{path}.") and isinstance(modules[inner], types) for inner in modules)
+
+    def _missed(
+        self, modules: Mapping[str, nn.Module], targets: Collection[Target], skipped: Mapping[str, str]
+    ) -> Iterator[tuple[str, str]]:
+        """What was named and has nothing that is targeted, and single tensors of it that may be no weights; and why."""
+        none = "it has no parameter of two dimensions or more; name one in `include` to target it"
+        for pattern in self.include or ():
+            if not any(_reaches(pattern, target.layer, target.name, modules) for target in targets):
+                under = {full: why for full, why in skipped.items() if matches(full, pattern) and why not in NO_WEIGHT}
+                yield f"`{pattern}`", _shown(under) or none
+        for kind in self.types or ():
+            paths = [path for path, module in modules.items() if isinstance(module, kind)]
+            lists = [
+                path for path, module in modules.items() if any(isinstance(one, kind) for one in module.children())
+            ]
+            if not any(target.layer in (*paths, *lists) for target in targets):
+                under = {full: why for full, why in skipped.items() if full.rpartition(".")[0] in paths}
+                under = {full: why for full, why in under.items() if why not in NO_WEIGHT}
+                known = nearest(kind.__name__, {type(module).__name__ for module in modules.values()})
+                yield kind.__name__, (_shown(under) or none) if paths else f"the model has no such layer. {known}"
+        for full, why in skipped.items():
+            named = any(names_itself(one, full[:end]) for one in self.include or () for end in _ends(full))
+            path = max((path for path in modules if f"{full}.".startswith(f"{path}.")), key=len, default="")
+            if why.startswith(UNSURE) or (named and _OTHER_TYPE in why and self._is_leaf(path, modules)):
+                yield f"`{full}`", why
 
 
-def _why_nothing(skipped: dict[str, str], layers: dict[str, nn.Module]) -> str:
-    if skipped:
-        shown = ", ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:5])
-        return f"Left out: {shown}."
-    kinds = sorted({type(module).__name__ for module in layers.values()})
-    return f"The model's layers are of type {', '.join(kinds[:8])}; name them in `types`." if kinds else "It has none."
+def _ends(path: str) -> list[int]:
+    """Where the parts of a dotted path end."""
+    return [place for place, letter in enumerate(path) if letter == "."] + [len(path)]
 
 
-def _weights(module: nn.Module, types: Sequence[type[nn.Module]] | None) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of one layer that count as its weights, by their names in the layer."""
-    embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    if not isinstance(module, tuple(types) if types is not None else PRUNABLE) and not (types is None and embedding):
-        return
-    for name, parameter in module.named_parameters(recurse=False):
-        # weight_ih_l0, in_proj_weight, weight_v of the old weight norm; its magnitudes weight_g aren't weights.
-        if "weight" in name and not name.endswith("_g") and (is_lazy(parameter) or parameter.dim() > 1):
-            yield name, parameter
-    for name, parametrized in getattr(module, "parametrizations", {}).items():
-        # Weight norm keeps (magnitude, direction), spectral norm one tensor of the weight's shape; zeros in it are the
-        # weight's. In others they needn't be.
-        inner = {_WeightNorm: "original1", _SpectralNorm: "original"}.get(type(parametrized[0]), "")
-        original = getattr(parametrized, inner, None) if len(parametrized) == 1 else None
-        if "weight" in name and isinstance(original, nn.Parameter) and original.dim() > 1:
-            yield f"parametrizations.{name}.{inner}", original
+_OTHER_TYPE = "isn't among the targeted types"
+_USUAL = ("weight", "bias")
+"""Names of parameters that go without saying beside their layers'."""
 
 
-def _magnitude(module: nn.Module, full: str, name: str) -> tuple[str, nn.Parameter] | None:
-    """Of a weight norm's direction, the magnitudes: of its parametrization, or of the older hook."""
-    for direction, magnitude in (("original1", "original0"), ("_v", "_g")):
-        if name.endswith(direction):
-            other = name[: -len(direction)] + magnitude
-            found = dict(own_parameters(module)).get(other)
-            if found is not None:
-                return full[: -len(direction)] + magnitude, found
-    return None
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}".lstrip(".")
 
 
-def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that one layer owns itself; those that a parametrization keeps count as the layer's."""
-    if isinstance(module, ParametrizationList):
-        return
-    yield from module.named_parameters(recurse=False)
-    for name, parametrized in getattr(module, "parametrizations", {}).items():
-        for inner, parameter in parametrized.named_parameters(recurse=False):
-            yield f"parametrizations.{name}.{inner}", parameter
+def _shown(skipped: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:5])
+
+
+def _reaches(pattern: str, path: str, full: str, modules: Collection[str]) -> bool:
+    """Whether a pattern means the layer at ``path``, or its parameter ``full`` itself."""
+    if matches(path, pattern) or not matches(full, pattern):
+        return matches(path, pattern)
+    literal = not set("*?[") & set(pattern.rpartition(".")[2])
+    return literal or not any(matches(module, pattern) for module in modules if module)

@@ -195,8 +195,11 @@ def test_lazy_layers_are_refused_until_they_have_run() -> None:
         (Targets(exclude=["heda"]), r"pattern 'heda' must match a module.*Nearest: head\."),
         (Targets(include=["student.head"]), r"pattern 'student.head'.*Nearest: .*head"),
         (Targets(exclude=["*"]), r"`targets` must select at least one.*Left out: body\.weight \(excluded\)"),
-        (Targets(include=["norm"]), r"`targets` must select at least one.*body\.weight \(not included\)"),
-        (Targets(types=[nn.Conv2d]), r"`targets` must select at least one.*Linear.*name it in `types`"),
+        (
+            Targets(include=["norm"]),
+            r"`targets` must select at least one.*`norm`: it has no parameter of two dimensions",
+        ),
+        (Targets(types=[nn.Conv2d]), r"`targets` must select at least one.*Conv2d: the model has no such.* Linear"),
         (Targets(include=[]), r"`targets` must select at least one"),
     ],
     ids=["include typo", "exclude typo", "wrong prefix", "all excluded", "no weights there", "no such type", "none"],
@@ -214,6 +217,84 @@ def test_errors_name_what_is_near_and_change_nothing(targets: Targets, message: 
 def test_a_bare_string_is_refused_as_its_letters_would_be_patterns(name: str) -> None:
     with pytest.raises(CompressionError, match=rf"`{name}` must be a list of patterns.*{name}=\[\"...\"\]"):
         Targets(**{name: "body"})
+
+
+class Experts(nn.Module):
+    """One tensor for all experts, as in many mixtures of experts, with biases that no name tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(torch.randn(3, 8, 4)), nn.Parameter(torch.randn(3, 4, 8))
+        self.w1_bias, self.shift = nn.Parameter(torch.zeros(3, 8)), nn.Parameter(torch.zeros(3, 4))
+        self.scale, self.token = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(1, 1, 4))
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(4, 4))
+        self.many = nn.ParameterList([torch.randn(4, 4), torch.randn(4)])
+        self.by_name = nn.ParameterDict({"a": torch.randn(2, 2)})
+
+
+def mixture() -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "router": nn.Linear(4, 3),
+            "experts": Experts(),
+            "own": Own(),
+            "block": nn.ModuleDict({"experts": Experts(), "out": nn.Linear(4, 4)}),
+            "norm": nn.LayerNorm([4, 4]),
+        }
+    )
+
+
+OWN = ["own.W", "own.many.0", "own.by_name.a"]
+BLOCK = ["block.experts.w1", "block.experts.w2"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected", "missed"),
+    [
+        (Targets(types=[Experts]), ["experts.w1", "experts.w2", *BLOCK], ["experts.shift", "block.experts.shift"]),
+        (Targets(types=[Own, nn.Linear]), ["router.weight", *OWN, "block.out.weight"], []),
+        (Targets(types=[nn.ParameterList]), ["own.many.0"], []),
+        (Targets(types=[Own, nn.Conv2d, nn.LayerNorm], exclude=["norm"]), OWN, ["Conv2d", "LayerNorm"]),
+        (Targets(include=["experts"]), ["experts.w1", "experts.w2"], ["experts.shift"]),
+        (Targets(include=["*.experts"], exclude=["*.w2"]), ["block.experts.w1"], ["block.experts.shift"]),
+        (Targets(include=["experts.w2", "router"]), ["router.weight", "experts.w2"], []),
+        (Targets(include=["*.w1"]), ["experts.w1", "block.experts.w1"], []),
+        (Targets(include=["own.many"]), ["own.many.0"], []),
+        (Targets(include=["experts.scale"]), ["experts.scale"], []),
+        (Targets(include=["experts.token", "experts.shift"]), ["experts.shift", "experts.token"], []),
+        (Targets(include=["block"]), ["block.out.weight"], [*BLOCK, "block.experts.shift"]),
+        (Targets(include=["router", "norm"]), ["router.weight"], ["norm"]),
+        (Targets(include=["*"]), ["router.weight", "block.out.weight"], []),
+        (Targets(), ["router.weight", "block.out.weight"], []),
+    ],
+    ids=str,
+)
+def test_parameters_of_any_name_in_layers_of_the_users_own(
+    targets: Targets, expected: list[str], missed: list[str]
+) -> None:
+    selection = targets.select(mixture())
+    assert [target.name for target in selection.targets] == expected
+    assert [name.strip("`") for name in selection.missed] == missed
+    assert all(name in selection.warning for name in missed)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (Targets(include=["experts.w3"]), r"pattern 'experts\.w3' must match.*Nearest: experts\.w\d"),
+        (Targets(types=[nn.BatchNorm1d]), r"BatchNorm1d: the model has no such layer.*LayerNorm"),
+        (Targets(types=[Own], exclude=["own"]), r"Own: own\.W \(excluded\)"),
+    ],
+    ids=str,
+)
+def test_what_reaches_nothing_in_layers_of_the_users_own_says_why(targets: Targets, message: str) -> None:
+    with pytest.raises(CompressionError, match=message):
+        targets.select(mixture())
 
 
 def test_a_model_that_is_itself_a_layer_is_targeted() -> None:

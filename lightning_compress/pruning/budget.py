@@ -62,6 +62,7 @@ class Budget:
         found: dict[str, float] = {}
         for pattern, fraction in (self.overrides or {}).items():
             names = [target.name for target in targets if matches(target.layer, pattern)]
+            names = names or [target.name for target in targets if matches(target.name, pattern)]
             if not names:
                 near = nearest(pattern, [target.layer for target in targets])
                 raise invalid("overrides", "match layers that are targeted", pattern, near)

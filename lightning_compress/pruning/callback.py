@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_compress import structure
 from lightning_compress.callback import CompressionCallback, warn_of_other_settings
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.optimizers import Cut
 from lightning_compress.probe import look
@@ -168,6 +168,8 @@ class ScheduledPruning(CompressionCallback):
             if not pruned(self._given.values()):
                 raise invalid("mask_file", "hold masks that prune something", self.mask_file)
         self._pruner, self._skipped, self._first = pruner, pruner.skipped, True
+        if pruner.warning:
+            rank_zero_warn(f"ScheduledPruning: {pruner.warning}", category=NoEffectWarning)
         if pruner.skipped:
             head = f"ScheduledPruning prunes {len(pruner.weights)} tensors and leaves out:"
             lines = [f"{named(names)}: {reason}" for reason, names in by_reason(pruner.skipped).items()]

@@ -17,8 +17,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
+from lightning_compress.layer_weights import own_parameters
 from lightning_compress.messages import named
-from lightning_compress.targets import Target, clean_name, compressible_modules, own_parameters
+from lightning_compress.targets import Target, clean_name, compressible_modules
 
 _KEEP_ZERO = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.errors import invalid
+from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.inputs import bind_example
 from lightning_compress.pruning.budget import Scope
 from lightning_compress.pruning.followers import norm_paths, norms_after, norms_in_sequence, warning
@@ -86,6 +86,8 @@ def prune_(
         raise invalid("masks", "be given for method='custom_from_mask'", None, "Pass masks={name: mask}.")
     refuse_adapted(model)
     pruner = Pruner(recipe, model, masks or {})
+    if pruner.warning:
+        warnings.warn(f"prune_: {pruner.warning}", NoEffectWarning, stacklevel=2)
     if recipe.rule.structured:
         _follow_norms(pruner, model, inputs, seed)
     pruner.see_gradients()

@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.layer_weights import PRUNABLE
 from lightning_compress.optimizers import forget_, lies_along, with_inner
 from lightning_compress.pruning import followers
 from lightning_compress.pruning.followers import Producers, reduce_mask
 from lightning_compress.pruning.masks import check_masks
 from lightning_compress.pruning.methods import Masks, Rule, Smallest, Units, pruned
 from lightning_compress.pruning.recipe import Recipe
-from lightning_compress.targets import PRUNABLE, Selection, clean_name, compressible_modules
+from lightning_compress.targets import Selection, clean_name, compressible_modules
 
 
 class Pruner:
@@ -38,6 +39,7 @@ class Pruner:
         masks: parameter name to bool mask, False where pruned.
         weights: the targeted parameters by name.
         skipped: names of what isn't targeted, each with the reason.
+        warning: what the targets name and don't reach, and why; empty if nothing.
         scores: what a criterion of gradients carries along.
         aside: values that pruned weights take when they come back, zero elsewhere.
         speaking: norms after pruned units that can't be silenced.
@@ -50,6 +52,7 @@ class Pruner:
             self.rule, selection = _in_groups(self.rule, self.rule.pattern.m, selection, model)
         self.targets = selection.targets
         self.skipped = selection.skipped
+        self.warning = selection.warning
         self.weights: dict[str, Tensor] = {target.name: target.parameter for target in self.targets}
         _check_weights(self.rule, self.weights)
         self.budget = recipe.budget
@@ -290,7 +293,7 @@ def _in_groups(rule: Smallest, size: int, selection: Selection, model: nn.Module
         raise CompressionError(
             f"`n_m` must have layers whose inputs divide into groups of {size}. Received: {reasons}."
         )
-    return replace(rule, dims=dims), Selection(tuple(targets), skipped)
+    return replace(rule, dims=dims), replace(selection, targets=tuple(targets), skipped=skipped)
 
 
 def _check_weights(rule: Rule, weights: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from lightning_compress import CompressionError, Targets, prune_
+from lightning_compress import CompressionError, Targets, prune_, sparsity
+from lightning_compress.errors import NoEffectWarning
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, float_leaves, quiet_trainer
 from tests.support.oracles import assert_same_state, count_zeros, hooks, same_random_state, snapshot
@@ -341,3 +342,22 @@ def test_a_rule_that_fails_in_the_middle_changes_nothing() -> None:
     with same_random_state(), pytest.raises(RuntimeError, match="a rule of the user's fails"):
         prune_(model, 0.5, RULES + "Fails", "layer")
     assert_same_state(before, model)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.shift = nn.Parameter(torch.randn(3, 8, 4)), nn.Parameter(torch.randn(3, 8))
+
+
+def test_stacks_of_experts_share_the_budget_and_have_overrides_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 24), Experts())
+    with pytest.warns(NoEffectWarning, match=r"^prune_: `targets` names.*`1\.shift`: it may be a bias"):
+        masks = prune_(model, 0.5, targets=Targets(types=[nn.Linear, Experts]), overrides={"1.up": 0.75})
+    assert {name: int((~mask).sum()) for name, mask in masks.items()} == {"0.weight": 24, "1.up": 72}
+    assert sparsity(model, Targets(include=["1.up"])) == 0.75
+
+
+def test_n_m_leaves_stacks_out_whose_inputs_are_not_known() -> None:
+    with pytest.raises(CompressionError, match=r"`n_m` must have layers.*1\.up: which dimension.*are its inputs"):
+        prune_(nn.Sequential(nn.ReLU(), Experts()), targets=Targets(include=["1.up"]), n_m="2:4")
