@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,17 +18,16 @@ from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.optimizers import Cut
 from lightning_compress.probe import look
-from lightning_compress.pruning import followers
 from lightning_compress.pruning import rewind as rewinding
 from lightning_compress.pruning.best import forget_scores
 from lightning_compress.pruning.budget import Scope
-from lightning_compress.pruning.followers import norm_paths, norms_after
 from lightning_compress.pruning.history import Snapshot, remember_
 from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
 from lightning_compress.pruning.methods import CRITERIA, Masks, Smallest, pruned
 from lightning_compress.pruning.pruner import Pruner
 from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.pruning.rewind import Rewind
+from lightning_compress.pruning.silence import Silence, warning
 from lightning_compress.schedules import Polynomial, Schedule
 from lightning_compress.targets import Targets
 from lightning_compress.window import Window, fit_length
@@ -57,8 +57,9 @@ class ScheduledPruning(CompressionCallback):
         max_layer_sparsity: scope ``global``: no layer without an override is pruned more than this.
         n_m: ``"2:4"``: of every 4 consecutive weights along a layer's input dimension 2 stay, the larger ones. Layers
             whose inputs don't divide into such groups stay dense and are listed.
-        dim: structured methods: whose slices are the units; 0 is filters and rows, of which bias and following
-            BatchNorm are silenced too. Exclude the output layer from these.
+        dim: structured methods: the dimension whose slices are the units, of weights seen as ``(outputs, inputs, ...)``
+            whatever their own layout is. With 0, bias and following norms are silenced too. Exclude the output layer
+            from these.
         norm: ``ln_structured``: the norm's order.
         mask_file: ``custom_from_mask``: a file that ``torch.save({parameter name: mask}, ...)`` wrote.
         regrow: whether a pruned weight may come back while the window lasts, with the value that it had when it went;
@@ -198,20 +199,20 @@ class ScheduledPruning(CompressionCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._looks_for_norms(pl_module):
-            try:
-                found = look(trainer, pl_module, batch, batch_idx, norms_after)
-            except CompressionError as error:
-                rank_zero_warn(f"ScheduledPruning: only BatchNorms in an nn.Sequential are silenced. {error}")
-                return
-            self.pruner.follow(pl_module, {norm: layers for one in found for norm, layers in one.items()})
-            if self.pruner.speaking:
-                rank_zero_warn(f"ScheduledPruning: {followers.warning(self.pruner.speaking)}")
-            self.bring_in_line(trainer, pl_module)
-
-    def _looks_for_norms(self, pl_module: pl.LightningModule) -> bool:
         first, self._first = self._first, False
-        return first and self.recipe.rule.structured and bool(norm_paths(pl_module))
+        if first and self.pruner.units.outputs:
+            seen = Silence()
+            try:
+                look(trainer, pl_module, batch, batch_idx, partial(self.pruner.observe, seen=seen))
+            except CompressionError as error:
+                rank_zero_warn(f"ScheduledPruning: only norms in an nn.Sequential go with pruned units. {error}")
+                return
+            if trainer.world_size > 1:
+                seen = trainer.strategy.broadcast(seen)  # what is heard may depend on the batch
+            self.pruner.follow(pl_module, seen)
+            if self.pruner.speaking:
+                rank_zero_warn(f"ScheduledPruning: {warning(self.pruner.speaking)}")
+            self.bring_in_line(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

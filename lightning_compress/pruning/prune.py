@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.inputs import bind_example
+from lightning_compress.messages import named
 from lightning_compress.pruning.budget import Scope
-from lightning_compress.pruning.followers import norm_paths, norms_after, norms_in_sequence, warning
 from lightning_compress.pruning.methods import Masks
 from lightning_compress.pruning.pruner import Pruner, own_random_state
 from lightning_compress.pruning.recipe import METHOD, make_recipe
+from lightning_compress.pruning.silence import Silence, warning
 from lightning_compress.quantization.calls import copy_module
 from lightning_compress.quantization.forms import refuse_adapted
 from lightning_compress.targets import Targets
@@ -39,9 +40,8 @@ def prune_(
     """Zero the least important weights of ``model`` in place and return the masks.
 
     Exactly ``round(sparsity * N)`` of the N targeted weights are masked (``scope="global"``), or of each tensor's
-    (``scope="layer"``); structured methods take whole slices along ``dim``, the nearest number. With ``dim=0`` these
-    are filters and rows, and what would still speak for them is zeroed too: the layer's bias, and the channel of a
-    BatchNorm or InstanceNorm that takes the layer's output.
+    (``scope="layer"``); structured methods take whole units, the nearest number: with ``dim=0`` a layer's outputs, and
+    what would still speak for them is zeroed too: the layer's bias, and scale and shift of what stands behind it.
 
     Args:
         model: any module.
@@ -56,12 +56,13 @@ def prune_(
         max_layer_sparsity: scope ``global``: no layer without an override is pruned more than this.
         n_m: ``"2:4"``: of every 4 consecutive weights along the input dimension the 2 smallest go, and sparsity is
             ``1 - 2 / 4``. Layers whose inputs don't divide into such groups stay dense.
-        dim: structured methods: the dimension whose slices are the units.
+        dim: structured methods: the dimension whose slices are the units, of weights seen as ``(outputs, inputs, ...)``
+            whatever their own layout is: 0 is filters, rows, hidden units of recurrent layers, features of embeddings.
         norm: ``ln_structured``: the norm's order.
         masks: what is pruned already and stays so; with ``custom_from_mask``, the masks themselves.
-        inputs: structured methods: example inputs, by which a norm that follows a layer is found (a tuple holds
-            the arguments, a dict the keywords); by default the model's ``example_input_array``. Without them only
-            norms that stand in an `nn.Sequential` are.
+        inputs: structured methods: example inputs, with which a copy of the model shows what becomes of pruned units (a
+            tuple holds the arguments, a dict the keywords); by default the model's ``example_input_array``. Without
+            them only norms that stand in an `nn.Sequential` are found.
         seed: of the random methods; the global generators aren't touched.
 
     Returns:
@@ -88,26 +89,32 @@ def prune_(
     pruner = Pruner(recipe, model, masks or {})
     if pruner.warning:
         warnings.warn(f"prune_: {pruner.warning}", NoEffectWarning, stacklevel=2)
-    if recipe.rule.structured:
-        _follow_norms(pruner, model, inputs, seed)
+    if pruner.units.outputs:
+        _silence(pruner, model, inputs, seed)
     pruner.see_gradients()
     pruner.grow_(1.0, seed)
     pruner.settle_()
     return pruner.masks
 
 
-def _follow_norms(pruner: Pruner, model: nn.Module, inputs: Any, seed: int) -> None:
-    """Look on a copy which norms follow the targets, so that nothing of the model runs."""
+def _silence(pruner: Pruner, model: nn.Module, inputs: Any, seed: int) -> None:
+    """Look on a copy what becomes of pruned units, so that nothing of the model runs."""
     example = getattr(model, "example_input_array", None) if inputs is None else inputs
-    unknown = norm_paths(model) - norms_in_sequence(model).keys()
-    if example is not None:
-        probe, unknown = copy_module(model).eval(), set()
-        args, kwargs = bind_example(example, next(model.parameters()).device)
-        with own_random_state(seed):
-            pruner.follow(model, norms_after(probe, lambda: probe(*args, **kwargs)))
-    if pruner.speaking or unknown:
-        hint = " Which layers they follow isn't known without `inputs`." if unknown else ""
-        warnings.warn(f"prune_: {warning([*pruner.speaking, *sorted(unknown)])}{hint}", stacklevel=3)
+    if example is None:
+        if pruner.unknown:
+            warnings.warn(
+                f"prune_: behind these pruned units may still put out a constant: {named(sorted(pruner.unknown))}. "
+                "Whether they do isn't known without `inputs`.",
+                stacklevel=3,
+            )
+        return
+    probe, seen = copy_module(model).eval(), Silence()
+    args, kwargs = bind_example(example, next(model.parameters()).device)
+    with own_random_state(seed):
+        pruner.observe(probe, lambda: probe(*args, **kwargs), seen)
+    pruner.follow(model, seen)
+    if pruner.speaking:
+        warnings.warn(f"prune_: {warning(pruner.speaking)}", stacklevel=3)
 
 
 def sparsity(model: nn.Module, targets: Targets | None = None) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,10 +17,12 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.layer_weights import PRUNABLE
 from lightning_compress.optimizers import forget_, lies_along, with_inner
 from lightning_compress.pruning import followers
-from lightning_compress.pruning.followers import Producers, reduce_mask
+from lightning_compress.pruning.followers import reduce_mask
+from lightning_compress.pruning.layout import Layout, UnitView
 from lightning_compress.pruning.masks import check_masks
-from lightning_compress.pruning.methods import Masks, Rule, Smallest, Units, pruned
+from lightning_compress.pruning.methods import Masks, Rule, Smallest, pruned
 from lightning_compress.pruning.recipe import Recipe
+from lightning_compress.pruning.silence import Silence, observe
 from lightning_compress.targets import Selection, clean_name, compressible_modules
 
 
@@ -42,37 +44,48 @@ class Pruner:
         warning: what the targets name and don't reach, and why; empty if nothing.
         scores: what a criterion of gradients carries along.
         aside: values that pruned weights take when they come back, zero elsewhere.
-        speaking: norms after pruned units that can't be silenced.
+        units: how each weight lies.
+        speaking: weights whose pruned units are seen not to be silent, each with where that comes from.
+        unknown: paths of what may keep units from being silent, which only a run can tell.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         selection = recipe.targets.select(model)
         self.rule = recipe.rule
+        layers = compressible_modules(model)
         if isinstance(self.rule, Smallest) and self.rule.pattern is not None:
-            self.rule, selection = _in_groups(self.rule, self.rule.pattern.m, selection, model)
+            self.rule, selection = _in_groups(self.rule, self.rule.pattern.m, selection, layers)
         self.targets = selection.targets
         self.skipped = selection.skipped
         self.warning = selection.warning
         self.weights: dict[str, Tensor] = {target.name: target.parameter for target in self.targets}
-        _check_weights(self.rule, self.weights)
+        self.units = UnitView.of(self.targets if self.rule.structured else (), layers, getattr(self.rule, "dim", 0))
+        _check_weights(self.rule, self.weights, self.units.layouts)
         self.budget = recipe.budget
         self._own = self.budget.of_layers(self.targets)
         self.budget.check(self.weights, self._own)
         self._followers = followers.magnitudes(self.targets)
         self.scores: dict[str, Tensor] = {}
         self.aside: dict[str, Tensor] = {}
-        self.speaking: list[str] = []
+        self.speaking: dict[str, str] = {}
         self._applied: Masks = {}
         self._tensors: dict[str, Tensor] = {}
         self.masks = check_masks(masks, self.weights)
-        self.follow(model, followers.norms_in_sequence(model))
+        known, self.unknown = followers.in_sequence(model, self.units.outputs, self.units.numbered)
+        self._followers += followers.biases(model, self.units.outputs, self.units.numbered) + known
+        self.masks = self._masks
 
-    def follow(self, model: nn.Module, producers: Producers) -> None:
-        """Silence biases and the norms after pruned units too, where whole units are pruned."""
-        if isinstance(self.rule, Units):
-            silenced = followers.silenced(model, self.targets, self.rule.dim, producers)
-            self._followers = [*followers.magnitudes(self.targets), *silenced]
-            self.speaking = followers.speaking(model, self.targets, producers)
+    def observe(self, copy: nn.Module, run: Callable[[], Any], seen: Silence) -> None:
+        """Note in ``seen`` what becomes of pruned units while ``run`` runs a copy of the model."""
+        observe(copy, run, self.units.outputs, self.units.numbered, seen)
+
+    def follow(self, model: nn.Module, seen: Silence) -> None:
+        """Silence what was seen to shift pruned units."""
+        found = seen.followers(model, self.units.numbered)
+        own = followers.biases(model, self.units.outputs, self.units.numbered)
+        names = {follower.name for follower in found}
+        self._followers = [*followers.magnitudes(self.targets), *(one for one in own if one.name not in names), *found]
+        self.speaking = seen.speaking(self._followers)
         self.masks = self._masks
 
     def resume(self, scores: Mapping[str, Tensor], aside: Mapping[str, Tensor]) -> None:
@@ -98,8 +111,8 @@ class Pruner:
             kept = follower.mask(masks)
             self._tensors[follower.name], whole[follower.name] = follower.parameter, kept
             if follower.magnitude:
-                [(name, shape)] = follower.leaders
-                whole[name] = whole[name] | ~kept.reshape(shape)
+                [leader] = follower.leaders
+                whole[leader.name] = whole[leader.name] | ~kept
         self._applied = {
             name: _factor(mask, self._tensors[name], self._applied.get(name))
             for name, mask in whole.items()
@@ -143,7 +156,11 @@ class Pruner:
         start = check_masks({}, self.weights) if regrow else self.masks
         # Not where nothing is drawn: setting torch's seeds takes longer than small masks do.
         with nullcontext() if isinstance(self.rule, Smallest) else own_random_state(seed):
-            grown = self.budget.grow(self.rule, ranked, start, self._own, fraction)
+            own = {name: share for name, share in self._own.items() if self.units.is_ranked(name)}
+            grown = self.budget.grow(
+                self.rule, self.units.outputs_first(ranked), self.units.outputs_first(start), own, fraction
+            )
+            grown = self.units.undo(grown)
         if not regrow:
             self.masks = grown
         elif pruned(grown.values()) > pruned(self.masks.values()):
@@ -170,8 +187,8 @@ class Pruner:
         """The weight that the layer computes with: a weight norm's direction at its magnitude."""
         value = self._value(name)
         for follower in self._followers:
-            if follower.magnitude and follower.leaders[0][0] == name:
-                shape = follower.leaders[0][1]
+            if follower.magnitude and follower.leaders[0].name == name:
+                shape = tuple(follower.parameter.shape) or (1,) * value.dim()
                 dims = [dim for dim, size in enumerate(shape) if size == 1]
                 scale: Tensor = follower.parameter.view(shape) / torch.linalg.vector_norm(value, dim=dims, keepdim=True)
                 return value * scale
@@ -206,7 +223,8 @@ class Pruner:
 
     def is_at_goal(self) -> bool:
         """Whether the masks hold what the budget asks for, to the nearest unit."""
-        return self.budget.is_met(self.rule, self.masks, self._own)
+        own = {name: share for name, share in self._own.items() if self.units.is_ranked(name)}
+        return self.budget.is_met(self.rule, self.units.outputs_first(self.masks), own)
 
     def apply_to_gradients_(self, optimizer: Optimizer) -> None:
         """Zero the gradients of what is masked: they count in no norm, and moments of zero stay zero."""
@@ -244,7 +262,7 @@ class Pruner:
     def forget_(self, optimizers: Iterable[Optimizer], before: Masks | None = None) -> list[str]:
         """Let optimizers start anew whose state can't follow what became of ``before``; returns their names."""
         changed = {name for name, mask in self.masks.items() if before is None or not torch.equal(mask, before[name])}
-        changed |= {one.name for one in self._followers if changed & {name for name, _ in one.leaders}}
+        changed |= {one.name for one in self._followers if changed & {leader.name for leader in one.leaders}}
         return forget_(optimizers, {self._tensors[name]: self._tensors[name].shape for name in changed})
 
 
@@ -274,9 +292,10 @@ def _factor(mask: Tensor, weight: Tensor, old: Tensor | None) -> Tensor:
     return (torch.empty_like(weight) if old is None else old).copy_(mask)
 
 
-def _in_groups(rule: Smallest, size: int, selection: Selection, model: nn.Module) -> tuple[Rule, Selection]:
+def _in_groups(
+    rule: Smallest, size: int, selection: Selection, modules: Mapping[str, nn.Module]
+) -> tuple[Rule, Selection]:
     """The rule with each weight's input dimension, and the weights whose inputs divide into groups."""
-    modules = compressible_modules(model)
     dims, targets, skipped = {}, [], dict(selection.skipped)
     for target in selection.targets:
         layer = modules[target.layer]
@@ -296,7 +315,7 @@ def _in_groups(rule: Smallest, size: int, selection: Selection, model: nn.Module
     return replace(rule, dims=dims), replace(selection, targets=tuple(targets), skipped=skipped)
 
 
-def _check_weights(rule: Rule, weights: Mapping[str, Tensor]) -> None:
+def _check_weights(rule: Rule, weights: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> None:
     """Raise if a weight can't be ranked or changed, or a structured rule's ``dim`` isn't a dimension of it."""
     dim: Any = getattr(rule, "dim", 0)
     for name, weight in weights.items():
@@ -309,10 +328,11 @@ def _check_weights(rule: Rule, weights: Mapping[str, Tensor]) -> None:
             raise CompressionError(
                 f"`targets` must select weights that can be changed in place. Received: {name}, {kind}. Clone it first."
             )
-        if rule.structured and not -weight.dim() <= dim < weight.dim():
+        shape = layouts[name].outputs_first(weight).shape if name in layouts else weight.shape
+        if rule.structured and not -len(shape) <= dim < len(shape):
             raise CompressionError(
                 f"`dim` must be a dimension of every target. Received: dim={dim} for {name} of shape "
-                f"{tuple(weight.shape)}. Exclude the layer, or choose another dim."
+                f"{tuple(shape)}. Exclude the layer, or choose another dim."
             )
 
 

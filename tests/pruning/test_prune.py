@@ -245,6 +245,9 @@ def test_over_the_zoo_weights_are_zero_and_keys_order_and_all_else_stay(row: Row
     copy.deepcopy(model)  # T1
 
 
+@pytest.mark.filterwarnings(
+    "ignore:prune_. pruned units may still put out a constant. those of `head.weight`:UserWarning"
+)
 @pytest.mark.parametrize("row", ZOO, ids=str)
 def test_over_the_zoo_structured(row: Row) -> None:
     model = row.build()

@@ -92,9 +92,7 @@ def test_the_example_input_array_is_run_if_there_are_no_inputs() -> None:
 
 def test_without_inputs_a_warning_says_that_norms_are_not_known() -> None:
     model = rough(Net())
-    with pytest.warns(
-        UserWarning, match="may still put out a constant: `bn`. Which layers they follow isn't known without"
-    ):
+    with pytest.warns(UserWarning, match="may still put out a constant: `bn`. Whether they do isn't known without"):
         prune_(model, 0.5, "ln_structured", "layer", Targets(include=["conv"]))
     assert not model.conv.bias[gone_rows(model.conv.weight)].any()
 
@@ -171,21 +169,25 @@ def test_a_norm_that_two_convolutions_share_loses_only_what_both_lost(way: str) 
 
 def test_only_one_of_two_convolutions_that_share_a_norm_is_pruned() -> None:
     module = rough(Shared())
-    prune_(module, 0.5, "ln_structured", "layer", Targets(include=["conv"]), inputs=IMAGES)
+    with pytest.warns(
+        UserWarning, match=r"put out a constant: those of `conv\.weight` behind `bn\.weight`, which others"
+    ):
+        prune_(module, 0.5, "ln_structured", "layer", Targets(include=["conv"]), inputs=IMAGES)
     assert module.bn.weight.all() and module.bn.bias.all()
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_units_of_a_transposed_convolution_lie_along_dim_1(bias: bool) -> None:
+def test_units_of_a_transposed_convolution_are_its_outputs(bias: bool) -> None:
     layers = [nn.ConvTranspose2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 4, 3)]
     model = rough(nn.Sequential(*layers))
-    prune_(model, 0.5, "ln_structured", "layer", Targets(include=["0"]), dim=1)
+    prune_(model, 0.5, "ln_structured", "layer", Targets(include=["0"]))
     assert_silent(model, gone_rows(model[0].weight, 1), model[3].weight, run=forward)
 
 
-def test_dim_0_of_a_transposed_convolution_are_inputs_and_silence_nothing() -> None:
+def test_dim_1_of_a_transposed_convolution_are_inputs_and_silence_nothing() -> None:
     model = rough(nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 4, 3)))
-    prune_(model, 0.5, "ln_structured", "layer", Targets(include=["0"]), dim=0)
+    prune_(model, 2 / 3, "ln_structured", "layer", Targets(include=["0"]), dim=1)
+    assert int(gone_rows(model[0].weight).sum()) == 2
     assert model[0].bias.all() and model[1].weight.all() and model[1].bias.all()
 
 

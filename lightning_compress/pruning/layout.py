@@ -1,0 +1,154 @@
+"""Units are outputs: the weight of any layer is seen as ``(outputs, inputs, ...)``, and a mask of that brought back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from lightning_compress.layer_weights import PRUNABLE
+from lightning_compress.targets import Target
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Splits a weight's dimensions, puts them in another order and merges the first ones, which number the units.
+
+    Args:
+        shape: of the weight.
+        split: its shape with some dimensions split in two.
+        order: of the dimensions of ``split``, those of the outputs first.
+        merged: how many of them number the outputs.
+
+    Example:
+        >>> layout = layout_of(nn.ConvTranspose2d(4, 6, 3, groups=2), "weight", torch.Size([4, 3, 3, 3]))
+        >>> layout.outputs_first(torch.zeros(4, 3, 3, 3)).shape
+        torch.Size([6, 2, 3, 3])
+    """
+
+    shape: torch.Size
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    merged: int = 1
+
+    def outputs_first(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape as ``(outputs, inputs, ...)``."""
+        ordered = tensor.reshape(self.split).permute(self.order)
+        return ordered.flatten(0, self.merged - 1) if self.merged else ordered.unsqueeze(0)
+
+    def undo(self, tensor: Tensor) -> Tensor:
+        """A tensor of the shape that `outputs_first` gives in the weight's own."""
+        ordered = tensor.reshape([self.split[dim] for dim in self.order])
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return ordered.permute(back).reshape(self.shape)
+
+    def alive(self, mask: Tensor) -> Tensor:
+        """For each output, whether anything of its weights is kept."""
+        return self.outputs_first(mask).flatten(1).any(1)
+
+
+def as_it_is(shape: torch.Size) -> Layout:
+    """The layout of a weight whose first dimension numbers the outputs."""
+    return Layout(shape, tuple(shape), tuple(range(len(shape))))
+
+
+def along(shape: torch.Size, dims: Iterable[int]) -> Layout:
+    """The layout whose units are numbered by ``dims`` of a weight."""
+    dims = tuple(dims)
+    return Layout(shape, tuple(shape), (*dims, *(dim for dim in range(len(shape)) if dim not in dims)), len(dims))
+
+
+def layout_of(layer: nn.Module, name: str, shape: torch.Size, outputs: bool = True) -> Layout:
+    """The layout of a layer's weight.
+
+    Outputs come second in transposed convolutions, group by group, and in embeddings; a recurrent unit has a row for
+    each gate. In a layer of the user's own they come first, in a stack of three dimensions after its first.
+
+    Args:
+        layer: that owns it.
+        name: of the weight in the layer.
+        shape: of the weight.
+        outputs: whether they are what is asked for; of recurrent layers any other dimension is as it is.
+    """
+    if isinstance(layer, _ConvTransposeNd):
+        groups, rest = layer.groups, tuple(shape[2:])
+        split = (groups, shape[0] // groups, shape[1], *rest)
+        return Layout(shape, split, (0, 2, 1, *range(3, len(split))), merged=2)
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        return along(shape, [1])
+    if outputs and isinstance(layer, nn.RNNBase | nn.RNNCellBase) and _recurrent(name):
+        return Layout(shape, (shape[0] // layer.hidden_size, layer.hidden_size, shape[1]), (1, 2, 0))
+    if not isinstance(layer, PRUNABLE) and len(shape) == 3:
+        return along(shape, [0, 1])
+    return as_it_is(shape)
+
+
+@dataclass(frozen=True)
+class UnitView:
+    """Weights and masks as a structured rule ranks them: outputs first, and a recurrent layer's unit as one.
+
+    Attributes:
+        layouts: of each weight that is pruned by units.
+        outputs: those whose units are outputs, or may be, in a layer of the user's own.
+        numbered: their layouts, by which these units are numbered.
+        pairs: names of weights whose outputs are the same units, what a recurrent layer has for its inputs and its
+            state; they are ranked as one under the first name.
+    """
+
+    layouts: dict[str, Layout]
+    outputs: tuple[Target, ...]
+    numbered: dict[str, Layout]
+    pairs: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, targets: Iterable[Target], layers: Mapping[str, nn.Module], dim: int) -> UnitView:
+        """The view of ``targets`` whose units are numbered by ``dim`` of ``(outputs, inputs, ...)``."""
+        layouts, numbered, outputs = dict[str, Layout](), dict[str, Layout](), list[Target]()
+        recurrent: dict[tuple[str, str], list[str]] = {}
+        for target in targets:
+            layer, shape = layers[target.layer], target.parameter.shape
+            name = target.name.removeprefix(f"{target.layer}.")
+            is_output = dim % max(len(shape), 1) == 0
+            layouts[target.name] = layout_of(layer, name, shape, is_output)
+            if is_output:
+                outputs.append(target)
+                numbered[target.name] = layouts[target.name]
+                if isinstance(layer, nn.RNNBase | nn.RNNCellBase) and (found := _recurrent(name)):
+                    recurrent.setdefault((target.layer, found[1]), []).append(target.name)
+            elif not isinstance(layer, (*PRUNABLE, nn.Embedding, nn.EmbeddingBag)) and -len(shape) <= dim < len(shape):
+                outputs.append(target)
+                numbered[target.name] = along(shape, [dim % len(shape)])
+        return cls(
+            layouts, tuple(outputs), numbered, tuple(tuple(names) for names in recurrent.values() if len(names) > 1)
+        )
+
+    def outputs_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the weights' shapes as they are ranked; as they are where no unit is asked for."""
+        if not self.layouts:
+            return dict(tensors)
+        seen = {name: self.layouts[name].outputs_first(one) for name, one in tensors.items()}
+        for first, *others in self.pairs:
+            seen[first] = torch.cat([seen[first].flatten(1), *(seen.pop(name).flatten(1) for name in others)], dim=1)
+        return seen
+
+    def undo(self, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `outputs_first` gave, in the weights' own shapes and order."""
+        parts = dict(seen)
+        if not self.layouts:
+            return parts
+        for names in self.pairs:
+            sizes = [self.layouts[name].shape.numel() // len(seen[names[0]]) for name in names]
+            parts |= zip(names, seen[names[0]].split(sizes, dim=1), strict=True)
+        return {name: layout.undo(parts[name]) for name, layout in self.layouts.items()}
+
+    def is_ranked(self, name: str) -> bool:
+        """Whether a weight is ranked under its own name."""
+        return not any(name in others for _, *others in self.pairs)
+
+
+def _recurrent(name: str) -> re.Match[str] | None:
+    return re.search(r"weight_(?:ih|hh)(\w*)", name)

@@ -1,0 +1,274 @@
+"""`Watch`: runs a module and carries maps of units beside its tensors, to hear where pruned ones aren't silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_compress.pruning.followers import magnitudes
+from lightning_compress.pruning.layout import Layout
+from lightning_compress.pruning.unit_maps import CONTRACTIONS, Call, Map, broadcasts, units_of_entries
+from lightning_compress.targets import Target, clean_name
+
+_SUMS = ("add", "add_", "sub", "sub_", "rsub", "lerp", "lerp_", "where")
+_CLAMPS = ("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "hardtanh", "hardtanh_", "threshold")
+"""Operators behind which a constant of the one sign is zero and one of the other isn't."""
+_PRODUCTS = ("mul", "mul_")
+_COPIES = ("clone", "detach", "alias", "_to_copy")
+_SILENT = 1e-6
+"""What rounding may leave of a zero."""
+_LARGEST = 1 << 16
+"""Entries of a parameter that may have one for each unit."""
+
+
+@dataclass
+class Heard:
+    """What was heard of pruned units.
+
+    Attributes:
+        loud: targeted weights whose pruned units aren't silent, each with what shifts them.
+        calls: for each parameter, the units that its entries went with in each call: weight to unit numbers, or -1.
+        relied_on: for each weight the parameters that had to be zero.
+    """
+
+    loud: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
+    relied_on: dict[str, set[str]] = field(default_factory=dict)
+
+
+class Watch(TorchDispatchMode):
+    """Carries maps of units beside tensors.
+
+    ``_places`` says where units began to be heard, ``_hidden`` where only the sign of what is heard has hidden it.
+    ``_maps`` has a map for each target; None where a tensor was computed from units and has no entries of single ones.
+    ``_static`` has what was computed from parameters and buffers alone: the name of the parameter that it is a part or
+    a copy of, and a map of that one's entries. Tensors are held with it, so that no other gets their id.
+    """
+
+    def __init__(self, model: nn.Module, targets: Iterable[Target], layouts: Mapping[str, Layout], seen: Heard) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen = seen
+        self._maps: dict[int, tuple[Tensor, dict[str, Map | None]]] = {}
+        self._static: dict[int, tuple[Tensor, str, Map | None]] = {}
+        self._places: dict[tuple[int, str], str] = {}
+        self._hidden: set[tuple[int, str]] = set()
+        self._gone: dict[str, Tensor] = {}
+        self._paths = [""]
+        watched = {target.name: target for target in targets}
+        tensors = {clean_name(name): tensor for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+        for name, tensor in tensors.items():
+            entries = None
+            if name in watched:
+                self._begin(watched[name], tensor, layouts[name], tensors)
+            elif isinstance(tensor, nn.Parameter) and 1 < tensor.numel() <= _LARGEST:
+                entries = torch.arange(1, tensor.numel() + 1, device=tensor.device).view(tensor.shape)
+            self._static[id(tensor)] = (tensor, name, entries)
+
+    def _begin(self, target: Target, weight: Tensor, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+        """Zero half of a weight's units, or of the magnitudes that a weight norm has for them."""
+        name, ordered = target.name, layout.outputs_first(weight)
+        count = len(ordered)
+        numbers = torch.arange(1, count + 1, device=weight.device).view(-1, *[1] * (ordered.dim() - 1))
+        units = layout.undo(numbers.expand(ordered.shape))
+        self._gone[name] = torch.zeros(count + 1, dtype=torch.bool, device=weight.device)
+        # At random, or two halves of one length would look alike.
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(count))[: count // 2] + 1
+        self._gone[name][chosen.to(weight.device)] = True
+        gone = self._gone[name][units]
+        for follower in magnitudes([target]):
+            kept = follower.mask({name: ~gone})
+            tensors[follower.name].masked_fill_(~kept, 0.0)
+            gone = gone & kept
+        weight.masked_fill_(gone, 0.0)
+        self._maps[id(weight)] = (weight, {name: units})
+
+    def hooks(self, path: str, module: nn.Module) -> list[Any]:
+        """By which it knows where it is."""
+
+        def leave(*_: Any) -> None:
+            self._paths.pop()
+
+        enter = module.register_forward_pre_hook(lambda *_: self._paths.append(path))
+        return [enter, module.register_forward_hook(leave, always_call=True)]
+
+    def end(self, outputs: Any) -> None:
+        """What a run puts out must be silent too: who reads it isn't known."""
+        for leaf in pytree.tree_leaves(outputs):
+            if isinstance(leaf, Tensor) and id(leaf) not in self._static:
+                for target in self._of(leaf):
+                    self._check(leaf, target)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(getattr(func, "overloadpacket", None), "__name__", "")
+        if name == "glu":  # one operator for what gates and what is gated
+            with self:
+                first, second = args[0].chunk(2, args[1] if len(args) > 1 else -1)
+                return first * second.sigmoid()
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        static = all(id(one) in self._static for one in tensors)
+        targets = {target for one in tensors for target in self._of(one)} - self._ended(name, tensors)
+        in_place = bool(tensors) and name.endswith("_") and not name.endswith("__")
+        out = tensors[0] if in_place else func(*args, **kwargs)
+        outs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        call = Call(func, name, args, kwargs, static)
+        maps = {target: self._carry(call, target, tensors, outs) for target in targets}
+        silent = set[str]()
+        if not static and outs:
+            silenced, silent = self._without_affine(tensors, None if in_place else outs[0], maps, name)
+            args, kwargs = pytree.tree_map(lambda leaf: silenced.get(id(leaf), leaf), (args, kwargs))
+            if silenced and not in_place:
+                out = func(*args, **kwargs)
+                outs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        if in_place:
+            out = func(*args, **kwargs)
+        for number, tensor in enumerate(outs):
+            self._note(tensor, {target: each[number] for target, each in maps.items()}, tensors, name, silent)
+            if static:
+                self._static[id(tensor)] = (tensor, *self._entries(call, tensors, outs, number))
+            else:
+                self._static.pop(id(tensor), None)
+        return out
+
+    def _of(self, tensor: Tensor) -> dict[str, Map | None]:
+        return self._maps.get(id(tensor), (None, {}))[1]
+
+    def _ended(self, name: str, tensors: list[Tensor]) -> set[str]:
+        """The targets whose units are read here, and must be silent."""
+        ended = set()
+        for target in {target for one in tensors for target in self._of(one)}:
+            read = [one for one in tensors if target in self._of(one) and id(one) not in self._static]
+            weights = [one for one in tensors if target in self._of(one) and id(one) in self._static]
+            if name in CONTRACTIONS or name.startswith("_scaled_dot_product"):
+                ends = bool(read) and not weights
+            else:
+                ends = name in _SUMS and bool(read) and any(self._is_other(one, target, read) for one in tensors)
+                ends = ends or (name in _SUMS and self._differ(read, target))
+            if ends or (read and weights and name in CONTRACTIONS):
+                for one in read:
+                    self._check(one, target)
+            if ends:
+                ended.add(target)
+        return ended
+
+    def _is_other(self, tensor: Tensor, target: str, beside: Iterable[Tensor]) -> bool:
+        """Whether what is added to units comes from elsewhere: no shift of each of them, nothing computed from them."""
+        if not tensor.is_floating_point() or tensor.numel() < 2 or target in self._of(tensor):
+            return False
+        _, _, entries = self._static.get(id(tensor), (tensor, "", None))
+        if id(tensor) not in self._static or sum(size > 1 for size in tensor.shape) < 2:
+            return id(tensor) not in self._static
+        maps = [units for one in beside if (units := self._of(one).get(target)) is not None]
+        of_entries = None if entries is None or not maps else units_of_entries(entries, maps[0], "")
+        # An embedding of positions has several entries for a unit.
+        return of_entries is None or bool(of_entries[of_entries >= 0].bincount().max() > 1)
+
+    def _differ(self, tensors: list[Tensor], target: str) -> bool:
+        """Whether what is added are entries of different units."""
+        maps = [units for one in tensors if (units := self._of(one)[target]) is not None]
+        return len(maps) > 1 and not torch.equal(maps[0], maps[1])
+
+    def _carry(self, call: Call, target: str, tensors: list[Tensor], outs: list[Tensor]) -> list[Map | None]:
+        """The map of each result."""
+        held = [(one, self._of(one)[target]) for one in tensors if target in self._of(one)]
+        held.sort(key=lambda pair: (id(pair[0]), target) not in self._places)  # of two factors the one that is heard
+        mapped = {id(one): units for one, units in held if units is not None}
+        if not mapped:
+            return [None] * len(outs)
+        weights = {key: units for key, units in mapped.items() if key in self._static}
+        contracted = call.name in CONTRACTIONS and bool(weights)
+        maps: list[Map | None] = []
+        moved: list[Map | None] | None = None
+        for number, out in enumerate(outs):
+            fitting = [mapped[id(one)] for one, _ in held if id(one) in mapped and broadcasts(one.shape, out.shape)]
+            if fitting and not contracted and not call.moves:
+                maps.append(fitting[0])
+                continue
+            if moved is None:
+                moved = call.carried(weights if contracted else mapped, len(self._gone[target]) - 1, contracted, outs)
+                if contracted and not call.static and moved[number] is None and call.fills_all(weights):
+                    self._seen.loud[target] = f"its layer, whose outputs aren't along `dim` ({call.name})"
+            maps.append(moved[number])
+        return maps
+
+    def _without_affine(
+        self, tensors: list[Tensor], out: Tensor | None, maps: Mapping[str, list[Map | None]], name: str
+    ) -> tuple[dict[int, Tensor], set[str]]:
+        """What is to stand in the place of parameters with an entry for each unit, where these put out something.
+
+        Returns:
+            The tensors by what they replace, and for which targets.
+        """
+        silenced, silent = dict[int, Tensor](), set[str]()
+        for one in tensors:
+            _, parameter, entries = self._static.get(id(one), (one, "", None))
+            if entries is None or self._of(one):
+                continue
+            found: dict[str, Tensor] = {}
+            for target, each in maps.items():
+                units = each[0] if each else None
+                of_entries = None if units is None else units_of_entries(entries, units, name)
+                if units is None or of_entries is None or (name in _SUMS and self._is_other(one, target, tensors)):
+                    continue
+                found[target] = of_entries
+                hidden = any((id(held), target) in self._hidden for held in tensors)
+                if out is None or hidden or self._is_loud(out, units, target):
+                    silent.add(target)
+                    self._seen.relied_on.setdefault(target, set()).add(parameter)
+                    gone = self._gone[target][of_entries + 1][entries - 1]
+                    silenced[id(one)] = silenced.get(id(one), one).masked_fill(gone, 0.0)
+            self._seen.calls.setdefault(parameter, []).append(found)
+        return silenced, silent
+
+    def _note(
+        self, tensor: Tensor, maps: dict[str, Map | None], operands: list[Tensor], name: str, silent: set[str]
+    ) -> None:
+        """Keep a result's maps, and where its units began to be heard."""
+        self._maps.pop(id(tensor), None)
+        if maps:
+            self._maps[id(tensor)] = (tensor, maps)
+        for target, units in maps.items():
+            heard = [one for one in operands if (id(one), target) in self._places]
+            places = [self._places[id(one), target] for one in heard]
+            loud = units is not None and self._is_loud(tensor, units, target)
+            hidden = any((id(one), target) in self._hidden for one in operands) or (name in _CLAMPS and bool(heard))
+            silences = target in silent or (name in _PRODUCTS and self._has_silent_factor(operands, units, target))
+            key = id(tensor), target
+            self._places.pop(key, None)
+            self._hidden.discard(key)
+            if loud or (hidden and not silences):
+                here = f"`{self._paths[-1]}`" if self._paths[-1] else "the module's own"
+                self._places[key] = places[0] if places else f"{here} ({name.strip('_')})"
+            if hidden and not silences:
+                self._hidden.add(key)
+
+    def _has_silent_factor(self, operands: list[Tensor], units: Map | None, target: str) -> bool:
+        maps = [self._of(one).get(target) for one in operands if (id(one), target) not in self._places]
+        return any(one is not None and units is not None and torch.equal(one, units) for one in maps)
+
+    def _check(self, tensor: Tensor, target: str) -> None:
+        units = self._of(tensor).get(target)
+        if units is not None and ((id(tensor), target) in self._places or self._is_loud(tensor, units, target)):
+            self._seen.loud.setdefault(target, self._places.get((id(tensor), target), f"`{self._paths[-1]}`"))
+
+    def _is_loud(self, tensor: Tensor, units: Map, target: str) -> bool:
+        if not tensor.is_floating_point():
+            return False
+        return not bool(((tensor.abs() <= _SILENT) | ~self._gone[target][units]).all())
+
+    def _entries(self, call: Call, tensors: list[Tensor], outs: list[Tensor], number: int) -> tuple[str, Map | None]:
+        """Of which parameter a result of parameters alone is a part or a copy, and of which entries."""
+        sources = [self._static[id(one)] for one in tensors if self._static[id(one)][2] is not None]
+        if len(sources) != 1 or len(tensors) != 1 or not (call.moves or call.name in (*_COPIES, "expand")):
+            return "", None
+        source, name, entries = sources[0]
+        if call.name in _COPIES:
+            return name, entries
+        assert entries is not None
+        return name, call.carried({id(source): entries}, int(entries.max()), False, outs)[number]

@@ -1,0 +1,199 @@
+"""What stands behind pruned units, whoever wrote it: they are silent behind it, or a warning names it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_compress import ScheduledPruning, Targets, Window, prune_
+from tests.pruning.silent import IMAGES, Net, rough
+from tests.support.modules import quiet_trainer
+
+
+class Affine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.g, self.b = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+
+class OwnNorm(Affine):
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-6).sqrt()
+        return self.g[:, None, None] * x + self.b[:, None, None]
+
+
+class FunctionalLayerNorm(Affine):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), (8,), self.g, self.b).permute(0, 3, 1, 2)
+
+
+class FunctionalBatchNorm(Affine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var, self.g, self.b, self.training)
+
+
+class ResponseNorm(Affine):
+    """Global response normalisation, which adds what it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=(2, 3), keepdim=True)
+        return self.g.view(1, 8, 1, 1) * x * (size / size.mean(1, keepdim=True)) + self.b.view(1, 8, 1, 1) + x
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+class Between(Net):
+    """`between` stands where `silent.Net` has a BatchNorm; it is a module or a function."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.bn = between  # type: ignore[assignment]
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.after(self.middle(x))
+        return self.head(self.next(self.seen).mean((2, 3)))
+
+
+SILENT: dict[str, Callable[[], nn.Module]] = {
+    "group norm": lambda: Between(nn.GroupNorm(2, 8)),
+    "layer norm over all": lambda: Between(nn.LayerNorm((8, 4, 4))),
+    "instance norm": lambda: Between(nn.InstanceNorm2d(8, affine=True)),
+    "functional layer norm": lambda: Between(FunctionalLayerNorm()),
+    "functional batch norm": lambda: Between(FunctionalBatchNorm()),
+    "norm of one's own": lambda: Between(OwnNorm()),
+    "response norm of one's own": lambda: Between(ResponseNorm()),
+    "functional activation before the norm": lambda: Between(nn.Sequential(nn.LeakyReLU(inplace=True), OwnNorm())),
+    "swish by hand": lambda: Between(nn.BatchNorm2d(8), lambda x: x * torch.sigmoid(x)),
+    "shuffled channels": lambda: Between(nn.Sequential(nn.ChannelShuffle(2), nn.GroupNorm(4, 8))),
+    "resized": lambda: Between(nn.Sequential(nn.Upsample(scale_factor=2), nn.AvgPool2d(2), nn.BatchNorm2d(8))),
+    "two in a row": lambda: Between(nn.Sequential(nn.BatchNorm2d(8), nn.Tanh(), nn.GroupNorm(4, 8))),
+}
+SAID: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "group norm without scale": (lambda: Between(nn.GroupNorm(2, 8, affine=False)), r"`bn` \(native_group_norm\)"),
+    "hidden by the sign": (lambda: Between(nn.GroupNorm(2, 8, affine=False), F.relu), r"`bn` \(native_group_norm\)"),
+    "centred": (lambda: Between(Centred()), r"`bn` \(sub\)"),
+    "sigmoid": (lambda: Between(nn.Identity(), nn.Sigmoid()), r"`after` \(sigmoid\)"),
+    "functional softplus": (lambda: Between(nn.BatchNorm2d(8), F.softplus), r"the module's own \(softplus\)"),
+    "elu and one": (lambda: Between(nn.Identity(), lambda x: F.elu(x) + 1), r"the module's own \(add\)"),
+    "softmax": (lambda: Between(nn.Identity(), nn.Softmax(1)), r"`after` \(softmax\)"),
+    "gates": (lambda: Between(nn.Identity(), lambda x: F.glu(torch.cat([x, x.flip(1)], 1), 1)), r"\(sigmoid\)"),
+}
+
+
+def told(prune: Callable[[], Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        prune()
+    return [str(one.message) for one in seen if "may still put out a constant" in str(one.message)]
+
+
+def by_function(model: nn.Module) -> list[str]:
+    return told(lambda: prune_(model, 0.5, "ln_structured", "layer", Targets(include=["conv"]), inputs=IMAGES))
+
+
+def by_fit(model: nn.Module) -> list[str]:
+    pruning = ScheduledPruning(
+        "ln_structured", 0.5, "layer", targets=Targets(include=["conv"]), window=Window(0.2, 0.8)
+    )
+    return told(lambda: quiet_trainer(max_epochs=2, callbacks=[pruning]).fit(model))
+
+
+def silent_channels(model: Any) -> Tensor:
+    with torch.no_grad():
+        model.eval()(IMAGES)
+    return (model.seen == 0).movedim(1, 0).flatten(1).all(1)
+
+
+@pytest.mark.parametrize("prune", [by_function, by_fit])
+@pytest.mark.parametrize("name", SILENT)
+def test_units_are_silent_behind(name: str, prune: Callable[[nn.Module], list[str]]) -> None:
+    torch.manual_seed(0)
+    model = rough(SILENT[name]())
+    assert prune(model) == []
+    silent = silent_channels(model)
+    assert int(silent.sum()) == 4
+    with torch.no_grad():
+        for parameter in model.bn.parameters():
+            assert parameter.numel() != 8 or parameter.any()  # the others go on
+
+
+@pytest.mark.parametrize("prune", [by_function, by_fit])
+@pytest.mark.parametrize("name", SAID)
+def test_what_units_are_heard_behind_is_said_once(name: str, prune: Callable[[nn.Module], list[str]]) -> None:
+    make, place = SAID[name]
+    torch.manual_seed(0)
+    [message] = prune(rough(make()))
+    assert re.search(rf"those of `conv\.weight` behind .*{place}", message)
+
+
+class Dense(nn.Module):
+    """Norms over concatenations: each layer has a stretch of their channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(9)
+        self.second, self.last, self.out = nn.Conv2d(9, 4, 3, padding=1), nn.GroupNorm(1, 13), nn.Conv2d(13, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, self.first(x)], 1)
+        x = torch.cat([x, self.second(self.norm(x).tanh())], 1)
+        return self.out(self.last(x).tanh())
+
+
+def test_norms_over_concatenations_lose_the_channels_of_pruned_units_alone() -> None:
+    model = rough(Dense())
+    masks = prune_(model, 0.5, "ln_structured", "layer", Targets(exclude=["out"]), inputs=IMAGES)
+    gone = {name: ~mask.flatten(1).any(1) for name, mask in masks.items()}
+    own = torch.zeros(3, dtype=torch.bool)
+    for norm, expected in (
+        (model.norm, torch.cat([own, gone["first.weight"]])),
+        (model.last, torch.cat([own, gone["first.weight"], gone["second.weight"]])),
+    ):
+        assert torch.equal(norm.weight == 0, expected) and torch.equal(norm.bias == 0, expected)
+
+
+class Stream(nn.Module):
+    """Positions and a residual stream: what is added there is no shift of units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.position = nn.Conv2d(3, 8, 3, 3), nn.Parameter(torch.randn(1, 4, 8))
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def test_positions_and_the_norm_of_a_residual_stream_stay() -> None:
+    model = rough(Stream())
+    prune_(model, 0.5, "ln_structured", "layer", inputs=IMAGES)
+    assert model.position.all() and model.norm.weight.all() and model.norm.bias.all()
+    assert all(int((layer.bias == 0).sum()) == len(layer.bias) // 2 for layer in (model.patch, model.up, model.down))
+
+
+def test_values_and_random_state_of_the_model_stay() -> None:
+    model = rough(Between(nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(8))))
+    before, state = {name: one.clone() for name, one in model.state_dict().items()}, torch.get_rng_state()
+    masks = prune_(model, 0.5, "ln_structured", "layer", Targets(include=["conv"]), inputs=IMAGES)
+    assert torch.equal(state, torch.get_rng_state())
+    kept = masks["conv.weight"].flatten(1).any(1)
+    for name, tensor in model.state_dict().items():
+        same = torch.equal(tensor, before[name]) if "running" in name or "next" in name or "head" in name else True
+        assert same and (tensor.dim() == 0 or len(tensor) != 8 or torch.equal(tensor[kept], before[name][kept])), name
