@@ -51,12 +51,12 @@ def attend(
     q, k, v = (_by_head(x, num_heads, batched, batch_first) for x in projected)
     # Only the attention without weights to show has a causal form of its own.
     causal = is_causal and key_padding_mask is None and not need_weights
-    mask = _mask(None if causal else attn_mask, key_padding_mask, num_heads, len(q), q.shape[2], k.shape[2])
+    mask = _mask(None if causal else attn_mask, key_padding_mask, num_heads, q.shape[0], q.shape[2], k.shape[2])
     mask = None if mask is None else mask.to(q.dtype)
     weights: Tensor | None = None
     if need_weights:
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-        weights = F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout)
+        weights = F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout, dropout > 0)
         attended = weights @ v
         weights = weights.mean(dim=1) if average_attn_weights else weights
     else:

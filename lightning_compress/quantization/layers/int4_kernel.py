@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lightning_compress.quantization.numerics.packing import shifted_right
+
 FEW = 16
 """With more rows of activations, dequantizing and multiplying in float is as fast."""
 
@@ -46,14 +48,14 @@ def tiled(codes: Tensor, size: int) -> Tensor:
 def untiled(tiles: Tensor, size: int) -> Tensor:
     """The codes that `tiled` took."""
     bytes_ = tiles.view(-1, 2 * tiles.shape[1], size // 2).transpose(1, 2)
-    return torch.stack([bytes_ & 15, bytes_ >> 4], dim=1).view(tiles.shape[0], -1)
+    return torch.stack([bytes_ & 15, shifted_right(bytes_, 4)], dim=1).view(tiles.shape[0], -1)
 
 
 def some_untiled(tiles: Tensor, rows: Tensor, size: int) -> Tensor:
     """The codes of some rows."""
     place = rows % size
     found = tiles.view(-1, 2 * tiles.shape[1], size // 2)[rows // size, :, place % (size // 2)]
-    return torch.where(place[:, None] < size // 2, found & 15, found >> 4)
+    return torch.where(place[:, None] < size // 2, found & 15, shifted_right(found, 4))
 
 
 def scales_and_zeros(scale: Tensor, zero: Tensor, repeat: int) -> Tensor:

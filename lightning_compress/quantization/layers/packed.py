@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress.quantization.layers import int4_kernel
 from lightning_compress.quantization.layers.packed_weight import PackedWeight
+from lightning_compress.quantization.numerics.packing import is_recorded
 
 _BLOCK = 2**20
 """Values that are dequantized at a time: 4 MB of float32."""
@@ -64,8 +65,9 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     y: Tensor | None = None
-    few = x.numel() <= int4_kernel.FEW * weight.columns and x.numel() > 0
-    if few and not (x.requires_grad and torch.is_grad_enabled()):
+    if is_recorded():  # in plain operators, for any number of rows
+        y = x @ weight().to(x.dtype).T
+    elif 0 < x.numel() <= int4_kernel.FEW * weight.columns and not (x.requires_grad and torch.is_grad_enabled()):
         y = weight.few_rows_product(x)
     if y is None:
         y = _Product.apply(x, weight)  # type: ignore[no-untyped-call]

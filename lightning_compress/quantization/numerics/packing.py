@@ -57,11 +57,29 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     for width, shift in _planes(bits):
         stop = start + packed.shape[-1] * width // bits
         plane, start = packed[..., start:stop], stop
-        parts = [plane >> (index * width) for index in range(8 // width)]
-        values = torch.cat(parts, dim=-1).bitwise_and_(2**width - 1) if width < 8 else plane
-        codes = values << shift if codes is None else codes.bitwise_or_(values << shift)
+        values = plane
+        if width < 8:
+            values = (
+                torch.cat([shifted_right(plane, index * width) for index in range(8 // width)], dim=-1) & 2**width - 1
+            )
+        # Products and sums, as ONNX has no shift to the left that is right for bytes.
+        values = values * 2**shift if shift else values
+        codes = values if codes is None else codes + values
     assert codes is not None
     return codes[..., :length]
+
+
+def shifted_right(bytes_: Tensor, places: int) -> Tensor:
+    """``bytes_ >> places``, also in a file for another runtime."""
+    if not places:
+        return bytes_
+    # ONNX takes what is shifted for signed; dividing is many times slower here.
+    return bytes_ // 2**places if is_recorded() else bytes_ >> places
+
+
+def is_recorded() -> bool:
+    """Whether a run is being written down for elsewhere: by `torch.export`, `torch.onnx` or `torch.jit.trace`."""
+    return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _missing(length: int, bits: int) -> int:
