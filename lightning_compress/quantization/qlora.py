@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_compress import structure
 from lightning_compress.callback import (
@@ -30,6 +30,8 @@ from lightning_compress.probe import is_own
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.adapters import LowRank, plan_adapters
 from lightning_compress.quantization.ptq import PostTrainingQuantization
+from lightning_compress.quantization.reentrant import let_gradients_in_, restore_
+from lightning_compress.quantization.traced import CHILD
 from lightning_compress.structure import merge_adapters
 from lightning_compress.targets import Targets, compressible_modules, matches
 from lightning_compress.training_mode import restore_given_
@@ -59,7 +61,8 @@ class QLoRA(Callback):
             callbacks that need the float weights, and for a module with other adapters; on fit start if the optimizers
             don't hold the adapters.
 
-    Hooks: `setup` adapts the module, after its own `setup` if it has one; `on_fit_start` restricts the optimizers.
+    Hooks: `setup` adapts the module, after its own `setup` if it has one; `on_fit_start` restricts the optimizers;
+    `on_before_optimizer_step` says where no gradient reaches adapters.
 
     Example:
         >>> qlora = QLoRA(rank=8, alpha=16, modules_to_train=["head"])
@@ -88,6 +91,7 @@ class QLoRA(Callback):
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._notes: list[str] = []
         self._begun = True
+        self._stepped = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_strategy(trainer, type(self).__name__)
@@ -168,6 +172,8 @@ class QLoRA(Callback):
                 del optimizer.state[parameter]
         forms.forget_(pl_module)
         self._begun = True
+        self._stepped = False
+        let_gradients_in_()
         for weight in forms.packed_weights(pl_module):
             # Being no parameters or buffers, they are nothing that DDP makes equal.
             weight.load_state_dict(trainer.strategy.broadcast(weight.state_dict()))
@@ -179,6 +185,26 @@ class QLoRA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         keep_training_mode_(trainer, pl_module, type(self).__name__, batch_idx)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        reached = {
+            name.rpartition(f".{CHILD}.")[0]: parameter.grad is not None
+            for name, parameter in pl_module.named_parameters()
+            if name.endswith("lora_B") and id(parameter) in held
+        }
+        if self._stepped or not reached:
+            return
+        self._stepped = True
+        if missed := [path for path, found in reached.items() if not found]:
+            self._notes.append(f"no gradient reached the adapters of {named(missed)} in the first optimizer step")
+            tell = rank_zero_info if any(reached.values()) else rank_zero_warn
+            tell(
+                f"{type(self).__name__}: {self._notes[-1]}. They learn nothing where the module calls these layers "
+                "under torch.no_grad, detaches what they give, or doesn't call them."
+            )
 
     def _explain(self, pl_module: pl.LightningModule, record: dict[str, Any]) -> list[str]:
         training = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
@@ -218,6 +244,7 @@ class QLoRA(Callback):
 
     def _close(self, pl_module: pl.LightningModule) -> None:
         pl_module.__dict__.pop("setup", None)
+        restore_()
         restore_given_(pl_module)
         structure.detach(pl_module)
 
