@@ -111,7 +111,9 @@ def test_torchs_own_function_is_back_after_a_fit_and_after_an_error() -> None:
 
 
 def test_adapters_that_no_gradient_reaches_are_named() -> None:
-    with pytest.warns(UserWarning, match=r"no gradient reached the adapters of `blocks\.\{0-2\}\.\{0,3\}`.*torch.no_grad"):
+    with pytest.warns(
+        UserWarning, match=r"no gradient reached the adapters of `blocks\.\{0-2\}\.\{0,3\}`.*torch.no_grad"
+    ):
         module, qlora = fit("no gradients", None, modules_to_train=["head"])
     assert not any(value.detach().any() for name, value in module.named_parameters() if name.endswith("lora_B"))
     assert len([note for note in qlora.report_notes() if "no gradient reached" in note]) == 1

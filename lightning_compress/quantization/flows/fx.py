@@ -1,6 +1,6 @@
 """The fx flow: `torch.ao.quantization` in graph mode, int8 kernels in eager mode with no compiler.
 
-Everything that upstream is to remove in torch 2.15 is imported in this file and `fused.py` alone.
+Everything that upstream is to remove in torch 2.15 is imported in this file, `fused.py` and `in_place.py` alone.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.quantization.flows.fused import guard_, unguard_
+from lightning_compress.quantization.flows.in_place import out_of_place_
 from lightning_compress.quantization.flows.kernels import furthest, mark_, quantized_steps, reasons
 from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
 from lightning_compress.quantization.signature import Signature
@@ -263,6 +264,7 @@ def _convert_with(
         mark_(graph)
         _leave_float_(graph, floats)
         converted = upstream(graph)
+        out_of_place_(converted)
     for name, module in list(converted.named_modules()):
         if isinstance(module, Opaque):
             parent, _, leaf = name.rpartition(".")
