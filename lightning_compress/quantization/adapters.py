@@ -17,6 +17,7 @@ from lightning_compress.quantization.layers.fast_path import quiet_fast_path_, r
 from lightning_compress.quantization.layers.packed import matrix_of, product
 from lightning_compress.quantization.layers.packed_weight import NF4Weight, PackedWeight
 from lightning_compress.quantization.layers.plan import plan_layers
+from lightning_compress.quantization.plan import without_kernel
 from lightning_compress.quantization.schemes import NF4
 from lightning_compress.quantization.traced import CHILD, drop_aside_, route_, set_aside_, unroute_
 from lightning_compress.targets import Targets, clean_name, compressible_modules, matches
@@ -103,6 +104,7 @@ def plan_adapters(
     if targets is not None:
         targets.check_patterns(model)
     chosen, floats = plan_layers(model, None, NF4(), targets, {})
+    floats = {path: reason for path, reason in (without_kernel(model, NF4()) | floats).items() if path not in chosen}
     modules = compressible_modules(model)
     owners = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
     for path in list(chosen):

@@ -18,7 +18,7 @@ from lightning_compress.quantization.layers.plan import of_one_weight, plan_laye
 from lightning_compress.quantization.schemes import Packed, Scheme, StaticInt8, describe, from_description
 from lightning_compress.quantization.signature import Signature, canonical
 from lightning_compress.quantization.unit import Unit, holds_layers, no_kernel, verify
-from lightning_compress.targets import Targets, clean_name, compressible_modules
+from lightning_compress.targets import PRUNABLE, Targets, clean_name, compressible_modules
 
 _logger = logging.getLogger("lightning_compress")
 
@@ -136,10 +136,11 @@ def plan_units(
     )
     planner.visit("")
     plan = planner.plan
-    seen = {path for unit in plan.units for path in compressible_modules(model) if is_below(path, unit.path)}
+    modules = compressible_modules(model)
     for path, reason in (tied_to_float(model) | without_kernel(model, scheme)).items():
+        inside = any(is_below(path, unit.path) for unit in plan.units)
         # An exported unit tells itself what it leaves in float, but for an embedding that shares its matrix.
-        if flow == "fx" or path not in seen or isinstance(compressible_modules(model)[path], nn.Embedding):
+        if not inside or (flow == "fx" and path in modules) or isinstance(modules.get(path), nn.Embedding):
             plan.floats.setdefault(path, reason)
     plan.layers = dict(layers)
     return plan
@@ -260,9 +261,9 @@ def tied_to_float(model: nn.Module) -> dict[str, str]:
 
 
 def without_kernel(model: nn.Module, scheme: Scheme) -> dict[str, str]:
-    """Layers that own matrices but are of a type for which there is no kernel in ``scheme``, with that as the reason.
+    """What computes with a matrix and has no kernel in ``scheme``, with that as the reason.
 
-    A module of the user's own that holds layers isn't one, even if it has a matrix (of positions, say).
+    These are layers; of a module of the user's own that only holds layers, the matrices that it owns beside them.
     """
     found = {}
     for path, module in compressible_modules(model).items():
@@ -270,11 +271,22 @@ def without_kernel(model: nn.Module, scheme: Scheme) -> dict[str, str]:
             found[path] = no_kernel(module, scheme)
         elif isinstance(module, (ParametrizationList, NonDynamicallyQuantizableLinear)) or _has_kernel(module):
             continue  # the latter is a part of attention, which is told of as a whole
+        elif isinstance(module, PRUNABLE) and holds_layers(module):
+            found[path] = no_kernel(module, scheme)
         elif holds_layers(module):
-            continue
+            found |= _own_matrices(path, module)
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             found[path] = no_kernel(module, scheme)
     return found
+
+
+def _own_matrices(path: str, module: nn.Module) -> dict[str, str]:
+    reason = f"no kernel for the own parameters of {type(module).__name__}"
+    return {
+        f"{path}.{name}".lstrip("."): reason
+        for name, parameter in module.named_parameters(recurse=False)
+        if sum(size > 1 for size in parameter.shape) > 1
+    }
 
 
 def summary(record: Mapping[str, Any]) -> str:

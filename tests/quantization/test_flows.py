@@ -336,7 +336,7 @@ def test_everything_that_a_flow_takes_from_upstream_is_there(name: str) -> None:
 def test_only_the_flows_own_files_import_their_upstream() -> None:
     package = REPOSITORY / "lightning_compress"
     users = {str(file.relative_to(package)) for file in package.rglob("*.py") if imports(file)}
-    assert users <= {f"quantization/flows/{name}.py" for name in ("fx", "fused", "pt2e", "weight_only")}
+    assert users <= {f"quantization/flows/{name}.py" for name in ("fx", "fused", "in_place", "pt2e", "weight_only")}
 
 
 REMOVED = """

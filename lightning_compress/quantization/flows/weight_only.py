@@ -24,6 +24,8 @@ def why_float(layer: nn.Module, scheme: Scheme) -> str:
         return "torchao's fake-quantizer takes no sparse gradients"
     if not scheme.symmetric:
         return "torchao's fake-quantizer has no integer zero points"
+    if layer.weight.dtype == torch.float64:
+        return "torchao's fake-quantizer takes no float64"
     if matrix_of(layer).shape[1] % (scheme.group_size or 1):
         return f"its {matrix_of(layer).shape[1]} inputs don't divide into groups of {scheme.group_size}"
     return ""

@@ -104,18 +104,28 @@ def why_not(layer: nn.Module, scheme: Scheme) -> str:
     kinds = {*_PACKED, nn.MultiheadAttention} if isinstance(scheme, Packed) else set(_DYNAMIC)
     if type(layer) not in kinds:
         return f"no {scheme.name} kernel for {type(layer).__name__}"
-    if isinstance(layer, nn.MultiheadAttention):
-        return attention.why_not(layer)
+    if is_computed(layer):
+        return "its weight is computed by a hook (weight norm, pruning)"
+    if isinstance(layer, nn.MultiheadAttention) and (reason := attention.why_not(layer)):
+        return reason
+    if isinstance(layer, nn.RNNBase) and layer.proj_size:
+        return f"no {scheme.name} kernel projects hidden states (proj_size)"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "it changes the rows that it looks up (max_norm)"
-    if isinstance(scheme, DynamicInt8):
-        return ""
-    matrix = matrix_of(layer)
-    if not matrix.is_floating_point():
+    matrices = [matrix.detach() for matrix in layer.parameters() if matrix.dim() > 1]
+    if not all(matrix.is_floating_point() for matrix in matrices):
         return "its weight isn't real"
-    if not matrix.numel():
+    if not all(matrix.numel() for matrix in matrices):
         return "it is empty"
-    return "" if matrix.float().isfinite().all() else "its weight isn't finite in float32"
+    return "" if all(matrix.float().isfinite().all() for matrix in matrices) else "its weight isn't finite in float32"
+
+
+def is_computed(layer: nn.Module) -> bool:
+    """Whether a hook computes a weight of a layer of torch, which then can't be taken as it stands."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return "in_proj_weight" not in layer._parameters or "weight" not in layer.out_proj._parameters
+    names = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else ["weight"]
+    return any(name not in layer._parameters for name in names)
 
 
 def check_overrides(overrides: Overrides | None) -> dict[str, Scheme]:
@@ -160,7 +170,7 @@ def plan_layers(
         CompressionError: an override matches no layer.
     """
     modules = compressible_modules(model)
-    layers = {path: module for path, module in modules.items() if _has_form(module)}
+    layers = {path: module for path, module in modules.items() if type(module) in _TYPES}
     for pattern in overrides:
         if not any(matches(path, pattern) for path in layers):
             raise invalid("overrides", "match layers of the model", pattern, nearest(pattern, list(layers)))
@@ -220,9 +230,17 @@ def _spared(
 
 
 def _tied(modules: Mapping[str, nn.Module], chosen: Mapping[str, Scheme]) -> dict[str, str]:
-    """Layers that were chosen and share their weight with one that wasn't, or not in the same scheme: that one."""
+    """Layers that were chosen and share their weight with a module that wasn't, or not in the same scheme: that one."""
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() > 1:
+                owners.setdefault(id(parameter), []).append(path)
     return {
-        path: other for path, other in of_one_weight(modules) if path in chosen and chosen.get(other) != chosen[path]
+        path: other
+        for paths in owners.values()
+        for path, other in product(paths, repeat=2)
+        if path in chosen and chosen.get(other) != chosen[path]
     }
 
 
@@ -235,11 +253,6 @@ def of_one_weight(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]
             owners.setdefault(id(weight), []).append(path)
     for paths in owners.values():
         yield from product(paths, repeat=2)
-
-
-def _has_form(module: nn.Module) -> bool:
-    # A computed weight (weight norm) can't be taken as it stands.
-    return type(module) in _TYPES and ("weight" in module._parameters or not isinstance(module, tuple(_PACKED)))
 
 
 def _left_out(path: str, module: nn.Module, targets: Targets | None) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import invalid
 from lightning_compress.quantization.layers.linear import DynamicLinear
 from lightning_compress.quantization.schemes import DynamicInt8, describe
 
@@ -59,16 +59,8 @@ class DynamicRecurrent(nn.Module):
         self._packed: list[Any] | None = None
 
     @classmethod
-    def from_float(cls, layer: nn.RNNBase, scheme: DynamicInt8) -> DynamicRecurrent:
-        """The dynamic form of an LSTM or a GRU, on the CPU.
-
-        Raises:
-            CompressionError: another kind of recurrent layer, or one with projections.
-        """
-        if not isinstance(layer, (nn.LSTM, nn.GRU)):
-            raise CompressionError(f"recurrent layers in int8 are LSTM and GRU, not {type(layer).__name__}")
-        if layer.proj_size:
-            raise CompressionError(f"no int8 kernel projects hidden states (proj_size={layer.proj_size})")
+    def from_float(cls, layer: nn.LSTM | nn.GRU, scheme: DynamicInt8) -> DynamicRecurrent:
+        """The dynamic form of an LSTM or a GRU without projections, on the CPU."""
         return cls(layer, describe(scheme)["reduce_range"])
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:

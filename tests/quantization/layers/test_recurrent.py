@@ -188,13 +188,6 @@ def test_keeps_the_dtype_and_the_random_state_in_inference_mode(kind: Any, dtype
     assert flat(dynamic(x.to(dtype)))[0].dtype == dtype
 
 
-def test_says_why_a_layer_stays_float() -> None:
-    with pytest.raises(CompressionError, match=r"LSTM and GRU, not RNN"):
-        DynamicRecurrent.from_float(nn.RNN(5, 12), SCHEME)
-    with pytest.raises(CompressionError, match=r"proj_size=4"):
-        DynamicRecurrent.from_float(nn.LSTM(5, 12, proj_size=4), SCHEME)
-
-
 @BOTH
 def test_initial_states_of_another_shape_are_refused(kind: Any) -> None:
     layer = kind(5, 12, 2)
