@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,6 +55,24 @@ class NarrowAttention(nn.MultiheadAttention):
         return F.linear(attended, self.out_proj.weight, self.out_proj.bias), shown
 
 
+def _narrow(kind: type[nn.MultiheadAttention]) -> type[nn.MultiheadAttention]:
+    """The same class over `NarrowAttention`: what it does around torch's forward goes on."""
+    if kind is nn.MultiheadAttention:
+        return NarrowAttention
+
+    def reduce(layer: nn.MultiheadAttention) -> tuple[Any, ...]:  # a pickle finds only `kind` by its name
+        return _blank, (kind,), layer.__dict__
+
+    return type(
+        f"Narrow{kind.__name__}", (kind, NarrowAttention), {"__reduce__": reduce, "__module__": kind.__module__}
+    )
+
+
+def _blank(kind: type[nn.MultiheadAttention]) -> nn.MultiheadAttention:
+    narrow = _narrow(kind)
+    return narrow.__new__(narrow)
+
+
 def narrow_(layer: nn.MultiheadAttention) -> None:
     """Bring an attention layer in line with the shapes of its tensors, which may hold fewer heads.
 
@@ -72,7 +92,7 @@ def narrow_(layer: nn.MultiheadAttention) -> None:
         layer.embed_dim = layer.q_proj_weight.shape[1]
         layer.kdim, layer.vdim = layer.k_proj_weight.shape[1], layer.v_proj_weight.shape[1]
     layer.num_heads = inner // layer.head_dim
-    if inner != layer.embed_dim and type(layer) is nn.MultiheadAttention:
-        layer.__class__ = NarrowAttention
+    if inner != layer.embed_dim and not isinstance(layer, NarrowAttention):
+        layer.__class__ = _narrow(type(layer))
         # Torch's fused encoder layer would read the weights as those of a whole one.
         layer._qkv_same_embed_dim = False

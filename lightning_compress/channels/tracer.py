@@ -262,9 +262,9 @@ def _clusters(factors: list[Tensor]) -> list[set[int]]:
 @contextmanager
 def following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     """Run the calls inside under the tracer, which is told what module runs; no hook stays."""
-    from lightning_compress.channels.recurrent import opaque
+    from lightning_compress.channels.recurrent import Recurrences
 
-    handles, undo = [], list[Callable[[], None]]()
+    handles = []
 
     def enter(path: str) -> Callable[..., None]:
         return lambda *_: tracer.stack.append(path)
@@ -272,20 +272,16 @@ def following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(enter(clean_name(name))))
         handles.append(module.register_forward_hook(lambda *_: void(tracer.stack.pop()), always_call=True))
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):  # its hooks stay outside
-            undo.append(opaque(tracer, module))
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # Gradients of no use here, but not `inference_mode`: it hides what composite operators are made of.
-        with torch.compiler.set_stance("force_eager"), torch.no_grad(), tracer:
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), tracer, Recurrences(tracer):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
-        for take_back in undo:
-            take_back()
 
 
 def void(_: Any) -> None:

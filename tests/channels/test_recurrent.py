@@ -1,7 +1,9 @@
-"""Recurrent layers with a forward of their own, as those of forecasting libraries have."""
+"""Layers of torch's with a forward of their own around torch's, as those of forecasting libraries have."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import plan_removal, remove_channels_
+from lightning_compress.channels.remove import zero_
 from tests.support.oracles import assert_same_state
 
 
@@ -47,6 +50,18 @@ class Star(nn.LSTM):
         return super().forward(*args)
 
 
+class Scaled(nn.LSTM):
+    """With weights of its own before torch's."""
+
+    def __init__(self, *sizes: int, **options: bool) -> None:
+        super().__init__(*sizes, **options)
+        self.scale = nn.Parameter(torch.ones(sizes[0]))
+
+    def forward(self, lengths: Tensor, x: Tensor) -> Any:
+        packed = nn.utils.rnn.pack_padded_sequence(x * self.scale, lengths, batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(super().forward(packed)[0], batch_first=True)[0]
+
+
 class Net(nn.Module):
     def __init__(self, kind: type[nn.LSTM], call: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -73,6 +88,9 @@ FOLLOWED: dict[str, tuple[type[nn.LSTM], Callable[[Any, Tensor], Tensor]]] = {
     "other keywords": (Renamed, lambda rnn, x: rnn(sequence=x, state=None)[0]),
     "a dict": (Alone, lambda rnn, x: rnn(x)["output"]),
     "torch's, by keyword": (nn.LSTM, lambda rnn, x: rnn(input=x)[0]),
+    "another first argument": (Swapped, lambda rnn, x: rnn(None, x)[0]),
+    "any arguments": (Star, plain),
+    "another order": (Flipped, lambda rnn, x: rnn(x)[0].flip(-1)),
 }
 
 
@@ -86,23 +104,58 @@ def test_a_forward_that_calls_torchs_loses_the_same_channels(name: str) -> None:
     torch.testing.assert_close(model(X), reference(X))
 
 
-@pytest.mark.parametrize(
-    ("kind", "call"),
-    [(Flipped, plain), (Swapped, lambda rnn, x: rnn(None, x)[0]), (Star, plain)],
-    ids=["another order", "another first argument", "any arguments"],
-)
-def test_what_cant_be_followed_stays_whole(kind: type[nn.LSTM], call: Callable[[Any, Tensor], Tensor]) -> None:
-    class Longer(Net):
-        def __init__(self) -> None:
-            super().__init__(kind, call)
-            self.first = nn.Linear(6, 20)
-            self.second = nn.Linear(20, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(self.second(self.first(x).relu()))
-
-    model = Longer()
+def test_weights_of_a_subclass_are_cut_with_torchs() -> None:
+    model = Net(Scaled, lambda rnn, x: rnn(torch.tensor([5, 3]), x))
     plan = plan_removal(model, X, channels=0.5, round_to=1)
-    assert "rnn" in plan.fixed and not any(name.startswith("rnn.") and 0 in dims for name, dims in plan.kept.items())
+    zeroed = copy.deepcopy(model)
+    zero_(zeroed, plan.kept)
     remove_channels_(model, plan)
-    assert model(X).shape == (2, 5, 3) and model.rnn.hidden_size == 12 and model.first.out_features < 20
+    assert model.rnn.hidden_size < 12 and len(model.rnn.scale) == model.before.out_features < 16
+    torch.testing.assert_close(model(X), zeroed(X))
+
+
+class Cell(nn.GRUCell):
+    def forward(self, step: int, x: Tensor, hx: Tensor | None = None) -> Tensor:
+        return super().forward(x, hx)
+
+
+def test_a_cell_with_another_signature_loses_the_channels_of_torchs() -> None:
+    def steps(call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        state = None
+        for step in range(x.shape[1]):
+            state = call(step, x[:, step], state)
+        assert state is not None
+        return state
+
+    def net(kind: type[nn.GRUCell]) -> nn.Module:
+        made = Net(nn.LSTM, lambda rnn, x: steps(rnn if kind is Cell else lambda _, *args: rnn(*args), x))
+        made.rnn = kind(16, 12)  # type: ignore[assignment]
+        return made
+
+    torch.manual_seed(0)
+    reference, model = net(nn.GRUCell), net(Cell)
+    model.load_state_dict(reference.state_dict())
+    for one in (reference, model):
+        remove_channels_(one, plan_removal(one, X, channels=0.5, round_to=1))
+    assert model.rnn.hidden_size < 12
+    assert_same_state(reference, model)
+    torch.testing.assert_close(model(X), reference(X))
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+def test_attention_with_another_signature_loses_heads_and_can_be_pickled() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), SelfAttention(32, 4, batch_first=True), nn.Linear(32, 3))
+    plan = plan_removal(model, X, macs=0.5)
+    zeroed = copy.deepcopy(model)
+    zero_(zeroed, plan.kept)
+    remove_channels_(model, plan)
+    assert model[1].num_heads < 4 and model[0].out_features < 32
+    torch.testing.assert_close(model(X), zeroed(X))
+    assert isinstance(model[1], SelfAttention)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(X), model(X))
+    torch.testing.assert_close(copy.deepcopy(model)(X), model(X))
