@@ -25,8 +25,9 @@ def take(tensor: Tensor, kept: Kept) -> Tensor:
     taken = tensor.detach()
     for dim, indices in kept.items():
         taken = taken.index_select(dim, indices.to(tensor.device))
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return taken.contiguous(memory_format=torch.channels_last)
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if layout is not None and tensor.is_contiguous(memory_format=layout):
+        return taken.contiguous(memory_format=layout)
     return taken
 
 

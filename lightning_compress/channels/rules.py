@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_compress.channels import movement, norms, products
+from lightning_compress.channels.strides import strided
 from lightning_compress.channels.tracer import Tracer, varying
 
 Rule = Callable[[Tracer, Any, Any, dict[str, Any], Any], None]
@@ -172,6 +173,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), movement.shuffle),
     "constant_pad_nd": pad,
     "glu": movement.glu,
+    **dict.fromkeys(("as_strided", "unfold"), strided),
     **dict.fromkeys(("embedding", "_embedding_bag"), products.embedding),
     **dict.fromkeys(
         (

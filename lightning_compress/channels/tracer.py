@@ -49,7 +49,8 @@ class Size:
     labels: Tensor
 
 
-_FACTORIES = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"}
+_FACTORIES = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided",
+              "new_empty_strided"}  # fmt: skip
 
 
 class Tracer(TorchDispatchMode):
