@@ -22,7 +22,7 @@ def explore(subject: Subject) -> Structure:
     Args:
         subject: nothing of the model is changed.
     """
-    return _Explorer(subject).explore()
+    return _Explorer(subject.enlivened()).explore()
 
 
 class _Explorer:
@@ -136,8 +136,7 @@ class _Explorer:
         if not groups:
             return ""
         structure = replace(found, attributes=self._follow(found))
-        keep = [_some(group, number, groups) for number, group in enumerate(found.groups)]
-        return self.subject.fault(structure, keep, exact)
+        return self.subject.fault(structure, self._keep(found, groups), exact)
 
     def _settled(self, structure: Structure, failed: Mapping[str, str]) -> Structure:
         """The structure with only what passed; reasons for the rest."""
@@ -154,8 +153,13 @@ class _Explorer:
     def _exact(self, structure: Structure, group: Group) -> Group:
         """The group, not spanned if what runs across it is read by nobody."""
         if group.spanned and not group.lasting and not self._fault(structure, [group], exact=True):
-            return replace(group, spanned="")
+            shows = self.subject.shows(structure, self._keep(structure, [group]))
+            return replace(group, spanned="") if shows else group
         return group
+
+    @staticmethod
+    def _keep(structure: Structure, groups: Sequence[Group]) -> list[Tensor]:
+        return [_some(group, number, groups) for number, group in enumerate(structure.groups)]
 
 
 def _some(group: Group, number: int, tried: Sequence[Group]) -> Tensor:

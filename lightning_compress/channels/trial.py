@@ -6,8 +6,7 @@ What can't be seen in a trace shows here: sizes that are written in the code, at
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.channels.groups import Run, Structure
+from lightning_compress.channels.lively import enliven_
 from lightning_compress.channels.outputs import tensors_in
 from lightning_compress.channels.remove import cut_, zero_
 from lightning_compress.channels.slices import followed, kept_slices
-from lightning_compress.channels.steady import steady
+from lightning_compress.channels.steady import steady, widen_
+from lightning_compress.channels.witness import Witness, distance
 from lightning_compress.errors import in_a_line
 from lightning_compress.quantization.calls import copy_module
 
@@ -50,38 +51,122 @@ class Subject:
     ) -> str:
         """What is wrong with the model without the units that don't stay; empty if nothing is.
 
+        Where numbers differ, rounding may be all: then it is tried again in float64.
+
         Args:
             structure: of the model.
             keep: for each group what stays, bool ``(size,)``.
-            exact: whether the outputs have to be the same; by default, if nothing is computed across these units.
+            exact: whether what is computed has to be the same; by default, if nothing is computed across these units.
             runs: how many of the runs are tried; by default all.
         """
         if exact is None:
             pairs = zip(structure.groups, keep, strict=True)
             exact = not any(group.spanned and not bool(kept.all()) for group, kept in pairs)
+        trial = _Trial(self, structure, keep, exact, self.runs[:runs])
         try:
-            cut = self.cut(structure, keep)
-            narrow = [_outputs(run, cut) for run in self.runs[:runs]]
-            if exact:
-                zeroed = self.copy(self.model)
-                zero_(zeroed, kept_slices(structure, keep))
-                whole = [_outputs(run, zeroed) for run in self.runs[:runs]]
-            else:
-                whole = self._outputs[:runs]
+            reason = trial.fault(self._tight)
         except Exception as error:
             return f"its code needs all of them, without some the model stops ({in_a_line(error)})"
-        for one, other in zip(narrow, whole, strict=True):
-            if [leaf.shape for leaf in one] != [leaf.shape for leaf in other]:
-                return "its outputs change their shape"
-            if exact and not all(map(_close, one, other)):
-                return "what remains computes something else"
-        return ""
+        if not reason or not exact:
+            return reason
+        try:
+            return trial.fault(_WIDE, wide=True)
+        except Exception:  # a device without it, or code that takes no float64
+            return trial.fault(_LOOSE)
 
-    @cached_property
-    def _outputs(self) -> list[list[Tensor]]:
-        """Of the model as it is."""
+    def zeroed(self, structure: Structure, keep: Sequence[Tensor]) -> nn.Module:
+        """A copy with zeros in place of the units that don't stay."""
         twin = self.copy(self.model)
-        return [_outputs(run, twin) for run in self.runs]
+        zero_(twin, kept_slices(structure, keep))
+        return twin
+
+    @property
+    def _tight(self) -> float:
+        kinds = {one.dtype for one in self.model.parameters() if one.is_floating_point()}
+        return min((_TIGHT.get(kind, 0.0) for kind in kinds), default=_TIGHT[torch.float32])
+
+    def shows(self, structure: Structure, keep: Sequence[Tensor]) -> bool:
+        """Whether anything that comes out depends on the units that don't stay."""
+        whole, zeroed = self.copy(self.model), self.zeroed(structure, keep)
+        for run in self.runs:
+            outputs = zip(witnessed(run, whole).outputs, witnessed(run, zeroed).outputs, strict=True)
+            if any(one.shape != other.shape or distance(one, other) > _LOOSE for one, other in outputs):
+                return True
+        return False
+
+    def enlivened(self) -> Subject:
+        """The same with values of their own in tensors that are constant, if it runs so.
+
+        Where a layer begins at zero, as heads, gates and last norms of residual branches do, what comes before it shows
+        in no output.
+        """
+        model = self.copy(self.model)
+        enliven_(model)
+        subject = replace(self, model=model)
+        try:
+            twin = subject.copy(model)
+            outputs = [output for run in self.runs for output in witnessed(run, twin).outputs]
+        except Exception:
+            return self
+        return self if any(bool(one.isnan().any()) for one in outputs) else subject
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One cut, and what it is held against: zeros in its place, or where it isn't exact the model as it is."""
+
+    subject: Subject
+    structure: Structure
+    keep: Sequence[Tensor]
+    exact: bool
+    runs: Sequence[Run]
+
+    def fault(self, tolerance: float, *, wide: bool = False) -> str:
+        cut, whole = self.subject.cut(self.structure, self.keep), self._whole()
+        if wide:
+            widen_(cut)
+            widen_(whole)
+        told = not self.exact
+        for run in self.runs:
+            first = witnessed(run, whole, wide=wide)
+            second = witnessed(run, cut, first, wide=wide)
+            if [one.shape for one in second.outputs] != [one.shape for one in first.outputs]:
+                return "its outputs change their shape"
+            if not self.exact:
+                continue
+            apart, may = second.distance(first), tolerance
+            if apart > may and wide:
+                may = 100 * self._rounding(run, first)
+            if apart > may:
+                return "what remains computes something else"
+            told |= may <= _TELLING
+        return "" if told else "nothing can be told of it: rounding alone changes what comes out as much"
+
+    def _whole(self) -> nn.Module:
+        return self.subject.zeroed(self.structure, self.keep) if self.exact else self.subject.copy(self.subject.model)
+
+    def _rounding(self, run: Run, first: Witness) -> float:
+        """What the network makes of the last digits of its weights."""
+        nudged = self._whole()
+        widen_(nudged)
+        generator = torch.Generator().manual_seed(0)
+        for one in nudged.parameters():
+            one.data *= 1 + 1e-15 * torch.randn(one.shape, generator=generator, dtype=torch.float64).to(one.device)
+        return witnessed(run, nudged, first, wide=True).distance(first)
+
+
+_WIDE, _LOOSE, _TELLING = 1e-8, 1e-3, 1e-2
+_TIGHT = {torch.float64: 1e-8, torch.float32: 3e-5}
+"""How far apart rounding may bring sums of a precision; a lower one tells nothing."""
+
+
+def witnessed(run: Run, model: nn.Module, first: Witness | None = None, *, wide: bool = False) -> Witness:
+    """What a run of a model computes, if it takes the decisions of another one."""
+    witness = Witness(first)
+    with steady(wide=wide), witness.watching(model):
+        outputs = list(tensors_in(run(model)))
+    witness.outputs = [leaf if leaf.layout == torch.strided else leaf.to_dense() for leaf in outputs]
+    return witness
 
 
 def samples_in(inputs: Any) -> int:
@@ -93,23 +178,3 @@ def samples_in(inputs: Any) -> int:
     """
     found = (leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim())
     return max(1, next(found, 1))
-
-
-def _outputs(run: Run, model: nn.Module) -> list[Tensor]:
-    with steady():
-        return [leaf if leaf.layout == torch.strided else leaf.to_dense() for leaf in tensors_in(run(model))]
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    if not one.numel():
-        return True
-    if not (one.is_floating_point() or one.is_complex()):
-        return bool((one == other).float().mean() >= 0.99)  # near ties may fall otherwise
-    eps = torch.finfo(one.dtype).eps
-    one, other = (torch.view_as_real(x) if x.is_complex() else x.double() for x in (one, other))
-    finite = one.isfinite()
-    if not torch.equal(finite, other.isfinite()):
-        return False
-    one, other = one[finite], other[finite]
-    scale = other.abs().max().clamp(min=1e-6) if len(other) else 1.0
-    return bool(((one - other).abs() <= max(1e-3, 10 * eps) * scale).all())

@@ -150,7 +150,6 @@ def test_what_cannot_be_cut_stays_alone(net: Any, shape: tuple[int, ...], layer:
     assert inexact(model, plan, (x,)) < 1e-5
 
 
-@pytest.mark.xfail(strict=True, reason="the example takes the same branch with and without the channels")
 def test_widths_that_steer_control_flow_stay() -> None:
     model = Net(
         lambda s, x: s.o(s.f(s.c(x)) * (2 if s.c(x).mean() > 0 else 1)), c=conv(3, 8), f=conv(8, 9), o=conv(9, 2)
