@@ -12,13 +12,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lightning_compress.errors import CompressionError, in_a_line
+from lightning_compress.layer_weights import PRUNABLE
 from lightning_compress.messages import by_reason, named, they
 from lightning_compress.quantization.calls import CallLog, is_below
 from lightning_compress.quantization.layers.plan import of_one_weight, plan_layers
 from lightning_compress.quantization.schemes import Packed, Scheme, StaticInt8, describe, from_description
 from lightning_compress.quantization.signature import Signature, canonical
 from lightning_compress.quantization.unit import Unit, holds_layers, no_kernel, verify
-from lightning_compress.targets import PRUNABLE, Targets, clean_name, compressible_modules
+from lightning_compress.targets import Targets, clean_name, compressible_modules
 
 _logger = logging.getLogger("lightning_compress")
 
