@@ -16,6 +16,7 @@ from lightning_compress.distillation.check import closeness
 from lightning_compress.distillation.features import drop_taps_, find_layer
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, SoftTarget
 from lightning_compress.distillation.made import EMATeacher
+from lightning_compress.distillation.masks import mask_of, positions_of
 from lightning_compress.distillation.objective import Objective, sum_terms
 from lightning_compress.distillation.outputs import find_logits
 from lightning_compress.distillation.ramps import TASK, Ramp
@@ -69,8 +70,8 @@ class Distillation(Teaching):
         CompressionError: If a value is out of range; in ``setup``, with manual optimization, without a teacher, or with
             a strategy that shards; at the first batch, if shapes or logits don't fit. Nothing has changed then.
 
-    Logs ``train_<term>`` and ``train_<term>_weighted`` with ``task`` for the module's own loss; in validation,
-    ``val_agreement`` (same first choice as the teacher) and ``val_kl``.
+    Logs ``train_<term>`` and ``train_<term>_weighted`` with ``task`` for the module's own loss; in validation, where a
+    loss compares classes, ``val_agreement`` (same first choice as the teacher) and ``val_kl``.
 
     Example:
         >>> from lightning_compress.distillation import FeatureMSE
@@ -213,9 +214,12 @@ class Distillation(Teaching):
             return
         ours, theirs = self._answers(self._call, self._scope(pl_module))
         self._call.switch(listening=False)
-        class_dim = None if ours is None else self.objective.class_dim(ours, self.targets(batch))
-        if ours is not None and theirs is not None and class_dim is not None:
-            values, count = closeness(ours, theirs, class_dim, self.valid_positions(batch))
+        if ours is None or theirs is None or not self.objective.compares_classes:
+            return
+        class_dim = self.objective.class_dim(ours, self.targets(batch))
+        if class_dim is not None:
+            valid = mask_of(self.valid_positions(batch), positions_of(ours, class_dim))
+            values, count = closeness(ours, theirs, class_dim, valid)
             logged = {f"val_{name}": value for name, value in values.items()}
             pl_module.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=max(count, 1))
 
@@ -293,7 +297,7 @@ class Distillation(Teaching):
             terms |= self.objective.terms(ours, theirs, valid, targets)
         weights = self.objective.weights()
         loss = sum_terms(terms, weights)
-        self.objective.look(ours, theirs, targets, valid)
+        self.objective.look(ours, theirs, targets, valid, self.objective.compares_classes)
         values = step_values(terms, weights)
         if self.log_gradient_share and logs_now(module.trainer):
             values |= share_values(terms, weights, student)

@@ -130,6 +130,14 @@ class Learner(nn.Module):
         """The teacher's outputs for ``inputs``, without a graph."""
         return self.objective.teacher(self.teacher_inputs(inputs), like=self.student)
 
+    @property
+    def compares_classes(self) -> bool:
+        """Whether the logits are those of classes: a loss says so, or the task whose targets look like classes."""
+        if self.objective.compares_logits and not self.objective.compares_classes:
+            # A loss for regressions; only a task loss that is given the targets makes classes of them.
+            return self.task_weight > 0 and type(self).compute_task_loss is Learner.compute_task_loss
+        return True
+
     # The work ---------------------------------------------------------------------------------------------------
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -188,7 +196,7 @@ class Learner(nn.Module):
             terms = self.objective.terms(ours, theirs, valid, targets)
             if self.objective.task_weight > 0 or self.objective.clock.weight(TASK, 0.0) > 0:
                 terms = {TASK: self._task(outputs, targets), **terms}
-            self.objective.look(ours, theirs, targets, valid)
+            self.objective.look(ours, theirs, targets, valid, self.compares_classes)
         self._checked = True
         return terms, outputs
 

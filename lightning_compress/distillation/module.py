@@ -20,6 +20,7 @@ from lightning_compress.callback import begin_training_mode_, keep_training_mode
 from lightning_compress.distillation.check import accuracy, closeness
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses import DistillationLoss
+from lightning_compress.distillation.masks import mask_of, positions_of
 from lightning_compress.distillation.quiet import take_examples
 from lightning_compress.distillation.ramps import Ramp
 from lightning_compress.distillation.teacher import TeacherDtype, call
@@ -136,12 +137,15 @@ class DistillationSteps(Learner, _Base):
     ) -> int:
         """Add accuracy and closeness to ``values``; how many positions they are means over."""
         class_dim, size = self.objective.class_dim(logits, targets), len(logits)
+        if not self.compares_classes:
+            return size
+        valid = None if class_dim is None else mask_of(valid, positions_of(logits, class_dim))
         found = accuracy(logits, targets, class_dim, valid, getattr(self.task_loss, "ignore_index", None))
         if found is not None:
             values[f"{stage}_acc"], size = found
         if self.trainer.state.fn == TrainerFn.FITTING and self.objective.compares_logits and class_dim is not None:
             theirs = self.logits(self.teacher_outputs(inputs))
-            self.objective.look(logits, theirs, targets, valid)
+            self.objective.look(logits, theirs, targets, valid, classes=True)
             close, size = closeness(logits, theirs, class_dim, valid)
             values |= {f"{stage}_{name}": value for name, value in close.items()}
         return max(size, 1)

@@ -15,6 +15,7 @@ from lightning_compress.distillation.check import TeacherCheck, check_teacher, f
 from lightning_compress.distillation.features import Taps
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
 from lightning_compress.distillation.losses.base import check_weight
+from lightning_compress.distillation.masks import fit_masks, mask_of, positions_of
 from lightning_compress.distillation.ramps import TASK, Clock, Ramp, check_ramps
 from lightning_compress.distillation.rehearsal import Plan, Run, make_taps, name_losses, rehearse
 from lightning_compress.distillation.teacher import Teacher
@@ -38,6 +39,7 @@ class Objective:
         teacher: The box that answers.
         taps: Of the student.
         check: What the first batch said of the teacher; None before it.
+        notes: Which terms don't take the mask of valid positions as it is, and what they take.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Objective:
         self._asked = self.losses
         self._teacher_options = teacher
         self.check: TeacherCheck | None = None
+        self.notes: dict[str, str] = {}
         self.set_teacher(None)
 
     def set_teacher(self, module: nn.Module | None) -> None:
@@ -76,6 +79,11 @@ class Objective:
     def compares_logits(self) -> bool:
         """Whether any loss looks at logits."""
         return any(isinstance(loss, LogitLoss) for loss in self.losses.values())
+
+    @property
+    def compares_classes(self) -> bool:
+        """Whether any loss looks at logits of classes, and not at the outputs of a regression."""
+        return any(isinstance(loss, LogitLoss) and loss.of_classes for loss in self.losses.values())
 
     @property
     def needs_example(self) -> bool:
@@ -102,12 +110,23 @@ class Objective:
                 return loss.class_dim
         return found
 
-    def look(self, student: Tensor | None, teacher: Tensor | None, targets: Any, valid: Tensor | None = None) -> None:
-        """Compare the logits of both, the first time that there are any."""
-        if self.check is None and student is not None and teacher is not None:
+    def look(
+        self, student: Tensor | None, teacher: Tensor | None, targets: Any, valid: Tensor | None, classes: bool
+    ) -> None:
+        """Compare the logits of both, the first time that there are any.
+
+        Args:
+            student: Logits.
+            teacher: Logits of the same shape.
+            targets: The batch's targets.
+            valid: Which positions count; None: all.
+            classes: Whether the logits are known to be of classes; integers beside them alone don't say so.
+        """
+        if self.check is None and student is not None and teacher is not None and classes:
             class_dim = self.class_dim(student, targets)
             if class_dim is not None:
-                self.check = check_teacher(student.detach(), teacher, targets, class_dim, valid)
+                counts = mask_of(valid, positions_of(student, class_dim))
+                self.check = check_teacher(student.detach(), teacher, targets, class_dim, counts)
 
     def plan(self, student: nn.Module, run: Run) -> Plan:
         """The dry run: see :func:`~.rehearsal.rehearse`. Nothing is changed yet.
@@ -154,7 +173,7 @@ class Objective:
 
     def detach(self, student: nn.Module) -> None:
         """Take the taps off and send the teacher home; safe to call at any time."""
-        self.check = None
+        self.check, self.notes = None, {}
         self.taps.detach(student)
         if self.teacher.module is not None:
             self.teacher.taps.detach(self.teacher.module)
@@ -174,18 +193,25 @@ class Objective:
         Args:
             student: Logits; None where no loss looks at them.
             teacher: Logits of the same shape.
-            valid: Which positions count; None: all.
+            valid: Which positions count; None: all. Each term takes it as it fits that.
             targets: The batch's targets.
 
         Raises:
-            CompressionError: If shapes differ.
+            CompressionError: If shapes differ, or logits alone are compared and ``valid`` doesn't fit them.
         """
-        values = {}
-        for name, loss in self._losses_now().items():
+        losses, pairs = self._losses_now(), dict[str, tuple[Tensor, Tensor]]()
+        for name, loss in losses.items():
             if isinstance(loss, LogitLoss) and student is not None and teacher is not None:
-                values[name] = loss(student, teacher, valid, targets)
+                pairs[name] = student, teacher
             elif isinstance(loss, FeatureLoss):
-                values[name] = loss(*self._features(name, loss), valid)
+                pairs[name] = self._features(name, loss)
+        masks, notes = fit_masks({name: losses[name] for name in pairs}, pairs, valid)
+        self.notes |= notes
+        values = {}
+        for name, pair in pairs.items():
+            loss = losses[name]
+            arguments = (masks[name], targets) if isinstance(loss, LogitLoss) else (masks[name],)
+            values[name] = loss(*pair, *arguments)  # type: ignore[operator]
         return values
 
     def weights(self) -> dict[str, float]:

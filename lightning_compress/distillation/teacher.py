@@ -112,10 +112,12 @@ class Teacher:
         """The teacher's module.
 
         Raises:
-            CompressionError: If there is none.
+            CompressionError: If there is none, or it can't be called.
         """
         if self.module is None:
             raise invalid("teacher", "be given before `fit`", None, "Pass `teacher=`, or set `module.teacher`.")
+        if self.module is self.given and not has_forward(self.module):
+            raise without_forward(self.module)
         return self.module
 
     def freeze_(self) -> None:
@@ -217,6 +219,35 @@ class Teacher:
             "_sealed": None,
             "_answering": None,
         }
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module says what it computes; a LightningModule needs to for none of its steps.
+
+    Example:
+        >>> has_forward(nn.Linear(1, 1)), has_forward(nn.ModuleList())
+        (True, False)
+    """
+    function: Any = module.forward
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    home = getattr(function, "__module__", None) or ""
+    return not (
+        home.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))
+        or getattr(function, "__name__", "") == "_forward_unimplemented"
+    )
+
+
+def without_forward(module: nn.Module) -> CompressionError:
+    """The error for a teacher that can't be called, which names the children that can."""
+    able = [
+        f"`{name}` ({type(child).__name__})"
+        for name, child in module.named_children()
+        if has_forward(child) and any(True for _ in child.parameters())
+    ]
+    whole = "give it a `forward` that does all of it"
+    remedy = f"Pass the one of its children that computes the outputs: {', '.join(able)}; or {whole}." if able else ""
+    return invalid("teacher", "have a `forward`", type(module).__name__, remedy or f"{whole[0].upper()}{whole[1:]}.")
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:

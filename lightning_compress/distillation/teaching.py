@@ -44,11 +44,12 @@ class Teaching(Callback):
         self._objective: Objective | None = None
         self._restored: dict[str, Any] | None = None
         self._last_step = 0
-        self._said = False
+        self._said = self._said_of_masks = False
 
     def begin(self, objective: Objective, student: nn.Module) -> None:
         """At fit start: bring back what a checkpoint said, place and seal the teacher."""
-        self._objective, self._said = (objective, False) if objective.losses else (None, False)
+        self._objective = objective if objective.losses else None
+        self._said = self._said_of_masks = False
         if self._objective is None:
             return  # a student alone
         teacher, restored = objective.teacher, self._restored
@@ -96,6 +97,9 @@ class Teaching(Callback):
 
     def say(self, name: str) -> None:
         """Tell once what the first batch said of the teacher."""
+        if self._objective is not None and self._objective.notes and not self._said_of_masks:
+            self._said_of_masks = True
+            rank_zero_info("\n  ".join([f"{name}:", *self._objective.notes.values()]))
         if self._objective is not None and self._objective.check is not None and not self._said:
             self._said = True
             check, follows = self._objective.check, isinstance(self._objective.teacher.given, EMATeacher)

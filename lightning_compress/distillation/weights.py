@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,9 +36,9 @@ def load_weights_(module: nn.Module, path: str) -> None:
         >>> torch.equal(source.weight, target.weight)
         True
     """
-    stored = _read(path)
+    content, stored = _read(path)
     wanted = {_uncompiled(key): key for key in module.state_dict()}
-    prefix = _find_prefix(stored, list(wanted), path)
+    prefix = _find_prefix(stored, list(wanted), path, content)
     own = module.state_dict()
     chosen = {key: stored[prefix + name] for name, key in wanted.items()}
     for key, value in chosen.items():
@@ -52,7 +52,8 @@ def load_weights_(module: nn.Module, path: str) -> None:
     module.load_state_dict(chosen)
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str) -> tuple[Any, dict[str, Any]]:
+    """What the file holds, and the weights in it by the rule."""
     remedy = "Save the teacher's weights alone: torch.save(teacher.state_dict(), path)."
     try:
         content, _ = read_inert(os.fspath(path), "teacher_checkpoint")
@@ -65,10 +66,10 @@ def _read(path: str) -> dict[str, Any]:
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
         raise invalid("teacher_checkpoint", "hold a state dict", path, remedy)
-    return {_uncompiled(key): value for key, value in weights.items()}
+    return content, {_uncompiled(key): value for key, value in weights.items()}
 
 
-def _find_prefix(stored: Mapping[str, Any], wanted: list[str], path: str) -> str:
+def _find_prefix(stored: Mapping[str, Any], wanted: list[str], path: str, content: Any) -> str:
     if not wanted:
         raise invalid("teacher", "have weights to load", path, "Leave `teacher_checkpoint` out.")
     found = {
@@ -82,19 +83,45 @@ def _find_prefix(stored: Mapping[str, Any], wanted: list[str], path: str) -> str
     if fitting:
         remedy = f"All of these fit: {', '.join(sorted(fitting))}. Save the one that you mean in a file of its own."
         raise invalid("teacher_checkpoint", "hold the teacher's weights once", path, remedy)
+    if elsewhere := list(_holders(content, wanted)):
+        keys = ", ".join("".join(f"[{key!r}]" for key in keys) for keys in elsewhere)
+        first = "".join(f"[{key!r}]" for key in elsewhere[0])
+        raise invalid(
+            "teacher_checkpoint",
+            "hold the teacher's weights as its `state_dict`, or as the file itself",
+            path,
+            f"They stand under {keys}. Save them alone: torch.save(torch.load(path){first}, new_path).",
+        )
     best = max(found, key=lambda prefix: found[prefix], default="")
     missing = [best + name for name in wanted if best + name not in stored]
     shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     raise invalid("teacher_checkpoint", "hold every weight of the teacher", path, f"Missing: {shown}.")
 
 
-def _prefixes(stored: Mapping[str, Any], wanted: Collection[str]) -> Iterator[str]:
+def _prefixes(stored: Iterable[str], wanted: Collection[str]) -> Iterator[str]:
     names = set(wanted)
     for key in stored:
         parts = key.split(".")
         for cut in range(len(parts)):
             if ".".join(parts[cut:]) in names:
                 yield "".join(f"{part}." for part in parts[:cut])
+
+
+def _holders(content: Any, wanted: Collection[str], keys: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys that lead to mappings, deeper than the file itself, with all ``wanted`` weights under some prefix."""
+    if not isinstance(content, Mapping) or len(keys) > _DEEPEST:
+        return
+    named = {_uncompiled(key) for key in content if isinstance(key, str)}
+    prefixes = dict.fromkeys(_prefixes(named, wanted)) if keys else {}
+    if any(all(prefix + name in named for name in wanted) for prefix in prefixes):
+        yield keys
+        return
+    for key, value in content.items():
+        if isinstance(key, str):
+            yield from _holders(value, wanted, (*keys, key))
+
+
+_DEEPEST = 3
 
 
 def _uncompiled(key: str) -> str:

@@ -7,14 +7,16 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.distillation import Taps, load_weights_
+from lightning_compress import Distillation, Snapshot
+from lightning_compress.distillation import DistillationModule, Taps, load_weights_
 from lightning_compress.distillation.teacher import Teacher
 from lightning_compress.errors import CompressionError
-from tests.distillation.nets import ConvNet, assert_same_bits, bits
+from tests.distillation.nets import ConvNet, assert_same_bits, bits, loader, trainer
 
 
 def box(module: nn.Module) -> Teacher:
@@ -127,3 +129,63 @@ def test_bad_files_are_refused_and_change_nothing(tmp_path: Path, content: Any, 
     with pytest.raises(CompressionError, match=message):
         load_weights_(net, str(path))
     assert_same_bits(before, bits(net))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "keys"),
+    [
+        (lambda state: {"model": state, "epoch": 3}, r"\['model'\]"),
+        (lambda state: {"model_state_dict": state, "optimizer_state_dict": {"state": {}}}, r"\['model_state_dict'\]"),
+        (lambda state: {"state": {"teacher": {f"net.{key}": value for key, value in state.items()}}},
+         r"\['state'\]\['teacher'\]"),
+        (lambda state: {"model": state, "model_ema": state}, r"\['model'\], \['model_ema'\]"),
+        (lambda state: {"state_dict": {}, "net": state}, r"\['net'\]"),
+    ],
+)  # fmt: skip
+def test_weights_under_another_key_are_named_by_it(tmp_path: Path, wrap: Any, keys: str) -> None:
+    source, target = ConvNet(), ConvNet()
+    torch.save(wrap(source.state_dict()), tmp_path / "teacher.pt")
+    before = bits(target)
+    with pytest.raises(CompressionError, match=rf"`teacher_checkpoint` must hold.*They stand under {keys}\. Save them"):
+        load_weights_(target, str(tmp_path / "teacher.pt"))
+    assert_same_bits(before, bits(target))
+
+
+class Steps(L.LightningModule):
+    """It has steps, and no `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.flatten = ConvNet(), nn.Flatten()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "remedy"),
+    [
+        (Steps, r"Received: teacher='Steps'\. Pass the one of its children.*: `net` \(ConvNet\); or give it"),
+        (lambda: nn.ModuleDict({"net": ConvNet()}), r"Received: teacher='ModuleDict'.*`net` \(ConvNet\)"),
+        (lambda: nn.ModuleList([nn.ModuleList([nn.Linear(1, 1)])]), r".*'ModuleList'\. Give it a `forward`"),
+    ],
+    ids=["lightning module", "dict", "nothing to name"],
+)
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
+@pytest.mark.parametrize("way", ["callback", "module"])
+def test_a_teacher_without_forward_names_the_child_that_could_serve(way: str, teacher: Any, remedy: str) -> None:
+    student = Steps() if way == "callback" else DistillationModule(ConvNet(), teacher(), task_weight=0)
+    before = bits(student)
+    callbacks = [Distillation(teacher())] if way == "callback" else []
+    with pytest.raises(CompressionError, match=rf"`teacher` must have a `forward`\. {remedy}"):
+        trainer(callbacks=callbacks).fit(student, loader())
+    assert_same_bits(before, bits(student))
+
+
+def test_a_snapshot_of_a_student_without_forward_serves() -> None:
+    fit = trainer(callbacks=[Distillation(Snapshot())])
+    fit.fit(Steps(), loader())
+    assert "train_soft_target" in fit.callback_metrics

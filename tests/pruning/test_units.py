@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress import ScheduledPruning, Targets, Window, prune_
+from lightning_compress import ChannelPruning, ScheduledPruning, Targets, Window, prune_
 from tests.pruning.silent import rough
 from tests.support.modules import quiet_trainer
 
@@ -131,10 +132,6 @@ def test_a_layer_of_ones_own_may_be_the_other_way_round() -> None:
 
 
 def test_a_fit_and_channels_that_leave_keep_units_whole() -> None:
-    import lightning as L
-
-    from lightning_compress import ChannelPruning
-
     class Net(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
