@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization.layers.fast_path import quiet_fast_path_, restore_fast_path_
+from lightning_compress.quantization.layers.float_values import hide_float_values_, show_float_values_
 from lightning_compress.quantization.layers.packed import matrix_of, product
 from lightning_compress.quantization.layers.packed_weight import NF4Weight, PackedWeight
 from lightning_compress.quantization.layers.plan import plan_layers
@@ -83,11 +84,15 @@ class LowRankLinear(nn.Module):
         narrow = functional.linear(functional.dropout(input, self.dropout, self.training), self.lora_A)
         return y + functional.linear(narrow, self.lora_B) * self.scaling
 
-    @torch.no_grad()
     def merged(self) -> Tensor:
-        """``W + (alpha / rank) B A``, in the type of the adapters."""
+        """``W + (alpha / rank) B A``, in the type of the adapters, to which gradients flow."""
         update = self.lora_B.float() @ self.lora_A.float()
-        return self.weight.values(slice(None)).add_(update, alpha=self.scaling).to(self.lora_A.dtype)
+        merged: Tensor = self.weight().add(update, alpha=self.scaling)
+        return merged.to(self.lora_A.dtype)
+
+    def float_value(self, name: str) -> Tensor | None:
+        """The layer's ``weight``, with the adapters in it."""
+        return self.merged() if name == "weight" else None
 
     def extra_repr(self) -> str:
         return f"rank={len(self.lora_A)}, scaling={self.scaling:g}, dropout={self.dropout:g}"
@@ -144,6 +149,7 @@ def adapt_(
         child = LowRankLinear(layer, NF4Weight(matrix_of(layer), NF4().block_size), low_rank, seed)
         route_(layer, child)
         set_aside_(layer, child.used, None)
+        show_float_values_(layer)
     quiet_fast_path_(model)
     adapters = {id(parameter) for child in _adapted(model).values() for parameter in (child.lora_A, child.lora_B)}
     kept = [modules[path] for path in modules if any(matches(path, pattern) for pattern in trained)]
@@ -173,8 +179,9 @@ def merge_(model: nn.Module, record: Mapping[str, Any]) -> None:
     for layer, child in _adapted(model).items():
         known = drop_aside_(layer)
         unroute_(layer)
+        hide_float_values_(layer)
         if not known:
-            layer.weight = nn.Parameter(child.merged(), requires_grad=False)
+            layer.weight = nn.Parameter(child.merged().detach(), requires_grad=False)
     restore_fast_path_(model)
     for name, parameter in model.named_parameters():
         if clean_name(name) in record["frozen"]:

@@ -21,6 +21,7 @@ from lightning_compress.quantization.adapters import LowRank, adapt_, merge_
 from lightning_compress.quantization.calls import is_at_or_below, is_below
 from lightning_compress.quantization.flows.weight_only import fake_quantized, trained_weight, why_float
 from lightning_compress.quantization.layers.fast_path import quiet_fast_path_, restore_fast_path_
+from lightning_compress.quantization.layers.float_values import hide_float_values_, show_float_values_
 from lightning_compress.quantization.layers.packed import PackedLayer
 from lightning_compress.quantization.layers.packed_weight import PackedWeight
 from lightning_compress.quantization.layers.per_token import give_tokens_scales_
@@ -237,6 +238,7 @@ def _swap_in_(module: nn.Module, converted: Any) -> None:
     prepared = module._modules.pop(CHILD, None)
     route_(module, converted.eval())
     set_aside_(module, converted.used, prepared)
+    show_float_values_(module)
 
 
 def _converted_modules(model: nn.Module, record: Mapping[str, Any]) -> list[nn.Module]:
@@ -260,6 +262,8 @@ def revert_(model: nn.Module, form: str = "prepared") -> None:
         return
     modules = _converted_modules(model, record)
     prepared = {module: restore_aside_(module) for module in modules}
+    for module in modules:
+        hide_float_values_(module)
     restore_fast_path_(model)
     if form == "float" or not any(prepared.values()):
         for module in modules:

@@ -83,7 +83,10 @@ def test_int8_is_int8_and_takes_about_a_quarter(scheme: str) -> None:
     int8 = quantize(model, scheme, calibration=[torch.randn(32, 256) for _ in range(4)])
     assert saved_bytes(int8) / saved_bytes(model) == pytest.approx(0.25, abs=0.02)
     weights = []
+    assert not list(int8.parameters())
     for module in int8.modules():
+        if type(module) is nn.Linear:
+            continue  # shows the float values of what computes in its place
         weight = getattr(module, "weight", None)
         weight = weight() if callable(weight) else weight
         if isinstance(weight, Tensor) and weight.dim() == 2:
@@ -239,7 +242,9 @@ def test_targets_choose_the_layers(scheme: str) -> None:
     model, x = wide(), torch.randn(8, 256)
     int8 = quantize(model, scheme, calibration=[x], targets=Targets(exclude=["4"]))
     [left] = [
-        module for module in int8.modules() if type(module) is nn.Linear and module._parameters["weight"] is not None
+        module
+        for module in int8.modules()
+        if type(module) is nn.Linear and module._parameters.get("weight") is not None
     ]
     assert torch.equal(left.weight, model[4].weight)
 

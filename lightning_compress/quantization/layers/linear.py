@@ -110,6 +110,10 @@ class DynamicLinear(nn.Module):
                 product += term
         return product
 
+    def float_value(self, name: str) -> Tensor | None:
+        """The float layer's ``weight`` as it is stored, or its ``bias``."""
+        return self.bias if name == "bias" else self.weight * self.scale[:, None]
+
     def pack(self, bias: Tensor | None) -> Any:
         """The weights, and a bias, in the kernel's own order; in 7 bits where 8 would overflow."""
         codes, scale = self.weight, self.scale.double()

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress.quantization.layers import int4_kernel
 from lightning_compress.quantization.layers.packed_weight import PackedWeight
@@ -86,16 +85,24 @@ class PackedLayer(nn.Module):
     bias: Tensor | None
     used = frozenset(("weight", "bias"))
     """Names of the float layer's tensors that it takes the place of."""
+    _like: Tensor
 
     def __init__(self, layer: Any, weight: PackedWeight) -> None:
         super().__init__()
         self.weight = weight
+        self.shape = layer.weight.shape
+        # Follows the model through `.to(dtype)`, as a float weight would.
+        self.register_buffer("_like", layer.weight.detach().new_empty(0), persistent=False)
         bias = getattr(layer, "bias", None)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         # The layer without its tensors: stride, padding and the like.
         settings = copy.copy(layer)
         settings._parameters, settings._modules = dict.fromkeys(layer._parameters), {}
         self.__dict__["_settings"] = settings
+
+    def float_value(self, name: str) -> Tensor | None:
+        """The float layer's ``weight`` as it is stored, or its ``bias``."""
+        return self.bias if name == "bias" else self.weight().to(self._like.dtype).view(self.shape)
 
 
 class PackedLinear(PackedLayer):
@@ -108,10 +115,6 @@ class PackedLinear(PackedLayer):
 class PackedConv(PackedLayer):
     """A convolution with a packed kernel, which is dequantized as a whole."""
 
-    def __init__(self, layer: _ConvNd, weight: PackedWeight) -> None:
-        super().__init__(layer, weight)
-        self.shape = layer.weight.shape
-
     def forward(self, input: Tensor) -> Tensor:
         kernel = self.weight.values(slice(None)).view(self.shape).to(input.dtype)
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -121,13 +124,6 @@ class PackedConv(PackedLayer):
 
 class PackedEmbedding(PackedLayer):
     """``y_i = W[x_i]`` with a packed W, of which only the rows that are looked up are dequantized."""
-
-    _like: Tensor
-
-    def __init__(self, layer: nn.Embedding, weight: PackedWeight) -> None:
-        super().__init__(layer, weight)
-        # Follows the model through `.to(dtype)`, as a float weight would.
-        self.register_buffer("_like", layer.weight.detach().new_empty(0), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.weight.values(input.flatten()).to(self._like.dtype).view(*input.shape, self.weight.columns)

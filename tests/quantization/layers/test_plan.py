@@ -106,6 +106,17 @@ class Alias(nn.Module):
         return F.linear(self.layer(x).relu(), self.matrix)
 
 
+class Reader(nn.Module):
+    """Reads its layer's type and weight, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.layer(x.to(self.layer.weight.dtype)), self.layer.weight.T, self.layer.bias)
+
+
 def changed(layer: Any, change: Callable[[Any], Any]) -> nn.Module:
     made: nn.Module = change(layer) or layer
     return made
@@ -142,6 +153,7 @@ ODD: dict[str, Callable[[], nn.Module]] = {
         nn.MultiheadAttention(16, 4, add_bias_kv=True), lambda layer, x: layer(x, x, x)[0]
     ),
     "alias": Alias,
+    "reader": Reader,
     "bilinear": lambda: Called(nn.Bilinear(16, 16, 16), lambda layer, x: layer(x, x)),
     "embedding bag": lambda: Called(nn.EmbeddingBag(9, 16), lambda layer, x: x + layer(x[:, :2].abs().long() % 9)),
     "lstm": lambda: recurrent(nn.LSTM(16, 16, batch_first=True)),

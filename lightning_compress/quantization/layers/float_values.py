@@ -1,0 +1,59 @@
+"""What code that reads the weight of a quantized layer gets: its values in float, made when they are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.quantization.numerics.packing import is_recorded
+from lightning_compress.quantization.traced import CHILD
+
+
+class _ReadOnly(Tensor):
+    """Values that nothing would hear of if they were changed, so changing them is an error."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        changes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
+        if changes and isinstance(args[0], cls):
+            raise CompressionError(
+                "The weight of a quantized layer must be left as it is. Received: a change to its float values, which "
+                "aren't what it computes with. Change it before it is quantized, or exclude the layer from `targets`."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs or {})
+        # What shares its memory: `data`, `T`, `detach()`.
+        shares = name in ("__get__", "detach") and isinstance(result, Tensor)
+        return result.as_subclass(cls) if shares else result
+
+
+class _FloatValues(dict[str, Any]):
+    """The parameters of a layer. What isn't there is read from the layer's quantized form, and in no iteration."""
+
+    def __init__(self, layer: nn.Module | None = None) -> None:
+        super().__init__({} if layer is None else layer._parameters)
+        self.layer = layer
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        form: Any = None if self.layer is None else self.layer._modules.get(CHILD)
+        if value is not None or not hasattr(form, "float_value"):
+            return value
+        value = form.float_value(name)
+        # What is compiled or written down knows no class of ours.
+        plain = value is None or torch.compiler.is_compiling() or is_recorded()
+        return value if plain else value.as_subclass(_ReadOnly)
+
+
+def show_float_values_(layer: nn.Module) -> None:
+    """Let a layer with a quantized form be asked for its ``weight`` and ``bias``, as code of language models does."""
+    layer.__dict__["_parameters"] = _FloatValues(layer)
+
+
+def hide_float_values_(layer: nn.Module) -> None:
+    """Undo `show_float_values_`."""
+    layer.__dict__["_parameters"] = dict(layer._parameters)
