@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from lightning_compress.quantization.outputs import flatten
 
 
 def cosine(expected: Any, got: Any) -> float:
@@ -17,7 +18,7 @@ def cosine(expected: Any, got: Any) -> float:
     a, b = (
         torch.cat([leaf.float().flatten() for leaf in floats] or [torch.zeros(1)])
         for floats in (
-            [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
             for tree in (expected, got)
         )
     )
@@ -28,13 +29,10 @@ def cosine(expected: Any, got: Any) -> float:
 
 def same_structure(expected: Any, got: Any) -> bool:
     """Whether two nests of outputs have the same containers, shapes and kinds of numbers."""
-    leaves, spec = pytree.tree_flatten(expected)
-    others, other_spec = pytree.tree_flatten(got)
-    return spec == other_spec and all(
-        leaf.shape == other.shape and leaf.is_floating_point() == other.is_floating_point()
-        if isinstance(leaf, Tensor) and isinstance(other, Tensor)
-        else type(leaf) is type(other) and leaf == other
-        for leaf, other in zip(leaves, others, strict=True)
+    (tensors, structure), (others, other_structure) = flatten(expected), flatten(got)
+    return structure == other_structure and all(
+        tensor.shape == other.shape and tensor.is_floating_point() == other.is_floating_point()
+        for tensor, other in zip(tensors, others, strict=True)
     )
 
 
@@ -42,8 +40,7 @@ def same_outputs(expected: Any, got: Any, tolerance: float = 1e-3) -> bool:
     """Whether two nests of outputs agree: integers exactly, floats to a ``tolerance`` (folded BatchNorm rounds)."""
     return same_structure(expected, got) and all(
         _close(leaf, other, tolerance) if leaf.is_floating_point() else torch.equal(leaf, other)
-        for leaf, other in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True)
-        if isinstance(leaf, Tensor)
+        for leaf, other in zip(flatten(expected)[0], flatten(got)[0], strict=True)
     )
 
 
@@ -96,6 +93,6 @@ def least_cosine(expected: Sequence[Any], got: Sequence[Any]) -> float:
     pairs = [
         (one, other)
         for one, other in zip(expected, got, strict=False)
-        if any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in pytree.tree_leaves(one))
+        if any(tensor.numel() > 1 for tensor in flatten(one)[0])
     ]
     return min((cosine(*pair) for pair in pairs), default=1.0)

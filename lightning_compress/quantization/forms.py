@@ -126,6 +126,8 @@ def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) ->
         "training": training,
         **plan.describe(),
     }
+    for described, (_, traced) in zip(record["units"], built, strict=True):
+        described["numbers"] = traced.numbers
     for layer in record["layers"]:
         layer["shapes"] = _shapes_of(_unit_module(model, layer["path"]))
 
@@ -178,7 +180,7 @@ def convert_(model: nn.Module, weights: Weights = MappingProxyType({}), judge: b
                 leaf = leaf[0]  # upstream fuses float layers too
             _swap_in_(leaf, quantized_form(leaf, layers.pop(layer), weights, layer))
             forget_aside_(leaf)
-        converted[path] = Traced(graph, traced.signature, traced.used, traced.flow, is_int8=True)
+        converted[path] = traced.as_int8(graph)
     converted |= _layer_forms(model, layers, weights)
     for path, child in converted.items():
         _swap_in_(_unit_module(model, path), child)
@@ -355,6 +357,11 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
         adapt_and_record_(model, [layer["path"] for layer in record["layers"]], LowRank(**record["low_rank"]), record)
         forget_(model)
         return
+    for unit in record["units"]:
+        buffers = dict(_unit_module(model, unit["path"]).named_buffers())
+        for name, value in unit.get("numbers", {}).items():  # a trace has in its code what the forward makes of them
+            if name in buffers:
+                buffers[name].copy_(value)
     units = [Unit.from_description(unit) for unit in record["units"]]
     prepare_(model, Plan(units, layers, dict(record["floats"])), scheme, training=record["training"])
     if record["form"] == "converted":

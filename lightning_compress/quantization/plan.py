@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from lightning_compress.errors import CompressionError, in_a_line
 from lightning_compress.layer_weights import PRUNABLE
 from lightning_compress.messages import by_reason, named, they
-from lightning_compress.quantization.calls import CallLog, is_below
+from lightning_compress.quantization.calls import CallLog, is_at_or_below, is_below
 from lightning_compress.quantization.layers.plan import of_one_weight, plan_layers
 from lightning_compress.quantization.schemes import Packed, Scheme, StaticInt8, describe, from_description
 from lightning_compress.quantization.signature import Signature, canonical
@@ -33,6 +33,8 @@ _MANY = 8
 """From so many pieces on a static int8 model is worth a hint."""
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+_OF_PARAMETERS = (nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass
@@ -139,12 +141,22 @@ def plan_units(
     plan = planner.plan
     modules = compressible_modules(model)
     for path, reason in (tied_to_float(model) | without_kernel(model, scheme)).items():
-        inside = any(is_below(path, unit.path) for unit in plan.units)
-        # An exported unit tells itself what it leaves in float, but for an embedding that shares its matrix.
-        if not inside or (flow == "fx" and path in modules) or isinstance(modules.get(path), nn.Embedding):
+        inside = any(is_at_or_below(path, unit.path) for unit in plan.units)
+        if not inside or (path in modules and not _is_told_of(modules[path], flow)):
             plan.floats.setdefault(path, reason)
     plan.layers = dict(layers)
     return plan
+
+
+def _is_told_of(layer: nn.Module, flow: str) -> bool:
+    """Whether a unit tells itself that this layer in it stays float.
+
+    It isn't told of where it shares its matrix, or stands in a layer of torch that isn't looked into.
+    """
+    if flow == "pt2e":
+        return not isinstance(layer, nn.Embedding)
+    of_torch = type(layer).__module__.startswith("torch.") and not isinstance(layer, _OF_PARAMETERS)
+    return is_parametrized(layer) or not of_torch
 
 
 @dataclass
@@ -173,8 +185,8 @@ class _Planner:
                 return
             if self.excluded.issuperset(wanted):  # their kernels were found wrong
                 return
-            if path in wanted:
-                self.plan.floats[path] = reason
+            if path in wanted and not holds_layers(module):
+                self.plan.floats[path] = reason if _has_kernel(module) else no_kernel(module, self.scheme)
             elif path in self.calls.inputs:
                 self.plan.floats[path] = f"{_AS_A_WHOLE}{reason}"
         for name, _ in module.named_children():
@@ -201,7 +213,7 @@ class _Planner:
         prefix = f"{path}." if path else ""
         inner = {clean_name(name): child for name, child in module.named_modules() if name}
         hooked = tuple(name for name, child in inner.items() if child._forward_hooks)
-        floats = tuple(name for name in inner if prefix + name in self.excluded | self.layers)
+        floats = tuple(self._floats_in({"": module, **inner}, prefix))
         try:
             args, kwargs = canonical(module, *self.calls.inputs[path])
             while True:
@@ -210,7 +222,11 @@ class _Planner:
                 if not verdict.wrong.keys() - set(floats):
                     break
                 floats = (*floats, *verdict.wrong.keys() - set(floats))
-                self.leave_float({_inner_path(path, name, inner): why for name, why in verdict.wrong.items()})
+                joined = {name: f"{path}.{name}".lstrip(".") for name in verdict.wrong}
+                whole = not holds_layers(module)  # a single layer, in whose traced form a name means itself
+                self.leave_float(
+                    {path if whole and name not in inner else joined[name]: why for name, why in verdict.wrong.items()}
+                )
         except CompressionError as error:
             return None, str(error)
         except Exception as error:  # whatever tracing meets in a user's forward is the reason why it stays float
@@ -220,18 +236,25 @@ class _Planner:
         tied = tied_to_float(module)
         for name in floats:
             self.plan.floats.setdefault(prefix + name, tied.get(name, "excluded"))
-        self.plan.floats |= {prefix + name: reason for name, reason in verdict.left.items() if name not in floats}
+        left = {(prefix + name).rstrip("."): why for name, why in verdict.left.items() if name not in floats}
+        self.plan.floats |= left
         return unit, ""
+
+    def _floats_in(self, modules: Mapping[str, nn.Module], prefix: str) -> Iterator[str]:
+        """What of these modules of a unit the user's choice leaves in float; of one around layers its own matrices."""
+        left = self.excluded | self.layers
+        for name, module in modules.items():
+            is_left = (prefix + name).rstrip(".") in left
+            if is_left and name and not holds_layers(module):
+                yield name
+            elif holds_layers(module):
+                matrices = (f"{name}.{matrix}".lstrip(".") for matrix in own_matrices(module))
+                yield from (matrix for matrix in matrices if is_left or prefix + matrix in left)
 
     def leave_float(self, wrong: Mapping[str, str]) -> None:
         """Exclude layers whose kernels are wrong from this unit, and from those that are tried when it can't be one."""
         self.excluded |= wrong.keys()
         self.plan.floats |= wrong
-
-
-def _inner_path(path: str, name: str, inner: Collection[str]) -> str:
-    """The path from the root of ``name`` in the unit at ``path``, which may be a single layer with nothing in it."""
-    return f"{path}.{name}".lstrip(".") if name in inner else path
 
 
 def _is_shell(path: str, module: nn.Module) -> bool:
@@ -240,15 +263,32 @@ def _is_shell(path: str, module: nn.Module) -> bool:
 
 
 def _quantizable(path: str, modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Paths at or below ``path`` of layers that int8 has kernels for."""
+    """Paths at or below ``path`` of layers that int8 may have kernels for."""
     for inner, module in modules.items():
-        if (inner == path or is_below(inner, path)) and _has_kernel(module):
+        if (inner == path or is_below(inner, path)) and _may_have_kernel(module):
             yield inner
 
 
+def _may_have_kernel(module: nn.Module) -> bool:
+    """Whether it has a kernel, or is of the user's own with matrices, which its forward may use as a layer does."""
+    if isinstance(module, QUANTIZABLE) and is_parametrized(module, "weight"):
+        return True
+    of_torch = type(module).__module__.startswith("torch.") and not isinstance(module, _OF_PARAMETERS)
+    return _has_kernel(module) or (not of_torch and any(True for _ in own_matrices(module)))
+
+
+def own_matrices(module: nn.Module) -> Iterator[str]:
+    """Names of the matrices among a module's own parameters."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() > 1 and parameter.is_floating_point():
+            yield name
+
+
 def _has_kernel(module: nn.Module) -> bool:
-    # A weight that is computed (weight norm, as a parametrization or as a hook) can't be taken as it stands.
-    return type(module) in QUANTIZABLE and module._parameters.get("weight") is not None
+    # A weight that is computed (weight norm, as a parametrization or as a hook) can't be taken as it stands, nor can
+    # that of a layer that attention reads.
+    is_layer = isinstance(module, QUANTIZABLE) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    return is_layer and module._parameters.get("weight") is not None
 
 
 def tied_to_float(model: nn.Module) -> dict[str, str]:
@@ -270,8 +310,10 @@ def without_kernel(model: nn.Module, scheme: Scheme) -> dict[str, str]:
     for path, module in compressible_modules(model).items():
         if is_parametrized(module):
             found[path] = no_kernel(module, scheme)
-        elif isinstance(module, (ParametrizationList, NonDynamicallyQuantizableLinear)) or _has_kernel(module):
+        elif isinstance(module, ParametrizationList | NonDynamicallyQuantizableLinear):
             continue  # the latter is a part of attention, which is told of as a whole
+        elif _has_kernel(module) and (isinstance(scheme, StaticInt8) or type(module) in QUANTIZABLE):
+            continue
         elif isinstance(module, PRUNABLE) and holds_layers(module):
             found[path] = no_kernel(module, scheme)
         elif holds_layers(module):
@@ -375,7 +417,7 @@ def _left_float(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, st
 
 def _excluded(model: nn.Module, targets: Targets | None, layers: Collection[str]) -> set[str]:
     """Paths of quantizable layers that the user's targets leave out."""
-    found = {path: module for path, module in compressible_modules(model).items() if _has_kernel(module)}
+    found = {path: module for path, module in compressible_modules(model).items() if _may_have_kernel(module)}
     tied = set(tied_to_float(model))
     if targets is None:
         return tied

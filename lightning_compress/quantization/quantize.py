@@ -18,7 +18,7 @@ from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.inputs import run_example, run_step, way_without_trainer
 from lightning_compress.quantization.agreement import least_cosine, outer_outputs
 from lightning_compress.quantization.calibrate import calibrate, evaluating, leaving_no_trace
-from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, record_calls
+from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, is_at_or_below, record_calls
 from lightning_compress.quantization.equalize import adjust_
 from lightning_compress.quantization.flows import FLOWS, load
 from lightning_compress.quantization.forms import (
@@ -38,7 +38,7 @@ from lightning_compress.quantization.signature import canonical
 from lightning_compress.quantization.slower import slower_than_float
 from lightning_compress.quantization.unit import Unit
 from lightning_compress.random_state import random_state_kept
-from lightning_compress.targets import Targets, compressible_modules
+from lightning_compress.targets import Targets, clean_name, compressible_modules
 from lightning_compress.undisturbed import device_of
 
 _logger = logging.getLogger("lightning_compress")
@@ -249,13 +249,17 @@ def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8, tra
     assert inputs is not None
     inputs = [one.float() if one.is_floating_point() else one for one in inputs]  # of a step in mixed precision
     try:
-        graph, _ = load("fx").trace(module, unit.signature, ())
+        graph = load("fx").trace(module, unit.signature, ()).graph
     except Exception:  # as with any tracing of a user's forward
         return unit
     assert isinstance(graph, GraphModule)
     owners = Counter(id(one) for layer in model.modules() for one in layer.parameters(recurse=False))
     kept = {key for key, count in owners.items() if count > 1}
-    kept |= {id(one) for path in unit.floats for one in compressible_modules(module)[path].parameters()}
+    kept |= {
+        id(one)
+        for name, one in module.named_parameters()
+        if any(is_at_or_below(clean_name(name), path) for path in unit.floats)
+    }
     if training:
         kept |= {id(one) for one in module.parameters() if not one.requires_grad}
     widen = unit.flow == "fx" and not training

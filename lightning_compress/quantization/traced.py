@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import flows
+from lightning_compress.quantization.flows import Trace
+from lightning_compress.quantization.gone import GoneWeight
 from lightning_compress.quantization.signature import Signature, canonical
 from lightning_compress.random_state import random_state_kept
 
@@ -31,7 +33,8 @@ class Traced(nn.Module):
     """Holds the traced form of its parent module: fake-quantized while it trains, int8 once converted.
 
     Args:
-        graph: takes the tensors of a call, in order.
+        graph: made of the traced one.
+        trace: the traced form; all but its graph is kept.
         signature: the calls that it is right for.
         used: names of the parent's own children and tensors that the graph took the place of.
         flow: name of the flow that made it.
@@ -39,11 +42,20 @@ class Traced(nn.Module):
     """
 
     def __init__(
-        self, graph: nn.Module, signature: Signature, used: frozenset[str], flow: str, is_int8: bool = False
+        self,
+        graph: nn.Module,
+        trace: Trace,
+        signature: Signature,
+        used: frozenset[str],
+        flow: str,
+        is_int8: bool = False,
     ) -> None:
         super().__init__()
         self.graph = graph
         self.signature = signature
+        self.structure = trace.structure
+        self.names = trace.names
+        self.numbers = trace.numbers
         self.used = used
         self.flow = flow
         self.is_int8 = is_int8
@@ -65,9 +77,10 @@ class Traced(nn.Module):
             self.graph.apply(freeze_batchnorm_)
         device = tensors[0].device.type if tensors else "cpu"
         if not torch.is_autocast_enabled(device):
-            return self.graph(*tensors)
+            return self.structure.rebuild(self.graph(*tensors))
         with torch.autocast(device, enabled=False):
-            return self.graph(*[tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors])
+            floats = [tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors]
+            return self.structure.rebuild(self.graph(*floats))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         twin = memo[id(self)] = type(self).__new__(type(self))
@@ -92,6 +105,11 @@ class Traced(nn.Module):
         """The graph in int8, but for the layers in ``floats``; the one that is prepared is left as it is."""
         with self._as_prepared():
             return flows.load(self.flow).convert(self.graph, scheme, floats)
+
+    def as_int8(self, graph: nn.Module) -> Traced:
+        """The same for ``graph``, what `converted` gave."""
+        trace = Trace(graph, self.structure, self.names, self.numbers)
+        return Traced(graph, trace, self.signature, self.used, self.flow, is_int8=True)
 
     def wrong_kernels(self, scheme: Any) -> dict[str, str]:
         """The layers (paths in the parent) whose int8 kernels compute something else now, each with the reason."""
@@ -219,8 +237,11 @@ def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | No
         for name in used & values.keys():
             if kind == "_modules":
                 del values[name]
-            else:
-                values[name] = None  # as a layer without bias has it: the layer can still be printed
+                continue
+            if (weight := values[name]) is not None and kind == "_parameters":
+                form = module.get_submodule(CHILD)
+                vars(module)[name] = GoneWeight(name, type(module).__name__, weight.shape, weight.dtype, form)
+            values[name] = None  # as a layer without bias has it
     module.__dict__[_ASIDE] = aside
 
 
@@ -236,6 +257,8 @@ def restore_aside_(module: nn.Module) -> nn.Module | None:
         )
     del module.__dict__[_ASIDE]
     module._modules.pop(CHILD, None)
+    for name in [name for name, value in vars(module).items() if isinstance(value, GoneWeight)]:
+        del vars(module)[name]
     for kind in ("_parameters", "_buffers", "_modules"):
         values = getattr(module, kind)
         # In their old order; what came or changed since (a metric, say) stays as it is.

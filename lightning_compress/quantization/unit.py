@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils import _pytree as pytree
 
 from lightning_compress.quantization import flows
 from lightning_compress.quantization.agreement import same_outputs, same_structure
-from lightning_compress.quantization.calls import copy_module, copy_tensors
+from lightning_compress.quantization.calls import copy_module, copy_tensors, is_at_or_below
 from lightning_compress.quantization.equalize import widen_
 from lightning_compress.quantization.layers.fast_path import without_fast_path
 from lightning_compress.quantization.schemes import Scheme, StaticInt8
@@ -68,10 +69,23 @@ class Unit:
 def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:
     """The traced, prepared form of ``module``; sharing its parameters, not yet in its place."""
     flow = flows.load(unit.flow)
-    graph, used = flow.trace(module, unit.signature, unit.hooked)
-    widen_(graph, unit.widened)
-    prepared = flow.prepare(graph, scheme, training=training, floats=unit.floats)
-    return Traced(prepared, unit.signature, used, unit.flow)
+    trace = flow.trace(module, unit.signature, unit.hooked)
+    widen_(trace.graph, unit.widened)
+    prepared = flow.prepare(trace.graph, scheme, training=training, floats=unit.floats)
+    return Traced(prepared, trace, unit.signature, _replaced(module, trace.names), unit.flow)
+
+
+def _replaced(module: nn.Module, names: Collection[str]) -> frozenset[str]:
+    """Names of the module's own children and tensors in which these stand, or that hold nothing but the same again."""
+    used = {name.partition(".")[0] for name in names}
+    taken = {
+        id(parameter) for name in used & module._modules.keys() for parameter in module.get_submodule(name).parameters()
+    }
+    for name, child in module._modules.items():
+        parameters = [] if child is None else list(child.parameters())
+        if parameters and all(id(parameter) in taken for parameter in parameters):
+            used.add(name)
+    return frozenset(used)
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ def verify(
     It can if, with fake-quantization off, it gives the outputs that ``module`` gives in each mode, and then converts
     into kernels each of which computes its own layer. Works on copies.
     """
-    flow, left = flows.load(unit.flow), dict[str, str]()
+    flow, left, inputs = flows.load(unit.flow), dict[str, str](), list[Tensor]()
     for mode in (True, False) if training else (False,):
         original, twin = _without_hooks(module), _without_hooks(module)
         twin.train(training)
@@ -121,18 +135,50 @@ def verify(
         if not same_outputs(expected, _run(traced, tuple(tensors), {})):
             return Verdict(f"its traced form computes something else in {'training' if mode else 'evaluation'}")
         layers = {clean_name(name): child for name, child in twin.named_modules()}
-        left = {
-            path: no_kernel(layers.get(path), scheme)
-            for path in map(clean_name, flow.float_layers(traced.graph))
-            if not holds_layers(layers.get(path))
-        }
+        inputs = _on_cpu(tensors)
+        left = _left_float(layers, flow.float_weights(traced.graph), scheme) | _unused(twin, traced.names)
     # Found out now, not when hours of training end; some int8 kernels of torch compute something else altogether.
-    int8, inputs = flow.convert(traced.graph, scheme), _on_cpu(tensors)
+    int8 = flow.convert(traced.graph, scheme)
     with torch.compiler.set_stance("force_eager"):
-        if not same_structure(_on_cpu(expected), _run(int8, tuple(inputs), {})):
+        if not same_structure(expected, _run(traced.as_int8(int8), tuple(inputs), {})):
             return Verdict("its int8 form gives outputs of another structure")
     wrong = flow.wrong_kernels(traced.graph, int8, scheme, inputs)
     return Verdict(wrong.pop("", ""), left, wrong)
+
+
+def _left_float(layers: Mapping[str, nn.Module], weights: Mapping[str, str], scheme: StaticInt8) -> dict[str, str]:
+    """What a unit leaves in float, with reasons: layers, and matrices that modules around layers use as weights.
+
+    Args:
+        layers: the modules of the unit, by path.
+        weights: see `Flow.float_weights`.
+        scheme: the numbers.
+    """
+    left = {}
+    for name, reason in weights.items():
+        path = clean_name(name)
+        owner = path if path in layers else path.rpartition(".")[0].partition(".parametrizations")[0]
+        if not holds_layers(layers.get(owner)):
+            left[owner] = reason or no_kernel(layers.get(owner), scheme)
+        elif reason:
+            left[path] = reason
+    return left
+
+
+def _unused(module: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """The layers with matrices of which a traced form that has these names calls and reads none."""
+    read = {
+        id(parameter)
+        for path, parameter in module.named_parameters(remove_duplicate=False)
+        if any(is_at_or_below(path, name) for name in names)
+    }
+    return {
+        clean_name(path): "the first batch doesn't call it"
+        for path, layer in module.named_modules()
+        if path and not holds_layers(layer) and not isinstance(layer, ParametrizationList)
+        if (matrices := [id(one) for one in layer.parameters(recurse=False) if one.dim() > 1])
+        if not read.intersection(matrices)
+    }
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
@@ -142,13 +188,8 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _on_cpu(tree: Any) -> Any:
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.float().cpu() if leaf.is_floating_point() else leaf.cpu()
-
-    return pytree.tree_map(move, tree)
+def _on_cpu(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors]
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

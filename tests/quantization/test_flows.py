@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lightning_compress
-from lightning_compress import CompressionError, PostTrainingQuantization, load_compressed, quantize
+from lightning_compress import CompressionError, PostTrainingQuantization, load_compressed, quantize, save_compressed
 from lightning_compress.quantization.forms import record_of
 from tests.quantization.test_quantize import agreement, batches
 from tests.support.data import TinyData
+from tests.support.foreign import FOREIGN
 from tests.support.modules import Classifier, ZooModule, quiet_trainer
-from tests.support.oracles import assert_same_state, same_random_state, snapshot
+from tests.support.oracles import assert_same_state, described, same_random_state, snapshot
 from tests.support.zoo import ZOO, Row, row
 
 FLOWS = ["fx", "pt2e"]
@@ -40,7 +41,11 @@ def kernel(kind: str, dynamic: bool = False) -> str:
     return f"no static int8 kernel for {kind}{remedy}"
 
 
-COMPUTED = "the weight of this ParametrizedLinear is computed by a parametrization"
+def times(name: str) -> str:
+    return f"`{name}` takes it as a weight, for which there is no static int8 kernel"
+
+
+UNSEEN = "`mixed` computes with it, which torch.fx doesn't see into; flow='pt2e' may"
 TIED = "its weight is tied to `embedding`, which stays float"
 # Row: what flow fx leaves in float, then what pt2e does; rows that aren't here are int8 as a whole in both.
 FLOATS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
@@ -52,7 +57,8 @@ FLOATS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "lstm": ({"rnn": kernel("LSTM", True)}, {"rnn": kernel("LSTM", True)}),
     "gru": ({"rnn": kernel("GRU", True)}, {"rnn": kernel("GRU", True)}),
     "tied": ({"lm_head": TIED, "embedding": kernel("Embedding")},) * 2,
-    "weight_norm": ({"0": COMPUTED}, {"0": COMPUTED}),
+    "auxiliary_head": ({"auxiliary": "the first batch doesn't call it"},) * 2,
+    "own_parameters": ({"mixed": times("matmul"), "last": UNSEEN}, {"mixed": times("matmul")}),
 }
 
 
@@ -65,28 +71,47 @@ def resized(inputs: Any, size: int) -> Any:
     return pytree.tree_map(resize, inputs)
 
 
-@pytest.mark.parametrize("flow", FLOWS)
-@pytest.mark.parametrize("row", ZOO, ids=str)
-def test_the_zoos_table_of_what_each_flow_quantizes_and_why_not(row: Row, flow: str) -> None:
-    model = row.build()
+TABLES = {"windows": {f"blocks.{block}.{name}" for block in (0, 1) for name in ("table", "gamma")}}
+"""Float matrices that are no weights: they are added or looked up in."""
+
+
+def untold(int8: nn.Module) -> set[str]:
+    """Names of the float matrices of an int8 model that its record doesn't name."""
+    floats = (record_of(int8) or {})["floats"]
+    found = {
+        key.removeprefix("_traced_forward.graph.").removeprefix("graph.module.")
+        for key, value in int8.state_dict().items()
+        if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() > 1
+    }
+    return {name for name in found if not any(f"{name}.".startswith(f"{path}.") for path in floats)}
+
+
+@pytest.mark.parametrize("flow", ["auto", "pt2e"])
+@pytest.mark.parametrize("row", [*ZOO, *FOREIGN], ids=str)
+def test_the_table_of_what_each_flow_quantizes_and_why_not_and_its_files(
+    row: Row, flow: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, calibration = row.build(), batches(row, 3)
     before = snapshot(model)
     with uncompiled():
-        int8 = quantize(model, calibration=batches(row, 3), flow=flow)  # type: ignore[arg-type]
+        with caplog.at_level(logging.INFO, "lightning_compress"):
+            int8 = quantize(model, calibration=calibration, flow=flow)  # type: ignore[arg-type]
+        assert "'pt2e' can" not in caplog.text  # auto takes it where fx can't alone
         record = record_of(int8) or {}
-        assert [(unit["path"], unit["flow"]) for unit in record["units"]] == [("", flow)]
-        assert record["floats"] == FLOATS.get(row.name, ({}, {}))[FLOWS.index(flow)]
+        assert [(unit["path"], unit["flow"]) for unit in record["units"]] == [("", "fx" if flow == "auto" else flow)]
+        assert record["floats"] == FLOATS.get(row.name, ({}, {}))[flow == "pt2e"]
         assert record["layers"] == []
+        assert untold(int8) == TABLES.get(row.name, set())
         assert_same_state(before, model)
         model.eval(), int8.eval()
+        save_compressed(int8, str(tmp_path / "int8.ckpt"))
+        loaded = load_compressed(str(tmp_path / "int8.ckpt"), row.build(seed=1)).eval()
         for size in (4, 1, 2, 7):
             args, kwargs = resized(row.inputs(0), size)
             expected, got = model(*args, **kwargs), int8(*args, **kwargs)
-            assert pytree.tree_map(_shape, got) == pytree.tree_map(_shape, expected)
+            assert_same_state({"output": got}, {"output": loaded(*args, **kwargs)})
+            assert described(got) == described(expected)
             assert agreement(expected, got) > 0.98, size
-
-
-def _shape(leaf: Any) -> Any:
-    return tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf
 
 
 @pytest.mark.parametrize("flow", FLOWS)
@@ -96,23 +121,16 @@ def test_a_flow_draws_nothing_from_the_global_generators(flow: str) -> None:
         quantize(model, calibration=[x], flow=flow)(x)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("row", ZOO, ids=str)
-def test_auto_never_takes_pt2e_where_fx_can(row: Row, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "lightning_compress"):
-        record = record_of(quantize(row.build(), calibration=batches(row, 1))) or {}
-    assert [unit["flow"] for unit in record["units"]] == ["fx"]
-    assert record["floats"] == FLOATS.get(row.name, ({}, {}))[0]
-    assert "pt2e" not in caplog.text
-
-
 class Functional(nn.Module):
-    """Reads its layers' weights and calls none of them: fx sees no layer, an export does."""
+    """Reads its layers' weights, calls none of them, and checks its input: fx sees no layer, an export does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head = nn.Linear(16, 32), nn.Linear(32, 4)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 16:
+            raise ValueError("16 features")
         return F.linear(F.linear(x, self.body.weight, self.body.bias).relu(), self.head.weight, self.head.bias)
 
 

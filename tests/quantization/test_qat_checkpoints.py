@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from lightning_compress import (
     Window,
     load_compressed,
     quantize,
+    save_compressed,
 )
+from lightning_compress.quantization.forms import convert_, forget_
 from tests.quantization.test_qat import At, attributes, fake_quantizers, int8_layers, observers
 from tests.support.data import TinyData
+from tests.support.foreign import FOREIGN
 from tests.support.modules import Classifier, ZooModule, quiet_trainer
 from tests.support.oracles import (
     assert_different_state,
@@ -102,8 +106,8 @@ def test_different_epochs_differ(tmp_path: Path) -> None:
         assert_different_state(earlier["lightning_compress"]["observers"], later["lightning_compress"]["observers"])
 
 
-@pytest.mark.parametrize("row", ZOO, ids=str)
-def test_over_the_zoo_checkpoints_hold_float_keys_and_bring_the_prepared_form_back(row: Row, tmp_path: Path) -> None:
+@pytest.mark.parametrize("row", [*ZOO, *FOREIGN], ids=str)
+def test_checkpoints_hold_float_keys_and_bring_the_prepared_and_the_int8_form_back(row: Row, tmp_path: Path) -> None:
     # Q5.
     module = ZooModule(row)
     trainer = quiet_trainer(
@@ -119,8 +123,15 @@ def test_over_the_zoo_checkpoints_hold_float_keys_and_bring_the_prepared_form_ba
     loaded = load_compressed(str(tmp_path / "epoch=0.ckpt"), ZooModule(row))
     args, kwargs = row.inputs(3)
     module.eval(), loaded.eval()
-    assert_same_state(module(*args, **kwargs), loaded(*args, **kwargs))
+    assert_same_state({"output": module(*args, **kwargs)}, {"output": loaded(*args, **kwargs)})
     assert_same_state(module, loaded)
+    convert_(module), forget_(module)
+    save_compressed(module, str(tmp_path / "int8.ckpt"))
+    again = load_compressed(
+        str(tmp_path / "int8.ckpt"), ZooModule(replace(row, architecture=lambda: row.build(1)))
+    ).eval()
+    assert int8_layers(again)
+    assert_same_state({"output": module(*args, **kwargs)}, {"output": again(*args, **kwargs)})
 
 
 @pytest.mark.parametrize("weights_only", [False, True], ids=["full", "weights only"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import lightning as L
@@ -21,7 +22,7 @@ def quiet_trainer(**kwargs: Any) -> L.Trainer:
 
 
 def float_leaves(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor in a tree of tuples, lists and dicts."""
+    """Every floating-point tensor in a tree of tuples, lists, dicts and dataclasses."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
@@ -31,6 +32,8 @@ def float_leaves(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from float_leaves(value)
+    elif is_dataclass(output):
+        yield from float_leaves(vars(output))
 
 
 class ZooModule(L.LightningModule):

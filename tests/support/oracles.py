@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,11 @@ def count_zeros(tensors: Iterable[Tensor]) -> tuple[int, int]:
 
 
 def flatten(tree: Any, name: str = "") -> dict[str, Any]:
-    """Every leaf of a tree of modules, mappings, lists and tuples under its dotted name."""
+    """Every leaf of a tree of modules, mappings, dataclasses, lists and tuples under its dotted name."""
     if isinstance(tree, nn.Module):
         tree = tree.state_dict()
+    elif is_dataclass(tree):
+        tree = vars(tree)
     if isinstance(tree, Mapping):
         items = [(str(key), value) for key, value in tree.items()]
     elif isinstance(tree, (list, tuple)):
@@ -33,6 +36,17 @@ def flatten(tree: Any, name: str = "") -> dict[str, Any]:
     for key, value in items:
         leaves.update(flatten(value, f"{name}.{key}" if name else key))
     return leaves
+
+
+def described(output: Any) -> Any:
+    """An output with shapes in the place of its tensors, and its containers with their types."""
+    if isinstance(output, Tensor):
+        return tuple(output.shape)
+    if isinstance(output, Mapping):
+        return type(output), {key: described(value) for key, value in output.items()}
+    if isinstance(output, (list, tuple)):
+        return type(output), [described(value) for value in output]
+    return (type(output), described(vars(output))) if is_dataclass(output) else output
 
 
 def snapshot(tree: Any) -> dict[str, Any]:

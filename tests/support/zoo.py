@@ -40,7 +40,7 @@ class Row:
         return self.make_inputs(torch.Generator().manual_seed(seed))
 
 
-def _floats(*shape: int) -> Callable[[torch.Generator], Inputs]:
+def floats(*shape: int) -> Callable[[torch.Generator], Inputs]:
     return lambda generator: ((torch.randn(*shape, generator=generator),), {})
 
 
@@ -58,7 +58,7 @@ def _dict(generator: torch.Generator) -> Inputs:
     return ({"features": features, "mask": torch.tensor([1.0] * 12 + [0.0] * 4)},), {}
 
 
-_VECTORS, _IMAGES, _SEQUENCES = _floats(4, 16), _floats(4, 3, 8, 8), _floats(4, 5, 16)
+_VECTORS, _IMAGES, _SEQUENCES = floats(4, 16), floats(4, 3, 8, 8), floats(4, 5, 16)
 
 ZOO: tuple[Row, ...] = (
     Row("mlp", nets.mlp, _VECTORS),
@@ -69,8 +69,8 @@ ZOO: tuple[Row, ...] = (
     Row("concat", nets.Concat, _IMAGES, "channels tied by an offset"),
     Row("attention", nets.Attention, _SEQUENCES, "weights that are read, not called"),
     Row("transformer", nets.transformer, _SEQUENCES, "has a fast path in evaluation"),
-    Row("lstm", lambda: nets.Recurrent(nn.LSTM), _floats(4, 5, 8), "flat weights"),
-    Row("gru", lambda: nets.Recurrent(nn.GRU), _floats(4, 5, 8), "flat weights"),
+    Row("lstm", lambda: nets.Recurrent(nn.LSTM), floats(4, 5, 8), "flat weights"),
+    Row("gru", lambda: nets.Recurrent(nn.GRU), floats(4, 5, 8), "flat weights"),
     Row("tied", nets.TiedLanguageModel, _ids, "one tensor, two names; Long ids"),
     Row("shared", nets.SharedModule, _VECTORS, "one module, two names, two calls"),
     Row("keyword_only", nets.KeywordOnly, _keywords, "an option steers control flow"),

@@ -7,24 +7,41 @@ such file.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.quantization.outputs import Structure
 from lightning_compress.quantization.schemes import StaticInt8
 from lightning_compress.quantization.signature import Signature
 
 FLOWS = ("fx", "pt2e")
 
 
+@dataclass(frozen=True)
+class Trace:
+    """The traced form of a module.
+
+    Attributes:
+        graph: shares the parameters, takes the tensors of a call in order, and gives those of the output in a list.
+        structure: what the module puts its output into.
+        names: the layers and tensors (paths in the module) that the graph took the place of.
+        numbers: buffers (paths in the module) whose values the graph's code holds.
+    """
+
+    graph: nn.Module
+    structure: Structure
+    names: frozenset[str]
+    numbers: dict[str, Tensor]
+
+
 class Flow(Protocol):
     """What a flow does with one module; the callers know no more of it than this."""
 
-    def trace(
-        self, module: nn.Module, signature: Signature, hooked: Collection[str]
-    ) -> tuple[nn.Module, frozenset[str]]:
-        """The traced form, sharing the parameters, and the names of the module's children and tensors in it."""
+    def trace(self, module: nn.Module, signature: Signature, hooked: Collection[str]) -> Trace:
+        """The traced form of a module for calls of one signature."""
 
     def prepare(self, graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str]) -> nn.Module:
         """The form that observes (for training, fake-quantizes too), but for the layers in ``floats``."""
@@ -35,8 +52,11 @@ class Flow(Protocol):
     def fake_quantize_(self, prepared: nn.Module, on: bool) -> None:
         """Round values, or let them through."""
 
-    def float_layers(self, prepared: nn.Module) -> list[str]:
-        """Paths in the module of the layers with weights that stay float."""
+    def float_weights(self, prepared: nn.Module) -> dict[str, str]:
+        """What stays float: paths in the module of layers, or of single matrices, each with the reason.
+
+        The reason is empty where it is the kind of layer.
+        """
 
     def quantizes(self, prepared: nn.Module) -> bool:
         """Whether any layer computes in int8."""

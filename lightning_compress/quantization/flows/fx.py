@@ -40,9 +40,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_compress.isolation import attributes_kept
+from lightning_compress.quantization.flows import Trace
+from lightning_compress.quantization.flows.functional import (
+    AGAIN,
+    Function,
+    fold_layers_,
+    hide_functions_,
+    name_layers_,
+    weights_read,
+    with_padding_in_numbers,
+    without_parametrization,
+)
 from lightning_compress.quantization.flows.fused import guard_, unguard_
 from lightning_compress.quantization.flows.in_place import out_of_place_
 from lightning_compress.quantization.flows.kernels import furthest, mark_, quantized_steps, reasons
+from lightning_compress.quantization.outputs import Structure, flatten
 from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
 from lightning_compress.quantization.signature import Signature
 
@@ -58,7 +71,6 @@ WRONG_KERNELS: tuple[Any, ...] = (
 loaded takes what its own process would, so it doesn't help that this one is right."""
 
 _WITH_KERNEL = (nn.Linear, _ConvNd)
-_AGAIN = "__call"
 
 
 class Opaque(nn.Module):
@@ -81,25 +93,38 @@ class _Tracer(QuantizationTracer):
         self._hooked = set(hooked)
         self._inserted: dict[str, nn.Module] = {}
         self._calls: Counter[str] = Counter()
-        self.used: set[str] = set()
+        self._read: dict[int, Tensor] = {}
+        self.structure = Structure(None)
+        self.names: set[str] = set()
+        self.numbers: dict[str, Tensor] = {}
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         count = len(self._signature.inputs)
         proxies = [self.create_proxy("placeholder", f"input_{index}", (), {}) for index in range(count)]
         args, kwargs = self._signature.rebuild(proxies)
-        return (lambda root, *_: type(root).forward(root, *args, **kwargs)), [self.root, *proxies]
+        # All tensors that aren't parameters or buffers are constants, in the order in which they are met: what a module
+        # keeps as an attribute need not be there where it is traced next.
+        self.tensor_attrs.clear()
+
+        def forward(root: nn.Module, *_: Any) -> list[Any]:
+            tensors, self.structure = flatten(type(root).forward(root, *args, **kwargs))
+            return tensors
+
+        return forward, [self.root, *proxies]
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         path = self.path_of_module(m)
-        self.used.add(path.partition(".")[0])
+        self.names.add(path)
         if self.is_leaf_module(m, path) and next(m.children(), None) is not None:
             return self._insert(path, Opaque(m), args, kwargs)
         self._calls[path] += 1
-        if isinstance(m, _WITH_KERNEL) and self._calls[path] > 1:
+        again = isinstance(m, _WITH_KERNEL) and self.is_leaf_module(m, path) and self._calls[path] > 1
+        if again or isinstance(getattr(m, "padding", None), str):
             # An int8 layer has one output range: each further call gets a layer of its own, of the same weights.
-            output = self._insert(f"{path}{_AGAIN}{self._calls[path]}", _shallow_copy(m), args, kwargs)
+            name = f"{path}{AGAIN}{self._calls[path]}" if again else path
+            output = self._insert(name, with_padding_in_numbers(_shallow_copy(m)), args, kwargs)
         else:
             output = super().call_module(m, forward, args, kwargs)
         if path in self._hooked and isinstance(output, Proxy):
@@ -107,19 +132,30 @@ class _Tracer(QuantizationTracer):
             output = self._insert(f"hooked_{len(self._inserted)}", _hook_point(m), (output,), {})
         return output
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        self._read[id(attr_val)] = attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def _insert(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._inserted[name] = module
         return self.create_proxy("call_module", name, args, kwargs)
 
     def graph_module(self, module: nn.Module) -> GraphModule:
-        graph = self.trace(module)
-        leaves = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
-        found = {name: self._inserted.get(name) or _attribute(module, name) for name in leaves}
+        with attributes_kept(module.modules()):  # constants, and what the forward keeps: all of it is of this trace
+            graph = self.trace(module)
+            leaves = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
+            found: dict[str, Any] = {name: self._inserted.get(name) or _attribute(module, name) for name in leaves}
+            # A file fills them in place, which takes memory of their own for each element.
+            found |= {name: value.contiguous() for name, value in found.items() if name in vars(module)}
         for name in self._hooked & found.keys() - self._inserted.keys():
             found[name] = _shallow_copy(found[name])  # without its hooks: the identity behind it calls them
-        self.used.update(str(node.target).partition(".")[0] for node in graph.nodes if node.op == "get_attr")
+        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        self.names |= read
+        buffers = {name: buffer for name, buffer in module.named_buffers() if id(buffer) in self._read}
+        self.numbers = {name: buffer.detach().clone() for name, buffer in buffers.items() if name not in read}
         traced = GraphModule(found, graph)
         traced.train(module.training)
+        name_layers_(traced)
         return traced
 
 
@@ -149,17 +185,18 @@ def _hook_point(module: nn.Module) -> nn.Identity:
     return point
 
 
-def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> tuple[GraphModule, frozenset[str]]:
-    """The traced form of ``module``, sharing its leaves, and the names of its children and tensors that went into it.
+def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> Trace:
+    """The traced form of ``module``, sharing its leaves.
 
     Inner modules in ``hooked`` keep calling their forward hooks. Raises whatever `torch.fx` raises where control flow
     depends on data.
     """
     tracer = _Tracer(signature, hooked)
     if not _is_layer(module):
-        return tracer.graph_module(module), frozenset(tracer.used)
-    own = frozenset((*module._parameters, *module._buffers))
-    return tracer.graph_module(_Holder(_shallow_copy(module)).train(module.training)), own
+        graph = tracer.graph_module(module)
+        return Trace(graph, tracer.structure, frozenset(tracer.names), tracer.numbers)
+    graph = tracer.graph_module(_Holder(_shallow_copy(module)).train(module.training))
+    return Trace(graph, tracer.structure, frozenset((*module._parameters, *module._buffers, *module._modules)), {})
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -179,7 +216,8 @@ class _Holder(nn.Module):
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
     """A second module around the same tensors, as the first one's forward will be routed to where this one stands."""
-    twin = copy.copy(module)
+    twin = type(module).__new__(type(module))  # `copy` refuses parametrizations
+    vars(twin).update(vars(module))
     for kind in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
         twin.__dict__[kind] = type(getattr(module, kind))()
     for kind in ("_parameters", "_buffers", "_modules"):
@@ -197,11 +235,17 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
         floats: paths in the graph that stay float.
     """
     assert isinstance(graph, GraphModule)
+    if not training:
+        fold_layers_(graph)
+        _fold_parametrizations_(graph)
+    hide_functions_(graph)
     mapping = _qconfig_mapping(scheme, training)
+    tied = {id(one) for layer in graph.modules() if isinstance(layer, FLOAT_TYPES) for one in layer.parameters()}
     for path, module in graph.named_modules():
-        if path.partition(_AGAIN)[0] in floats or is_parametrized(module):
+        stays = is_parametrized(module) or isinstance(getattr(module, "padding", None), str)
+        if stays or _is_one_of(path, floats) or id(getattr(module, "weight", None)) in tied:
             mapping.set_module_name(path, None)
-    config = PrepareCustomConfig().set_non_traceable_module_classes([Opaque])
+    config = PrepareCustomConfig().set_non_traceable_module_classes([Opaque, Function])
     example = tuple(torch.zeros(1) for node in graph.graph.nodes if node.op == "placeholder")
     # Upstream makes new layers around the old parameters, and draws initial weights for them first.
     with upstream_quiet(), _engine(scheme.engine), torch.random.fork_rng():
@@ -212,6 +256,12 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
     prepared = prepared.to(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))
     _observe_weights_(prepared)
     return prepared
+
+
+def _fold_parametrizations_(graph: GraphModule) -> None:
+    for path, module in list(graph.named_modules()):
+        if isinstance(module, Opaque) and (plain := without_parametrization(module.__dict__["module"])) is not None:
+            graph.set_submodule(path, plain.eval())
 
 
 def observe_(prepared: nn.Module, on: bool) -> None:
@@ -248,7 +298,7 @@ def wrong_kernels(
     assert isinstance(int8, GraphModule) and isinstance(prepared, GraphModule)
     far = furthest(partial(quantized_steps, int8, reference), inputs, drawn_only)
     kinds = {path: type(prepared.get_submodule(path)).__name__ for path in far if path}
-    return {path.partition(_AGAIN)[0]: reason for path, reason in reasons(far, kinds).items()}
+    return {path.partition(AGAIN)[0]: reason for path, reason in reasons(far, kinds).items()}
 
 
 def _convert_with(
@@ -275,20 +325,29 @@ def _convert_with(
 def _leave_float_(prepared: GraphModule, floats: Collection[str]) -> None:
     schemes = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
     for node in prepared.graph.nodes:
-        if node.op == "call_module" and str(node.target).partition(_AGAIN)[0] in floats:
+        if node.op == "call_module" and _is_one_of(str(node.target), floats):
             schemes[node.name] = None
 
 
-def float_layers(prepared: nn.Module) -> list[str]:
-    """Paths of the layers with weights that a prepared graph leaves in float."""
+def _is_one_of(path: str, layers: Collection[str]) -> bool:
+    """Whether a module of a graph is one of these layers, or has its weight from within one."""
+    own = path.partition(AGAIN)[0]
+    return any(own == layer or own.startswith(f"{layer}.") for layer in layers)
+
+
+def float_weights(prepared: nn.Module) -> dict[str, str]:
+    """What a prepared graph leaves in float; see `Flow`."""
     assert isinstance(prepared, GraphModule)
     called = {str(node.target) for node in prepared.graph.nodes if node.op == "call_module"}
     layers = {path: prepared.get_submodule(path) for path in called}
-    return [
-        path
+    int8 = {path.partition(AGAIN)[0] for path, layer in layers.items() if _has_kernel(layer)}
+    found = {
+        path: ""
         for path, layer in layers.items()
         if isinstance(layer, Opaque) or (next(layer.parameters(), None) is not None and not _has_kernel(layer))
-    ]
+    }
+    read = weights_read(prepared)
+    return found | {name: why for name, why in read if why or name.rpartition(".")[0] not in int8}
 
 
 def _has_kernel(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,9 +22,12 @@ from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from lightning_compress.errors import CompressionError, NoEffectWarning, in_a_line
+from lightning_compress.quantization.calibrate import leaving_no_trace
+from lightning_compress.quantization.flows import Trace
 from lightning_compress.quantization.flows.exported_kernels import compiled_is_off, exported_steps
+from lightning_compress.quantization.flows.functional import fold_weights_, number_paddings_, weights_read
 from lightning_compress.quantization.flows.kernels import furthest, reasons
-from lightning_compress.quantization.layers.fast_path import without_fast_path
+from lightning_compress.quantization.outputs import Structure, flatten
 from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
 from lightning_compress.quantization.signature import Signature
 
@@ -69,17 +72,20 @@ _ROUNDINGS = (
 
 
 class _Call(nn.Module):
-    """A module as a function of the tensors of its call."""
+    """A module as a function of the tensors of its call; what it puts those of its output into is told aside."""
 
-    def __init__(self, module: nn.Module, signature: Signature) -> None:
+    def __init__(self, module: nn.Module, signature: Signature, tell: Callable[[Structure], None]) -> None:
         super().__init__()
         self.module = module
         self.signature = signature
+        self.tell = tell
         self.training = module.training
 
-    def forward(self, *tensors: Tensor) -> Any:
+    def forward(self, *tensors: Tensor) -> list[Any]:
         args, kwargs = self.signature.rebuild(list(tensors))
-        return type(self.module).forward(self.module, *args, **kwargs)
+        outputs, structure = flatten(type(self.module).forward(self.module, *args, **kwargs))
+        self.tell(structure)
+        return outputs
 
 
 class Exported(nn.Module):
@@ -185,8 +191,8 @@ class Int8Graph(Exported):
         return {**self.__dict__, "_compiled": None, "_known": set()}
 
 
-def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> tuple[nn.Module, frozenset[str]]:
-    """The exported form of ``module`` in evaluation, and the names of its children and tensors that went into it.
+def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> Trace:
+    """The exported form of ``module`` in evaluation.
 
     All sizes that its code leaves open may vary, or the first alone where else it couldn't be one. Raises whatever
     `torch.export` raises where control flow depends on data.
@@ -195,14 +201,14 @@ def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ())
         raise CompressionError(f"its `{next(iter(hooked))}` has a forward hook, which an exported graph doesn't call")
     device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     inputs = tuple(tensor.to(device) for tensor in _sizes_above_one(signature.inputs))
-    with _quiet(), torch.no_grad(), torch.random.fork_rng(), without_fast_path():
-        exported = _export(_Call(module, signature), inputs)
-    for node in exported.graph.nodes:
-        if node.target is torch.ops.aten.linear.default and node.args[1].op == "get_attr":
-            # The products inside attention come from a function that the quantizer doesn't know.
-            node.meta["source_fn_stack"] = [(node.name, nn.functional.linear)]
+    structures: list[Structure] = []
+    call = _Call(module, signature, structures.append)
+    with _quiet(), leaving_no_trace(module):
+        call(*inputs)  # so that it is exported with what it makes at its first call, whether it has been called or not
+        exported = _export(call, inputs)
     read = [str(node.target) for node in exported.graph.nodes if node.op == "get_attr" and node.users]
-    return Exported(exported), frozenset(name.split(".")[1] for name in read if name.startswith("module."))
+    names = frozenset(name.removeprefix("module.") for name in read if name.startswith("module."))
+    return Trace(Exported(exported), structures[-1], names, {})
 
 
 def _export(call: nn.Module, inputs: tuple[Tensor, ...]) -> GraphModule:
@@ -240,12 +246,45 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
     for path in floats:
         quantizer.set_module_name_qconfig(f"module.{path}", None)
     with _quiet(), torch.no_grad(), torch.random.fork_rng():
-        prepared = prepare_pt2e(copy.deepcopy(graph.graph), quantizer)
+        copied = copy.deepcopy(graph.graph)
+        number_paddings_(copied)
+        fold_weights_(copied)
+        _name_sources_(copied, floats)
+        prepared = prepare_pt2e(copied, quantizer)
         for node, tensor in _tensors(prepared):
             for user in node.users:
                 if isinstance(observer := _called(prepared, user), PerChannelMinMaxObserver):
                     observer(tensor)  # so that it has its shape before a checkpoint is loaded
     return Exported(prepared)
+
+
+_SOURCES = {
+    **{torch.ops.aten.linear.default: nn.Linear},
+    **{torch.ops.aten.conv1d.default: nn.Conv1d, torch.ops.aten.conv2d.default: nn.Conv2d},
+    **{torch.ops.aten.relu.default: nn.ReLU, torch.ops.aten.relu_.default: nn.ReLU},
+    **{torch.ops.aten.relu6.default: nn.ReLU6, torch.ops.aten.relu6_.default: nn.ReLU6},
+    **{torch.ops.aten.hardtanh.default: nn.Hardtanh, torch.ops.aten.hardtanh_.default: nn.Hardtanh},
+    **{torch.ops.aten.hardswish.default: nn.Hardswish, torch.ops.aten.hardswish_.default: nn.Hardswish},
+    **{torch.ops.aten.silu.default: nn.SiLU, torch.ops.aten.silu_.default: nn.SiLU},
+    **{torch.ops.aten.leaky_relu.default: nn.LeakyReLU, torch.ops.aten.leaky_relu_.default: nn.LeakyReLU},
+    **{torch.ops.aten.gelu.default: nn.GELU, torch.ops.aten.tanh.default: nn.Tanh},
+}
+"""The layers by which upstream's quantizer knows operations, for itself and in patterns that it fuses."""
+
+
+def _name_sources_(graph: GraphModule, floats: Collection[str]) -> None:
+    """Give each operation a source of its own, by what it computes.
+
+    Upstream goes by the module that called it: the calls of one module would be one operation, and those in a layer of
+    the user's own, or in attention, none that it knows.
+    """
+    for node in graph.graph.nodes:
+        source = _SOURCES.get(node.target, node.target)
+        if source in (nn.Linear, nn.Conv1d, nn.Conv2d):
+            weight = str(node.args[1].target).removeprefix("module.") if node.args[1].op == "get_attr" else ""
+            if not weight or any(weight.startswith(f"{path}.") or weight == path for path in floats):
+                source = node.target
+        node.meta["source_fn_stack"] = [(node.name, source)]
 
 
 def _tensors(graph: GraphModule) -> Iterator[tuple[Node, Tensor]]:
@@ -302,18 +341,17 @@ def quantizes(prepared: nn.Module) -> bool:
     return any(isinstance(module, PerChannelMinMaxObserver) for module in prepared.modules())
 
 
-def float_layers(prepared: nn.Module) -> list[str]:
-    """Paths of the layers whose matrices no observer sees."""
+def float_weights(prepared: nn.Module) -> dict[str, str]:
+    """The matrices that no observer sees; see `Flow`."""
     assert isinstance(prepared, Exported)
     graph = prepared.graph
-    return [
-        str(node.target).removeprefix("module.").rpartition(".")[0].partition(".parametrizations")[0]
-        for node, tensor in _tensors(graph)
-        if tensor.dim() > 1
-        and str(node.target).startswith("module.")
-        and isinstance(tensor, nn.Parameter)
-        and not any(_called(graph, user) for user in node.users)
-    ]
+    observed = {
+        str(node.target).removeprefix("module.")
+        for node, _ in _tensors(graph)
+        if any(isinstance(_called(graph, user), PerChannelMinMaxObserver) for user in node.users)
+    }
+    read = ((name.removeprefix("module."), why) for name, why in weights_read(graph) if name.startswith("module."))
+    return {name: why for name, why in read if name not in observed}
 
 
 def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> Int8Graph:

@@ -1,0 +1,79 @@
+"""What stands in the place of a float weight that a quantized form has replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import CompressionError
+
+
+@dataclass(frozen=True, eq=False)
+class GoneWeight:
+    """Has the shape, type and device of a weight, which forwards read to fit their inputs to it; no values.
+
+    Attributes:
+        name: of the parameter.
+        owner: class of its layer.
+        shape: as it was.
+        dtype: as it was.
+        form: what computes now.
+
+    Raises:
+        CompressionError: it is computed with.
+        AttributeError: anything else of it is read.
+    """
+
+    name: str
+    owner: str
+    shape: torch.Size
+    dtype: torch.dtype
+    form: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        tensors = chain(self.form.parameters(), self.form.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "name" not in vars(self):  # while it is copied
+            raise AttributeError(name)
+        raise AttributeError(f"`{name}` can't be read: {self._why()}")
+
+    def _why(self) -> str:
+        return f"the float values of the `{self.name}` of this {self.owner} are gone, as it is quantized"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        arguments = (*args, *(kwargs or {}).values())
+        gone = next((each for each in arguments if isinstance(each, cls)), None)
+        if gone is not None and func in (Tensor.to, Tensor.type_as) and isinstance(args[0], Tensor):
+            return args[0].to(gone.device, gone.dtype)
+        why = "a float weight is gone, as its layer is quantized" if gone is None else gone._why()
+        raise CompressionError(
+            f"Code that computes with a layer's weight must find it. Received: {getattr(func, '__name__', func)}, and "
+            f"{why}. Exclude that layer in `targets`."
+        )
