@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -251,8 +252,11 @@ FOREIGN: tuple[Row, ...] = (
     Row("reading", Reading, _SEQUENCES, "layers that are called and read"),
     Row("windows", Windows, _SEQUENCES, "constants, masks, caches"),
     Row("shared_activations", SharedActivations, _IMAGES, "modules without weights that are called twice"),
-    *(
-        Row(name, lambda make=make: Outputs(make), _VECTORS, "outputs in containers")
-        for name, make in CONTAINERS.items()
-    ),
+    Row("numbers", Numbers, _VECTORS, "code depends on buffers"),
+    *(Row(name, partial(Outputs, make), _VECTORS, "outputs in containers") for name, make in CONTAINERS.items()),
 )
+
+
+def foreign(name: str) -> Row:
+    """The row called `name`."""
+    return next(row for row in FOREIGN if row.name == name)

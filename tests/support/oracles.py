@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def flatten(tree: Any, name: str = "") -> dict[str, Any]:
     if isinstance(tree, nn.Module):
         tree = tree.state_dict()
     elif is_dataclass(tree):
-        tree = vars(tree)
+        tree = _fields(tree)
     if isinstance(tree, Mapping):
         items = [(str(key), value) for key, value in tree.items()]
     elif isinstance(tree, (list, tuple)):
@@ -46,7 +46,11 @@ def described(output: Any) -> Any:
         return type(output), {key: described(value) for key, value in output.items()}
     if isinstance(output, (list, tuple)):
         return type(output), [described(value) for value in output]
-    return (type(output), described(vars(output))) if is_dataclass(output) else output
+    return (type(output), described(_fields(output))) if is_dataclass(output) else output
+
+
+def _fields(instance: Any) -> dict[str, Any]:
+    return {field.name: getattr(instance, field.name) for field in fields(instance)}
 
 
 def snapshot(tree: Any) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class _Tracer(QuantizationTracer):
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         self.names |= read
         buffers = {name: buffer for name, buffer in module.named_buffers() if id(buffer) in self._read}
-        self.numbers = {name: buffer.detach().clone() for name, buffer in buffers.items() if name not in read}
+        self.numbers = {name: buffer.detach().clone().cpu() for name, buffer in buffers.items() if name not in read}
         traced = GraphModule(found, graph)
         traced.train(module.training)
         name_layers_(traced)
