@@ -325,11 +325,8 @@ def without_kernel(model: nn.Module, scheme: Scheme) -> dict[str, str]:
 
 def _own_matrices(path: str, module: nn.Module) -> dict[str, str]:
     reason = f"no kernel for the own parameters of {type(module).__name__}"
-    return {
-        f"{path}.{name}".lstrip("."): reason
-        for name, parameter in module.named_parameters(recurse=False)
-        if sum(size > 1 for size in parameter.shape) > 1
-    }
+    wide = (name for name in own_matrices(module) if sum(size > 1 for size in module.get_parameter(name).shape) > 1)
+    return {f"{path}.{name}".lstrip("."): reason for name in wide}
 
 
 def summary(record: Mapping[str, Any]) -> str:

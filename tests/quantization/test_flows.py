@@ -137,7 +137,7 @@ def test_what_is_excluded_stays_float_whoever_uses_its_weight(flow: str) -> None
     # A layer with a forward of its own, a matrix of a module around layers, and weights that are read and computed.
     own, reading = foreign("own_parameters"), foreign("reading")
     computed = foreign("computed_weights")
-    with UNCOMPILED:
+    with uncompiled():
         for row, exclude in ((computed, ["0", "6"]), (reading, ["qkv", "body"]), (own, ["rest"])):
             targets = Targets(exclude=exclude)
             int8 = quantize(row.build(), calibration=batches(row, 1), targets=targets, flow=flow)  # type: ignore[arg-type]
