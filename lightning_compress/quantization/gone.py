@@ -1,4 +1,4 @@
-"""What stands in the place of a float weight that a quantized form has replaced."""
+"""What stands in the place of a float weight whose quantized form can't give its values back."""
 
 from __future__ import annotations
 

@@ -238,8 +238,8 @@ def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | No
             if kind == "_modules":
                 del values[name]
                 continue
-            if (weight := values[name]) is not None and kind == "_parameters":
-                form = module.get_submodule(CHILD)
+            form = module.get_submodule(CHILD)
+            if (weight := values[name]) is not None and kind == "_parameters" and not hasattr(form, "float_value"):
                 vars(module)[name] = GoneWeight(name, type(module).__name__, weight.shape, weight.dtype, form)
             values[name] = None  # as a layer without bias has it
     module.__dict__[_ASIDE] = aside

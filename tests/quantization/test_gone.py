@@ -1,4 +1,4 @@
-"""What is left of a quantized layer's weight: its type, shape and device, and an error for whoever wants more."""
+"""What is left of a weight whose traced form holds no float values: type, shape, device, and an error for more."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress import CompressionError, WeightOnly, quantize
-
-SCHEMES: list[Any] = ["int8_static", "int8_dynamic", "int8_weight_only", WeightOnly(4, 8)]
+from lightning_compress import CompressionError, quantize
 
 
 class Reads(nn.Module):
@@ -38,26 +36,24 @@ READS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
-def test_code_may_ask_what_a_quantized_weight_is(read: Any, scheme: Any) -> None:
+def test_code_may_ask_what_a_quantized_weight_is(read: Any) -> None:
     torch.manual_seed(0)
     model, x = Reads(read).eval(), torch.randn(16, 16)
-    int8 = quantize(model, scheme, calibration=[x])
+    int8 = quantize(model, calibration=[x])
     assert not isinstance(int8.body.weight, Tensor)
     torch.testing.assert_close(int8(x), model(x), rtol=0.1, atol=0.1)
     assert torch.equal(copy.deepcopy(int8)(x), int8(x))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize(
     "read",
     [lambda x, weight: x + weight.sum(), lambda x, weight: x + torch.linalg.norm(weight)],
     ids=["method", "function"],
 )
-def test_code_that_computes_with_it_is_an_error_that_says_so(read: Any, scheme: Any) -> None:
+def test_code_that_computes_with_it_is_an_error_that_says_so(read: Any) -> None:
     with pytest.raises(CompressionError, match=r"the `weight` of this Linear are gone.*exclude that layer"):
-        quantize(Reads(read).eval(), scheme, calibration=[torch.randn(16, 16)])
+        quantize(Reads(read).eval(), calibration=[torch.randn(16, 16)])
 
 
 def test_a_layer_in_few_bits_can_still_be_pickled() -> None:
