@@ -50,7 +50,7 @@ class Silence(Heard):
             for name in sorted(names)
             if (name, weight) not in follows
         }
-        return {**kept, **self.loud}
+        return dict(sorted({**kept, **self.loud}.items()))
 
 
 def warning(loud: Mapping[str, str]) -> str:
@@ -78,12 +78,6 @@ def observe(
     modules = compressible_modules(model)
     tensors = {clean_name(name): one for name, one in (*model.named_parameters(), *model.named_buffers())}
     before = {name: one.clone() for name, one in tensors.items()}
-    # A recurrent unit is silent by its arithmetic, and in one operator with all others.
-    watched = [
-        target
-        for target in targets
-        if target.name in tensors and not isinstance(modules.get(target.layer), nn.RNNBase | nn.RNNCellBase)
-    ]
     fast_path = torch.backends.mha.get_fastpath_enabled()  # one operator for a whole layer
     torch.backends.mha.set_fastpath_enabled(False)
     handles: list[Any] = []
@@ -94,7 +88,7 @@ def observe(
                 noise = 0.1 * torch.rand(one.shape, generator=generator).to(one.device, one.dtype) - 0.05
                 noise = noise.abs() if "var" in name else noise  # a variance stays positive
                 one.add_(noise * one.abs().masked_fill(one == 0, 1.0))
-        watch = Watch(model, watched, layouts, seen)
+        watch = Watch(model, [target for target in targets if target.name in tensors], layouts, seen)
         for path, module in modules.items():
             handles += watch.hooks(path, module)
         with torch.compiler.set_stance("force_eager"), watch:

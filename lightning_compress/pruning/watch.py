@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_compress.pruning.followers import magnitudes
 from lightning_compress.pruning.layout import Layout
 from lightning_compress.pruning.unit_maps import CONTRACTIONS, Call, Map, broadcasts, units_of_entries
-from lightning_compress.targets import Target, clean_name
+from lightning_compress.targets import Target, clean_name, compressible_modules
 
 _SUMS = ("add", "add_", "sub", "sub_", "rsub", "lerp", "lerp_", "where")
 _CLAMPS = ("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "hardtanh", "hardtanh_", "threshold")
@@ -60,7 +61,13 @@ class Watch(TorchDispatchMode):
         self._hidden: set[tuple[int, str]] = set()
         self._gone: dict[str, Tensor] = {}
         self._paths = [""]
-        watched = {target.name: target for target in targets}
+        layers = compressible_modules(model)
+        # A recurrent unit is silent by its arithmetic, and in one operator with all others: it begins at the outputs.
+        recurrent = nn.RNNBase | nn.RNNCellBase
+        watched = {one.name: one for one in targets if not isinstance(layers.get(one.layer), recurrent)}
+        for target in targets:
+            if isinstance(layer := layers.get(target.layer), recurrent) and "weight_ih" in target.name:
+                self._choose(target.name, layer.hidden_size, target.parameter.device)
         tensors = {clean_name(name): tensor for name, tensor in (*model.named_buffers(), *model.named_parameters())}
         for name, tensor in tensors.items():
             entries = None
@@ -76,11 +83,7 @@ class Watch(TorchDispatchMode):
         count = len(ordered)
         numbers = torch.arange(1, count + 1, device=weight.device).view(-1, *[1] * (ordered.dim() - 1))
         units = layout.undo(numbers.expand(ordered.shape))
-        self._gone[name] = torch.zeros(count + 1, dtype=torch.bool, device=weight.device)
-        # At random, or two halves of one length would look alike.
-        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(count))[: count // 2] + 1
-        self._gone[name][chosen.to(weight.device)] = True
-        gone = self._gone[name][units]
+        gone = self._choose(name, count, weight.device)[units]
         for follower in magnitudes([target]):
             kept = follower.mask({name: ~gone})
             tensors[follower.name].masked_fill_(~kept, 0.0)
@@ -88,11 +91,39 @@ class Watch(TorchDispatchMode):
         weight.masked_fill_(gone, 0.0)
         self._maps[id(weight)] = (weight, {name: units})
 
+    def _choose(self, name: str, count: int, device: torch.device) -> Tensor:
+        """Which units of a weight go: half of them, at random, or two halves of one length would look alike."""
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(count))[: count // 2] + 1
+        self._gone[name] = torch.zeros(count + 1, dtype=torch.bool, device=device)
+        self._gone[name][chosen.to(device)] = True
+        return self._gone[name]
+
+    def _begin_recurrent(self, path: str, layer: nn.RNNBase | nn.RNNCellBase, output: Any) -> None:
+        """Zero units in what a recurrent layer puts out: those of its last layer, side by side for both directions."""
+        last = f"_l{layer.num_layers - 1}" if isinstance(layer, nn.RNNBase) else ""
+        ways = ["", "_reverse"] if getattr(layer, "bidirectional", False) else [""]
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden.data if isinstance(hidden, PackedSequence) else hidden
+        if not isinstance(hidden, Tensor) or hidden.shape[-1] != len(ways) * layer.hidden_size:
+            return  # projected: other weights number its outputs
+        maps: dict[str, Map | None] = {}
+        for number, way in enumerate(ways):
+            name = f"{path}.weight_ih{last}{way}".lstrip(".")
+            if name in self._gone:
+                units = torch.zeros(len(ways), layer.hidden_size, dtype=torch.long, device=hidden.device)
+                units[number] = torch.arange(1, layer.hidden_size + 1, device=hidden.device)
+                maps[name] = units.view(-1)
+                hidden.masked_fill_(self._gone[name][units.view(-1)], 0.0)
+        self._static.pop(id(hidden), None)
+        self._maps[id(hidden)] = hidden, maps
+
     def hooks(self, path: str, module: nn.Module) -> list[Any]:
         """By which it knows where it is."""
 
-        def leave(*_: Any) -> None:
+        def leave(layer: nn.Module, args: Any, output: Any) -> None:
             self._paths.pop()
+            if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+                self._begin_recurrent(path, layer, output)
 
         enter = module.register_forward_pre_hook(lambda *_: self._paths.append(path))
         return [enter, module.register_forward_hook(leave, always_call=True)]

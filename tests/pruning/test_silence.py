@@ -188,6 +188,26 @@ def test_positions_and_the_norm_of_a_residual_stream_stay() -> None:
     assert all(int((layer.bias == 0).sum()) == len(layer.bias) // 2 for layer in (model.patch, model.up, model.down))
 
 
+class Recurrent(nn.Module):
+    def __init__(self, way: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.rnn, self.norm = nn.LSTM(3, 6, 2, batch_first=True, bidirectional=True), nn.LayerNorm(12)
+        self.way, self.out = way, nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.way(self.norm(self.rnn(x[:, :, 0].mT)[0]))
+        return self.out(self.seen[:, -1])
+
+
+def test_recurrent_units_are_silent_behind_a_norm_and_heard_behind_a_sigmoid() -> None:
+    model, targets = rough(Recurrent()), Targets(include=["rnn"])
+    prune_(model, 0.5, "ln_structured", "layer", targets, inputs=IMAGES)
+    model.eval()(IMAGES)
+    assert int((model.seen == 0).all(0).all(0).sum()) == 6
+    with pytest.warns(UserWarning, match=r"`rnn\.weight_ih_l1`, `rnn\.weight_ih_l1_reverse` behind .* \(sigmoid\)"):
+        prune_(rough(Recurrent(torch.sigmoid)), 0.5, "ln_structured", "layer", targets, inputs=IMAGES)
+
+
 def test_values_and_random_state_of_the_model_stay() -> None:
     model = rough(Between(nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(8))))
     before, state = {name: one.clone() for name, one in model.state_dict().items()}, torch.get_rng_state()
