@@ -232,6 +232,9 @@ class Pruner:
         multiply_(
             {name: one for name, one in gradients.items() if one is not None and not one.is_sparse}, self._applied
         )
+        for name, one in gradients.items():
+            if one is not None and one.is_sparse:
+                one._values().mul_(self._applied[name][tuple(one._indices())])
 
     def apply_to_moments_(self, optimizers: Iterable[Optimizer]) -> None:
         """Zero what optimizers remember of what is masked, entry by entry or slice by slice, where it lies along it."""

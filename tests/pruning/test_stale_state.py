@@ -9,10 +9,10 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adafactor, Optimizer
+from torch.optim import LBFGS, SGD, Adafactor, Optimizer, SparseAdam
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import OneShot, Rewind, ScheduledPruning, Window
+from lightning_compress import OneShot, Rewind, ScheduledPruning, Targets, Window
 from tests.support.modules import quiet_trainer
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -221,3 +221,28 @@ def test_factored_moments_of_pruned_rows_are_zero() -> None:
         state = module.trainer.optimizers[0].state[module.get_parameter(name)]
         assert not state["row_var"][~mask.any(1)].any() and state["row_var"][mask.any(1)].all()
         assert state["col_var"].all()
+
+
+def test_gradients_of_sparse_layout_bring_no_moments_back() -> None:
+    class Words(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda p: SparseAdam(p, lr=0.05))
+            self.net = nn.Embedding(20, 8, sparse=True)  # type: ignore[assignment]
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return self.net((batch[0].abs() * 5).long() % 20).square().mean()
+
+    class See(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.optimizers[0].register_step_post_hook(self.look)
+
+        def look(self, optimizer: Optimizer, *_: Any) -> None:
+            for name, mask in pruning.masks.items():
+                seen.append(not mask.all())
+                assert not optimizer.state[module.get_parameter(name)]["exp_avg"][~mask].any()
+
+    module, seen = Words(), list[bool]()
+    window, targets = Window(4, 5, unit="step"), Targets(include=["net"])
+    pruning = ScheduledPruning(sparsity=0.6, window=window, schedule=OneShot(), targets=targets)
+    quiet_trainer(max_epochs=8, callbacks=[pruning, See()]).fit(module)
+    assert sum(seen) >= 3
