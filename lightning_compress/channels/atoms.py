@@ -26,7 +26,10 @@ class Atoms:
 
     def __init__(self) -> None:
         self.count = 1
+        self.in_weights = False
+        """Whether what is computed now is a weight, of other weights alone."""
         self._ties: list[tuple[Tensor, Tensor]] = []
+        self._ties_in_weights: list[tuple[Tensor, Tensor]] = []
         self._pins: list[tuple[Tensor, str]] = []
         self._outputs: list[tuple[Tensor, str]] = []
         self._spans: list[tuple[Tensor, str]] = []
@@ -40,8 +43,16 @@ class Atoms:
     def tie(self, one: Tensor, other: Tensor) -> None:
         """Let atoms of two label tensors (which broadcast) go together."""
         if one is not other:
-            left, right = torch.broadcast_tensors(one, other)
-            self._ties.append((left.reshape(-1), right.reshape(-1)))
+            left, right = (side.reshape(-1) for side in torch.broadcast_tensors(one, other))
+            self._ties.append((left, right))
+            if self.in_weights:
+                self._ties_in_weights.append((left, right))
+
+    def alike_in_weights(self, atoms: Tensor) -> Tensor:
+        """All atoms that the computation of weights ties to some, bool ``(count,)``."""
+        left, right = (torch.cat([atoms[:0], *side]) for side in _columns(self._ties_in_weights))
+        unit = _components(self.count, left, right)
+        return torch.isin(unit, unit[atoms])
 
     def pin(self, atoms: Tensor, reason: str, *, output: bool = False) -> None:
         """Let atoms stay for ever; of several reasons an ``output`` is told, else the first one."""

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_compress.channels.groups import Attribute, Group, Structure, find_structure
+from lightning_compress.channels.layers import STANDARD
 from lightning_compress.channels.remove import modules_of
 from lightning_compress.channels.trial import Subject
+from lightning_compress.channels.written import WRITTEN
 
 _MOST_TRIALS = 40
+_MOST_TRACES = 6
 
 
 def explore(subject: Subject) -> Structure:
@@ -31,6 +34,8 @@ class _Explorer:
         self.model = subject.model
         self.followers: set[tuple[str, str, int]] = set()
         """Class and name of attributes that follow a width, and which of the widths that they may stand for."""
+        self.corrected = {self._class(path) for path, one in modules_of(self.model).items() if WRITTEN in vars(one)}
+        """Classes whose code writes sizes that are corrected."""
         self.choices: dict[str, int] = {}
 
     def explore(self) -> Structure:
@@ -44,7 +49,7 @@ class _Explorer:
             if found is None:
                 break
             group, reason = found
-            if self._find_followers(structure, group):
+            if self._find_followers(structure, group) or self._correct(structure, group):
                 continue
             if self._choose_again(structure, group):
                 structure = self._trace()
@@ -68,18 +73,31 @@ class _Explorer:
         structure = self._look()
         for _ in range(3):
             dead = [key for key, groups in structure.splits.items() if not self._lives(structure, groups)]
-            before = len(self._all(structure))
-            if not dead:
+            better = next(filter(None, (self._otherwise(structure, keys) for keys in self._alike(dead))), None)
+            if better is None:
                 break
-            kept = dict(self.choices)
-            for key in dead:
-                self.choices[key] = self.choices.get(key, 0) + 1
-            tried = self._look()
-            if len(self._all(tried)) <= before:
-                self.choices = kept
-                break
-            structure = tried
+            structure = better
         return structure
+
+    def _alike(self, keys: Sequence[str]) -> list[list[str]]:
+        """Some splits by class and kind, as what one is to be can hang on another; then all of them."""
+        kinds = dict[tuple[str, str], list[str]]()
+        for key in keys:
+            path, _, what = key.partition(":")
+            kinds.setdefault((self._class(path), what), []).append(key)
+        few = [*kinds.values()][:_MOST_TRACES]
+        return [*few, list(keys)] if len(kinds) > 1 else few
+
+    def _otherwise(self, structure: Structure, keys: Sequence[str]) -> Structure | None:
+        """What the model can lose if some splits are taken otherwise; None if that is no more."""
+        kept = dict(self.choices)
+        for key in keys:
+            self.choices[key] = self.choices.get(key, 0) + 1
+        tried = self._look()
+        if len(self._all(tried)) > len(self._all(structure)):
+            return tried
+        self.choices = kept
+        return None
 
     def _look(self) -> Structure:
         twin = self.subject.copy(self.model)
@@ -110,33 +128,58 @@ class _Explorer:
         self.followers = known
         return False
 
+    def _correct(self, structure: Structure, group: Group) -> bool:
+        """Whether the group can be cut once sizes that some code writes are corrected; they are from now on."""
+        number = next(place for place, one in enumerate(structure.groups) if one is group)
+        known = set(self.corrected)
+        # Code may compute the sizes of one width from another.
+        modules = modules_of(self.model)
+        calls = [one for one in structure.written if not isinstance(modules[one.path], STANDARD)]
+        near = {self._class(one.path) for one in calls if number in one.numbers()}
+        everywhere = {self._class(one.path) for one in calls}
+        for kinds in dict.fromkeys((frozenset(near - known), frozenset(everywhere - known))):
+            self.corrected = known | kinds
+            if kinds and (not self._fault(structure, [group]) or self._find_followers(structure, group)):
+                for kind in sorted(kinds):
+                    self.corrected.remove(kind)
+                    if self._fault(structure, [group]):
+                        self.corrected.add(kind)
+                return True
+        self.corrected = known
+        return False
+
     def _choose_again(self, structure: Structure, group: Group) -> bool:
         """Let the splits that the group goes through be taken otherwise, if there is another way."""
         number = next(place for place, one in enumerate(structure.groups) if one is group)
-        keys = [key for key, numbers in structure.splits.items() if number in numbers and self.choices.get(key, 0) < 2]
+        keys = [key for key, numbers in structure.splits.items() if number in numbers and self.choices.get(key, 0) < 4]
         for key in keys:
             self.choices[key] = self.choices.get(key, 0) + 1
         return bool(keys)
 
     def _kind(self, structure: Structure, attribute: Attribute) -> tuple[str, str, int]:
-        kind = type(modules_of(self.model)[attribute.path])
         same = [one for one in structure.attributes if (one.path, one.name) == (attribute.path, attribute.name)]
         place = next(place for place, one in enumerate(same) if one is attribute)
-        return f"{kind.__module__}.{kind.__qualname__}", attribute.name, place
+        return self._class(attribute.path), attribute.name, place
+
+    def _class(self, path: str) -> str:
+        kind = type(modules_of(self.model)[path])
+        return f"{kind.__module__}.{kind.__qualname__}"
 
     def _attributes(self, structure: Structure, group: Group) -> list[Attribute]:
         number = next(place for place, one in enumerate(structure.groups) if one is group)
         return [one for one in structure.attributes if bool((one.groups == number).any())]
 
-    def _follow(self, structure: Structure) -> tuple[Attribute, ...]:
-        return tuple(one for one in structure.attributes if one.sure or self._kind(structure, one) in self.followers)
+    def _with_numbers(self, structure: Structure) -> Structure:
+        """The structure with only the numbers that follow."""
+        attributes = [one for one in structure.attributes if one.sure or self._kind(structure, one) in self.followers]
+        written = [one for one in structure.written if self._class(one.path) in self.corrected]
+        return replace(structure, attributes=tuple(attributes), written=tuple(written))
 
     def _fault(self, found: Structure, groups: Sequence[Group], exact: bool | None = None) -> str:
         """What is wrong without some units of these groups; not the same share of each, which could fit by chance."""
         if not groups:
             return ""
-        structure = replace(found, attributes=self._follow(found))
-        return self.subject.fault(structure, self._keep(found, groups), exact)
+        return self.subject.fault(self._with_numbers(found), self._keep(found, groups), exact)
 
     def _settled(self, structure: Structure, failed: Mapping[str, str]) -> Structure:
         """The structure with only what passed; reasons for the rest."""
@@ -146,7 +189,7 @@ class _Explorer:
         for group in structure.groups:
             if group.size == 1 and group.layers:
                 fixed.setdefault(group.name, "all of it hangs together")
-        settled = replace(structure, attributes=self._follow(structure), fixed=fixed).only(numbers)
+        settled = replace(self._with_numbers(structure), fixed=fixed).only(numbers)
         groups = [self._exact(structure, group) for group in settled.groups]
         return replace(settled, groups=tuple(groups))
 

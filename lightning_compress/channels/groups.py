@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_compress.channels.atoms import FIXED
+from lightning_compress.channels.corrections import WrittenSizes, written_sizes
 from lightning_compress.channels.layers import STANDARD
 from lightning_compress.channels.outputs import tensors_in
 from lightning_compress.channels.remove import modules_of, named_tensors
 from lightning_compress.channels.steady import steady
 from lightning_compress.channels.tracer import Product, Size, Tracer, following
-from lightning_compress.targets import clean_name, compressible_modules
+from lightning_compress.channels.written import WRITTEN, Correction, corrected_sizes
+from lightning_compress.targets import compressible_modules
 
 Run = Callable[[nn.Module], Any]
 """Calls a model, or a copy of it, and returns what it puts out. A ``reason`` on it says why that keeps its size."""
@@ -105,6 +107,8 @@ class Structure:
         groups: in the order of the model's tensors.
         costs: the multiply-accumulates that change.
         attributes: numbers that follow.
+        written: calls whose sizes are corrected.
+        corrected: path of a module to the corrections that it has: see `written`.
         fixed: layers whose outputs stay, with the reason.
         splits: keys of splits to the groups that they concern.
         shapes: of all tensors, when this was found.
@@ -115,6 +119,8 @@ class Structure:
     groups: tuple[Group, ...]
     costs: tuple[Cost, ...]
     attributes: tuple[Attribute, ...]
+    written: tuple[WrittenSizes, ...]
+    corrected: Mapping[str, list[Correction]]
     fixed: Mapping[str, str]
     splits: Mapping[str, frozenset[int]]
     shapes: Mapping[str, tuple[int, ...]]
@@ -127,8 +133,14 @@ class Structure:
         place[list(numbers)] = torch.arange(len(numbers))
         costs = [replace(cost, widths=tuple((place[one], units) for one, units in cost.widths)) for cost in self.costs]
         attributes = [replace(one, groups=place[one.groups]) for one in self.attributes]
-        groups = tuple(self.groups[number] for number in numbers)
-        return replace(self, groups=groups, costs=tuple(costs), attributes=tuple(attributes))
+        written = [one.renumbered(place) for one in self.written]
+        return replace(
+            self,
+            groups=tuple(self.groups[number] for number in numbers),
+            costs=tuple(costs),
+            attributes=tuple(attributes),
+            written=tuple(written),
+        )
 
 
 def find_structure(model: nn.Module, runs: Sequence[Run], choices: Mapping[str, int]) -> Structure:
@@ -149,10 +161,11 @@ def find_structure(model: nn.Module, runs: Sequence[Run], choices: Mapping[str, 
 
 
 def _numbers(model: nn.Module) -> dict[str, set[int]]:
-    return {
-        clean_name(path): {value for value in vars(module).values() if type(value) is int and value > 1}
-        for path, module in model.named_modules()
-    }
+    numbers = {}
+    for path, module in modules_of(model).items():
+        mine = {value for value in vars(module).values() if type(value) is int and value > 1}
+        numbers[path] = mine | {now for before, now in corrected_sizes(module) if before in mine}
+    return numbers
 
 
 def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> Structure:
@@ -163,6 +176,12 @@ def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> St
         for factor in factors:
             dim = next(dim for dim, size in enumerate(factor.shape) if size > 1)
             along[name, dim] = factor.reshape(-1)
+    outer = tracer.atoms.alike_in_weights(torch.cat([torch.zeros(0, dtype=torch.int64), *tracer.outer]))
+    made_by = {key for key, atoms in along.items() if bool(outer[atoms].any())}
+
+    def makes(name: str, dim: int) -> bool:
+        return _makes(modules, name, dim, tensors[name], made_by)
+
     where: dict[int, list[tuple[str, int]]] = {}
     for key, atoms in along.items():
         for unit in units.of(atoms).unique().tolist():
@@ -179,15 +198,14 @@ def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> St
 
     def places(atoms: Tensor) -> tuple[Tensor, Tensor]:
         found = place[units.of(atoms)]
-        return found[:, 0], found[:, 1]
+        return found[..., 0], found[..., 1]
 
     made = []
     for number, (keys, mine) in enumerate(groups):
         members = []
         for name, dim in keys:
             group, unit = places(along[name, dim])
-            makes = _makes(modules, name, dim, tensors[name])
-            members.append(Member(name, dim, unit.masked_fill(group != number, -1), makes))
+            members.append(Member(name, dim, unit.masked_fill(group != number, -1), makes(name, dim)))
         weights = [
             one for one in members if isinstance(tensors[one.name], nn.Parameter) and tensors[one.name].dim() > 1
         ]
@@ -203,13 +221,14 @@ def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> St
     for (name, dim), atoms in along.items():
         roots = units.all[atoms].unique().tolist()
         weight = isinstance(tensors[name], nn.Parameter) and tensors[name].dim() > 1
-        makes = weight and _makes(modules, name, dim, tensors[name])
-        if makes and all(root in units.fixed for root in roots):
+        if weight and makes(name, dim) and all(root in units.fixed for root in roots):
             fixed.setdefault(_called(modules, name), units.fixed[roots[0]])
     return Structure(
         tuple(made),
         tuple(Cost(one.macs, tuple(places(labels) for labels in one.widths)) for one in _live(tracer.products, units)),
         tuple(_attributes(tracer.sizes, modules, places)),
+        written_sizes(tracer.written, places),
+        {path: vars(module)[WRITTEN] for path, module in modules.items() if WRITTEN in vars(module)},
         fixed,
         {key: frozenset(places(torch.cat(atoms))[0].unique().tolist()) - {-1} for key, atoms in tracer.splits.items()},
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -240,8 +259,10 @@ def _called(modules: Mapping[str, nn.Module], name: str) -> str:
     return layer if layer and isinstance(modules.get(layer), STANDARD) else name
 
 
-def _makes(modules: Mapping[str, nn.Module], name: str, dim: int, tensor: Tensor) -> bool:
-    """Whether a dimension of a tensor is what its layer puts out."""
+def _makes(
+    modules: Mapping[str, nn.Module], name: str, dim: int, tensor: Tensor, outer: Container[tuple[str, int]]
+) -> bool:
+    """Whether a dimension of a tensor is what its layer puts out; ``outer`` are those that products were seen to."""
     module = modules.get(layer_of(name))
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return dim == 1
@@ -249,6 +270,8 @@ def _makes(modules: Mapping[str, nn.Module], name: str, dim: int, tensor: Tensor
         return dim == 1
     if isinstance(module, (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, _ConvNd)):
         return dim == 0
+    if any((name, one) in outer for one in range(tensor.dim())):
+        return (name, dim) in outer
     return dim == tensor.dim() - 1
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_compress.channels.tracer import Size, Tracer, compressed, spread, varying
+from lightning_compress.channels.tracer import Tracer, compressed, spread, varying
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
+PARTS = {"slice", "split", "split_with_sizes"}
 
 
 def move(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -23,36 +26,101 @@ def move(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any)
         return tracer.unknown(func, args, kwargs, out)
     functional = getattr(torch.ops.aten, name)
     for factor in tracer.labels(tensor):
-        if name in ("split", "split_with_sizes"):
-            _note_sizes(tracer, factor, rest, kwargs)
         moved = functional(factor.expand(tensor.shape).contiguous(), *rest, **_without_format(kwargs))
         moved = list(moved) if isinstance(moved, (tuple, list)) else [moved]
-        if name == "split" and len({part.shape for part in moved}) == 1:
-            # Parts that are as long as each other stay so.
-            for part in moved[1:]:
-                tracer.atoms.tie(compressed(part), compressed(moved[0]))
+        if name in PARTS:
+            given = _given(func, args, kwargs)
+            if (size := factor.shape[given.get("dim", 0)]) > 1:
+                take_parts(tracer, factor, given.get("dim", 0), _places(given, size), tied=name == "split")
         for one, part in zip(found, moved, strict=True):
             part = compressed(part)
             if name in VIEWS:
                 part = _split_width(tracer, factor, part, rest[0])
             one.append(part)
+    if name in ("expand", "repeat"):
+        found[0] += tracer.made(out, _copied(tensor, out))
     for leaf, factors in zip(outs, found, strict=True):
-        tracer.set(leaf, tuple(factors))
+        tracer.set(leaf, one_width(tracer, leaf, factors) if name in VIEWS else tuple(factors))
+        if name in VIEWS or name == "expand":
+            tracer.note_written(tensor.shape, tracer.labels(tensor), (leaf, tracer.labels(leaf)))
 
 
 def _without_format(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key != "memory_format"}
 
 
-def _note_sizes(tracer: Tracer, factor: Tensor, rest: list[Any], kwargs: dict[str, Any]) -> None:
-    dim = rest[1] if len(rest) > 1 else kwargs.get("dim", 0)
-    if factor.shape[dim] > 1:
-        start = 0
-        labels = _first_along(factor, dim)
-        sizes = rest[0] if isinstance(rest[0], (list, tuple)) else [rest[0]]
-        for size in sizes:
-            tracer.sizes.append(Size(tracer.path, int(size), labels[start : start + size]))
-            start += size
+def _copied(tensor: Tensor, out: Tensor) -> list[int]:
+    """The dimensions along which a tensor is the same, such as one key head for many query heads; not the batch."""
+    missing = out.dim() - tensor.dim()
+    return [dim for dim in range(1, out.dim()) if dim < missing or tensor.shape[dim - missing] == 1]
+
+
+def _given(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    names = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _places(given: Mapping[str, Any], size: int) -> list[range]:
+    """The places along a width of this size that each part takes."""
+    if "split_size" not in given and "split_sizes" not in given:
+        return [range(size)[slice(given.get("start"), given.get("end"), given.get("step"))]]
+    sizes = given.get("split_sizes") or [given["split_size"]] * -(-size // given["split_size"])
+    return [range(size)[end - one : end] for one, end in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequence[int]], tied: bool = False) -> None:
+    """Parts of a width are taken. Those that are as long as each other and make up all of it stay so.
+
+    Args:
+        tracer: notes the sizes that may have been written.
+        factor: labels of the whole.
+        dim: of the width.
+        parts: the places of each.
+        tied: whether that is certain; else it is a guess, as their lengths may have been written apart.
+    """
+    labels = _first_along(factor, dim)
+    ends = sorted({end for part in parts if part for end in (part[0], part[-1] + 1)} - {0, len(labels)})
+    tracer.note_written(factor.shape, (spread(len(labels), labels, dim, factor.dim()),), ends=ends)
+    known = tracer.parts.setdefault(tuple(labels.tolist()), {})
+    for part in parts:
+        if len(part) in (0, len(labels)):
+            continue
+        part = tuple(part)
+        known[part] = labels[list(part)]
+        tracer.note_size(len(labels), labels)
+        tracer.note_size(len(part), known[part])
+        for end in {part[0], part[-1] + 1} - {0, len(labels)}:
+            tracer.note_size(end, labels[:end])
+        alike = {one: mine for one, mine in known.items() if len(one) == len(part)}
+        key = f"{tracer.path}:{len(labels)} by {len(part)}"
+        if len(alike) * len(part) == len(labels) == len({place for one in alike for place in one}):
+            tracer.splits.setdefault(key, []).append(labels)
+            if tied or tracer.choices.get(key, 0) % 2 == 0:
+                tracer.atoms.tie(torch.stack([*alike.values()]), known[part])
+
+
+def one_width(tracer: Tracer, tensor: Tensor, factors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Where several widths are flattened into one dimension only one of them can shrink: choose which."""
+    for dim in range(tensor.dim()):
+        here = [factor for factor in factors if factor.shape[dim] > 1]
+        if len(here) > 1:
+            labels = [_first_along(factor, dim) for factor in here]
+            # An outer width changes more slowly than what lies within; heads that share keys go first if they are more.
+            runs = [int((one != one[0]).nonzero()[0]) for one in labels]
+            counts = [len(one.unique()) for one in labels]
+            made = [tracer.origin(factor) for factor in here]
+            most = max((count for count, one in zip(counts, made, strict=True) if not one), default=0)
+            ranks = [-1 if one and count > most else one for one, count in zip(made, counts, strict=True)]
+            order = sorted(range(len(here)), key=lambda place: (ranks[place], -runs[place]))
+            key = f"{tracer.path}:{list(tensor.shape)} holds {len(here)}"
+            tracer.splits.setdefault(key, []).append(torch.cat([factor.flatten() for factor in here]))
+            chosen = here[order[tracer.choices.get(key, 0) % len(here)]]
+            for factor in here:
+                if factor is not chosen:
+                    tracer.atoms.pin(factor, f"another width shares its dimension, in {tracer.where()}")
+            factors = [factor for factor in factors if factor is chosen or factor.shape[dim] == 1]
+    return tuple(factors)
 
 
 def _first_along(factor: Tensor, dim: int) -> Tensor:
@@ -76,8 +144,7 @@ def _split_width(tracer: Tracer, before: Tensor, after: Tensor, sizes: Any) -> T
         after = flat
     for dim in varying(after):
         if dim < len(sizes) and sizes[dim] > 1:
-            labels = _first_along(after, dim)
-            tracer.sizes.append(Size(tracer.path, int(sizes[dim]), labels))
+            tracer.note_size(int(sizes[dim]), _first_along(after, dim))
     return after
 
 
@@ -89,8 +156,9 @@ def _split_options(tracer: Tracer, after: Tensor, sizes: list[int]) -> list[tupl
     # Blocks whose number is an attribute of the module, as of heads; what lies inside a block stays whole.
     blocks = [place for place, dim in enumerate(dims[:-1]) if len(_first_along(after, dim).unique()) in numbers]
     options += [dims[: place + 1] for place in reversed(blocks)]
+    options += [(dims[place],) for place in reversed(blocks)]  # such as queries, keys and values alike
     options += [(dim,) for dim in dims if sizes[dim] == -1]
-    options += [dims[-1:], dims[:1]]
+    options += [dims[:1], dims[:-1], dims[-1:]]
     return list(dict.fromkeys(options))
 
 
@@ -133,13 +201,22 @@ def index(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any
     factors = []
     functional = getattr(torch.ops.aten, func._schema.name.rpartition("::")[2])
     for factor in tracer.labels(x):
-        if dims & set(varying(factor)):
+        if dims & set(varying(factor)) and not _counted(tracer, factor, chosen):
             tracer.atoms.pin(factor, f"its places are numbered in {tracer.where()}")
         else:
             factors.append(functional(factor.expand(x.shape), *pytree.tree_map(_on_cpu, rest), **kwargs))
     for places in rest:
         tracer.pin(places, f"a number of places in {tracer.where()}")
     tracer.set(out, tuple(factors))
+
+
+def _counted(tracer: Tracer, factor: Tensor, chosen: Sequence[Any]) -> bool:
+    """Whether places are taken in an order that the code itself counts, which may follow; they are a part then."""
+    [(dim, places), *others] = [(dim, places) for dim, places in enumerate(chosen) if places is not None]
+    if others or not tracer.is_made(places) or places.dim() != 1 or places.dtype == torch.bool:
+        return False
+    take_parts(tracer, factor, dim, [tuple(places.tolist())])
+    return True
 
 
 def _on_cpu(leaf: Any) -> Any:

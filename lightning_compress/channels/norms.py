@@ -6,17 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_compress.channels.tracer import Size, Tracer, spread
+from lightning_compress.channels.tracer import Tracer, spread
 
 
 def batch_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
     """Channel by channel."""
     x = args[0]
     others = [tensor for tensor in args[1:5] if isinstance(tensor, Tensor)]
+    across = [factor for factor in tracer.labels(x) if factor.shape[1] == 1]
+    for factor in across:  # a weight that is standardized so
+        tracer.atoms.span(factor, f"a norm spans it, in {tracer.where()}", lasting=tracer.atoms.in_weights)
     labels = tracer.same((x, 1), *((tensor, 0) for tensor in others))
     if labels is not None:
-        tracer.sizes.append(Size(tracer.path, x.shape[1], labels))
-    tracer.set(out[0], () if labels is None else (spread(x.shape[1], labels, 1, x.dim()),))
+        tracer.note_size(x.shape[1], labels)
+    tracer.set(out[0], (*across, *(() if labels is None else (spread(x.shape[1], labels, 1, x.dim()),))))
 
 
 def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -45,7 +48,7 @@ def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out
     if groups == x.shape[1]:
         tracer.atoms.pin(labels, f"as many groups as channels, in {tracer.where()}")
     tracer.atoms.span(labels, f"a norm spans it, in {tracer.where()}")
-    tracer.sizes.append(Size(tracer.path, x.shape[1], labels))
+    tracer.note_size(x.shape[1], labels)
     blocks = labels.view(groups, -1)
     tracer.atoms.tie(blocks, blocks[:1])
     tracer.set(out[0], (spread(x.shape[1], labels, 1, x.dim()),))

@@ -24,6 +24,12 @@ def product(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
         if batch is not None:
             factors.append(spread(out.shape[0], batch, 0, rank))
     rows, columns = tracer.along(left, -2), tracer.along(right, -1)
+    if tracer.is_weight(right):
+        # A product of two weights: in `x @ (a @ b).T`, as layers write it, the second is the first to be applied.
+        made = inner if tracer.is_weight(left) else columns
+        tracer.outer += [] if made is None else [made]
+    elif tracer.is_weight(left) and rows is not None:
+        tracer.outer.append(rows)
     for labels, dim in ((rows, rank - 2), (columns, rank - 1)):
         if labels is not None:
             factors.append(spread(out.shape[dim], labels, dim, rank))
@@ -53,6 +59,8 @@ def convolution(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], ou
     else:
         outer, widths = _grouped(tracer, x, channel, weight, groups, transposed)
     tracer.costs(macs, *widths)
+    if outer is not None:
+        tracer.outer.append(outer)
     if outer is not None and bias is not None:
         biases = tracer.along(bias, 0)
         if biases is None:
@@ -115,14 +123,7 @@ def attention(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out:
     factors: list[Tensor] = []
     heads = None
     if query.dim() == 4:
-        heads = tracer.along(query, 1)
-        repeat = query.shape[1] // key.shape[1]
-        theirs = tracer.same((key, 1), (value, 1))
-        if heads is not None and theirs is not None:
-            tracer.atoms.tie(heads, theirs.repeat_interleave(repeat))
-        for labels in (heads, theirs):
-            if labels is not None and (heads is None or theirs is None):
-                tracer.atoms.pin(labels, f"it meets a fixed number of heads in {tracer.where()}")
+        heads = _heads(tracer, query, key, value)
         if heads is not None:
             factors.append(spread(query.shape[1], heads, 1, 4))
             for mask in masks:
@@ -133,6 +134,30 @@ def attention(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out:
     macs = math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     tracer.costs(macs, heads)
     tracer.set(out, tuple(factors))
+
+
+def _heads(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """The heads of queries. Where several share a key, whole groups of them can go, or the same ones in each group."""
+    heads, shared = tracer.along(query, 1), tracer.same((key, 1), (value, 1))
+    groups = key.shape[1]
+    if heads is None or (shared is None and groups > 1):
+        for labels in (heads, shared):
+            if labels is not None:
+                tracer.atoms.pin(labels, f"it meets a fixed number of heads in {tracer.where()}")
+        return heads
+    blocks = heads.view(groups, -1)
+    within = blocks.shape[1] > groups  # the finer way first
+    if shared is not None and blocks.shape[1] > 1:
+        name = f"{tracer.path}:{len(heads)} heads share {groups} keys"
+        tracer.splits.setdefault(name, []).append(heads)
+        within ^= bool(tracer.choices.get(name, 0) % 2)
+    if within:
+        tracer.atoms.tie(blocks, blocks[:1])
+        if shared is not None:
+            tracer.atoms.pin(shared, f"keys that several heads share, in {tracer.where()}")
+    elif shared is not None:
+        tracer.atoms.tie(blocks, shared[:, None])
+    return heads
 
 
 def _mask_heads(tracer: Tracer, mask: Tensor, heads: Tensor) -> None:

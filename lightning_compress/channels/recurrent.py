@@ -52,7 +52,7 @@ def _follow(
     if weights[1].shape[1] != size:
         tracer.pin((data, weights, states, out), f"a projected recurrent state, in {tracer.where()}")
         return
-    hidden = tracer.atoms.new(size)
+    hidden = tracer.new(size, 0)
     steps = data.numel() // data.shape[-1]
     for place, weight in enumerate(weights):
         rows = tracer.along(weight, 0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress.channels.layers import keep_scales_, settle_, weight_norms
+from lightning_compress.channels.written import WRITTEN, set_written_
 from lightning_compress.errors import CompressionError
 from lightning_compress.optimizers import Cut, Kept, resize_
 from lightning_compress.targets import clean_name
@@ -44,7 +45,7 @@ def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Non
 
 
 @torch.no_grad()
-def cut_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, int]) -> Cut:
+def cut_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, Any]) -> Cut:
     """Keep only the slices that stay, and bring the layers' numbers in line. Parameters stay the same objects.
 
     Args:
@@ -73,17 +74,20 @@ def cut_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, int])
     return Cut(kept, numbers, {one: (before[name], kept[name]) for name, one in parameters.items()})
 
 
-def set_numbers_(model: nn.Module, numbers: Mapping[str, int]) -> None:
+def set_numbers_(model: nn.Module, numbers: Mapping[str, Any]) -> None:
     """Set the numbers that follow widths, and let torch's layers read theirs from their tensors."""
     modules = modules_of(model)
     for path, module in modules.items():
         settle_(module, numbers.get(f"{path}.groups".lstrip(".")) if isinstance(module, _ConvNd) else None)
     for full, value in numbers.items():
         path, _, name = full.rpartition(".")
-        setattr(modules[path], name, value)
+        if name == WRITTEN:
+            set_written_(modules[path], value)
+        else:
+            setattr(modules[path], name, value)
 
 
-def _note_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, int]) -> None:
+def _note_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, Any]) -> None:
     """Write down what tensors and numbers were before the first cut, and what they are after this one.
 
     On the module that owns them, so that a part that is taken out knows of itself, and on the whole, as an int8 form
@@ -105,7 +109,7 @@ def _note_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, int
     for full, value in numbers.items():
         path, _, own = full.rpartition(".")
         record = _record(modules[path])
-        record["numbers"][own] = [record["numbers"].get(own, [getattr(modules[path], own)])[0], value]
+        record["numbers"][own] = [record["numbers"].get(own, [getattr(modules[path], own, None)])[0], value]
     whole: dict[str, dict[str, Any]] = {"shapes": {}, "numbers": {}}
     for kind, names in (("shapes", kept), ("numbers", numbers)):
         for full in names:

@@ -28,6 +28,7 @@ _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_m
                "norm", "linalg_vector_norm", "logsumexp", "any", "all"}  # fmt: skip
 _SOFTMAX = {"_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp"}
 _ORDERED = {"amax", "amin", "max", "min", "prod", "any", "all"}
+_COUNTING = {"mean", "var", "std", "var_mean"}
 _SPATIAL = ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample",
             "_upsample", "reflection_pad", "replication_pad", "grid_sampler", "fractional_max_pool")  # fmt: skip
 _BATCHNORM = ("native_batch_norm", "_native_batch_norm", "_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
@@ -136,7 +137,8 @@ def reduce(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: An
     factors = []
     for factor in tracer.labels(x):
         if gone & set(varying(factor)):
-            tracer.atoms.span(factor, f"`{name}` runs over it, in {tracer.where()}", lasting=name in _ORDERED)
+            lasting = name in _ORDERED or (name in _COUNTING and tracer.atoms.in_weights)
+            tracer.atoms.span(factor, f"`{name}` runs over it, in {tracer.where()}", lasting)
             if set(varying(factor)) - gone:
                 tracer.atoms.pin(factor, f"`{name}` runs over a part of it, in {tracer.where()}")
             continue

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from lightning_compress.channels.corrections import corrections, width_kept
 from lightning_compress.channels.groups import Structure
+from lightning_compress.channels.written import WRITTEN
 
 
 def kept_slices(structure: Structure, keep: Sequence[Tensor]) -> dict[str, dict[int, Tensor]]:
@@ -26,21 +28,17 @@ def kept_slices(structure: Structure, keep: Sequence[Tensor]) -> dict[str, dict[
     return slices
 
 
-def followed(structure: Structure, keep: Sequence[Tensor]) -> dict[str, int]:
-    """The new values of the numbers that follow, by what stays of each group."""
-    numbers = {}
+def followed(structure: Structure, keep: Sequence[Tensor]) -> dict[str, Any]:
+    """The new values of the numbers that follow, and corrections of sizes, by what stays of each group."""
+    numbers: dict[str, Any] = {}
     for one in structure.attributes:
         stays = width_kept(one.groups, one.units, keep)
         if int(stays.sum()) < len(stays):
             numbers[f"{one.path}.{one.name}".lstrip(".")] = int(stays.sum())
+    cut = any(not bool(kept.all()) for kept in keep)
+    for path in dict.fromkeys(call.path for call in structure.written if cut):
+        old = structure.corrected.get(path, [])
+        new = corrections(old, [call for call in structure.written if call.path == path], keep)
+        if new != old:
+            numbers[f"{path}.{WRITTEN}".lstrip(".")] = new
     return numbers
-
-
-def width_kept(groups: Tensor, units: Tensor, keep: Sequence[Tensor]) -> Tensor:
-    """For each place of a width whether it stays."""
-    stays = torch.ones(len(groups), dtype=torch.bool)
-    for number in groups.unique().tolist():
-        if number >= 0:
-            mine = groups == number
-            stays[mine] = keep[number][units[mine]]
-    return stays

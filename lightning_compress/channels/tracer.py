@@ -7,6 +7,7 @@ What an operator isn't known to leave independent stays (`Atoms.pin`).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_compress.channels.atoms import Atoms
+from lightning_compress.channels.written import WRITES
 from lightning_compress.targets import clean_name
 
 Factors = tuple[Tensor, ...]
@@ -49,8 +52,27 @@ class Size:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Written:
+    """A call by the module at ``path`` whose code may write sizes: a view, or parts that are taken of a width.
+
+    Attributes:
+        path: of the module that ran.
+        shape: of the tensor.
+        factors: its labels; where parts are taken, of the width that they are parts of.
+        view: the shape and the labels of what comes out of a view; None where parts are taken.
+        ends: places where parts end.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    factors: Factors
+    view: tuple[tuple[int, ...], Factors] | None = None
+    ends: tuple[int, ...] = ()
+
+
 _FACTORIES = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided",
-              "new_empty_strided"}  # fmt: skip
+              "new_empty_strided", "rand", "randn"}  # fmt: skip
 
 
 class Tracer(TorchDispatchMode):
@@ -69,7 +91,10 @@ class Tracer(TorchDispatchMode):
         products: what costs multiply-accumulates.
         macs: what all of it costs, also where no channel has a say.
         sizes: sizes that were written into views.
-        splits: key of each view that split a width, with the atoms of that width.
+        outer: widths that weights make, in products with what isn't made of weights alone.
+        written: calls that may name such sizes.
+        splits: key of each view that split a width, and of each guess like it, with the atoms of that width.
+        parts: labels of a width to the parts that were taken of it, by their places.
     """
 
     def __init__(
@@ -84,10 +109,16 @@ class Tracer(TorchDispatchMode):
         self.counting = True
         self.macs = 0
         self.sizes: list[Size] = []
+        self.outer: list[Tensor] = []
+        self.written: list[Written] = []
+        self.is_writing = False
         self.splits: dict[str, list[Tensor]] = {}
+        self.parts: dict[tuple[int, ...], dict[tuple[int, ...], Tensor]] = {}
         self.stack: list[str] = [""]
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._labels = WeakIdKeyDictionary()
+        self._of_weights, self._of_code = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self._starts, self._origins = [0], [0]
 
     @property
     def path(self) -> str:
@@ -109,7 +140,7 @@ class Tracer(TorchDispatchMode):
             if size > 1:
                 shape = [1] * tensor.dim()
                 shape[dim] = size
-                factors.append(self.atoms.new(size).view(shape))
+                factors.append(self.new(size, int(not isinstance(tensor, nn.Parameter))).view(shape))
         self.labels_of[name] = tuple(factors)
         return tuple(factors)
 
@@ -129,15 +160,49 @@ class Tracer(TorchDispatchMode):
         """The module that runs, as an error names it."""
         return f"`{self.path}`" if self.path else "the model's forward"
 
-    def _made(self, tensor: Tensor, dims: Iterable[int]) -> None:
-        """What was made as long as some width, such as a mask for every head, goes with whatever it meets."""
+    def made(self, tensor: Tensor, dims: Iterable[int]) -> list[Tensor]:
+        """Factors of what was made as long as some width, such as a mask for every head: it goes with what it meets."""
         factors = []
         for dim in dims:
             if (size := tensor.shape[dim]) > 1:
-                labels = self.atoms.new(size)
-                self.sizes.append(Size(self.path, size, labels))
+                labels = self.new(size, 2)
+                self.note_size(size, labels)
                 factors.append(spread(size, labels, dim, tensor.dim()))
-        self.set(tensor, tuple(factors))
+        return factors
+
+    def note_written(
+        self,
+        shape: Iterable[int],
+        factors: Factors,
+        view: tuple[Tensor, Factors] | None = None,
+        ends: Iterable[int] = (),
+    ) -> None:
+        """Note a call whose sizes the code may have written: see `Written`."""
+        if self.is_writing:
+            made = None if view is None else (tuple(view[0].shape), view[1])
+            self.written.append(Written(self.path, tuple(shape), factors, made, tuple(ends)))
+
+    def note_size(self, size: int, labels: Tensor) -> None:
+        """Note a size that the module which runs may have written, with the labels that it counts."""
+        self.sizes.append(Size(self.path, size, labels))
+
+    def origin(self, factor: Tensor) -> int:
+        """How much a width may shrink: 0 if it is one of a parameter, 1 of a buffer, 2 of what the code made."""
+        return self._origins[bisect_right(self._starts, int(factor.flatten()[0])) - 1]
+
+    def new(self, size: int, origin: int) -> Tensor:
+        """Fresh atoms that say where they come from: see `origin`."""
+        self._starts.append(self.atoms.count)
+        self._origins.append(origin)
+        return self.atoms.new(size)
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or a buffer, or computed from such alone."""
+        return id(tensor) in self._names or tensor in self._of_weights
+
+    def is_made(self, tensor: Tensor) -> bool:
+        """Whether a tensor was made by the code, of numbers alone."""
+        return tensor in self._of_code
 
     def costs(self, macs: int, *widths: Tensor | None) -> None:
         """Note what an operator costs, and the widths that it is proportional to."""
@@ -214,12 +279,19 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        weights = list(map(self.is_weight, tensors))
+        alone = all(one or self.is_made(tensor) for one, tensor in zip(weights, tensors, strict=True))
+        self.atoms.in_weights = alone and any(weights)
+        if alone:
+            known = self._of_weights if any(weights) else self._of_code
+            known.update({leaf: None for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)})
         if func.namespace == "aten" and func._schema.name.rpartition("::")[2] in _FACTORIES:
-            self._made(out, range(out.dim()))
+            self.set(out, tuple(self.made(out, range(out.dim()))))
         elif any(self.labels(tensor) for tensor in tensors):
             rule_for(func)(self, func, args, kwargs, out)
         elif func is torch.ops.aten.expand.default:
-            self._made(out, [dim for dim in range(1, out.dim()) if not out.stride(dim)])  # the first is the batch
+            dims = [dim for dim in range(1, out.dim()) if not out.stride(dim)]  # the first is the batch
+            self.set(out, tuple(self.made(out, dims)))
         elif self.counting and func._overloadpacket in flop_registry:
             self.macs += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
         return out
@@ -260,6 +332,21 @@ def _clusters(factors: list[Tensor]) -> list[set[int]]:
     return clusters
 
 
+class _Writing(TorchFunctionMode):
+    """Tells the tracer when a call runs whose sizes the code writes; an operator may call the same for itself."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tracer.is_writing = func in WRITES
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.tracer.is_writing = False
+
+
 @contextmanager
 def following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     """Run the calls inside under the tracer, which is told what module runs; no hook stays."""
@@ -277,7 +364,7 @@ def following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # Gradients of no use here, but not `inference_mode`: it hides what composite operators are made of.
-        with torch.compiler.set_stance("force_eager"), torch.no_grad(), tracer, Recurrences(tracer):
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), tracer, Recurrences(tracer), _Writing(tracer):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

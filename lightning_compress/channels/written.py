@@ -1,0 +1,256 @@
+"""Sizes that a module's code writes or computes from others, such as ``C // heads``: corrected after a cut.
+
+A module whose code does so becomes one of a class that differs in nothing but its forward, under which calls that name
+a size of before get the one of now. What is corrected is plain data on the module, so that a checkpoint can hold it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+WRITTEN = "_written_sizes"
+"""Where a module keeps its corrections."""
+
+Correction = list[Any]
+"""Of a view, ``["view", rank, [[dim, before, now, length], ...], rank, [[dim, before, now], ...]]``: what it takes, and
+what it makes. Of a width that parts are taken of, ``["parts", rank, [[dim, before, now]], n, [[end, end now], ...]]``.
+A dimension may hold several alike, such as the heads of each sample: before and now are of one, length is of all."""
+
+
+def set_written_(module: nn.Module, corrections: list[Correction] | None) -> None:
+    """Let the sizes that a module's code writes be corrected from now on; with None, or none, as they are written.
+
+    Example:
+        >>> class Heads(nn.Module):
+        ...     def forward(self, x):
+        ...         return x.view(len(x), 4, 8)
+        >>> heads = Heads()
+        >>> set_written_(heads, [["view", 2, [[1, 32, 24, 24]], 3, [[1, 4, 3]]]])
+        >>> heads(torch.ones(2, 24)).shape, type(heads).__name__
+        (torch.Size([2, 3, 8]), 'Heads')
+    """
+    plain = getattr(type(module), "_plain_class", type(module))
+    if corrections:
+        module.__dict__[WRITTEN] = corrections
+        module.__class__ = _corrected(plain)
+    else:
+        module.__dict__.pop(WRITTEN, None)
+        module.__class__ = plain
+
+
+def corrected_sizes(module: nn.Module) -> set[tuple[int, int]]:
+    """Sizes of views that the code of a module writes, each with what it is now."""
+    views = [one for one in vars(module).get(WRITTEN, ()) if one[0] == "view"]
+    return {(before, now) for one in views for _, before, now in one[4]}
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _corrected(plain: type[nn.Module]) -> type[nn.Module]:
+    """The same class, but that sizes in its forward are corrected."""
+    if plain in _CLASSES:
+        return _CLASSES[plain]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Corrections(self.__dict__[WRITTEN]):
+            return plain.forward(self, *args, **kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        # Pickle finds classes by their names: that of the user is found, and made into this one again.
+        made: Any = plain.__reduce_ex__(self, protocol)
+        return _rebuilt, (plain, *made[1][1:]), *made[2:]
+
+    own = {"forward": functools.wraps(plain.forward)(forward), "__reduce_ex__": reduce, "_plain_class": plain}
+    names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    _CLASSES[plain] = type(plain.__name__, (plain,), {**own, **names})
+    return _CLASSES[plain]
+
+
+def _rebuilt(plain: type[nn.Module], *args: Any) -> nn.Module:
+    return plain.__new__(_corrected(plain), *args)
+
+
+class _Corrections(TorchFunctionMode):
+    """Calls inside name the sizes of now."""
+
+    def __init__(self, corrections: Sequence[Correction]) -> None:
+        super().__init__()
+        self.corrections = corrections
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        correct = _CALLS.get(func)
+        if correct is not None:
+            with torch._C.DisableTorchFunction():
+                args, kwargs = correct(self.corrections, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+Arguments = tuple[Any, dict[str, Any]]
+
+
+def _reshape(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
+    x, *rest = args
+    written = kwargs.get("shape", kwargs.get("size")) or (rest[0] if isinstance(rest[0], (list, tuple)) else rest)
+    if written and isinstance(written[0], torch.dtype):
+        return args, kwargs
+    return (x, sized(corrections, x, written)), {}
+
+
+def _unflatten(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
+    names = ("input", "dim", "sizes")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    x, dim, sizes = (given[name] for name in names)
+    if not isinstance(dim, int):
+        return args, kwargs
+    dim %= x.dim()
+    shape = sized(corrections, x, (*x.shape[:dim], *sizes, *x.shape[dim + 1 :]))
+    return (x, dim, tuple(shape[dim : dim + len(sizes)])), {}
+
+
+def _expand(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
+    x, *rest = args
+    written = kwargs.get("size") or (rest[0] if isinstance(rest[0], (list, tuple)) else rest)
+    for view in _views(corrections, x, written):
+        meant = _meant(view, written)
+        missing = len(meant) - x.dim()
+        if all(meant[missing + dim] in (-1, size) for dim, size in enumerate(x.shape) if size != 1):
+            return (x, meant), {}
+    return args, kwargs
+
+
+def sized(corrections: Sequence[Correction], x: Tensor, written: Sequence[int]) -> Sequence[int]:
+    """The sizes that a view of ``x`` has now where the code says ``written``."""
+    fits = -1 not in written and math.prod(written) == x.numel()
+    for view in _views(corrections, x, written):
+        meant = _meant(view, written)
+        if list(written) == meant:
+            return written
+        # What fits may be wrong all the same, such as four heads of four where two of eight are left.
+        if fits and not _is_long_as(x, view):
+            continue
+        if x.numel() % math.prod(meant) == 0 if -1 in meant else x.numel() == math.prod(meant):
+            return meant
+    return written
+
+
+def _views(corrections: Sequence[Correction], x: Tensor, written: Sequence[int]) -> Iterator[Correction]:
+    """The views that a call may be, the likeliest first."""
+    found = [one for one in corrections if one[0] == "view" and (one[1], one[3]) == (x.dim(), len(written))]
+    certain = [one for one in found if _is_long_as(x, one)]
+    yield from certain
+    for one in found:
+        if one not in certain and not any(x.shape[dim] % now for dim, _, now, _ in one[2]):
+            yield one
+
+
+def _is_long_as(x: Tensor, view: Correction) -> bool:
+    # A length that an export leaves open is none that could be compared.
+    return all(type(x.shape[dim]) is int and x.shape[dim] == length for dim, _, _, length in view[2])
+
+
+def _meant(view: Correction, written: Sequence[int]) -> list[int]:
+    """What sizes are now; what code computes from something else that was cut is neither of before nor of now."""
+    meant = list(written)
+    for dim, before, now in view[4]:
+        if written[dim] != -1 and written[dim] % before == 0:
+            meant[dim] = written[dim] // before * now
+        elif written[dim] != -1 and written[dim] % now != 0:
+            meant[dim] = now
+    return meant
+
+
+def _split(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
+    names = ("tensor", "split_size_or_sections", "dim")
+    given = {**dict(zip(names, args, strict=False)), **{_ALIASES.get(name, name): one for name, one in kwargs.items()}}
+    x, sizes, dim = given["tensor"], given["split_size_or_sections"], given.get("dim", 0)
+    places, before = _places_now(corrections, x, dim)
+    if not places:
+        return args, kwargs
+    whole = [sizes] * (before // sizes) if isinstance(sizes, int) else list(sizes)
+    ends = [sum(whole[: end + 1]) for end in range(len(whole))]
+    if not whole or ends[-1] != before or any(end not in places for end in ends):
+        return args, kwargs
+    now = [places[end] for end in ends]
+    return (x, [end - start for start, end in zip([0, *now], now, strict=False)], dim), {}
+
+
+_ALIASES = {"split_size": "split_size_or_sections", "self": "tensor", "indices": "split_size_or_sections"}
+
+
+def _tensor_split(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
+    names = ("tensor", "split_size_or_sections", "dim")
+    given = {**dict(zip(names, args, strict=False)), **{_ALIASES.get(name, name): one for name, one in kwargs.items()}}
+    x, ends, dim = given["tensor"], given.get("split_size_or_sections"), given.get("dim", 0)
+    places, _ = _places_now(corrections, x, dim)
+    if not isinstance(ends, (list, tuple)) or any(end not in places for end in ends):
+        return args, kwargs
+    return (x, tuple(places[end] for end in ends), dim), {}
+
+
+def _narrow(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
+    names = ("input", "dim", "start", "length")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    x, dim, start, length = (given[name] for name in names)
+    places, _ = _places_now(corrections, x, dim)
+    if isinstance(start, Tensor) or start not in places or start + length not in places:
+        return args, kwargs
+    return (x, dim, places[start], places[start + length] - places[start]), {}
+
+
+def _item(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
+    x, index = args
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not any(isinstance(one, slice) and (one.start or one.stop) for one in items):
+        return args, kwargs
+    taken = [_dims_of(one) for one in items]
+    dim = 0
+    for place, (one, dims) in enumerate(zip(items, taken, strict=True)):
+        if one is Ellipsis:
+            dim += x.dim() - sum(taken)
+        elif isinstance(one, slice) and one.step in (None, 1):
+            places, before = _places_now(corrections, x, dim)
+            ends = [end + before if isinstance(end, int) and end < 0 else end for end in (one.start, one.stop)]
+            if all(end is None or end in places for end in ends):
+                items[place] = slice(*(None if end is None else places[end] for end in ends))
+        dim += dims
+    return (x, tuple(items)), {}
+
+
+def _dims_of(item: Any) -> int:
+    """How many dimensions an item of an index takes."""
+    if isinstance(item, Tensor) and item.dtype == torch.bool:
+        return item.dim()
+    return int(item is not None and item is not Ellipsis)
+
+
+def _places_now(corrections: Sequence[Correction], x: Any, dim: int) -> tuple[dict[int, int], int]:
+    """Where the ends of parts along one dimension lie now, by where they lay before, and how long it was."""
+    dim = dim % x.dim() if x.dim() else 0
+    for one in corrections:
+        if one[0] == "parts" and one[1] == x.dim():
+            [(mine, before, now)] = one[2]
+            if (mine, now) == (dim, x.shape[dim]):
+                return {0: 0, **dict(map(tuple, one[4])), before: now}, before
+    return {}, 0
+
+
+_CALLS: dict[Any, Callable[[Sequence[Correction], Any, dict[str, Any]], Arguments]] = {
+    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _reshape),
+    **dict.fromkeys((Tensor.unflatten, torch.unflatten), _unflatten),
+    **dict.fromkeys((Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes), _split),
+    **dict.fromkeys((Tensor.tensor_split, torch.tensor_split), _tensor_split),
+    **dict.fromkeys((Tensor.narrow, torch.narrow), _narrow),
+    **dict.fromkeys((Tensor.__getitem__, operator.getitem), _item),
+    Tensor.expand: _expand,
+}
+WRITES = frozenset(_CALLS)
+"""Calls whose sizes can be corrected."""

@@ -1,0 +1,137 @@
+"""Sizes that code writes or computes stay right after a cut, wherever the model goes then."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_compress import load_compressed, plan_removal, remove_channels_, save_compressed
+from lightning_compress.channels.written import WRITTEN, set_written_
+from tests.channels.cuts import inexact, off, run
+
+
+class Heads(nn.Module):
+    """Attention in code that writes sizes in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.stem, self.qkv, self.gate = nn.Linear(6, 32), nn.Linear(32, 96), nn.Linear(32, 64)
+        self.norm, self.o = nn.LayerNorm(32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        batch, count, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, -1, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.reshape(batch * self.heads, count, 8) for part in (q, k, v))
+        y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        y = y.view(batch, self.heads, count, -1).transpose(1, 2).reshape(batch, count, width)
+        gate = self.gate(x)
+        return self.o(y + gate[..., :32] * gate[..., 32:].tanh())
+
+
+def heads(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(Heads(), nn.Linear(5, 3)).eval()
+
+
+def cut(model: nn.Module, macs: float, seed: int = 0) -> float:
+    """How far the model is from the one with zeros, for the batch that it was planned with and for another."""
+    x = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed))
+    plan = plan_removal(model, x, macs=macs, importance="random", seed=seed)
+    assert {"0.qkv.weight", "0.gate.weight"} <= plan.kept.keys()
+    wrong = max(inexact(model, plan, (x,)), inexact(model, plan, (torch.cat([x, x.flip(1), x])[:5, :4],)))
+    remove_channels_(model, plan)
+    return wrong
+
+
+def test_cuts_go_on_from_each_other() -> None:
+    model = heads()
+    assert cut(model, 0.7) < 1e-5
+    assert model[0].qkv.weight.shape == (72, 32)
+    assert cut(model, 0.6, seed=1) < 1e-5
+    assert model[0].qkv.weight.shape == (48, 32)
+
+
+def test_a_class_keeps_its_name_and_is_left_alone() -> None:
+    model, other = heads(), heads(1)
+    cut(model, 0.6)
+    assert type(model[0]).__name__ == "Heads" and isinstance(model[0], Heads) and type(other[0]) is Heads
+    set_written_(model[0], None)
+    assert type(model[0]) is Heads and WRITTEN not in vars(model[0])
+
+
+@pytest.mark.parametrize("way", ["copy", "pickle", "torch_save", "export"])
+def test_cut_models_go_elsewhere(way: str) -> None:
+    model, x = heads(), torch.randn(3, 7, 6)
+    cut(model, 0.7)
+    expected = run(model, (x,))
+    if way == "copy":
+        there = copy.deepcopy(model)
+    elif way == "pickle":
+        there = pickle.loads(pickle.dumps(model))
+    elif way == "torch_save":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        there = torch.load(file, weights_only=False)
+    else:
+        sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("count")},)
+        exported = torch.export.export(model, (torch.randn(4, 9, 6),), dynamic_shapes=sizes)
+        assert off([exported.module()(x)], expected) < 1e-6
+        return
+    assert off(run(there, (x,)), expected) < 1e-6
+    assert cut(there, 0.6, seed=1) < 1e-5
+
+
+def test_files_hold_what_is_corrected(tmp_path: Path) -> None:
+    model, x = heads(), torch.randn(3, 7, 6)
+    cut(model, 0.7)
+    cut(model, 0.6, seed=1)
+    save_compressed(model, tmp_path / "small.ckpt")
+    other = load_compressed(tmp_path / "small.ckpt", heads(1)).eval()
+    assert off(run(other, (x,)), run(model, (x,))) < 1e-6
+    # A file of the whole model takes the corrections away again.
+    save_compressed(heads(2), tmp_path / "whole.ckpt")
+    whole = load_compressed(tmp_path / "whole.ckpt", other).eval()
+    assert off(run(whole, (x,)), run(heads(2), (x,))) == 0
+    assert type(whole[0]) is Heads
+
+
+CALLS = {
+    "view": (lambda x: x.view(2, -1, 4, 8), (2, 5, 3, 8)),
+    "view_of_a_size": (lambda x: x.view(torch.Size([2, 5, 4, 8])), (2, 5, 3, 8)),
+    "view_by_name": (lambda x: x.view(size=(2, 5, 4, 8)), (2, 5, 3, 8)),
+    "as_another_type": (lambda x: x.view(torch.int32), (2, 5, 24)),
+    "reshape": (lambda x: torch.reshape(x, (2, 5, 4, 8)), (2, 5, 3, 8)),
+    "computed": (lambda x: x.reshape(2, 5, 4, 24 // 4), (2, 5, 3, 8)),
+    "followed": (lambda x: x.reshape(2, 5, 3, -1), (2, 5, 3, 8)),
+    "unflatten": (lambda x: x.unflatten(-1, (4, 8)), (2, 5, 3, 8)),
+    "unflatten_by_name": (lambda x: torch.unflatten(x, dim=2, sizes=(4, -1)), (2, 5, 3, 8)),
+    "another_view": (lambda x: x.view(10, 24), (10, 24)),
+    "slice": (lambda x: x[..., :8], (2, 5, 4)),
+    "slices": (lambda x: x[1:, None, 0, 8:32], (1, 1, 20)),
+    "slice_from_the_end": (lambda x: x[:, :, -24:], (2, 5, 20)),
+    "of_no_part": (lambda x: x[:, 1:3], (2, 2, 24)),
+    "split": (lambda x: x.split([8, 24], 2)[1], (2, 5, 20)),
+    "split_by_names": (lambda x: torch.split(x, split_size_or_sections=(8, 24), dim=-1)[1], (2, 5, 20)),
+    "narrow": (lambda x: x.narrow(-1, 8, 24), (2, 5, 20)),
+    "tensor_split": (lambda x: x.tensor_split((8,), 2)[0], (2, 5, 4)),
+    "split_as_it_is": (lambda x: x.split([4, 20], -1)[0], (2, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_write_sizes(name: str) -> None:
+    call, shape = CALLS[name]
+    module = type("Calls", (nn.Module,), {"forward": lambda self, x: call(x)})()
+    view = ["view", 3, [[2, 32, 24, 24]], 4, [[2, 4, 3], [3, 8, 8]]]
+    set_written_(module, [view, ["parts", 3, [[2, 32, 24]], 1, [[8, 4]]]])
+    assert module(torch.ones(2, 5, 24)).shape == shape
