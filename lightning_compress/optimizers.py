@@ -60,7 +60,14 @@ class Cut:
 @torch.no_grad()
 def assign_(tensor: Tensor, value: Tensor) -> None:
     """Give a parameter or buffer other data, of any shape; it stays the same object, with its hooks."""
-    tensor.grad = None
+    if tensor.is_inference():
+        with torch.inference_mode():
+            tensor.set_(value.clone())  # type: ignore[call-overload]
+        return
+    if tensor.is_leaf:
+        tensor.grad = None
+    elif not tensor._is_view():
+        tensor.detach_()  # what it was computed from has another shape now
     # By way of another dtype: only that makes autograd forget the shape that it knew.
     tensor.data = torch.empty(0, dtype=torch.float64 if tensor.dtype != torch.float64 else torch.float32)
     tensor.data = value
@@ -76,9 +83,10 @@ def resize_(tensor: Tensor, kept: Kept) -> None:
         >>> weight.shape
         torch.Size([2, 2])
     """
-    gradient = None if tensor.grad is None else take(tensor.grad, kept)
+    gradient = take(tensor.grad, kept) if tensor.is_leaf and tensor.grad is not None else None
     assign_(tensor, take(tensor, kept))
-    tensor.grad = gradient
+    if gradient is not None:
+        tensor.grad = gradient
 
 
 def with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:

@@ -25,7 +25,7 @@ def explore(subject: Subject) -> Structure:
     Args:
         subject: nothing of the model is changed.
     """
-    return _Explorer(subject.enlivened()).explore()
+    return _Explorer(subject.emptied().enlivened()).explore()
 
 
 class _Explorer:
@@ -109,7 +109,7 @@ class _Explorer:
 
     @staticmethod
     def _all(structure: Structure) -> list[Group]:
-        return [group for group in structure.groups if group.size > 1 and group.layers]
+        return [group for group in structure.groups if group.size > 1 and group.layers and not _unread(group)]
 
     def _usable(self, structure: Structure, failed: Mapping[str, str]) -> list[Group]:
         return [group for group in self._all(structure) if group.name not in failed]
@@ -203,6 +203,11 @@ class _Explorer:
     @staticmethod
     def _keep(structure: Structure, groups: Sequence[Group]) -> list[Tensor]:
         return [_some(group, number, groups) for number, group in enumerate(structure.groups)]
+
+
+def _unread(group: Group) -> bool:
+    """Whether it is but a part of a bare parameter that the example doesn't reach, such as places beyond its length."""
+    return len(group.members) == 1 and not group.spanned and group.members[0].name in group.layers
 
 
 def _some(group: Group, number: int, tried: Sequence[Group]) -> Tensor:

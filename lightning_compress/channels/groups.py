@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_compress.channels.atoms import FIXED
+from lightning_compress.channels.cached import cached_tensors
 from lightning_compress.channels.corrections import WrittenSizes, written_sizes
 from lightning_compress.channels.layers import STANDARD
 from lightning_compress.channels.outputs import tensors_in
@@ -52,6 +53,7 @@ class Group:
         layers: paths of the layers that make these channels.
         spanned: what is computed across its units, if something is; then removal isn't exact.
         lasting: whether it stays spanned, even where an example doesn't show it.
+        cached: dimensions of tensors that modules keep beside their own, which shrink too.
     """
 
     size: int
@@ -60,6 +62,7 @@ class Group:
     layers: tuple[str, ...]
     spanned: str = ""
     lasting: bool = False
+    cached: tuple[Member, ...] = ()
 
     @property
     def name(self) -> str:
@@ -151,12 +154,14 @@ def find_structure(model: nn.Module, runs: Sequence[Run], choices: Mapping[str, 
         runs: each calls the model in some way and returns what it puts out, whose shape must stay.
         choices: how splits are taken: see `Tracer`.
     """
-    tensors = named_tensors(model)
-    tracer = Tracer(tensors, _numbers(model), choices)
+    tensors, beside = named_tensors(model), cached_tensors(model)  # held, as the tracer knows them by their ids
+    tracer = Tracer({**tensors, **beside}, _numbers(model), choices)
     with steady(), following(tracer, model):
         for number, run in enumerate(runs):
             tracer.counting = number == 0
             tracer.pin(list(tensors_in(run(model))), getattr(run, "reason", "an output"), output=True)
+            for name, tensor in cached_tensors(model).items():
+                tracer.name(name, tensor)
     return _read(tracer, model, tensors)
 
 
@@ -182,8 +187,10 @@ def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> St
     def makes(name: str, dim: int) -> bool:
         return _makes(modules, name, dim, tensors[name], made_by)
 
+    registered = {key: atoms for key, atoms in along.items() if key[0] in tensors}
+    beside = {key: atoms for key, atoms in along.items() if key not in registered}
     where: dict[int, list[tuple[str, int]]] = {}
-    for key, atoms in along.items():
+    for key, atoms in registered.items():
         for unit in units.of(atoms).unique().tolist():
             if unit != FIXED:
                 where.setdefault(unit, []).append(key)
@@ -216,9 +223,14 @@ def _read(tracer: Tracer, model: nn.Module, tensors: Mapping[str, Tensor]) -> St
         # A recurrent layer has rows for each gate of a channel.
         gated = isinstance(modules.get(layer_of(first.name)), (nn.RNNBase, nn.RNNCellBase))
         width = len(mine) if gated else int((first.units >= 0).sum())
-        made.append(Group(len(mine), width, tuple(members), tuple(layers), spanned, lasting))
+        cached = []
+        for (name, dim), atoms in beside.items():
+            group, unit = places(atoms)
+            if bool((group == number).any()):
+                cached.append(Member(name, dim, unit.masked_fill(group != number, -1), False))
+        made.append(Group(len(mine), width, tuple(members), tuple(layers), spanned, lasting, tuple(cached)))
     fixed = dict[str, str]()
-    for (name, dim), atoms in along.items():
+    for (name, dim), atoms in registered.items():
         roots = units.all[atoms].unique().tolist()
         weight = isinstance(tensors[name], nn.Parameter) and tensors[name].dim() > 1
         if weight and makes(name, dim) and all(root in units.fixed for root in roots):

@@ -136,7 +136,8 @@ def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
     """Evaluation, and training too if the model runs in it: both must go on working."""
 
     def evaluate(twin: nn.Module) -> Any:
-        twin.eval()  # which need not return the module
+        if any(module.training for module in twin.modules()):  # else as it is: a switch may empty what it keeps
+            twin.eval()  # which need not return the module
         return twin(*args, **kwargs)
 
     def train(twin: nn.Module) -> Any:

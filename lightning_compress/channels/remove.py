@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_compress.channels.cached import cached_tensors, forget_, is_cached, kept_of
 from lightning_compress.channels.layers import keep_scales_, settle_, weight_norms
 from lightning_compress.channels.written import WRITTEN, set_written_
 from lightning_compress.errors import CompressionError
@@ -44,6 +45,15 @@ def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Non
             )
 
 
+def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**named_tensors(model), **cached_tensors(model)}
+
+
+def _present(model: nn.Module, kept: Mapping[str, Kept]) -> dict[str, Kept]:
+    """What stays, of the tensors that a model keeps beside its own as they are now: caches come and go."""
+    return {**{name: dims for name, dims in kept.items() if not is_cached(name)}, **kept_of(model, kept)}
+
+
 @torch.no_grad()
 def cut_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, Any]) -> Cut:
     """Keep only the slices that stay, and bring the layers' numbers in line. Parameters stay the same objects.
@@ -56,7 +66,7 @@ def cut_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, Any])
     Returns:
         What was done, for all that rides on the module's tensors.
     """
-    tensors = named_tensors(model)
+    tensors, kept = _all_tensors(model), _present(model, kept)
     normed = weight_norms(model)
     scales = {id(magnitude): dim for magnitude, _, dim, _ in normed}
     before = {name: tensors[name].shape for name in kept}
@@ -70,6 +80,7 @@ def cut_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, Any])
         resize_(tensor, dims)
     keep_scales_(normed, left)
     set_numbers_(model, numbers)
+    forget_(model)
     parameters = {name: tensors[name] for name in kept if isinstance(tensors[name], nn.Parameter)}
     return Cut(kept, numbers, {one: (before[name], kept[name]) for name, one in parameters.items()})
 
@@ -94,14 +105,15 @@ def _note_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, Any
     takes the place of such modules.
     """
     modules = modules_of(model)
-    tensors = named_tensors(model)
+    tensors = _all_tensors(model)
     held = set(map(clean_name, model.state_dict()))
     for name, dims in kept.items():
         path, _, own = name.rpartition(".")
         record = _record(modules[path])
         before = list(tensors[name].shape)
         after = [len(dims[dim]) if dim in dims else size for dim, size in enumerate(before)]
-        record["shapes"][own] = [record["shapes"].get(own, [before])[0], after]
+        if not is_cached(name):
+            record["shapes"][own] = [record["shapes"].get(own, [before])[0], after]
         if name not in held and not isinstance(tensors[name], nn.Parameter):
             entry = record["buffers"].setdefault(own, {"kept": {}, "whole": tensors[name].clone()})
             for dim, indices in dims.items():
@@ -111,7 +123,7 @@ def _note_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, Any
         record = _record(modules[path])
         record["numbers"][own] = [record["numbers"].get(own, [getattr(modules[path], own, None)])[0], value]
     whole: dict[str, dict[str, Any]] = {"shapes": {}, "numbers": {}}
-    for kind, names in (("shapes", kept), ("numbers", numbers)):
+    for kind, names in (("shapes", [name for name in kept if not is_cached(name)]), ("numbers", list(numbers))):
         for full in names:
             path, _, own = full.rpartition(".")
             whole[kind][full] = list(_record(modules[path])[kind][own])
@@ -132,7 +144,7 @@ def _record(module: nn.Module) -> dict[str, Any]:
 @torch.no_grad()
 def zero_(model: nn.Module, kept: Mapping[str, Kept]) -> None:
     """Zero what `cut_` would take out: what remains computes the same."""
-    tensors = named_tensors(model)
+    tensors, kept = _all_tensors(model), _present(model, kept)
     normed = weight_norms(model)
     # A weight norm's rows go with their magnitudes: a direction of zeros has none.
     rows = {id(direction): dim for _, direction, dim, _ in normed}

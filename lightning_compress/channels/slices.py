@@ -18,7 +18,7 @@ def kept_slices(structure: Structure, keep: Sequence[Tensor]) -> dict[str, dict[
     for group, kept in zip(structure.groups, keep, strict=True):
         if bool(kept.all()):
             continue
-        for member in group.members:
+        for member in (*group.members, *group.cached):
             mine = (member.units < 0) | kept[member.units]
             key = member.name, member.dim
             stays[key] = stays[key] & mine if key in stays else mine

@@ -144,6 +144,12 @@ class Tracer(TorchDispatchMode):
         self.labels_of[name] = tuple(factors)
         return tuple(factors)
 
+    def name(self, name: str, tensor: Tensor) -> None:
+        """Note what is known of a tensor that was computed and is kept, if its widths lie along one dimension each."""
+        known: Factors = self._labels.get(tensor, ())
+        if known and name not in self.labels_of and all(len(varying(factor)) == 1 for factor in known):
+            self.labels_of[name] = known
+
     def set(self, tensor: Any, factors: Factors) -> None:
         """Say what the labels of a new tensor are."""
         if isinstance(tensor, Tensor):

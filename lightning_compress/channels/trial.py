@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_compress.channels.cached import empty_, kinds_of
 from lightning_compress.channels.groups import Run, Structure
 from lightning_compress.channels.lively import enliven_
 from lightning_compress.channels.outputs import tensors_in
@@ -93,6 +94,31 @@ class Subject:
             if any(one.shape != other.shape or distance(one, other) > _LOOSE for one, other in outputs):
                 return True
         return False
+
+    def emptied(self) -> Subject:
+        """The same without the tensors that its modules keep and would compute again.
+
+        What a cut leaves of those says nothing of those that are computed afterwards.
+        """
+        model = self.copy(self.model)
+        for kind in kinds_of(model):
+            for delete in (False, True):
+                tried = self.copy(model)
+                empty_(tried, kind, delete=delete)
+                if self._fills(tried, kind):
+                    empty_(model, kind, delete=delete)
+                    break
+        return replace(self, model=model)
+
+    def _fills(self, model: nn.Module, kind: tuple[type[nn.Module], str]) -> bool:
+        filled = False
+        try:
+            for run in self.runs:
+                witnessed(run, model)
+                filled |= kind in kinds_of(model)
+        except Exception:
+            return False
+        return filled
 
     def enlivened(self) -> Subject:
         """The same with values of their own in tensors that are constant, if it runs so.

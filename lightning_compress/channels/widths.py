@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.channels.cached import cached_tensors, forget_, is_cached, kept_of
 from lightning_compress.channels.layers import STANDARD
 from lightning_compress.channels.remove import RECORD, modules_of, named_tensors, note_whole_, set_numbers_
 from lightning_compress.errors import CompressionError
-from lightning_compress.optimizers import assign_, take
+from lightning_compress.optimizers import assign_, resize_, take
 from lightning_compress.quantization.traced import CHILD, children_aside
 from lightning_compress.targets import clean_name
 
@@ -75,7 +76,8 @@ def take_widths_(model: nn.Module, record: Record) -> None:
     numbers = {name: before for name, (before, _) in mine.get("numbers", {}).items()}
     numbers.update({name: now for name, (_, now) in record.get("numbers", {}).items()})
     whole = _whole_buffers(model)
-    before_of = {name: tensors[name].detach().clone() for name in record.get("buffers", {}) if name not in whole}
+    buffers = [name for name in record.get("buffers", {}) if not is_cached(name)]
+    before_of = {name: tensors[name].detach().clone() for name in buffers if name not in whole}
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) == shape and name not in whole:
             continue
@@ -84,6 +86,7 @@ def take_widths_(model: nn.Module, record: Record) -> None:
         value = take(value, kept) if kept or tuple(value.shape) == shape else tensors[name].new_zeros(shape)
         assign_(tensors[name], value)
     set_numbers_(model, numbers)
+    before_of.update(_take_cached_(model, record, whole))
     _forget_(model)
     modules = modules_of(model)
     for kind, entries in record.items():
@@ -98,6 +101,24 @@ def take_widths_(model: nn.Module, record: Record) -> None:
                 mine[kind][own] = {"kept": kept, "whole": whole.get(full, before_of.get(full))}
     if record:
         note_whole_(model, {kind: record[kind] for kind in ("shapes", "numbers")})
+
+
+@torch.no_grad()
+def _take_cached_(model: nn.Module, record: Record, whole: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Cut the tensors that modules keep beside their own as a record tells; returns those as they were."""
+    for name, tensor in cached_tensors(model).items():
+        if (value := whole.get(name)) is not None:
+            assign_(tensor, value)
+    entries = {name: entry for name, entry in record.get("buffers", {}).items() if is_cached(name)}
+    kept = kept_of(
+        model, {name: {int(dim): torch.tensor(one) for dim, one in dims.items()} for name, dims in entries.items()}
+    )
+    tensors = cached_tensors(model)
+    before = {name: tensors[name].detach().clone() for name in kept}
+    for name, dims in kept.items():
+        resize_(tensors[name], dims)
+    forget_(model)
+    return before
 
 
 def _whole_buffers(model: nn.Module) -> dict[str, Tensor]:
