@@ -30,7 +30,7 @@ class Silence(Heard):
         found = []
         for name in sorted(set[str]().union(*self.relied_on.values())):
             calls = self.calls[name]
-            covered = [torch.stack(list(call.values())).amax(0) >= 0 for call in calls if call]
+            covered = [torch.stack(list(call.values())).amax(0) != -1 for call in calls if call]
             alone = torch.stack(covered).all(0)
             if not all(calls) or not alone.any():
                 continue

@@ -104,9 +104,10 @@ def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return len(shape) <= len(to) and all(mine in (1, size) for mine, size in zip(shape[::-1], to[::-1], strict=False))
 
 
-def units_of_entries(entries: Map, units: Map, name: str) -> Tensor | None:
-    """For each entry of a parameter the one unit that it goes with, -1 for none; None if it goes with several.
+def units_of_entries(entries: Map, units: Map, name: str, count: int) -> Tensor | None:
+    """For each of ``count`` entries of a parameter the one unit that it goes with; None if it goes with several.
 
+    It is -1 for none, and -2 where a part of the parameter has no such entry.
     Channels are the second dimension for convolutions and their norms; all else is broadcast.
     """
     second = name == "convolution" or "batch_norm" in name or "group_norm" in name
@@ -115,8 +116,8 @@ def units_of_entries(entries: Map, units: Map, name: str) -> Tensor | None:
         ways.append(entries.view(-1, *[1] * (units.dim() - 2)))
     for way in ways:
         places, values = (each.flatten() for each in torch.broadcast_tensors(way, units))
-        empty = torch.zeros(int(entries.max()) + 1, dtype=values.dtype, device=values.device)
+        empty = torch.full((count + 1,), -1, dtype=values.dtype, device=values.device)
         most, least = (empty.scatter_reduce(0, places, values, how, include_self=False) for how in ("amax", "amin"))
-        if torch.equal(most, least) and most.any():
+        if torch.equal(most, least) and (most > 0).any():
             return most[1:] - 1
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,8 @@ class Heard:
 
     Attributes:
         loud: targeted weights whose pruned units aren't silent, each with what shifts them.
-        calls: for each parameter, the units that its entries went with in each call: weight to unit numbers, or -1.
+        calls: for each parameter, the units that its entries went with in each call: weight to unit numbers, -1 where
+            an entry has none, -2 where it didn't take part.
         relied_on: for each weight the parameters that had to be zero.
     """
 
@@ -60,6 +62,7 @@ class Watch(TorchDispatchMode):
         self._places: dict[tuple[int, str], str] = {}
         self._hidden: set[tuple[int, str]] = set()
         self._gone: dict[str, Tensor] = {}
+        self._sizes: dict[str, int] = {}
         self._paths = [""]
         layers = compressible_modules(model)
         # A recurrent unit is silent by its arithmetic, and in one operator with all others: it begins at the outputs.
@@ -70,7 +73,7 @@ class Watch(TorchDispatchMode):
                 self._choose(target.name, layer.hidden_size, target.parameter.device)
         tensors = {clean_name(name): tensor for name, tensor in (*model.named_buffers(), *model.named_parameters())}
         for name, tensor in tensors.items():
-            entries = None
+            entries, self._sizes[name] = None, tensor.numel()
             if name in watched:
                 self._begin(watched[name], tensor, layouts[name], tensors)
             elif isinstance(tensor, nn.Parameter) and 1 < tensor.numel() <= _LARGEST:
@@ -92,30 +95,34 @@ class Watch(TorchDispatchMode):
         self._maps[id(weight)] = (weight, {name: units})
 
     def _choose(self, name: str, count: int, device: torch.device) -> Tensor:
-        """Which units of a weight go: half of them, at random, or two halves of one length would look alike."""
-        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(count))[: count // 2] + 1
+        """Which units of a weight go: half of them, at random, or those of two weights that meet would be the same."""
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        chosen = torch.randperm(count, generator=generator)[: count // 2] + 1
         self._gone[name] = torch.zeros(count + 1, dtype=torch.bool, device=device)
         self._gone[name][chosen.to(device)] = True
         return self._gone[name]
 
     def _begin_recurrent(self, path: str, layer: nn.RNNBase | nn.RNNCellBase, output: Any) -> None:
-        """Zero units in what a recurrent layer puts out: those of its last layer, side by side for both directions."""
-        last = f"_l{layer.num_layers - 1}" if isinstance(layer, nn.RNNBase) else ""
+        """Zero units in what a recurrent layer puts out: of its last layer, both ways side by side; of all in states."""
         ways = ["", "_reverse"] if getattr(layer, "bidirectional", False) else [""]
-        hidden = output[0] if isinstance(output, tuple) else output
+        suffixes = [f"_l{number}{way}" for number in range(getattr(layer, "num_layers", 0)) for way in ways] or [""]
+        names = [f"{path}.weight_ih{suffix}".lstrip(".") for suffix in suffixes]
+        size, device = layer.hidden_size, next(layer.parameters()).device
+        numbers = torch.eye(len(names), dtype=torch.long, device=device)[:, :, None] * torch.arange(
+            1, size + 1, device=device
+        )
+        hidden, *states = output if isinstance(output, tuple) and not isinstance(layer, nn.RNNCellBase) else (output,)
         hidden = hidden.data if isinstance(hidden, PackedSequence) else hidden
-        if not isinstance(hidden, Tensor) or hidden.shape[-1] != len(ways) * layer.hidden_size:
-            return  # projected: other weights number its outputs
-        maps: dict[str, Map | None] = {}
-        for number, way in enumerate(ways):
-            name = f"{path}.weight_ih{last}{way}".lstrip(".")
-            if name in self._gone:
-                units = torch.zeros(len(ways), layer.hidden_size, dtype=torch.long, device=hidden.device)
-                units[number] = torch.arange(1, layer.hidden_size + 1, device=hidden.device)
-                maps[name] = units.view(-1)
-                hidden.masked_fill_(self._gone[name][units.view(-1)], 0.0)
-        self._static.pop(id(hidden), None)
-        self._maps[id(hidden)] = hidden, maps
+        for tensor in pytree.tree_leaves([hidden, states]):
+            maps: dict[str, Map | None] = {}
+            for name, rows in zip(names, numbers, strict=True):
+                last = rows[-len(ways) :].reshape(-1)
+                units = last if tensor is hidden or not states else rows.view(-1, *[1] * (tensor.dim() - 2), size)
+                if name in self._gone and units.any() and broadcasts(units.shape, tensor.shape):
+                    maps[name] = units
+                    tensor.masked_fill_(self._gone[name][units], 0.0)
+            self._static.pop(id(tensor), None)
+            self._maps[id(tensor)] = tensor, maps
 
     def hooks(self, path: str, module: nn.Module) -> list[Any]:
         """By which it knows where it is."""
@@ -192,11 +199,13 @@ class Watch(TorchDispatchMode):
         """Whether what is added to units comes from elsewhere: no shift of each of them, nothing computed from them."""
         if not tensor.is_floating_point() or tensor.numel() < 2 or target in self._of(tensor):
             return False
-        _, _, entries = self._static.get(id(tensor), (tensor, "", None))
+        _, parameter, entries = self._static.get(id(tensor), (tensor, "", None))
         if id(tensor) not in self._static or sum(size > 1 for size in tensor.shape) < 2:
             return id(tensor) not in self._static
         maps = [units for one in beside if (units := self._of(one).get(target)) is not None]
-        of_entries = None if entries is None or not maps else units_of_entries(entries, maps[0], "")
+        of_entries = (
+            None if entries is None or not maps else units_of_entries(entries, maps[0], "", self._sizes[parameter])
+        )
         # An embedding of positions has several entries for a unit.
         return of_entries is None or bool(of_entries[of_entries >= 0].bincount().max() > 1)
 
@@ -244,7 +253,7 @@ class Watch(TorchDispatchMode):
             found: dict[str, Tensor] = {}
             for target, each in maps.items():
                 units = each[0] if each else None
-                of_entries = None if units is None else units_of_entries(entries, units, name)
+                of_entries = None if units is None else units_of_entries(entries, units, name, self._sizes[parameter])
                 if units is None or of_entries is None or (name in _SUMS and self._is_other(one, target, tensors)):
                     continue
                 found[target] = of_entries
@@ -252,7 +261,7 @@ class Watch(TorchDispatchMode):
                 if out is None or hidden or self._is_loud(out, units, target):
                     silent.add(target)
                     self._seen.relied_on.setdefault(target, set()).add(parameter)
-                    gone = self._gone[target][of_entries + 1][entries - 1]
+                    gone = self._gone[target][(of_entries + 1).clamp(min=0)][entries - 1]
                     silenced[id(one)] = silenced.get(id(one), one).masked_fill(gone, 0.0)
             self._seen.calls.setdefault(parameter, []).append(found)
         return silenced, silent

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lightning_compress import ScheduledPruning, Targets, Window, prune_
 from tests.pruning.silent import IMAGES, Net, rough
 from tests.support.modules import quiet_trainer
+from tests.support.wide import WIDE
+from tests.support.zoo import Row
 
 
 class Affine(nn.Module):
@@ -189,23 +191,50 @@ def test_positions_and_the_norm_of_a_residual_stream_stay() -> None:
 
 
 class Recurrent(nn.Module):
-    def __init__(self, way: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+    def __init__(self, layer: nn.Module, read: Callable[[Any], Tensor], way: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.rnn, self.norm = nn.LSTM(3, 6, 2, batch_first=True, bidirectional=True), nn.LayerNorm(12)
-        self.way, self.out = way, nn.Linear(12, 2)
+        self.rnn, self.norm, self.out = layer, nn.LayerNorm(12), nn.Linear(12, 2)
+        self.read, self.way = read, way
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen = self.way(self.norm(self.rnn(x[:, :, 0].mT)[0]))
-        return self.out(self.seen[:, -1])
+        x = x[:, :, 0].mT
+        self.seen = self.way(self.norm(self.read(self.rnn(x[:, 0] if isinstance(self.rnn, nn.GRUCell) else x))))
+        return self.out(self.seen)
 
 
-def test_recurrent_units_are_silent_behind_a_norm_and_heard_behind_a_sigmoid() -> None:
-    model, targets = rough(Recurrent()), Targets(include=["rnn"])
+RECURRENT: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor], str]] = {
+    "both ways": (
+        lambda: nn.LSTM(3, 6, 2, batch_first=True, bidirectional=True),
+        lambda y: y[0][:, -1],
+        "_l1.*reverse",
+    ),
+    "last state": (lambda: nn.LSTM(3, 12, 2, batch_first=True), lambda y: y[1][0][-1], "_l1"),
+    "cell": (lambda: nn.GRUCell(3, 12), lambda y: y, ""),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_units_are_silent_behind_a_norm_and_heard_behind_a_sigmoid(name: str) -> None:
+    make, read, told_of = RECURRENT[name]
+    model, targets = rough(Recurrent(make(), read, torch.tanh)), Targets(include=["rnn"])
     prune_(model, 0.5, "ln_structured", "layer", targets, inputs=IMAGES)
     model.eval()(IMAGES)
-    assert int((model.seen == 0).all(0).all(0).sum()) == 6
-    with pytest.warns(UserWarning, match=r"`rnn\.weight_ih_l1`, `rnn\.weight_ih_l1_reverse` behind .* \(sigmoid\)"):
-        prune_(rough(Recurrent(torch.sigmoid)), 0.5, "ln_structured", "layer", targets, inputs=IMAGES)
+    assert int((model.seen == 0).all(0).sum()) == 6
+    with pytest.warns(UserWarning, match=rf"`rnn\.weight_ih{told_of}.*` behind .* \(sigmoid\)"):
+        loud = rough(Recurrent(make(), read, torch.sigmoid))
+        prune_(loud, 0.5, "ln_structured", "layer", targets, inputs=IMAGES)
+
+
+HEARD = {"mobilenet_v3": "hardsigmoid", "glu": "sigmoid", "two_outputs": "sigmoid"}
+
+
+@pytest.mark.parametrize("row", WIDE, ids=str)
+def test_of_thirty_architectures_only_those_with_gates_are_heard(row: Row) -> None:
+    args, kwargs = row.inputs()
+    model = row.build()
+    messages = told(lambda: prune_(model, 0.5, "ln_structured", "layer", inputs=kwargs if kwargs else args))
+    assert len(messages) == (row.name in HEARD)
+    assert all(HEARD[row.name] in message for message in messages)
 
 
 def test_values_and_random_state_of_the_model_stay() -> None:
