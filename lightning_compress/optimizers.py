@@ -109,7 +109,9 @@ def with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
     return list(found.values())
 
 
-def forget_(optimizers: Iterable[Optimizer], stale: Mapping[Tensor, torch.Size]) -> list[str]:
+def forget_(
+    optimizers: Iterable[Optimizer], stale: Mapping[Tensor, torch.Size], means_follow: bool = False
+) -> list[str]:
     """Let optimizers start anew where they remember ``stale`` parameters in a way that can't follow what these became.
 
     What follows is state along the parameter: numbers, and real tensors of its shape or of one that broadcasts to it.
@@ -119,6 +121,8 @@ def forget_(optimizers: Iterable[Optimizer], stale: Mapping[Tensor, torch.Size])
     Args:
         optimizers: whose state it is; those that they wrap are meant too.
         stale: parameters that were changed, with their shapes as the state knows them.
+        means_follow: whether tensors that lack a dimension of the parameter's follow too, as means over it (factored
+            second moments) do where only values changed.
 
     Returns:
         Names of the optimizers that start anew for some parameter.
@@ -135,7 +139,7 @@ def forget_(optimizers: Iterable[Optimizer], stale: Mapping[Tensor, torch.Size])
     for optimizer in with_inner(optimizers):
         groups = [group["params"] for group in optimizer.param_groups]
         shapes = {one: stale.get(one, one.shape) for params in groups for one in params}
-        if not stale.keys() & shapes.keys() or lies_along(optimizer, shapes):
+        if not stale.keys() & shapes.keys() or lies_along(optimizer, shapes, means_follow):
             continue
         totals = {sum(shapes[one].numel() for one in params) for params in [*groups, list(shapes)] if len(params) > 1}
         for key, state in list(optimizer.state.items()):
@@ -149,17 +153,20 @@ def forget_(optimizers: Iterable[Optimizer], stale: Mapping[Tensor, torch.Size])
     return sorted(anew)
 
 
-def lies_along(optimizer: Optimizer, shapes: Mapping[Tensor, torch.Size] | None = None) -> bool:
+def lies_along(
+    optimizer: Optimizer, shapes: Mapping[Tensor, torch.Size] | None = None, means_follow: bool = False
+) -> bool:
     """Whether all that an optimizer remembers are numbers, and tensors that lie along the parameter they stand for.
 
     Args:
         optimizer: whose state it is.
         shapes: of its parameters, where the state knows others than they have.
+        means_follow: see `forget_`.
     """
     if shapes is None:
         shapes = {one: one.shape for group in optimizer.param_groups for one in group["params"]}
     return all(
-        _rides(leaf, shapes[key]) if key in shapes else not isinstance(leaf, Tensor) or leaf.numel() <= 1
+        _rides(leaf, shapes[key], means_follow) if key in shapes else not isinstance(leaf, Tensor) or leaf.numel() <= 1
         for key, state in optimizer.state.items()
         for leaf in pytree.tree_leaves(state)
     )
@@ -213,14 +220,15 @@ def cut_state(state: dict[str, Any], before: torch.Size, kept: Kept) -> dict[str
     return cut
 
 
-def _rides(leaf: Any, shape: torch.Size) -> bool:
+def _rides(leaf: Any, shape: torch.Size, means: bool = False) -> bool:
     """Whether a piece of state is a number, or lies along the parameter."""
     if not isinstance(leaf, Tensor) or leaf.numel() <= 1:
         return True
     # Codes of few bits, and what a subclass of tensors holds, can't be multiplied or cut as they are.
     plain = type(leaf) in (Tensor, nn.Parameter) and leaf.is_floating_point() and leaf.layout == torch.strided
     along = leaf.dim() == len(shape) and all(mine in (1, size) for mine, size in zip(leaf.shape, shape, strict=True))
-    return plain and along
+    means = means and any(leaf.shape == shape[:dim] + shape[dim + 1 :] for dim in range(len(shape)))
+    return plain and (along or means)
 
 
 def _cut(leaf: Any, shape: torch.Size, kept: Kept) -> Any:

@@ -238,10 +238,10 @@ class Pruner:
 
     def apply_to_moments_(self, optimizers: Iterable[Optimizer]) -> None:
         """Zero what optimizers remember of what is masked, entry by entry or slice by slice, where it lies along it."""
-        for optimizer in filter(lies_along, with_inner(optimizers)):
+        for optimizer in _followed(optimizers):
             for name, factor in self._applied.items():
                 for moment in pytree.tree_leaves(optimizer.state.get(self._tensors[name], {})):
-                    if isinstance(moment, Tensor) and moment.numel() > 1:
+                    if isinstance(moment, Tensor) and moment.numel() > 1 and moment.dim() == factor.dim():
                         kept = factor if moment.shape == factor.shape else reduce_mask(factor != 0, moment.shape)
                         multiply_({name: moment}, {name: kept})
 
@@ -251,7 +251,7 @@ class Pruner:
 
         Such a copy, an average or an iterate, lies near the weights, which no moment does.
         """
-        for optimizer in filter(lies_along, with_inner(optimizers)):
+        for optimizer in _followed(optimizers):
             for name, mask in self.masks.items():
                 weight, stays = self.weights[name], mask & before[name]
                 back = mask & ~stays
@@ -266,7 +266,8 @@ class Pruner:
         """Let optimizers start anew whose state can't follow what became of ``before``; returns their names."""
         changed = {name for name, mask in self.masks.items() if before is None or not torch.equal(mask, before[name])}
         changed |= {one.name for one in self._followers if changed & {leader.name for leader in one.leaders}}
-        return forget_(optimizers, {self._tensors[name]: self._tensors[name].shape for name in changed})
+        stale = {self._tensors[name]: self._tensors[name].shape for name in changed}
+        return forget_(optimizers, stale, means_follow=True)
 
 
 @torch.no_grad()
@@ -283,6 +284,11 @@ def multiply_(tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> N
     if names:
         changed = [tensors[name] for name in names]
         torch._foreach_mul_(changed, [factors[name].to(tensors[name].device) for name in names])
+
+
+def _followed(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """Those whose state lies along the parameters."""
+    return [optimizer for optimizer in with_inner(optimizers) if lies_along(optimizer, means_follow=True)]
 
 
 def _factor(mask: Tensor, weight: Tensor, old: Tensor | None) -> Tensor:

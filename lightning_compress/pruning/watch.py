@@ -103,7 +103,7 @@ class Watch(TorchDispatchMode):
         return self._gone[name]
 
     def _begin_recurrent(self, path: str, layer: nn.RNNBase | nn.RNNCellBase, output: Any) -> None:
-        """Zero units in what a recurrent layer puts out: of its last layer, both ways side by side; of all in states."""
+        """Zero units in what a recurrent layer puts out: of its last layer, both ways side by side; all in states."""
         ways = ["", "_reverse"] if getattr(layer, "bidirectional", False) else [""]
         suffixes = [f"_l{number}{way}" for number in range(getattr(layer, "num_layers", 0)) for way in ways] or [""]
         names = [f"{path}.weight_ih{suffix}".lstrip(".") for suffix in suffixes]

@@ -214,6 +214,27 @@ def test_state_of_eight_bits_is_left_alone() -> None:
     fit(Net(lambda p: Coded(p, lr=0.1)))
 
 
+def test_means_over_a_dimension_go_on_where_only_values_change() -> None:
+    class Means(SGD):
+        """Adafactor as T5 is trained with: factors without the dimension that they are means over."""
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+            loss = super().step(closure)
+            for one in self.param_groups[0]["params"]:
+                state = self.state[one]
+                state["step"] = state.get("step", 0) + 1
+                if one.dim() > 1:
+                    state["row"], state["col"] = one.grad.square().mean(1), one.grad.square().mean(0)
+            return loss
+
+    module = Net(lambda p: Means(p, lr=0.1, momentum=0.9))
+    pruning = fit(module)
+    for name, mask in pruning.masks.items():
+        state = module.trainer.optimizers[0].state[module.get_parameter(name)]
+        assert state["step"] == 30 and not state["momentum_buffer"][~mask].any() and state["row"].all()
+
+
 def test_factored_moments_of_pruned_rows_are_zero() -> None:
     module = Net(lambda p: Adafactor(p, lr=0.05))
     pruning = fit(module, method="ln_structured", scope="layer")
