@@ -49,24 +49,28 @@ class _Explorer:
             if found is None:
                 break
             group, reason = found
-            if self._find_followers(structure, group) or self._correct(structure, group):
+            alone = self._fault(structure, [group])
+            if alone and (self._find_followers(structure, group) or self._correct(structure, group)):
                 continue
-            if self._choose_again(structure, group):
+            if alone and self._choose_again(structure, group):
                 structure = self._trace()
             else:
                 failed[group.name] = reason
         return self._settled(structure, failed)
 
     def _one_fault(self, structure: Structure, groups: Sequence[Group]) -> tuple[Group, str] | None:
-        """A group that can't be cut, with the reason; found by halving."""
+        """A group that can't be cut, or not with those before it, with the reason; found by halving."""
         reason = self._fault(structure, groups)
         if not reason:
             return None
-        if len(groups) == 1:
-            return groups[0], reason
-        middle = len(groups) // 2
-        halves = (groups[:middle], groups[middle:])
-        return next((one for half in halves if (one := self._one_fault(structure, half))), (groups[0], reason))
+        right, wrong = 0, len(groups)  # so many of the first ones can go, and so many can't
+        while wrong - right > 1:
+            middle = (right + wrong) // 2
+            if found := self._fault(structure, groups[:middle]):
+                wrong, reason = middle, found
+            else:
+                right = middle
+        return groups[right], reason
 
     def _trace(self) -> Structure:
         """Trace, and take splits that lead to nothing otherwise."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.proxy import Proxy, TraceError
 from torch.overrides import TorchFunctionMode
 
 WRITTEN = "_written_sizes"
@@ -61,6 +62,8 @@ def _corrected(plain: type[nn.Module]) -> type[nn.Module]:
         return _CLASSES[plain]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(one, Proxy) for one in (*args, *kwargs.values())):
+            raise TraceError("sizes that its code writes are corrected, for which shapes must be known")
         with _Corrections(self.__dict__[WRITTEN]):
             return plain.forward(self, *args, **kwargs)
 

@@ -7,13 +7,26 @@ import io
 import pickle
 from pathlib import Path
 
+import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import load_compressed, plan_removal, remove_channels_, save_compressed
+from lightning_compress import (
+    ChannelPruning,
+    Steps,
+    Window,
+    load_compressed,
+    plan_removal,
+    quantize,
+    remove_channels_,
+    save_compressed,
+)
 from lightning_compress.channels.written import WRITTEN, set_written_
 from tests.channels.cuts import inexact, off, run
+from tests.support.modules import quiet_trainer
 
 
 class Heads(nn.Module):
@@ -103,6 +116,42 @@ def test_files_hold_what_is_corrected(tmp_path: Path) -> None:
     whole = load_compressed(tmp_path / "whole.ckpt", other).eval()
     assert off(run(whole, (x,)), run(heads(2), (x,))) == 0
     assert type(whole[0]) is Heads
+
+
+class Fitted(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def test_a_fit_in_rounds_and_its_file(tmp_path: Path) -> None:
+    channels = ChannelPruning(macs=0.5, schedule=Steps([0.0, 1.0], [0.5, 1.0]), window=Window(1, 3, unit="step"))
+    module, x = Fitted(), torch.randn(3, 7, 6)
+    data = DataLoader(TensorDataset(torch.randn(16, 7, 6)), batch_size=4)
+    trainer = quiet_trainer(callbacks=[channels, EMAWeightAveraging(decay=0.5)], max_epochs=1)
+    trainer.fit(module.train(), data)
+    assert module.net[0].qkv.weight.shape == (48, 32)
+    trainer.save_checkpoint(tmp_path / "small.ckpt", weights_only=True)
+    other = load_compressed(tmp_path / "small.ckpt", Fitted())
+    assert off(run(other, (x,)), run(module, (x,))) < 1e-6
+
+
+def test_int8_of_what_is_corrected(capfd: pytest.CaptureFixture[str]) -> None:
+    model, x = heads(), torch.randn(16, 7, 6)
+    cut(model, 0.6)
+    small = quantize(model, "int8_static", [x])
+    assert not isinstance(small[0].qkv, nn.Linear) or len(small[0].qkv._modules)
+    assert off(run(small, (x,)), run(model, (x,))) < 0.1
+    assert capfd.readouterr().err == ""
 
 
 CALLS = {
