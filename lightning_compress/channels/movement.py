@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_compress.channels.tracer import Tracer, compressed, spread, varying
+from lightning_compress.channels.tracer import BUFFER, MADE, PARAMETER, Tracer, compressed, spread, varying
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 PARTS = {"slice", "split", "split_with_sizes"}
@@ -105,22 +105,31 @@ def one_width(tracer: Tracer, tensor: Tensor, factors: list[Tensor]) -> tuple[Te
     for dim in range(tensor.dim()):
         here = [factor for factor in factors if factor.shape[dim] > 1]
         if len(here) > 1:
-            labels = [_first_along(factor, dim) for factor in here]
-            # An outer width changes more slowly than what lies within; heads that share keys go first if they are more.
-            runs = [int((one != one[0]).nonzero()[0]) for one in labels]
-            counts = [len(one.unique()) for one in labels]
-            made = [tracer.origin(factor) for factor in here]
-            most = max((count for count, one in zip(counts, made, strict=True) if not one), default=0)
-            ranks = [-1 if one and count > most else one for one, count in zip(made, counts, strict=True)]
-            order = sorted(range(len(here)), key=lambda place: (ranks[place], -runs[place]))
-            key = f"{tracer.path}:{list(tensor.shape)} holds {len(here)}"
-            tracer.splits.setdefault(key, []).append(torch.cat([factor.flatten() for factor in here]))
-            chosen = here[order[tracer.choices.get(key, 0) % len(here)]]
+            order = _in_order(tracer, here, dim)
+            chosen = order[0]
+            able = [factor for factor in order if tracer.origin(factor) != BUFFER]
+            if len(able) > 1:
+                key = f"{tracer.path}:{list(tensor.shape)} holds {len(here)}"
+                tracer.splits.setdefault(key, []).append(torch.cat([factor.flatten() for factor in able]))
+                chosen = able[tracer.choices.get(key, 0) % len(able)]
             for factor in here:
                 if factor is not chosen:
                     tracer.atoms.pin(factor, f"another width shares its dimension, in {tracer.where()}")
             factors = [factor for factor in factors if factor is chosen or factor.shape[dim] == 1]
     return tuple(factors)
+
+
+def _in_order(tracer: Tracer, factors: list[Tensor], dim: int) -> list[Tensor]:
+    """Widths of parameters first, outer ones before what lies within; but of heads that share keys, the more."""
+    labels = [_first_along(factor, dim) for factor in factors]
+    origins = [tracer.origin(factor) for factor in factors]
+    counts = [len(one.unique()) for one in labels]
+    most = max((count for count, origin in zip(counts, origins, strict=True) if origin == PARAMETER), default=0)
+    ranks = [
+        (-1 if origin == MADE and count > most else origin, -int((one != one[0]).nonzero()[0]))
+        for one, count, origin in zip(labels, counts, origins, strict=True)
+    ]
+    return [factors[place] for place in sorted(range(len(factors)), key=ranks.__getitem__)]
 
 
 def _first_along(factor: Tensor, dim: int) -> Tensor:
@@ -134,7 +143,8 @@ def _split_width(tracer: Tracer, before: Tensor, after: Tensor, sizes: Any) -> T
         dims = varying(after)
         options = _split_options(tracer, after, list(sizes))
         keep = options[tracer.choices.get(key, 0) % len(options)]
-        tracer.splits.setdefault(key, []).append(after.flatten())
+        if tracer.origin(before) == PARAMETER:
+            tracer.splits.setdefault(key, []).append(after.flatten())
         flat = after
         for dim in dims:
             if dim not in keep:

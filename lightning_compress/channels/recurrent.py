@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_compress.channels.outputs import tensors_in
-from lightning_compress.channels.tracer import Size, Tracer, spread
+from lightning_compress.channels.tracer import PARAMETER, Size, Tracer, spread
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -52,7 +52,7 @@ def _follow(
     if weights[1].shape[1] != size:
         tracer.pin((data, weights, states, out), f"a projected recurrent state, in {tracer.where()}")
         return
-    hidden = tracer.new(size, 0)
+    hidden = tracer.new(size, PARAMETER)
     steps = data.numel() // data.shape[-1]
     for place, weight in enumerate(weights):
         rows = tracer.along(weight, 0)

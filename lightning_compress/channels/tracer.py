@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -27,6 +27,9 @@ from lightning_compress.targets import clean_name
 
 Factors = tuple[Tensor, ...]
 """The labels of a tensor: atoms, int64, each of the tensor's rank and of size 1 along dimensions that don't matter."""
+
+
+PARAMETER, BUFFER, MADE = range(3)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Tracer(TorchDispatchMode):
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._labels = WeakIdKeyDictionary()
         self._of_weights, self._of_code = WeakIdKeyDictionary(), WeakIdKeyDictionary()
-        self._starts, self._origins = [0], [0]
+        self._starts, self._origins = [0], [PARAMETER]
 
     @property
     def path(self) -> str:
@@ -140,7 +143,7 @@ class Tracer(TorchDispatchMode):
             if size > 1:
                 shape = [1] * tensor.dim()
                 shape[dim] = size
-                factors.append(self.new(size, int(not isinstance(tensor, nn.Parameter))).view(shape))
+                factors.append(self.new(size, PARAMETER if isinstance(tensor, nn.Parameter) else BUFFER).view(shape))
         self.labels_of[name] = tuple(factors)
         return tuple(factors)
 
@@ -171,7 +174,7 @@ class Tracer(TorchDispatchMode):
         factors = []
         for dim in dims:
             if (size := tensor.shape[dim]) > 1:
-                labels = self.new(size, 2)
+                labels = self.new(size, MADE)
                 self.note_size(size, labels)
                 factors.append(spread(size, labels, dim, tensor.dim()))
         return factors
@@ -193,11 +196,11 @@ class Tracer(TorchDispatchMode):
         self.sizes.append(Size(self.path, size, labels))
 
     def origin(self, factor: Tensor) -> int:
-        """How much a width may shrink: 0 if it is one of a parameter, 1 of a buffer, 2 of what the code made."""
+        """Whose width it is."""
         return self._origins[bisect_right(self._starts, int(factor.flatten()[0])) - 1]
 
     def new(self, size: int, origin: int) -> Tensor:
-        """Fresh atoms that say where they come from: see `origin`."""
+        """Fresh atoms, of a width of a `PARAMETER`, a `BUFFER`, or of what the code `MADE`."""
         self._starts.append(self.atoms.count)
         self._origins.append(origin)
         return self.atoms.new(size)
@@ -294,7 +297,8 @@ class Tracer(TorchDispatchMode):
         if func.namespace == "aten" and func._schema.name.rpartition("::")[2] in _FACTORIES:
             self.set(out, tuple(self.made(out, range(out.dim()))))
         elif any(self.labels(tensor) for tensor in tensors):
-            rule_for(func)(self, func, args, kwargs, out)
+            with _disable_current_modes():  # what is done to labels is nobody's concern
+                rule_for(func)(self, func, args, kwargs, out)
         elif func is torch.ops.aten.expand.default:
             dims = [dim for dim in range(1, out.dim()) if not out.stride(dim)]  # the first is the batch
             self.set(out, tuple(self.made(out, dims)))
