@@ -65,6 +65,7 @@ FLOATS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "gru": ({"rnn": kernel("GRU", True)}, {"rnn": kernel("GRU", True)}),
     "tied": ({"lm_head": TIED, "embedding": kernel("Embedding")},) * 2,
     "auxiliary_head": ({"auxiliary": "the first batch doesn't call it"},) * 2,
+    "integers": ({"words": kernel("Embedding"), "places": kernel("Embedding")},) * 2,
     "own_parameters": ({"mixed": times("matmul"), "last": UNSEEN}, {"mixed": times("matmul")}),
 }
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from tests.support.zoo import Row, floats
+from tests.support.zoo import Row, floats, ids
 
 
 class FunctionalLinear(nn.Linear):
@@ -171,6 +171,20 @@ class Windows(nn.Module):
         return self.head(x.mean(1))
 
 
+class Integers(nn.Module):
+    """Computes with ids and places before it looks them up, and adds integers to floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, 16), nn.Embedding(10, 16)
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.cat([ids, ids], 1)[:, :5].clamp(max=4) * 2 + 1
+        x = self.words(ids.view(-1)).view(-1, 5, 16) + self.places(places.transpose(0, 1).transpose(0, 1))
+        return self.head(self.body(x + torch.arange(16) / 8 + torch.arange(16)).relu().mean(1))
+
+
 class Numbers(nn.Module):
     """Makes numbers of its buffers."""
 
@@ -252,6 +266,7 @@ FOREIGN: tuple[Row, ...] = (
     Row("reading", Reading, _SEQUENCES, "layers that are called and read"),
     Row("windows", Windows, _SEQUENCES, "constants, masks, caches"),
     Row("shared_activations", SharedActivations, _IMAGES, "modules without weights that are called twice"),
+    Row("integers", Integers, ids, "arithmetic on integers"),
     Row("numbers", Numbers, _VECTORS, "code depends on buffers"),
     *(Row(name, partial(Outputs, make), _VECTORS, "outputs in containers") for name, make in CONTAINERS.items()),
 )

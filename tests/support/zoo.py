@@ -44,7 +44,7 @@ def floats(*shape: int) -> Callable[[torch.Generator], Inputs]:
     return lambda generator: ((torch.randn(*shape, generator=generator),), {})
 
 
-def _ids(generator: torch.Generator) -> Inputs:
+def ids(generator: torch.Generator) -> Inputs:
     return (torch.randint(20, (4, 5), generator=generator),), {}
 
 
@@ -71,7 +71,7 @@ ZOO: tuple[Row, ...] = (
     Row("transformer", nets.transformer, _SEQUENCES, "has a fast path in evaluation"),
     Row("lstm", lambda: nets.Recurrent(nn.LSTM), floats(4, 5, 8), "flat weights"),
     Row("gru", lambda: nets.Recurrent(nn.GRU), floats(4, 5, 8), "flat weights"),
-    Row("tied", nets.TiedLanguageModel, _ids, "one tensor, two names; Long ids"),
+    Row("tied", nets.TiedLanguageModel, ids, "one tensor, two names; Long ids"),
     Row("shared", nets.SharedModule, _VECTORS, "one module, two names, two calls"),
     Row("keyword_only", nets.KeywordOnly, _keywords, "an option steers control flow"),
     Row("dict", nets.DictInDictOut, _dict, "dict in, dict out"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import FunctionType
 from typing import Any
@@ -170,6 +171,51 @@ def hide_functions_(graph: GraphModule) -> None:
             _replace_(graph, node, f"float_{node.name}", Function(node.target), node.args, node.kwargs)
 
 
+_GIVE_INTEGERS = ("long", "int", "bool", "argmax", "argmin", "argsort", "eq", "ne", "lt", "le", "gt", "ge")
+_KEEP_INTEGERS = (
+    *("add", "iadd", "sub", "mul", "imul", "mod", "remainder", "floordiv", "floor_divide", "clamp", "cat", "stack"),
+    *("view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "expand", "repeat", "contiguous"),
+    *("clone", "detach", "where", "getitem", "repeat_interleave", "cumsum", "relu", "min", "max"),
+)
+
+
+def hide_integers_(graph: GraphModule, are_integers: Sequence[bool]) -> None:
+    """Put operations on integers into modules, too: upstream takes all tensors for floats, and would round them.
+
+    Args:
+        graph: traced.
+        are_integers: of its inputs, in order.
+    """
+    found, inputs = set[Node](), iter(are_integers)
+    for node in list(graph.graph.nodes):
+        name, tensor = _name(node), tensor_at(graph, node)
+        if node.op == "placeholder":
+            is_integer = next(inputs)
+        elif node.op == "get_attr":
+            is_integer = isinstance(tensor, Tensor) and not tensor.is_floating_point()
+        else:
+            kept = [each in found for each in node.all_input_nodes if not _is_size(each)]
+            hidden = node.op in ("call_function", "call_method") and name in _KEEP_INTEGERS and any(kept)
+            is_integer = name in _GIVE_INTEGERS or (hidden and all(kept))
+            if hidden and name != "getitem" and (all(kept) or name in ("add", "iadd", "mul", "imul")):
+                function = getattr(Tensor, name) if node.op == "call_method" else node.target
+                node = _replace_(graph, node, f"integers_{node.name}", Function(function), node.args, node.kwargs)
+        if is_integer:
+            found.add(node)
+
+
+def _is_size(node: Any) -> bool:
+    if not isinstance(node, Node):  # the shape of a parameter
+        return True
+    if node.target is operator.getitem:
+        return _is_size(node.args[0])
+    return (node.target is getattr and node.args[1] == "shape") or node.target in ("size", "dim")
+
+
+def _name(node: Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
 def _call_layer_(graph: GraphModule, node: Node, source: str, weight: Tensor, bias: Tensor | None = None) -> None:
     layer = _layer(node, weight, bias)
     if layer is not None:
@@ -219,7 +265,7 @@ def _in_numbers(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) ->
     return padding if any(size % 2 for size in both) else tuple(size // 2 for size in both)
 
 
-def _replace_(graph: GraphModule, node: Node, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+def _replace_(graph: GraphModule, node: Node, path: str, module: nn.Module, args: Any, kwargs: Any) -> Node:
     """Call ``module`` in the place of ``node``, under ``path`` or a name after it."""
     read = list(node.all_input_nodes)
     with graph.graph.inserting_before(node):
@@ -241,6 +287,7 @@ def _replace_(graph: GraphModule, node: Node, path: str, module: nn.Module, args
         delattr(holder, leaf)
     holder.add_module(leaf, module)
     graph.recompile()
+    return call
 
 
 def constants(graph: GraphModule) -> set[Node]:
@@ -300,7 +347,7 @@ def _what(graph: GraphModule, node: Node) -> str:
     if node.op == "call_module":
         is_function = isinstance(graph.get_submodule(str(node.target)), Function)
         return "its forward computes the weight, which static int8 can't train" if is_function else ""
-    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    name = _name(node)
     if isinstance(node.target, FunctionType) and not node.target.__module__.startswith("torch."):
         return f"`{name}` computes with it, which torch.fx doesn't see into; flow='pt2e' may"
     inside = [str(kind) for _, kind in (node.meta.get("nn_module_stack") or {}).values()][-1:]

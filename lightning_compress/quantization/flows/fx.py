@@ -47,6 +47,7 @@ from lightning_compress.quantization.flows.functional import (
     Function,
     fold_layers_,
     hide_functions_,
+    hide_integers_,
     name_layers_,
     weights_read,
     with_padding_in_numbers,
@@ -156,6 +157,7 @@ class _Tracer(QuantizationTracer):
         traced = GraphModule(found, graph)
         traced.train(module.training)
         name_layers_(traced)
+        hide_integers_(traced, [not each.is_floating_point() for each in self._signature.inputs])
         return traced
 
 
