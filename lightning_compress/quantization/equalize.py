@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from lightning_compress.quantization.agreement import cosine, same_outputs
-from lightning_compress.quantization.flows.functional import tensor_at
+from lightning_compress.quantization.flows.graphs import value_read
 
 ALPHA = 0.5
 """How much of an outlier's range moves from the activations into the weights."""
@@ -204,7 +204,7 @@ class _OwnLayers:
         called = [node for node in graph.graph.nodes if node.op == "call_module"]
         self._calls = Counter(node.target for node in called)
         owners = Counter(id(one) for node in called for one in graph.get_submodule(str(node.target)).parameters())
-        owners.update(id(tensor_at(graph, node)) for node in graph.graph.nodes if node.op == "get_attr")
+        owners.update(id(value_read(graph, node)) for node in graph.graph.nodes if node.op == "get_attr")
         self._kept = kept | {key for key, count in owners.items() if count > 1}
 
     def __call__(self, node: Node, kinds: tuple[type[nn.Module], ...]) -> Any:

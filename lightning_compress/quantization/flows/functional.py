@@ -1,10 +1,8 @@
-"""Layers that are written as functions: those that can be become layers of torch, and of the rest it says why not."""
+"""Layers that are written as functions, or whose weight is computed: those that can be become layers of torch."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
-from types import FunctionType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,45 +13,33 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-AGAIN = "__call"
-"""Parts the name of a layer from the number of its call, where a layer is called several times."""
+from lightning_compress.quantization.flows.graphs import (
+    Function,
+    constants,
+    drop_unused_,
+    evaluate,
+    replace_,
+    source_of,
+    value_read,
+)
 
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_LAYERS: dict[Any, Any] = {
+LAYERS: dict[Any, Any] = {
     functional.linear: nn.Linear,
     functional.conv1d: nn.Conv1d,
     functional.conv2d: nn.Conv2d,
     functional.conv3d: nn.Conv3d,
 }
-_PRODUCTS = (
-    *("linear", "matmul", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm", "einsum", "tensordot", "bilinear"),
-    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    *("embedding", "embedding_bag"),
-)
-"""Operations whose matrix is a weight; one that is only added or looked up in is a table."""
-
-
 _KINDS = ("dtype", "shape", "ndim", "size", "dim", "numel", "is_floating_point")
-
-
-class Function(nn.Module):
-    """A function as a module, which upstream takes for a float layer."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
 
 
 def name_layers_(graph: GraphModule) -> None:
     """Call a layer of torch in the place of each function whose weight and bias are parameters as they stand."""
     _settle_kinds_(graph)
     for node in list(graph.graph.nodes):
-        if node.target in _LAYERS:
+        if node.target in LAYERS:
             weight, bias = (node_of(node, name) for name in ("weight", "bias"))
-            found = [tensor_at(graph, each) for each in (weight, bias) if each is not None]
+            found = [value_read(graph, each) for each in (weight, bias) if each is not None]
             if all(isinstance(each, nn.Parameter) for each in found):
                 _call_layer_(graph, node, str(weight.target), *found)  # type: ignore[union-attr]
 
@@ -62,12 +48,14 @@ def _settle_kinds_(graph: GraphModule) -> None:
     """What is read of a tensor's type, shape and device doesn't need the tensor, which int8 takes away."""
     first = next((node for node in graph.graph.nodes if node.op == "placeholder"), None)
     for node in list(graph.graph.nodes):
-        tensor = tensor_at(graph, node.args[0]) if node.args and isinstance(node.args[0], Node) else None
+        tensor = value_read(graph, node.args[0]) if node.args and isinstance(node.args[0], Node) else None
         if not isinstance(tensor, Tensor):
             continue
         if node.target is getattr and node.args[1] == "device" and first is not None:
             node.replace_input_with(node.args[0], first)
-        elif (node.target is getattr and node.args[1] in _KINDS) or node.target in _KINDS:
+        elif (node.target is getattr and node.args[1] in _KINDS) or (
+            node.op == "call_method" and node.target in _KINDS
+        ):
             value = evaluate(graph, node)
             for user in list(node.users):
                 user.args, user.kwargs = _replaced((user.args, user.kwargs), node, value)
@@ -87,7 +75,7 @@ def fold_layers_(graph: GraphModule) -> None:
     """
     constant = constants(graph)
     for node in list(graph.graph.nodes):
-        if node.target in _LAYERS:
+        if node.target in LAYERS:
             parts = [part for part in (node_of(node, "weight"), node_of(node, "bias")) if part is not None]
             if all(part in constant for part in parts):
                 values = [nn.Parameter(evaluate(graph, part), requires_grad=False) for part in parts]
@@ -95,64 +83,11 @@ def fold_layers_(graph: GraphModule) -> None:
     drop_unused_(graph, constant)
 
 
-_EXPORTED = (torch.ops.aten.linear.default, torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default)
-
-
-_PADDED = {
-    torch.ops.aten.conv1d.padding: torch.ops.aten.conv1d.default,
-    torch.ops.aten.conv2d.padding: torch.ops.aten.conv2d.default,
-}
-
-
-def number_paddings_(graph: GraphModule) -> None:
-    """In an exported graph, give convolutions their padding in numbers, where both sides have the same."""
-    for node in graph.graph.nodes:
-        if node.target in _PADDED and (weight := tensor_at(graph, node.args[1])) is not None:
-            size: int = weight.dim() - 2
-            defaults: list[Any] = [None, [1], "valid", [1], 1]
-            bias, stride, padding, dilation, groups = [*list(node.args[2:]), *defaults[len(node.args) - 2 :]]
-            numbers = _in_numbers(padding, weight.shape[2:], [*dilation] * (size // len(dilation)))
-            if not isinstance(numbers, str):
-                node.target = _PADDED[node.target]
-                node.args = (*node.args[:2], bias, stride, list(numbers), dilation, groups)
-    graph.recompile()
-
-
-@torch.no_grad()
-def fold_weights_(graph: GraphModule) -> None:
-    """In an exported graph, read the values that computed weights have now; see `fold_layers_`."""
-    constant = constants(graph)
-    for node in list(graph.graph.nodes):
-        weight = node.args[1] if node.target in _EXPORTED else None
-        if weight in constant and weight.op != "get_attr":
-            name = f"{source_of(weight)}_of_{node.name}"
-            parent, _, leaf = name.rpartition(".")
-            setattr(graph.get_submodule(parent), leaf, nn.Parameter(evaluate(graph, weight), requires_grad=False))
-            with graph.graph.inserting_before(node):
-                node.update_arg(1, graph.graph.get_attr(name))
-    drop_unused_(graph, constant)
-
-
-def source_of(node: Node) -> str:
-    """The name of the first tensor that a constant is computed of."""
-    while node.op != "get_attr":
-        node = node.all_input_nodes[0]
-    return str(node.target)
-
-
-def drop_unused_(graph: GraphModule, nodes: Collection[Node]) -> None:
-    """Erase those of these nodes that nothing uses any more."""
-    for node in reversed(list(graph.graph.nodes)):
-        if node in nodes and not node.users:
-            graph.graph.erase_node(node)
-    graph.recompile()
-
-
 @torch.no_grad()
 def without_parametrization(layer: nn.Module) -> nn.Module | None:
     """A layer of torch with the weight that a parametrization gives this one now; None if it isn't so."""
     kind: Any = type(layer).__mro__[1]
-    if not is_parametrized(layer, "weight") or kind not in _LAYERS.values():
+    if not is_parametrized(layer, "weight") or kind not in LAYERS.values():
         return None
     plain = kind.__new__(kind)
     vars(plain).update(vars(layer) | {"_modules": {}})
@@ -167,60 +102,15 @@ def without_parametrization(layer: nn.Module) -> nn.Module | None:
 def hide_functions_(graph: GraphModule) -> None:
     """Put what is left of such functions into modules, which stay float: no int8 kernel takes a computed weight."""
     for node in list(graph.graph.nodes):
-        if node.target in _LAYERS:
-            _replace_(graph, node, f"float_{node.name}", Function(node.target), node.args, node.kwargs)
-
-
-_GIVE_INTEGERS = ("long", "int", "bool", "argmax", "argmin", "argsort", "eq", "ne", "lt", "le", "gt", "ge")
-_KEEP_INTEGERS = (
-    *("add", "iadd", "sub", "mul", "imul", "mod", "remainder", "floordiv", "floor_divide", "clamp", "cat", "stack"),
-    *("view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "expand", "repeat", "contiguous"),
-    *("clone", "detach", "where", "getitem", "repeat_interleave", "cumsum", "relu", "min", "max"),
-)
-
-
-def hide_integers_(graph: GraphModule, are_integers: Sequence[bool]) -> None:
-    """Put operations on integers into modules, too: upstream takes all tensors for floats, and would round them.
-
-    Args:
-        graph: traced.
-        are_integers: of its inputs, in order.
-    """
-    found, inputs = set[Node](), iter(are_integers)
-    for node in list(graph.graph.nodes):
-        name, tensor = _name(node), tensor_at(graph, node)
-        if node.op == "placeholder":
-            is_integer = next(inputs)
-        elif node.op == "get_attr":
-            is_integer = isinstance(tensor, Tensor) and not tensor.is_floating_point()
-        else:
-            kept = [each in found for each in node.all_input_nodes if not _is_size(each)]
-            hidden = node.op in ("call_function", "call_method") and name in _KEEP_INTEGERS and any(kept)
-            is_integer = name in _GIVE_INTEGERS or (hidden and all(kept))
-            if hidden and name != "getitem" and (all(kept) or name in ("add", "iadd", "mul", "imul")):
-                function = getattr(Tensor, name) if node.op == "call_method" else node.target
-                node = _replace_(graph, node, f"integers_{node.name}", Function(function), node.args, node.kwargs)
-        if is_integer:
-            found.add(node)
-
-
-def _is_size(node: Any) -> bool:
-    if not isinstance(node, Node):  # the shape of a parameter
-        return True
-    if node.target is operator.getitem:
-        return _is_size(node.args[0])
-    return (node.target is getattr and node.args[1] == "shape") or node.target in ("size", "dim")
-
-
-def _name(node: Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+        if node.target in LAYERS:
+            replace_(graph, node, f"float_{node.name}", Function(node.target), node.args, node.kwargs)
 
 
 def _call_layer_(graph: GraphModule, node: Node, source: str, weight: Tensor, bias: Tensor | None = None) -> None:
     layer = _layer(node, weight, bias)
     if layer is not None:
         layer.train(graph.training)
-        _replace_(graph, node, source.removesuffix(".weight"), layer, (node_of(node, "input"),), {})
+        replace_(graph, node, source.removesuffix(".weight"), layer, (node_of(node, "input"),), {})
 
 
 def _layer(node: Node, weight: Any, bias: Any) -> nn.Module | None:
@@ -231,7 +121,7 @@ def _layer(node: Node, weight: Any, bias: Any) -> nn.Module | None:
     outputs, inputs, *size = weight.shape
     sizes = {"kernel_size": tuple(size)} if size else {}
     # Without values of its own: it draws none.
-    layer = _LAYERS[node.target](
+    layer = LAYERS[node.target](
         inputs * options.get("groups", 1), outputs, bias=bias is not None, device="meta", **sizes, **options
     )
     layer.weight, layer.bias = weight, bias
@@ -256,101 +146,11 @@ def _leaves(tree: Any) -> list[Any]:
 def with_padding_in_numbers(layer: nn.Module) -> nn.Module:
     """``layer``; if it is a convolution of padding ``same``, with that in numbers, where both sides have the same."""
     if isinstance(layer, _ConvNd) and isinstance(layer.padding, str):
-        layer.padding = _in_numbers(layer.padding, layer.kernel_size, layer.dilation)
+        layer.padding = in_numbers(layer.padding, layer.kernel_size, layer.dilation)
     return layer
 
 
-def _in_numbers(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> Any:
+def in_numbers(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> Any:
+    """``padding`` (``same`` or ``valid``) as one number for each dimension; itself where the two sides differ."""
     both = [0 if padding == "valid" else (size - 1) * step for size, step in zip(kernel, dilation, strict=True)]
     return padding if any(size % 2 for size in both) else tuple(size // 2 for size in both)
-
-
-def _replace_(graph: GraphModule, node: Node, path: str, module: nn.Module, args: Any, kwargs: Any) -> Node:
-    """Call ``module`` in the place of ``node``, under ``path`` or a name after it."""
-    read = list(node.all_input_nodes)
-    with graph.graph.inserting_before(node):
-        call = graph.graph.create_node("call_module", "", args, kwargs)
-    node.replace_all_uses_with(call)
-    graph.graph.erase_node(node)
-    for other in read:
-        if other.op == "get_attr" and not other.users:
-            graph.graph.erase_node(other)
-    taken = {str(other.target) for other in graph.graph.nodes if other.op in ("call_module", "get_attr")}
-    name, count = path, 1
-    while any(f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.") for other in taken - {""}):
-        count += 1
-        name = f"{path}{AGAIN}{count}"
-    call.target = name
-    parent, _, leaf = name.rpartition(".")
-    holder = graph.get_submodule(parent) if parent else graph
-    if hasattr(holder, leaf):  # the weight, which nothing reads any more
-        delattr(holder, leaf)
-    holder.add_module(leaf, module)
-    graph.recompile()
-    return call
-
-
-def constants(graph: GraphModule) -> set[Node]:
-    """The nodes that are computed of the graph's own tensors alone."""
-    found: set[Node] = set()
-    for node in graph.graph.nodes:
-        inputs = node.all_input_nodes
-        if node.op == "get_attr" or (node.op != "output" and inputs and all(each in found for each in inputs)):
-            found.add(node)
-    return found
-
-
-def evaluate(graph: GraphModule, node: Node) -> Any:
-    """The value of a node among the `constants`."""
-    if node.op == "get_attr":
-        return tensor_at(graph, node).detach()
-    args, kwargs = map_arg((node.args, node.kwargs), lambda each: evaluate(graph, each))
-    if node.op == "call_module":
-        return graph.get_submodule(str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def tensor_at(graph: GraphModule, node: Node) -> Any:
-    """The tensor (or module) that a node reads; None if it doesn't read one."""
-    value: Any = graph if node.op == "get_attr" else None
-    for part in str(node.target).split("."):
-        value = getattr(value, part, None)
-    return value
-
-
-def weights_read(graph: GraphModule) -> Iterator[tuple[str, str]]:
-    """Names of the matrices that a graph reads, each with what is done with it, as a reason to be float.
-
-    The reason is empty where it is a table.
-    """
-    constant = constants(graph)
-    for node in graph.graph.nodes:
-        value = tensor_at(graph, node)
-        is_matrix = isinstance(value, nn.Parameter) and value.dim() > 1
-        if node.users and (is_matrix or (isinstance(value, nn.Module) and any(True for _ in value.parameters()))):
-            reasons = [_what(graph, user) for user in _users(node, constant)]
-            yield str(node.target), next((reason for reason in reasons if reason), "")
-
-
-def _users(node: Node, constant: set[Node]) -> Iterator[Node]:
-    """What brings a constant together with activations."""
-    for user in node.users:
-        if user in constant:
-            yield from _users(user, constant)
-        else:
-            yield user
-
-
-def _what(graph: GraphModule, node: Node) -> str:
-    if node.op == "call_module":
-        is_function = isinstance(graph.get_submodule(str(node.target)), Function)
-        return "its forward computes the weight, which static int8 can't train" if is_function else ""
-    name = _name(node)
-    if isinstance(node.target, FunctionType) and not node.target.__module__.startswith("torch."):
-        return f"`{name}` computes with it, which torch.fx doesn't see into; flow='pt2e' may"
-    inside = [str(kind) for _, kind in (node.meta.get("nn_module_stack") or {}).values()][-1:]
-    if name not in _PRODUCTS or "torch.nn.modules." in "".join(inside):  # of a layer its kind is the reason
-        return ""
-    return f"`{name}` takes it as a weight, for which there is no static int8 kernel"

@@ -42,19 +42,18 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.isolation import attributes_kept
 from lightning_compress.quantization.flows import Trace
+from lightning_compress.quantization.flows.float_weights import weights_read
 from lightning_compress.quantization.flows.functional import (
-    AGAIN,
-    Function,
     fold_layers_,
     hide_functions_,
-    hide_integers_,
     name_layers_,
-    weights_read,
     with_padding_in_numbers,
     without_parametrization,
 )
 from lightning_compress.quantization.flows.fused import guard_, unguard_
+from lightning_compress.quantization.flows.graphs import AGAIN, Function
 from lightning_compress.quantization.flows.in_place import out_of_place_
+from lightning_compress.quantization.flows.integers import hide_integers_
 from lightning_compress.quantization.flows.kernels import furthest, mark_, quantized_steps, reasons
 from lightning_compress.quantization.outputs import Structure, flatten
 from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe

@@ -25,7 +25,8 @@ from lightning_compress.errors import CompressionError, NoEffectWarning, in_a_li
 from lightning_compress.quantization.calibrate import leaving_no_trace
 from lightning_compress.quantization.flows import Trace
 from lightning_compress.quantization.flows.exported_kernels import compiled_is_off, exported_steps
-from lightning_compress.quantization.flows.functional import fold_weights_, number_paddings_, weights_read
+from lightning_compress.quantization.flows.exported_weights import fold_weights_, number_paddings_
+from lightning_compress.quantization.flows.float_weights import weights_read
 from lightning_compress.quantization.flows.kernels import furthest, reasons
 from lightning_compress.quantization.outputs import Structure, flatten
 from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
