@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -30,16 +31,20 @@ class CallLog:
     Attributes:
         inputs: path (without ``_orig_mod``) to the ``(args, kwargs)`` of its first call, tensors detached and cloned.
         callers: path to the paths of the modules that called it; None is code outside of all modules.
+        readers: path to the paths of the user's modules that read its parameters while they were evaluated.
     """
 
     inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     callers: dict[str, set[str | None]] = field(default_factory=dict)
+    readers: dict[str, set[str]] = field(default_factory=dict)
 
     def merge(self, other: CallLog) -> None:
         """Add what another run called; inputs that are known already stay."""
         self.inputs = {**other.inputs, **self.inputs}
         for path, callers in other.callers.items():
             self.callers.setdefault(path, set()).update(callers)
+        for path, readers in other.readers.items():
+            self.readers.setdefault(path, set()).update(readers)
 
     def entered_below(self, path: str) -> str | None:
         """A module below ``path`` that something outside of ``path`` calls directly; None if there is none."""
@@ -47,6 +52,25 @@ class CallLog:
             if is_below(inner, path) and any(caller is None or not is_at_or_below(caller, path) for caller in callers):
                 return inner
         return None
+
+    def read_below(self, path: str) -> str | None:
+        """A module at or below ``path`` whose parameters a module outside of ``path`` reads; None if there is none."""
+        for inner, readers in self.readers.items():
+            if is_at_or_below(inner, path) and not all(is_at_or_below(reader, path) for reader in readers):
+                return inner
+        return None
+
+
+class _Watched(dict[str, Any]):
+    """The parameters of a module, which say when one is read by its name."""
+
+    def __init__(self, parameters: dict[str, Any], tell: Callable[[], None]) -> None:
+        super().__init__(parameters)
+        self.tell = tell
+
+    def __getitem__(self, name: str) -> Any:
+        self.tell()
+        return super().__getitem__(name)
 
 
 def is_below(inner: str, path: str) -> bool:
@@ -80,6 +104,17 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
     def leave(*_: Any) -> None:
         stack.pop()
 
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+
+    def tell(path: str) -> None:
+        reader = stack[-1] if stack else path
+        # Torch's own read what lies in them for a fused path, which is switched off where it matters.
+        if reader != path and not (modules[reader].training or type(modules[reader]).__module__.startswith("torch.")):
+            log.readers.setdefault(path, set()).add(reader)
+
+    plain = {path: module._parameters for path, module in modules.items() if type(module._parameters) is dict}
+    for path, parameters in plain.items():
+        modules[path].__dict__["_parameters"] = _Watched(parameters, partial(tell, path))
     for name, module in model.named_modules():
         path = clean_name(name)
         handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
@@ -91,6 +126,11 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
     finally:
         for handle in handles:
             handle.remove()
+        for path, parameters in plain.items():
+            watched = dict(modules[path]._parameters)
+            parameters.clear()
+            parameters.update(watched)
+            modules[path].__dict__["_parameters"] = parameters
     return log
 
 

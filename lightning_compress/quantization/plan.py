@@ -202,6 +202,9 @@ class _Planner:
         entered = self.calls.entered_below(path)
         if entered is not None:
             return None, f"its `{entered}` is called from outside of it"
+        read = self.calls.read_below(path)
+        if read is not None:
+            return None, f"its {'weight' if read == path else f'`{read}`'} is read from outside of it"
         if self.flow == "pt2e" and (others := [layer for layer in self.layers if is_below(layer, path)]):
             return None, f"its `{others[0]}` has a scheme of its own, which an exported graph can't call"
         if "forward" in vars(module):

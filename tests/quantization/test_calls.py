@@ -1,0 +1,117 @@
+"""What a dry run sees beside calls: a layer whose weight is read from outside stays float, and the rest is int8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_compress import PostTrainingQuantization, QuantizationAwareTraining, quantize
+from lightning_compress.quantization.calls import record_calls
+from lightning_compress.quantization.forms import record_of
+from tests.support.modules import quiet_trainer
+
+
+class Reader(nn.Module):
+    """Asks a layer for its type before it calls it, as many language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.to(self.first.weight.dtype)).relu())
+
+
+class Deep(nn.Module):
+    """Reads a weight of a block that could be traced as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.second = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.block(x.to(self.block[0].weight.dtype)))
+
+
+class Regularized(nn.Module):
+    """Reads its weights while it trains, for a penalty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.penalty = nn.Linear(8, 8), nn.Linear(8, 4), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.penalty = self.first.weight.square().sum()
+        return self.second(self.first(x).relu())
+
+
+class Module(L.LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        penalty = sum(module.weight.abs().sum() for module in self.modules() if isinstance(module, nn.Linear))
+        return F.cross_entropy(self.net(batch[0]), batch[1]) + 1e-4 * penalty
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(torch.randn(16, 8), torch.randint(4, (16,))), 8)
+
+    test_dataloader = calibration_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize(
+    ("net", "float_layers", "units"),
+    [
+        (Reader, {"net.first": "its weight is read from outside of it"}, ["net.second"]),
+        (Deep, {"net.block.0": "its weight is read from outside of it"}, ["net.block.2", "net.second"]),
+        (Regularized, {}, ["net"]),
+    ],
+)
+def test_a_layer_whose_weight_is_read_stays_float_and_the_rest_is_int8(
+    net: Any, float_layers: dict[str, str], units: list[str], trains: bool
+) -> None:
+    module = Module(net())
+    callback = QuantizationAwareTraining() if trains else PostTrainingQuantization(keep=True)
+    trainer = quiet_trainer(callbacks=[callback])
+    if trains:
+        trainer.fit(module)
+    trainer.test(module, verbose=False)
+    record = record_of(module)
+    assert record is not None
+    assert [unit["path"] for unit in record["units"]] == units
+    layers = {path: reason for path, reason in record["floats"].items() if "not as a whole" not in reason}
+    assert layers == float_layers
+
+
+def test_torchs_own_transformer_reads_weights_for_a_path_that_is_switched_off() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    int8 = quantize(nn.Sequential(layer, nn.Linear(16, 4)), calibration=[torch.randn(4, 5, 16)])
+    record = record_of(int8)
+    assert record is not None
+    assert "read" not in " ".join(record["floats"].values()) and int8(torch.randn(2, 5, 16)).shape == (2, 5, 4)
+
+
+def test_a_dry_run_leaves_parameters_as_they_are_even_after_an_error() -> None:
+    model = Reader()
+    before = {path: module._parameters for path, module in model.named_modules()}
+    log = record_calls(model.eval(), lambda: model(torch.ones(2, 8)))
+    assert log.readers == {"first": {""}}
+    with pytest.raises(ZeroDivisionError):
+        record_calls(model, lambda: 1 / 0)
+    assert all(module._parameters is before[path] for path, module in model.named_modules())
