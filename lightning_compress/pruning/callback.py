@@ -136,6 +136,7 @@ class ScheduledPruning(CompressionCallback):
         self._awaits_score = False
         self._masked_gradients = False
         self._told = False
+        self._heard: set[str] = set()
         self._pruner: Pruner | None = None
         self._carried: dict[str, dict[str, Tensor]] = {"scores": {}, "aside": {}}
         self._kept: rewinding.Kept | None = None
@@ -153,6 +154,7 @@ class ScheduledPruning(CompressionCallback):
             return
         self.sparsity_history, self._kept, self._carried = [], None, {"scores": {}, "aside": {}}
         self._awaits_score = self._told = False
+        self._heard = set()
         if self._model is None or self._model() is not pl_module:
             self._masks, self._model = {}, weakref.ref(pl_module)
             restored = structure.restored_state(pl_module, self.state_key)
@@ -210,8 +212,10 @@ class ScheduledPruning(CompressionCallback):
             if trainer.world_size > 1:
                 seen = trainer.strategy.broadcast(seen)  # what is heard may depend on the batch
             self.pruner.follow(pl_module, seen)
-            if self.pruner.speaking:
-                rank_zero_warn(f"ScheduledPruning: {warning(self.pruner.speaking)}")
+            new = {name: place for name, place in self.pruner.speaking.items() if name not in self._heard}
+            self._heard |= set(new)
+            if new:
+                rank_zero_warn(f"ScheduledPruning: {warning(new)}")
             self.bring_in_line(trainer, pl_module)
 
     def on_before_optimizer_step(
