@@ -309,7 +309,9 @@ def _in_groups(
     for target in selection.targets:
         layer = modules[target.layer]
         dim = 0 if isinstance(layer, _ConvTransposeNd) else 1
-        if not isinstance(layer, PRUNABLE):
+        if target.parameter.dim() < 2:
+            skipped[target.name] = "it has no inputs"
+        elif not isinstance(layer, PRUNABLE):
             skipped[target.name] = f"which dimension of a {type(layer).__name__}'s weight are its inputs isn't known"
         elif target.parameter.shape[dim] % size:
             skipped[target.name] = f"{target.parameter.shape[dim]} inputs are no multiple of {size}"
@@ -336,6 +338,11 @@ def _check_weights(rule: Rule, weights: Mapping[str, Tensor], layouts: Mapping[s
             kind = "made in inference mode" if weight.is_inference() else "expanded, with one value in many places"
             raise CompressionError(
                 f"`targets` must select weights that can be changed in place. Received: {name}, {kind}. Clone it first."
+            )
+        if rule.structured and weight.dim() < 2:
+            raise CompressionError(
+                f"`targets` must select weights of two dimensions and more for a method that takes whole units. "
+                f"Received: {name} of shape {tuple(weight.shape)}. Exclude it; a bias goes with its layer's units."
             )
         shape = layouts[name].outputs_first(weight).shape if name in layouts else weight.shape
         if rule.structured and not -len(shape) <= dim < len(shape):

@@ -364,3 +364,18 @@ def test_stacks_of_experts_share_the_budget_and_have_overrides_of_their_own() ->
 def test_n_m_leaves_stacks_out_whose_inputs_are_not_known() -> None:
     with pytest.raises(CompressionError, match=r"`n_m` must have layers.*1\.up: which dimension.*are its inputs"):
         prune_(nn.Sequential(nn.ReLU(), Experts()), targets=Targets(include=["1.up"]), n_m="2:4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 0.5, "method": "ln_structured"}, r"must select weights of two dimensions.*Received: 0\.bias"),
+        ({"n_m": "2:4"}, r"`n_m` must have layers.*0\.bias: it has no inputs"),
+    ],
+)
+def test_a_bias_that_is_named_has_neither_units_nor_groups(arguments: dict[str, Any], message: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    before = snapshot(model)
+    with pytest.raises(CompressionError, match=message):
+        prune_(model, targets=Targets(include=["0.bias"]), **arguments)
+    assert_same_state(before, model)
