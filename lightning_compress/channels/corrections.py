@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_compress.channels.tracer import Factors, Written, compressed, varying
+from lightning_compress.channels.factors import Factors, compressed, varying
+from lightning_compress.channels.notes import Written
 from lightning_compress.channels.written import Correction
 
 Places = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -20,7 +21,7 @@ Widths = tuple[tuple[int, Tensor, Tensor], ...]
 
 @dataclass(frozen=True)
 class WrittenSizes:
-    """A call whose sizes a module's code may write: see `tracer.Written`.
+    """A call whose sizes a module's code may write: see `notes.Written`.
 
     Attributes:
         path: of the module.

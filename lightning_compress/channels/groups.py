@@ -14,10 +14,11 @@ from lightning_compress.channels.atoms import FIXED
 from lightning_compress.channels.cached import cached_tensors
 from lightning_compress.channels.corrections import WrittenSizes, written_sizes
 from lightning_compress.channels.layers import STANDARD
+from lightning_compress.channels.notes import Product, Size
 from lightning_compress.channels.outputs import tensors_in
 from lightning_compress.channels.remove import modules_of, named_tensors
 from lightning_compress.channels.steady import steady
-from lightning_compress.channels.tracer import Product, Size, Tracer, following
+from lightning_compress.channels.tracer import Tracer, following
 from lightning_compress.channels.written import WRITTEN, Correction, corrected_sizes
 from lightning_compress.targets import compressible_modules
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_compress.channels.tracer import BUFFER, MADE, PARAMETER, Tracer, compressed, spread, varying
+from lightning_compress.channels.factors import compressed, spread, varying
+from lightning_compress.channels.splits import one_width, split_width, take_parts
+from lightning_compress.channels.tracer import Tracer
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 PARTS = {"slice", "split", "split_with_sizes"}
@@ -35,7 +37,7 @@ def move(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any)
         for one, part in zip(found, moved, strict=True):
             part = compressed(part)
             if name in VIEWS:
-                part = _split_width(tracer, factor, part, rest[0])
+                part = split_width(tracer, factor, part, rest[0])
             one.append(part)
     if name in ("expand", "repeat"):
         found[0] += tracer.made(out, _copied(tensor, out))
@@ -67,109 +69,6 @@ def _places(given: Mapping[str, Any], size: int) -> list[range]:
         return [range(size)[slice(given.get("start"), given.get("end"), given.get("step"))]]
     sizes = given.get("split_sizes") or [given["split_size"]] * -(-size // given["split_size"])
     return [range(size)[end - one : end] for one, end in zip(sizes, accumulate(sizes), strict=True)]
-
-
-def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequence[int]], tied: bool = False) -> None:
-    """Parts of a width are taken. Those that are as long as each other and make up all of it stay so.
-
-    Args:
-        tracer: notes the sizes that may have been written.
-        factor: labels of the whole.
-        dim: of the width.
-        parts: the places of each.
-        tied: whether that is certain; else it is a guess, as their lengths may have been written apart.
-    """
-    labels = _first_along(factor, dim)
-    ends = sorted({end for part in parts if part for end in (part[0], part[-1] + 1)} - {0, len(labels)})
-    tracer.note_written(factor.shape, (spread(len(labels), labels, dim, factor.dim()),), ends=ends)
-    known = tracer.parts.setdefault(tuple(labels.tolist()), {})
-    for part in parts:
-        if len(part) in (0, len(labels)):
-            continue
-        part = tuple(part)
-        known[part] = labels[list(part)]
-        tracer.note_size(len(labels), labels)
-        tracer.note_size(len(part), known[part])
-        for end in {part[0], part[-1] + 1} - {0, len(labels)}:
-            tracer.note_size(end, labels[:end])
-        alike = {one: mine for one, mine in known.items() if len(one) == len(part)}
-        key = f"{tracer.path}:{len(labels)} by {len(part)}"
-        if len(alike) * len(part) == len(labels) == len({place for one in alike for place in one}):
-            tracer.splits.setdefault(key, []).append(labels)
-            if tied or tracer.choices.get(key, 0) % 2 == 0:
-                tracer.atoms.tie(torch.stack([*alike.values()]), known[part])
-
-
-def one_width(tracer: Tracer, tensor: Tensor, factors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Where several widths are flattened into one dimension only one of them can shrink: choose which."""
-    for dim in range(tensor.dim()):
-        here = [factor for factor in factors if factor.shape[dim] > 1]
-        if len(here) > 1:
-            order = _in_order(tracer, here, dim)
-            chosen = order[0]
-            able = [factor for factor in order if tracer.origin(factor) != BUFFER]
-            if len(able) > 1:
-                key = f"{tracer.path}:{list(tensor.shape)} holds {len(here)}"
-                tracer.splits.setdefault(key, []).append(torch.cat([factor.flatten() for factor in able]))
-                chosen = able[tracer.choices.get(key, 0) % len(able)]
-            for factor in here:
-                if factor is not chosen:
-                    tracer.atoms.pin(factor, f"another width shares its dimension, in {tracer.where()}")
-            factors = [factor for factor in factors if factor is chosen or factor.shape[dim] == 1]
-    return tuple(factors)
-
-
-def _in_order(tracer: Tracer, factors: list[Tensor], dim: int) -> list[Tensor]:
-    """Widths of parameters first, outer ones before what lies within; but of heads that share keys, the more."""
-    labels = [_first_along(factor, dim) for factor in factors]
-    origins = [tracer.origin(factor) for factor in factors]
-    counts = [len(one.unique()) for one in labels]
-    most = max((count for count, origin in zip(counts, origins, strict=True) if origin == PARAMETER), default=0)
-    ranks = [
-        (-1 if origin == MADE and count > most else origin, -int((one != one[0]).nonzero()[0]))
-        for one, count, origin in zip(labels, counts, origins, strict=True)
-    ]
-    return [factors[place] for place in sorted(range(len(factors)), key=ranks.__getitem__)]
-
-
-def _first_along(factor: Tensor, dim: int) -> Tensor:
-    return factor.movedim(dim, 0).reshape(factor.shape[dim], -1)[:, 0]
-
-
-def _split_width(tracer: Tracer, before: Tensor, after: Tensor, sizes: Any) -> Tensor:
-    """Where a view splits one width into several dimensions, only one of them can shrink: choose which."""
-    if len(varying(after)) > len(varying(before)):
-        key = f"{tracer.path}:{list(after.shape)}"
-        dims = varying(after)
-        options = _split_options(tracer, after, list(sizes))
-        keep = options[tracer.choices.get(key, 0) % len(options)]
-        if tracer.origin(before) == PARAMETER:
-            tracer.splits.setdefault(key, []).append(after.flatten())
-        flat = after
-        for dim in dims:
-            if dim not in keep:
-                first = flat.narrow(dim, 0, 1)
-                tracer.atoms.tie(flat, first)
-                flat = first
-        after = flat
-    for dim in varying(after):
-        if dim < len(sizes) and sizes[dim] > 1:
-            tracer.note_size(int(sizes[dim]), _first_along(after, dim))
-    return after
-
-
-def _split_options(tracer: Tracer, after: Tensor, sizes: list[int]) -> list[tuple[int, ...]]:
-    """The dimensions that may go on telling channels apart, the likeliest first."""
-    dims = varying(after)
-    numbers = tracer.numbers.get(tracer.path, set())
-    options: list[tuple[int, ...]] = []
-    # Blocks whose number is an attribute of the module, as of heads; what lies inside a block stays whole.
-    blocks = [place for place, dim in enumerate(dims[:-1]) if len(_first_along(after, dim).unique()) in numbers]
-    options += [dims[: place + 1] for place in reversed(blocks)]
-    options += [(dims[place],) for place in reversed(blocks)]  # such as queries, keys and values alike
-    options += [(dim,) for dim in dims if sizes[dim] == -1]
-    options += [dims[:1], dims[:-1], dims[-1:]]
-    return list(dict.fromkeys(options))
 
 
 def cat(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -225,7 +124,7 @@ def _counted(tracer: Tracer, factor: Tensor, chosen: Sequence[Any]) -> bool:
     [(dim, places), *others] = [(dim, places) for dim, places in enumerate(chosen) if places is not None]
     if others or not tracer.is_made(places) or places.dim() != 1 or places.dtype == torch.bool:
         return False
-    take_parts(tracer, factor, dim, [tuple(places.tolist())])
+    take_parts(tracer, factor, dim, [[place % factor.shape[dim] for place in places.tolist()]])
     return True
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_compress.channels.tracer import Tracer, spread
+from lightning_compress.channels.factors import spread
+from lightning_compress.channels.tracer import Tracer
 
 
 def batch_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:

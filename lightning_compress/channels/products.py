@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_compress.channels.tracer import Size, Tracer, spread
+from lightning_compress.channels.factors import spread
+from lightning_compress.channels.notes import Size
+from lightning_compress.channels.tracer import Tracer
 
 
 def product(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:

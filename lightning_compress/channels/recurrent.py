@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_compress.channels.factors import spread
+from lightning_compress.channels.notes import Size
 from lightning_compress.channels.outputs import tensors_in
-from lightning_compress.channels.tracer import PARAMETER, Size, Tracer, spread
+from lightning_compress.channels.tracer import PARAMETER, Tracer
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_compress.channels import movement, norms, products
+from lightning_compress.channels.factors import varying
 from lightning_compress.channels.strides import strided
-from lightning_compress.channels.tracer import Tracer, varying
+from lightning_compress.channels.tracer import Tracer
 
 Rule = Callable[[Tracer, Any, Any, dict[str, Any], Any], None]
 

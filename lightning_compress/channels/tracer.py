@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,56 +21,12 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_compress.channels.atoms import Atoms
+from lightning_compress.channels.factors import Factors, clusters, compressed, spread, varying
+from lightning_compress.channels.notes import Product, Size, Written
 from lightning_compress.channels.written import WRITES
 from lightning_compress.targets import clean_name
 
-Factors = tuple[Tensor, ...]
-"""The labels of a tensor: atoms, int64, each of the tensor's rank and of size 1 along dimensions that don't matter."""
-
-
 PARAMETER, BUFFER, MADE = range(3)
-
-
-@dataclass(frozen=True)
-class Product:
-    """Multiply-accumulates of one operator, and the labels of the dimensions that they are proportional to."""
-
-    macs: int
-    widths: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Size:
-    """A size that was written into a view or a split by the module at ``path``.
-
-    Attributes:
-        path: of the module that ran.
-        size: the number that was written.
-        labels: atoms along the dimension that it is the size of.
-    """
-
-    path: str
-    size: int
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Written:
-    """A call by the module at ``path`` whose code may write sizes: a view, or parts that are taken of a width.
-
-    Attributes:
-        path: of the module that ran.
-        shape: of the tensor.
-        factors: its labels; where parts are taken, of the width that they are parts of.
-        view: the shape and the labels of what comes out of a view; None where parts are taken.
-        ends: places where parts end.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    factors: Factors
-    view: tuple[tuple[int, ...], Factors] | None = None
-    ends: tuple[int, ...] = ()
 
 
 _FACTORIES = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided",
@@ -257,7 +212,7 @@ class Tracer(TorchDispatchMode):
     def meet(self, operands: list[tuple[tuple[int, ...], list[Tensor]]]) -> Factors:
         """Tie the factors of (shape, factors) operands that broadcast; returns those of the outcome."""
         factors = []
-        for dims in _clusters([factor for _, mine in operands for factor in mine]):
+        for dims in clusters([factor for _, mine in operands for factor in mine]):
             labels, pinned = list[Tensor](), False
             for shape, mine in operands:
                 if all(shape[dim] == 1 for dim in dims):
@@ -305,41 +260,6 @@ class Tracer(TorchDispatchMode):
         elif self.counting and func._overloadpacket in flop_registry:
             self.macs += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
         return out
-
-
-def spread(size: int, labels: Tensor, dim: int, rank: int) -> Tensor:
-    """Atoms ``(size,)`` as a factor of a tensor with ``rank`` dimensions."""
-    shape = [1] * rank
-    shape[dim] = size
-    return labels.reshape(shape)
-
-
-def varying(factor: Tensor) -> tuple[int, ...]:
-    """The dimensions that have a say in a factor."""
-    return tuple(dim for dim, size in enumerate(factor.shape) if size > 1)
-
-
-def compressed(factor: Tensor) -> Tensor:
-    """A factor without the dimensions along which it is constant."""
-    for dim, size in enumerate(factor.shape):
-        if size > 1:
-            first = factor.narrow(dim, 0, 1)
-            if bool((factor == first).all()):
-                factor = first
-    return factor
-
-
-def _clusters(factors: list[Tensor]) -> list[set[int]]:
-    """The dimensions of factors that share dimensions, each set once."""
-    clusters: list[set[int]] = []
-    for factor in factors:
-        mine = set(varying(factor))
-        for cluster in [cluster for cluster in clusters if cluster & mine]:
-            clusters.remove(cluster)
-            mine |= cluster
-        if mine:
-            clusters.append(mine)
-    return clusters
 
 
 class _Writing(TorchFunctionMode):

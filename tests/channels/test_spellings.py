@@ -51,6 +51,7 @@ HALVES: dict[str, Halves] = {
     "tensor_split": lambda s, y: y.tensor_split(2, 1),
     "tensor_split_at": lambda s, y: torch.tensor_split(y, (s.c,), 1),
     "index_select": lambda s, y: [y.index_select(1, torch.arange(at, at + s.c)) for at in (0, s.c)],
+    "counted_from_the_end": lambda s, y: (y[:, : s.c], y[:, torch.arange(-s.c, 0)]),
     "view": lambda s, y: y.view(len(y), 2, s.c, *y.shape[2:]).unbind(1),
     "unflatten": lambda s, y: y.unflatten(1, (2, -1)).unbind(1),
     "half_of_the_shape": lambda s, y: y.split((y.shape[1] // 2, y.shape[1] - y.shape[1] // 2), 1),
