@@ -46,6 +46,8 @@ class Witness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if _is_float(out):
+            return out
         floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_float(leaf)]
         if func._schema.is_mutable or not floats or not any(map(_decides, pytree.tree_leaves(out))):
             return out
