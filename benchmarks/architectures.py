@@ -63,8 +63,8 @@ def macs(model: nn.Module, args: Any, kwargs: Any) -> int:
 def zero_(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
     """Zero all but what a plan keeps."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, dims in kept.items():
-        for dim, indices in dims.items():
+    for name in kept.keys() & tensors.keys():  # caches of this copy are empty
+        for dim, indices in kept[name].items():
             gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
             gone[indices] = False
             tensors[name].index_fill_(dim, gone.nonzero().flatten(), 0)
