@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.layers.fast_path import restore_fast_path_
+from lightning_compress.quantization.layers.float_values import hide_float_values_
 from lightning_compress.quantization.traced import (
     CHILD,
     all_modules,
@@ -144,6 +145,7 @@ def _strip_(module: nn.Module) -> None:
     """Take off a module whatever is ours."""
     if CHILD in module._modules:
         unroute_(module)
+        hide_float_values_(module)
     restore_fast_path_(module)
     for name in list(_ours(module)):
         if name not in _HOOKS:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.quantization.gone import needs_values
 from lightning_compress.targets import clean_name
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -31,7 +32,7 @@ class CallLog:
     Attributes:
         inputs: path (without ``_orig_mod``) to the ``(args, kwargs)`` of its first call, tensors detached and cloned.
         callers: path to the paths of the modules that called it; None is code outside of all modules.
-        readers: path to the paths of the user's modules that read its parameters while they were evaluated.
+        readers: path to the paths of the user's modules that computed with its parameters while they were evaluated.
     """
 
     inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
@@ -62,15 +63,34 @@ class CallLog:
 
 
 class _Watched(dict[str, Any]):
-    """The parameters of a module, which say when one is read by its name."""
+    """The parameters of a module; those that another module reads by their names say when they are computed with."""
 
-    def __init__(self, parameters: dict[str, Any], tell: Callable[[], None]) -> None:
+    def __init__(self, parameters: dict[str, Any], teller: Callable[[], Callable[[], None] | None]) -> None:
         super().__init__(parameters)
-        self.tell = tell
+        self.teller = teller
 
     def __getitem__(self, name: str) -> Any:
-        self.tell()
-        return super().__getitem__(name)
+        value, tell = super().__getitem__(name), self.teller()
+        if value is None or tell is None:
+            return value
+        read = value.as_subclass(_Read)
+        read.tell = tell
+        return read
+
+
+class _Read(Tensor):
+    """A parameter as another module has it."""
+
+    tell: Callable[[], None]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if needs_values(func, args, cls):
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, cls):
+                    leaf.tell()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 def is_below(inner: str, path: str) -> bool:
@@ -106,15 +126,16 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
 
     modules = {clean_name(name): module for name, module in model.named_modules()}
 
-    def tell(path: str) -> None:
+    def teller(path: str) -> Callable[[], None] | None:
         reader = stack[-1] if stack else path
         # Torch's own read what lies in them for a fused path, which is switched off where it matters.
-        if reader != path and not (modules[reader].training or type(modules[reader]).__module__.startswith("torch.")):
-            log.readers.setdefault(path, set()).add(reader)
+        if reader == path or modules[reader].training or type(modules[reader]).__module__.startswith("torch."):
+            return None
+        return lambda: log.readers.setdefault(path, set()).add(reader)
 
     plain = {path: module._parameters for path, module in modules.items() if type(module._parameters) is dict}
     for path, parameters in plain.items():
-        modules[path].__dict__["_parameters"] = _Watched(parameters, partial(tell, path))
+        modules[path].__dict__["_parameters"] = _Watched(parameters, partial(teller, path))
     for name, module in model.named_modules():
         path = clean_name(name)
         handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))

@@ -12,6 +12,22 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 
+_WHAT_IT_IS = {
+    *(Tensor.dtype.__get__, Tensor.device.__get__, Tensor.shape.__get__, Tensor.ndim.__get__),  # type: ignore[attr-defined]
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point),
+}
+
+
+def needs_values(func: Callable[..., Any], args: tuple[Any, ...], kind: type) -> bool:
+    """Whether a function computes with the values of a ``kind`` among its arguments, and doesn't just ask what it is.
+
+    Example:
+        >>> weight = torch.ones(2, 3)
+        >>> needs_values(Tensor.size, (weight, 0), Tensor), needs_values(Tensor.sum, (weight,), Tensor)
+        (False, True)
+    """
+    return func not in _WHAT_IT_IS and (func not in (Tensor.to, Tensor.type_as) or isinstance(args[0], kind))
+
 
 @dataclass(frozen=True, eq=False)
 class GoneWeight:
@@ -70,7 +86,7 @@ class GoneWeight:
     ) -> Any:
         arguments = (*args, *(kwargs or {}).values())
         gone = next((each for each in arguments if isinstance(each, cls)), None)
-        if gone is not None and func in (Tensor.to, Tensor.type_as) and isinstance(args[0], Tensor):
+        if gone is not None and not needs_values(func, args, cls):
             return args[0].to(gone.device, gone.dtype)
         why = "a float weight is gone, as its layer is quantized" if gone is None else gone._why()
         raise CompressionError(

@@ -1,4 +1,4 @@
-"""What a dry run sees beside calls: a layer whose weight is read from outside stays float, and the rest is int8."""
+"""What a dry run sees beside calls: a layer with whose weight others compute stays float, and the rest is int8."""
 
 from __future__ import annotations
 
@@ -17,15 +17,28 @@ from lightning_compress.quantization.forms import record_of
 from tests.support.modules import quiet_trainer
 
 
-class Reader(nn.Module):
-    """Asks a layer for its type before it calls it, as many language models do."""
+class Asks(nn.Module):
+    """Asks a layer for its type before it calls it, as many language models do, in code that can't be traced."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.isnan().any():
+            raise ValueError("control flow")
         return self.second(self.first(x.to(self.first.weight.dtype)).relu())
+
+
+class Reader(nn.Module):
+    """Computes with a layer's weight beside the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()) * self.first.weight.mean()
 
 
 class Deep(nn.Module):
@@ -37,7 +50,7 @@ class Deep(nn.Module):
         self.second = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.block(x.to(self.block[0].weight.dtype)))
+        return self.second(self.block(x)) * torch.linalg.norm(self.block[0].weight)
 
 
 class Regularized(nn.Module):
@@ -78,6 +91,7 @@ class Module(L.LightningModule):
 @pytest.mark.parametrize(
     ("net", "float_layers", "units"),
     [
+        (Asks, {}, ["net.first", "net.second"]),
         (Reader, {"net.first": "its weight is read from outside of it"}, ["net.second"]),
         (Deep, {"net.block.0": "its weight is read from outside of it"}, ["net.block.2", "net.second"]),
         (Regularized, {}, ["net"]),
