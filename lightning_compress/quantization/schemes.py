@@ -252,17 +252,25 @@ def needs_reduced_range(engine: str = "x86") -> bool:
 
 @cache
 def _kernel_overflows(engine: str) -> bool:
+    """Whether a linear or a convolution kernel gets the largest products wrong; each may be another kind of kernel."""
     before = torch.backends.quantized.engine
     with warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter("ignore")  # torch announces the end of its quantized tensors
         try:
             torch.backends.quantized.engine = engine
-            weight = torch._make_per_tensor_quantized_tensor(torch.full((1, 2), 127, dtype=torch.int8), 1.0, 0)
-            packed = torch.ops.quantized.linear_prepack(weight, None)
-            total = torch.ops.quantized.linear_dynamic(torch.full((1, 2), 255.0), packed, False).item()
+            weight = torch.full((16, 16), 127, dtype=torch.int8)
+            total = weight.shape[1] * 255 * 127
+            linear = torch.ops.quantized.linear_prepack(torch._make_per_tensor_quantized_tensor(weight, 1.0, 0), None)
+            kernel = torch._make_per_tensor_quantized_tensor(weight.view(16, 16, 1, 1), 1.0, 0)
+            conv = torch.ops.quantized.conv2d_prepack(kernel, None, [1, 1], [0, 0], [1, 1], 1)
+            image = torch.quantize_per_tensor(torch.full((1, 16, 8, 8), 255.0), 1.0, 0, torch.quint8)
+            found = (
+                torch.ops.quantized.linear_dynamic(torch.full((1, 16), 255.0), linear, False),
+                torch.ops.quantized.conv2d(image, conv, total / 200, 0).dequantize(),
+            )
         finally:
             torch.backends.quantized.engine = before
-    return bool(total < 0.99 * 2 * 255 * 127)
+    return any(bool(one.min() < 0.99 * total) for one in found)
 
 
 def describe(scheme: Scheme) -> dict[str, Any]:
