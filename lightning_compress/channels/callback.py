@@ -325,7 +325,9 @@ class ChannelPruning(CompressionCallback):
             recipe = replace(recipe, budget=Budget("macs", self._goal))
         overrides = {pattern: self._on_the_way(final) for pattern, final in recipe.overrides.items()}
         budget = replace(recipe.budget, fraction=self._on_the_way(recipe.budget.fraction))
-        recipe = replace(recipe, budget=budget, overrides=overrides, seed=recipe.seed + self._step)
+        recipe = replace(
+            recipe, budget=budget, goal=recipe.budget.fraction, overrides=overrides, seed=recipe.seed + self._step
+        )
         if self._asked < 1.0:
             # Steps are for the end: a round takes less than one from most layers.
             recipe = replace(recipe, round_to=1)

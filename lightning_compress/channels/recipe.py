@@ -16,7 +16,10 @@ LEAST = 0.1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How channels are chosen; the arguments of `plan_removal`, checked."""
+    """How channels are chosen; the arguments of `plan_removal`, checked.
+
+    Of a round on the way ``goal`` is the fraction of the last one, by which floors of layers are set.
+    """
 
     budget: Budget
     importance: str
@@ -26,6 +29,7 @@ class Recipe:
     min_layer_channels: float
     round_to: int | None
     seed: int
+    goal: float | None = None
 
 
 def make_recipe(

@@ -126,7 +126,8 @@ class _Search:
         cost = getattr(self.sizes, kind)
         target = fraction * self._whole(kind)
         steps = (self.recipe.round_to,) if self.recipe.round_to else _STEPS
-        even = self._even(cost, target) if self.recipe.scope == "global" else 0.0
+        goal = fraction if self.recipe.goal is None else self.recipe.goal
+        even = self._even(cost, goal * self._whole(kind)) if self.recipe.scope == "global" else 0.0
         for step in steps:  # the coarsest that meets the budget
             limits = _limits(self.structure.groups, self.recipe, self.progress, step, SHARE * even)
             keep = choose(self._ranked, limits, cost, target, self.recipe.scope)
@@ -263,8 +264,9 @@ def _refusal(group: Group, targets: Targets, tensors: Mapping[str, Tensor]) -> s
 
 
 SHARE = 0.75
-"""Ranked together, no group keeps less than this part of what it would keep if all kept the same fraction: how far
-scores spread depends on a layer's fan-in more than on what it is worth. ``benchmarks/defaults.md`` has figures."""
+"""Ranked together, no group keeps less than this part of what it would keep in the end if all kept the same fraction:
+how far scores spread depends on a layer's fan-in more than on what it is worth. ``benchmarks/defaults.md`` has figures.
+"""
 
 
 def _original(group: Group, progress: Progress) -> int:

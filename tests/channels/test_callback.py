@@ -211,6 +211,30 @@ def test_the_budget_is_met_as_nearly_as_whole_channels_can(kind: str, fraction: 
     assert trainer.callback_metrics[f"remaining_{kind}"].item() == pytest.approx(cost(nearest) / cost(32))
 
 
+def test_floors_on_the_way_are_those_of_the_end() -> None:
+    class Two(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 4))
+            del self.body, self.norm, self.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.net(x.flatten(1))
+            return output
+
+    module = Two()
+    with torch.no_grad():  # half of the first layer's channels matter least of all
+        module.net[0].weight[20:] *= 1e-3
+        module.net[0].bias[20:] *= 1e-3
+        module.net[2].weight[:, 20:] *= 1e-3
+    halves = Steps(points=[0.0, 1.0], fractions=[0.5, 1.0])
+    callback = shrink(schedule=halves, importance="l1")
+    fit([callback], module)
+    first, last = ([row.after for row in plan.rows] for plan in callback.plans)
+    assert first == [20, 40]
+    assert sum(last) == 40 and min(last) >= 15  # three quarters of a half
+
+
 def test_a_missed_budget_is_said_and_reported() -> None:
     pruning = shrink(min_layer_channels=0.75)
     with pytest.warns(UserWarning, match="channels=0.5 was asked for, 0.750 is nearest"):
