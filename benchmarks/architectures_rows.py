@@ -120,7 +120,7 @@ _TIMM: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("test_vit_relpos", 160, {}),
     ("samvit_base_patch16_224", 64, {"img_size": 64, "embed_dim": 96, "depth": 3, "num_heads": 3}),
     ("vitamin_small_224", 64, {"img_size": 64}),
-    ("volo_d1_224", 64, {"img_size": 64, "layers": (1, 1, 2, 1)}),
+    ("volo_d1_224", 64, {"img_size": 64}),
     ("ese_vovnet19b_slim_dw", 64, {}),
     ("xception41p", 64, {}),
     ("xcit_nano_12_p8_224", 64, {"img_size": 64, "depth": 3}),

