@@ -135,8 +135,6 @@ def sized(corrections: Sequence[Correction], x: Tensor, written: Sequence[int]) 
     fits = -1 not in written and math.prod(written) == x.numel()
     for view in _views(corrections, x, written):
         meant = _meant(view, written)
-        if list(written) == meant:
-            return written
         # What fits may be wrong all the same, such as four heads of four where two of eight are left.
         if fits and not _is_long_as(x, view):
             continue
@@ -149,15 +147,26 @@ def _views(corrections: Sequence[Correction], x: Tensor, written: Sequence[int])
     """The views that a call may be, the likeliest first."""
     found = [one for one in corrections if one[0] == "view" and (one[1], one[3]) == (x.dim(), len(written))]
     certain = [one for one in found if _is_long_as(x, one)]
-    yield from certain
+    # Numbers of windows or tokens may be as long as a width: what was written tells the calls apart then.
+    yield from sorted(certain, key=lambda one: (not _is_long_as(x, one, whole=True), not _is_as_written(one, written)))
     for one in found:
-        if one not in certain and not any(x.shape[dim] % now for dim, _, now, _ in one[2]):
+        if one not in certain and not any(x.shape[dim] % now for dim, _, now, _ in _telling(one)):
             yield one
 
 
-def _is_long_as(x: Tensor, view: Correction) -> bool:
+def _is_long_as(x: Tensor, view: Correction, *, whole: bool = False) -> bool:
     # A length that an export leaves open is none that could be compared.
-    return all(type(x.shape[dim]) is int and x.shape[dim] == length for dim, _, _, length in view[2])
+    rows = view[2] if whole else _telling(view)
+    return all(type(x.shape[dim]) is int and x.shape[dim] == length for dim, _, _, length in rows)
+
+
+def _telling(view: Correction) -> list[list[int]]:
+    """What of the tensor tells the view: what shrank. The rest, such as numbers of windows, may differ by call."""
+    return [row for row in view[2] if row[1] != row[2]] or view[2]
+
+
+def _is_as_written(view: Correction, written: Sequence[int]) -> bool:
+    return all(written[dim] == -1 or written[dim] % before == 0 for dim, before, _ in view[4])
 
 
 def _meant(view: Correction, written: Sequence[int]) -> list[int]:

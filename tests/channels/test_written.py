@@ -65,6 +65,54 @@ def cut(model: nn.Module, macs: float, seed: int = 0) -> float:
     return wrong
 
 
+class Windows(nn.Module):
+    """Attention in windows under a mask with one entry for each window of a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.qkv, self.o = nn.Linear(6, 32), nn.Linear(32, 96), nn.Linear(32, 5)
+        self.heads, self.norm = 4, nn.LayerNorm(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        batch, length, width = x.shape
+        count, places = length // 4, torch.zeros(1, length, 1).view(length // 4, 4)
+        mask = places[:, None] - places[:, :, None]
+        q, k, v = self.qkv(x).reshape(batch * count, 4, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1)).view(batch, count, self.heads, 4, 4) + mask[:, None]
+        y = scores.view(-1, self.heads, 4, 4).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).reshape(batch * count, 4, width).reshape(batch, length, width))
+
+
+class Reduced(nn.Module):
+    """Attention to a map of fewer tokens, which is a view of the tokens too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.q, self.kv, self.o = nn.Linear(6, 32), nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(32, 5)
+        self.norm, self.pool = nn.LayerNorm(32), nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        batch, length, width = x.shape
+        q = self.q(x).reshape(batch, length, 4, width // 4).permute(0, 2, 1, 3)
+        x = self.pool(x.permute(0, 2, 1).reshape(batch, width, 4, length // 4)).reshape(batch, width, -1)
+        k, v = self.kv(x.permute(0, 2, 1)).reshape(batch, -1, 2, 4, width // 4).permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).reshape(batch, length, width))
+
+
+@pytest.mark.parametrize("kind", [Windows, Reduced])
+def test_lengths_that_equal_widths_or_differ_from_the_example(kind: type[nn.Module]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind().eval()
+        plan = plan_removal(model, torch.randn(2, 64, 6), macs=0.5)
+        assert len({"qkv.weight", "kv.weight"} & plan.kept.keys()) == 1
+        for batch, length in ((2, 64), (3, 24), (8, 16), (5, 32), (4, 8)):
+            assert inexact(model, plan, (torch.randn(batch, length, 6),)) < 1e-5, (batch, length)
+
+
 def test_cuts_go_on_from_each_other() -> None:
     model = heads()
     assert cut(model, 0.7) < 1e-5
