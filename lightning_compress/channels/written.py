@@ -148,7 +148,7 @@ def _views(corrections: Sequence[Correction], x: Tensor, written: Sequence[int])
     found = [one for one in corrections if one[0] == "view" and (one[1], one[3]) == (x.dim(), len(written))]
     certain = [one for one in found if _is_long_as(x, one)]
     # Numbers of windows or tokens may be as long as a width: what was written tells the calls apart then.
-    yield from sorted(certain, key=lambda one: (not _is_long_as(x, one, whole=True), not _is_as_written(one, written)))
+    yield from sorted(certain, key=lambda one: (not _is_long_as(x, one, whole=True), _unconfirmed(one, written)))
     for one in found:
         if one not in certain and not any(x.shape[dim] % now for dim, _, now, _ in _telling(one)):
             yield one
@@ -165,8 +165,8 @@ def _telling(view: Correction) -> list[list[int]]:
     return [row for row in view[2] if row[1] != row[2]] or view[2]
 
 
-def _is_as_written(view: Correction, written: Sequence[int]) -> bool:
-    return all(written[dim] == -1 or written[dim] % before == 0 for dim, before, _ in view[4])
+def _unconfirmed(view: Correction, written: Sequence[int]) -> int:
+    return sum(written[dim] == -1 or written[dim] % before != 0 for dim, before, _ in view[4])
 
 
 def _meant(view: Correction, written: Sequence[int]) -> list[int]:
