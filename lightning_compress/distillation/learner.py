@@ -15,7 +15,7 @@ from lightning_compress.distillation.outputs import find_logits
 from lightning_compress.distillation.quiet import buffers_restored_on_error, to_device_of
 from lightning_compress.distillation.ramps import TASK, Ramp
 from lightning_compress.distillation.rehearsal import Plan
-from lightning_compress.distillation.teacher import TeacherDtype, call, shared_with
+from lightning_compress.distillation.teacher import TeacherDtype, call, check_is_module, shared_with
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import forms
 from lightning_compress.quantization.calls import copy_module, copy_tensors
@@ -109,6 +109,7 @@ class Learner(nn.Module):
 
     @teacher.setter
     def teacher(self, teacher: nn.Module | None) -> None:
+        check_is_module(teacher)
         if teacher is not None and (error := shared_with(teacher, self.student)) is not None:
             raise error
         self._prepared = False

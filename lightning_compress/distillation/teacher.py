@@ -60,6 +60,7 @@ class Teacher:
             raise invalid("teacher_dtype", "be float32, bfloat16, float16 or None", dtype)
         if isinstance(given, Snapshot) and checkpoint is not None:
             raise invalid("teacher_checkpoint", f"be left out with {type(given).__name__}", checkpoint)
+        check_is_module(given)
         self.given = given
         self.taps = taps
         self.checkpoint = checkpoint
@@ -297,6 +298,13 @@ def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     header = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
     return hashlib.blake2b(header + data.tobytes(), digest_size=16).hexdigest()
+
+
+def check_is_module(teacher: Any) -> None:
+    """Raise for a teacher that is none: a class of one, or its name."""
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        name = teacher.__name__ if isinstance(teacher, type) else "Large"
+        raise invalid("teacher", "be a module", teacher, f"Make one: teacher={name}(...).")
 
 
 def shared_with(teacher: nn.Module, student: nn.Module) -> CompressionError | None:

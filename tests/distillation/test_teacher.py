@@ -185,6 +185,13 @@ def test_a_teacher_without_forward_names_the_child_that_could_serve(way: str, te
     assert_same_bits(before, bits(student))
 
 
+@pytest.mark.parametrize("teacher", [ConvNet, "resnet"])
+@pytest.mark.parametrize("make", [Distillation, lambda teacher: DistillationModule(ConvNet(), teacher)])
+def test_a_class_or_a_name_in_the_place_of_a_teacher_says_what_to_write(make: Any, teacher: Any) -> None:
+    with pytest.raises(CompressionError, match=r"`teacher` must be a module\. .* Make one: teacher=\w+\(\.\.\.\)\."):
+        make(teacher)
+
+
 def test_a_snapshot_of_a_student_without_forward_serves() -> None:
     fit = trainer(callbacks=[Distillation(Snapshot())])
     fit.fit(Steps(), loader())
