@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def _corrected(plain: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(one, Proxy) for one in (*args, *kwargs.values())):
             raise TraceError("sizes that its code writes are corrected, for which shapes must be known")
-        with _Corrections(self.__dict__[WRITTEN]):
+        with _Corrections(self):
             return plain.forward(self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
@@ -83,18 +84,29 @@ def _rebuilt(plain: type[nn.Module], *args: Any) -> nn.Module:
 
 
 class _Corrections(TorchFunctionMode):
-    """Calls inside name the sizes of now."""
+    """Calls by a module's own code name the sizes of now; those of the modules that it calls are theirs."""
 
-    def __init__(self, corrections: Sequence[Correction]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.corrections = corrections
+        self.module = module
+        self.corrections: Sequence[Correction] = module.__dict__[WRITTEN]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         correct = _CALLS.get(func)
-        if correct is not None:
+        if correct is not None and _runs(self.module):
             with torch._C.DisableTorchFunction():
                 args, kwargs = correct(self.corrections, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether ``module`` is the innermost one that is being called; a compiler can't be asked."""
+    if torch.compiler.is_compiling():
+        return True
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is None or frame.f_locals["self"] is module
 
 
 Arguments = tuple[Any, dict[str, Any]]

@@ -128,6 +128,32 @@ def test_lengths_that_equal_widths_or_differ_from_the_example(kind: type[nn.Modu
             assert inexact(model, plan, (torch.randn(batch, length, 6),)) < 1e-5, (batch, length)
 
 
+class First(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :16]
+
+
+class Gated(nn.Module):
+    """Takes halves of a width; a module that it calls takes as many tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv1d(6, 32, 1), nn.Conv1d(16, 16, 1)
+        self.first, self.out = First(), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x.transpose(1, 2))
+        return self.out(self.first(self.body(y[:, :16] * y[:, 16:].sigmoid()).transpose(1, 2)))
+
+
+def test_a_module_that_is_called_writes_its_own_sizes() -> None:
+    model = Gated().eval()
+    plan = plan_removal(model, torch.randn(2, 40, 6), channels=0.6, round_to=1)
+    assert "stem.weight" in plan.kept
+    for length in range(8, 40):
+        assert inexact(model, plan, (torch.randn(2, length, 6),)) < 1e-5, length
+
+
 def test_cuts_go_on_from_each_other() -> None:
     model = heads()
     assert cut(model, 0.7) < 1e-5
