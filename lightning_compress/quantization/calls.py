@@ -33,19 +33,20 @@ class CallLog:
         inputs: path (without ``_orig_mod``) to the ``(args, kwargs)`` of its first call, tensors detached and cloned.
         callers: path to the paths of the modules that called it; None is code outside of all modules.
         readers: path to the paths of the user's modules that computed with its parameters while they were evaluated.
+        replaced: path to the paths of the modules that called it with other parameters than its own.
     """
 
     inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     callers: dict[str, set[str | None]] = field(default_factory=dict)
     readers: dict[str, set[str]] = field(default_factory=dict)
+    replaced: dict[str, set[str]] = field(default_factory=dict)
 
     def merge(self, other: CallLog) -> None:
         """Add what another run called; inputs that are known already stay."""
         self.inputs = {**other.inputs, **self.inputs}
-        for path, callers in other.callers.items():
-            self.callers.setdefault(path, set()).update(callers)
-        for path, readers in other.readers.items():
-            self.readers.setdefault(path, set()).update(readers)
+        for name in ("callers", "readers", "replaced"):
+            for path, found in getattr(other, name).items():
+                getattr(self, name).setdefault(path, set()).update(found)
 
     def entered_below(self, path: str) -> str | None:
         """A module below ``path`` that something outside of ``path`` calls directly; None if there is none."""
@@ -56,31 +57,56 @@ class CallLog:
 
     def read_below(self, path: str) -> str | None:
         """A module at or below ``path`` whose parameters a module outside of ``path`` reads; None if there is none."""
-        for inner, readers in self.readers.items():
-            if is_at_or_below(inner, path) and not all(is_at_or_below(reader, path) for reader in readers):
-                return inner
-        return None
+        return _from_outside(self.readers, path)
+
+    def replaced_below(self, path: str) -> str | None:
+        """A module at or below ``path`` whose parameters something outside of ``path`` replaces; None if none is."""
+        return _from_outside(self.replaced, path)
+
+
+def _from_outside(found: dict[str, set[str]], path: str) -> str | None:
+    for inner, others in found.items():
+        if is_at_or_below(inner, path) and not all(is_at_or_below(other, path) for other in others):
+            return inner
+    return None
 
 
 class _Watched(dict[str, Any]):
-    """The parameters of a module; those that another module reads by their names say when they are computed with."""
+    """The parameters of a module; those that another module reads by their names say when they are computed with.
 
-    def __init__(self, parameters: dict[str, Any], teller: Callable[[], Callable[[], None] | None]) -> None:
+    To be given others, as `torch.func.functional_call` does for the time of a call, is told of at once.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Any],
+        teller: Callable[[], Callable[[], None] | None],
+        tell_replaced: Callable[[], None],
+    ) -> None:
         super().__init__(parameters)
         self.teller = teller
+        self.tell_replaced = tell_replaced
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(value, _Read):
+            value = value.own
+        if self.get(name) is not None:
+            self.tell_replaced()
+        super().__setitem__(name, value)
 
     def __getitem__(self, name: str) -> Any:
         value, tell = super().__getitem__(name), self.teller()
         if value is None or tell is None:
             return value
         read = value.as_subclass(_Read)
-        read.tell = tell
+        read.own, read.tell = value, tell
         return read
 
 
 class _Read(Tensor):
     """A parameter as another module has it."""
 
+    own: nn.Parameter
     tell: Callable[[], None]
 
     @classmethod
@@ -133,9 +159,16 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
             return None
         return lambda: log.readers.setdefault(path, set()).add(reader)
 
+    def tell_replaced(path: str) -> None:
+        replacer = stack[-1] if stack else ""
+        if replacer != path:
+            log.replaced.setdefault(path, set()).add(replacer)
+
     plain = {path: module._parameters for path, module in modules.items() if type(module._parameters) is dict}
     for path, parameters in plain.items():
-        modules[path].__dict__["_parameters"] = _Watched(parameters, partial(teller, path))
+        modules[path].__dict__["_parameters"] = _Watched(
+            parameters, partial(teller, path), partial(tell_replaced, path)
+        )
     for name, module in model.named_modules():
         path = clean_name(name)
         handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))

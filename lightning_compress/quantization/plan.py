@@ -15,7 +15,7 @@ from lightning_compress.errors import CompressionError, in_a_line
 from lightning_compress.layer_weights import PRUNABLE
 from lightning_compress.messages import by_reason, named, they
 from lightning_compress.quantization.calls import CallLog, is_at_or_below, is_below
-from lightning_compress.quantization.layers.plan import of_one_weight, plan_layers
+from lightning_compress.quantization.layers.plan import REPLACED, of_one_weight, plan_layers
 from lightning_compress.quantization.schemes import Packed, Scheme, StaticInt8, describe, from_description
 from lightning_compress.quantization.signature import Signature, canonical
 from lightning_compress.quantization.unit import Unit, holds_layers, no_kernel, verify
@@ -80,8 +80,8 @@ def make_plan(
     """
     if targets is not None:
         targets.check_patterns(model)
-    called = None if log is None else log.inputs
-    layers, floats = plan_layers(model, called, scheme, targets, overrides)
+    called, replaced = (None, ()) if log is None else (log.inputs, log.replaced)
+    layers, floats = plan_layers(model, called, scheme, targets, overrides, replaced)
     if isinstance(scheme, StaticInt8):
         assert log is not None
         chosen = "fx" if flow == "auto" else flow
@@ -202,6 +202,9 @@ class _Planner:
         entered = self.calls.entered_below(path)
         if entered is not None:
             return None, f"its `{entered}` is called from outside of it"
+        replaced = self.calls.replaced_below(path)
+        if replaced is not None:
+            return None, REPLACED if replaced == path else f"its `{replaced}` is called with parameters of others"
         read = self.calls.read_below(path)
         if read is not None:
             return None, f"its {'weight' if read == path else f'`{read}`'} is read from outside of it"

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from torch import Tensor, nn
 
-from lightning_compress import CompressionError, QuantizationAwareTraining, ScheduledPruning, load_compressed, quantize
+from lightning_compress import (
+    CompressionError,
+    QuantizationAwareTraining,
+    ScheduledPruning,
+    load_compressed,
+    quantize,
+    save_compressed,
+)
 from lightning_compress.quantization.forms import record_of
 from tests.support.architectures import UNet
 from tests.support.data import TinyData
@@ -142,3 +149,52 @@ def test_two_pruning_callbacks_log_under_names_of_their_own() -> None:
     trainer.fit(Classifier(), TinyData())
     assert trainer.callback_metrics["sparsity_0"] == pytest.approx(0.5)
     assert trainer.callback_metrics["sparsity_1"] == pytest.approx(0.9, abs=0.01)
+
+
+class Generated(nn.Module):
+    """Calls a layer with a weight that isn't the layer's, as hypernetworks and meta-learning do."""
+
+    def __init__(self, own: bool = False) -> None:
+        super().__init__()
+        self.layer, self.other, self.head, self.own = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4), own
+        self.factor = nn.Parameter(torch.tensor(-2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight if self.own else self.layer.weight * self.factor
+        hidden: Tensor = torch.func.functional_call(self.layer, {"weight": weight}, (x,))
+        return self.head((self.other(x) + hidden).relu())
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic", "int8_weight_only", "nf4", "gptq"])
+def test_a_layer_that_is_called_with_parameters_of_others_stays_float(scheme: str, own: bool, tmp_path: Path) -> None:
+    model, x, path = Generated(own).eval(), torch.randn(32, 16), str(tmp_path / "model.ckpt")
+    parameters = dict(model.named_parameters())
+    quantized = quantize(model, scheme, calibration=[x])
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert F.cosine_similarity(quantized(x).flatten(), model(x).flatten(), dim=0) > 0.98
+    record = record_of(quantized) or {}
+    assert "functional_call" in record["floats"]["layer"]
+    assert {"other"} <= {part["path"] for part in (*record["units"], *record["layers"])}
+    save_compressed(quantized, path)
+    assert torch.equal(load_compressed(path, Generated(own).eval())(x), quantized(x))
+
+
+def test_parameters_of_others_that_no_batch_told_of_are_an_error() -> None:
+    quantized = quantize(Generated().eval(), "int8_weight_only")
+    with pytest.raises(CompressionError, match="others in the place of"):
+        quantized(torch.randn(2, 16))
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(x, self.unused.weight).relu())
+
+
+def test_the_last_layer_is_quantized_where_no_other_is_called() -> None:
+    record = record_of(quantize(Unused().eval(), "gptq", calibration=[torch.randn(32, 16)])) or {}
+    assert [layer["path"] for layer in record["layers"]] == ["head"]

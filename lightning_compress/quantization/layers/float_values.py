@@ -11,6 +11,11 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.numerics.packing import is_recorded
 from lightning_compress.quantization.traced import CHILD
 
+_CHANGED = (
+    "The weight of a quantized layer must be left as it is. Received: {} its float values, which "
+    "aren't what it computes with. Change it before it is quantized, or exclude the layer from `targets`."
+)
+
 
 class _ReadOnly(Tensor):
     """Values that nothing would hear of if they were changed, so changing them is an error."""
@@ -20,10 +25,7 @@ class _ReadOnly(Tensor):
         name = getattr(func, "__name__", "")
         changes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
         if changes and isinstance(args[0], cls):
-            raise CompressionError(
-                "The weight of a quantized layer must be left as it is. Received: a change to its float values, which "
-                "aren't what it computes with. Change it before it is quantized, or exclude the layer from `targets`."
-            )
+            raise CompressionError(_CHANGED.format("a change to"))
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs or {})
         # What shares its memory: `data`, `T`, `detach()`.
@@ -47,6 +49,12 @@ class _FloatValues(dict[str, Any]):
         # What is compiled or written down knows no class of ours.
         plain = value is None or torch.compiler.is_compiling() or is_recorded()
         return value if plain else value.as_subclass(_ReadOnly)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        is_gone = value is not None and self.get(name, value) is None
+        if is_gone and self.layer is not None and hasattr(self.layer._modules.get(CHILD), "float_value"):
+            raise CompressionError(_CHANGED.format("others in the place of"))  # of `torch.func.functional_call`
+        super().__setitem__(name, value)
 
 
 def show_float_values_(layer: nn.Module) -> None:

@@ -56,6 +56,8 @@ _TYPES = {*_DYNAMIC, *_PACKED, nn.RNN}
 Overrides = Mapping[str, str | Scheme]
 """Pattern of layers' paths to the scheme that they get; the last match wins."""
 
+REPLACED = "it is called with parameters that aren't its own (functional_call)"
+"""Reason of a layer that can't be taken as it stands, as its own parameters aren't used."""
 
 Weights = Mapping[str, PackedWeight]
 """Packed weights that are known already, by the path of their layer: of GPTQ, or shared with another layer."""
@@ -154,6 +156,7 @@ def plan_layers(
     scheme: Scheme,
     targets: Targets | None,
     overrides: Mapping[str, Scheme],
+    replaced: Collection[str] = (),
 ) -> tuple[dict[str, Scheme], dict[str, str]]:
     """The layers to be quantized one by one, each with its scheme; and those that stay float, with the reason.
 
@@ -165,6 +168,7 @@ def plan_layers(
         scheme: of the layers that no override matches.
         targets: which layers.
         overrides: patterns to schemes.
+        replaced: paths of modules that the run called with other parameters than their own.
 
     Raises:
         CompressionError: an override matches no layer.
@@ -181,7 +185,8 @@ def plan_layers(
     patterns = [*overrides, *((targets.include or ()) if targets is not None else ())]
     named = {path for path in layers if any(_names(pattern, path) for pattern in patterns)}
     spared = {path: reason for path, reason in _spared(modules, called, wanted, targets).items() if path not in named}
-    if spared.keys() >= {path for path, one in wanted.items() if not why_not(layers[path], one)}:  # all that there is
+    usable = wanted.keys() - set(replaced) if called is None else (wanted.keys() & set(called)) - set(replaced)
+    if spared.keys() >= {path for path in usable if not why_not(layers[path], wanted[path])}:  # all that there is
         spared = {path: reason for path, reason in spared.items() if isinstance(layers[path], nn.Embedding)}
     chosen: dict[str, Scheme] = {}
     floats: dict[str, str] = {}
@@ -189,6 +194,8 @@ def plan_layers(
         reason = _left_out(path, layers[path], targets) or spared.get(path, "")
         if not reason and called is not None and path not in called:
             reason = "the first batch doesn't call it"
+        if not reason and path in replaced:
+            reason = REPLACED
         if not reason and "forward" in vars(layers[path]):
             reason = "its forward was replaced on the instance"
         reason = reason or why_not(layers[path], one)
