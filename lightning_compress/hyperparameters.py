@@ -135,7 +135,7 @@ def _memo(module: nn.Module, modules: list[nn.Module], marked: list[nn.Module]) 
     aside = [found for inner in modules for found in parameters_aside(inner)]
     memo |= {id(parameter): _Zeros(parameter) for parameter in aside if id(parameter) not in live}
     for inner in marked:
-        parts: list[Any] = [inner._modules.get(CHILD), (set_aside_of(inner) or {}).get("prepared")]
+        parts: list[Any] = [getattr(inner, CHILD, None), (set_aside_of(inner) or {}).get("prepared")]
         parts += [hook for name in _HOOKS for hook in getattr(inner, name).values() if _is_ours(hook)]
         memo |= {id(part): part for part in parts if part is not None}
     return memo

@@ -334,7 +334,8 @@ def _reached(module: nn.Module, run: Callable[[], Any]) -> int:
         nonlocal count
         count += sum(leaf.numel() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
 
-    layers = [layer for layer in module.modules() if next(layer.parameters(), None) is not None]
+    hookable = (layer for layer in module.modules() if not isinstance(layer, torch.jit.ScriptModule))
+    layers = [layer for layer in hookable if next(layer.parameters(), None) is not None]
     handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
     try:
         with torch.compiler.set_stance("force_eager"):

@@ -160,7 +160,8 @@ def adapt_(
         if id(parameter) in free:
             parameter.requires_grad_(True)
         elif id(parameter) in ours - adapters:
-            parameter.requires_grad_(False)
+            if parameter.is_leaf:  # those of a copied scripted module aren't
+                parameter.requires_grad_(False)
             continue
         if clean_name(name) in frozen:
             frozen.remove(clean_name(name))
@@ -190,5 +191,5 @@ def merge_(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 def _adapted(model: nn.Module) -> dict[Any, LowRankLinear]:
     """The layers that have adapters, and those."""
-    children = ((module, module._modules.get(CHILD)) for module in model.modules())
+    children = ((module, getattr(module, CHILD, None)) for module in model.modules())
     return {module: child for module, child in children if isinstance(child, LowRankLinear)}

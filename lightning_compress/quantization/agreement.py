@@ -73,8 +73,9 @@ def outer_outputs(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
         if not depth:
             outputs.append((module, output))
 
-    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
-    handles += [module.register_forward_hook(leave, always_call=True) for module in model.modules()]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    handles = [module.register_forward_pre_hook(enter) for module in modules]
+    handles += [module.register_forward_hook(leave, always_call=True) for module in modules]
     try:
         with torch.compiler.set_stance("force_eager"):
             yield outputs

@@ -48,7 +48,7 @@ def calibrate(
 def _check_ranges(model: nn.Module) -> None:
     """Raise where an observer saw what has no range; before it has seen anything its minimum is inf."""
     for name, module in model.named_modules():
-        low, high = (module._buffers.get(name) for name in ("min_val", "max_val"))
+        low, high = (dict(module._buffers).get(name) for name in ("min_val", "max_val"))
         if low is None or high is None:
             continue
         if (low.isnan() | (low == -math.inf)).any() or (high.isnan() | (high == math.inf)).any():

@@ -150,7 +150,9 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
     def leave(*_: Any) -> None:
         stack.pop()
 
-    modules = {clean_name(name): module for name, module in model.named_modules()}
+    # Scripted modules take no hooks, and nothing in them is Python's to see.
+    named = ((clean_name(name), module) for name, module in model.named_modules())
+    modules = {path: module for path, module in named if not isinstance(module, torch.jit.ScriptModule)}
 
     def teller(path: str) -> Callable[[], None] | None:
         reader = stack[-1] if stack else path
@@ -169,8 +171,7 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
         modules[path].__dict__["_parameters"] = _Watched(
             parameters, partial(teller, path), partial(tell_replaced, path)
         )
-    for name, module in model.named_modules():
-        path = clean_name(name)
+    for path, module in modules.items():
         handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:

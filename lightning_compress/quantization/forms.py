@@ -225,7 +225,7 @@ def _layer_forms(model: nn.Module, layers: Mapping[str, Scheme], weights: Weight
     for path, scheme in layers.items():
         if isinstance(scheme, WeightOnly) and (fake := modules[path]._modules.get(CHILD)) is not None:
             weights = {**weights, path: trained_weight(fake, scheme)}
-    keys = {path: id(module._parameters.get("weight")) for path, module in modules.items()}
+    keys = {path: id(dict(module._parameters).get("weight")) for path, module in modules.items()}
     shared = {keys[path]: weights[path] for path in layers if path in weights}
     for path, scheme in layers.items():
         known = {**weights, path: shared[keys[path]]} if keys[path] in shared else weights

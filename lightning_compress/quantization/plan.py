@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 from torch import nn
@@ -224,7 +226,8 @@ class _Planner:
             args, kwargs = canonical(module, *self.calls.inputs[path])
             while True:
                 unit = Unit(path, Signature(args, kwargs), hooked, floats, self.flow)
-                verdict = verify(module, unit, args, kwargs, self.scheme, self.training)
+                with redirect_stderr(StringIO()):  # torch.fx prints each error of a graph before it is raised
+                    verdict = verify(module, unit, args, kwargs, self.scheme, self.training)
                 if not verdict.wrong.keys() - set(floats):
                     break
                 floats = (*floats, *verdict.wrong.keys() - set(floats))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lightning_compress import (
     CompressionError,
+    PostTrainingQuantization,
+    QLoRA,
     QuantizationAwareTraining,
     ScheduledPruning,
     load_compressed,
@@ -198,3 +200,58 @@ class Unused(nn.Module):
 def test_the_last_layer_is_quantized_where_no_other_is_called() -> None:
     record = record_of(quantize(Unused().eval(), "gptq", calibration=[torch.randn(32, 16)])) or {}
     assert [layer["path"] for layer in record["layers"]] == ["head"]
+
+
+class PartlyScripted(Classifier):
+    """Has a child that is TorchScript: it takes no hooks, and its tensors aren't in dictionaries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.ReLU()))
+        self.first, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.scripted(self.first(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # deprecated, and in use
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of copying scripted modules
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: PostTrainingQuantization(keep=True),
+        lambda: PostTrainingQuantization("int8_dynamic", keep=True),
+        QuantizationAwareTraining,
+        QLoRA,
+    ],
+)
+def test_a_scripted_child_stays_float_and_is_named(callback: Any, tmp_path: Path) -> None:
+    module, path = PartlyScripted(), tmp_path / "model.ckpt"
+    trainer = quiet_trainer(callbacks=[callback()])
+    if isinstance(callback(), PostTrainingQuantization):
+        trainer.test(module, TinyData(), verbose=False)
+    else:
+        trainer.fit(module, TinyData())
+    record = record_of(module) or {}
+    assert "RecursiveScriptModule" in record["floats"]["scripted.0"]
+    assert record["units"] or record["layers"]
+    trainer.save_checkpoint(path, weights_only=True)
+    x = torch.randn(8, 16)
+    assert torch.equal(load_compressed(str(path), PartlyScripted().eval())(x), module.eval()(x))
+
+
+class Mixes(Classifier):
+    """Computes with the sum of two layers' weights, of which torch's traced form fails where it is converted."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden=16)
+        self.first = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.body.weight * 0.99 + self.first.weight * 0.01
+        return self.head((F.linear(x, weight) + self.first(x)).relu())
+
+
+def test_what_torch_fx_prints_of_a_graph_that_fails_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    quiet_trainer(callbacks=[QuantizationAwareTraining()]).fit(Mixes(), TinyData())
+    assert "Call using an FX-traced Module" not in capfd.readouterr().err

@@ -255,7 +255,7 @@ def of_one_weight(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]
     """Pairs of paths, either way round and with themselves, of layers that own the same weight."""
     owners: dict[int, list[str]] = {}
     for path, module in modules.items():
-        weight = module._parameters.get("weight")
+        weight = dict(module._parameters).get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(path)
     for paths in owners.values():
