@@ -141,10 +141,11 @@ def plan_units(
     )
     planner.visit("")
     plan = planner.plan
-    modules = compressible_modules(model)
-    for path, reason in (tied_to_float(model) | without_kernel(model, scheme)).items():
+    modules, tied = compressible_modules(model), tied_to_float(model)
+    float_owners = {other for path, other in of_one_weight(modules) if path in tied and other not in tied}
+    for path, reason in (tied | without_kernel(model, scheme)).items():
         inside = any(is_at_or_below(path, unit.path) for unit in plan.units)
-        if not inside or (path in modules and not _is_told_of(modules[path], flow)):
+        if not inside or path in float_owners or (path in modules and not _is_told_of(modules[path], flow)):
             plan.floats.setdefault(path, reason)
     plan.layers = dict(layers)
     return plan
@@ -153,7 +154,7 @@ def plan_units(
 def _is_told_of(layer: nn.Module, flow: str) -> bool:
     """Whether a unit tells itself that this layer in it stays float.
 
-    It isn't told of where it shares its matrix, or stands in a layer of torch that isn't looked into.
+    It isn't told of where it stands in a layer of torch that isn't looked into.
     """
     if flow == "pt2e":
         return not isinstance(layer, nn.Embedding)

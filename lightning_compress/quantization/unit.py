@@ -201,6 +201,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DYNAMIC = (nn.LSTM, nn.GRU, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
@@ -218,5 +219,9 @@ def no_kernel(layer: nn.Module | None, scheme: Scheme) -> str:
         return f"the weight of this {kind} is computed by a parametrization"
     if isinstance(scheme, StaticInt8) and isinstance(layer, _TRANSPOSED):
         return f"torch has no int8 kernel of {kind} that is right on every CPU"
+    if isinstance(scheme, StaticInt8) and isinstance(layer, _LAYERS):
+        if layer._parameters.get("weight") is None:
+            return "its weight is computed by a hook (weight norm, pruning)"
+        return f"no static int8 kernel for this {kind} as it is used here"
     remedy = " (`overrides` can give it int8_dynamic)" if type(layer) in _DYNAMIC else ""
     return f"no {'static int8' if isinstance(scheme, StaticInt8) else scheme.name} kernel for {kind}{remedy}"

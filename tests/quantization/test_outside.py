@@ -255,3 +255,38 @@ class Mixes(Classifier):
 def test_what_torch_fx_prints_of_a_graph_that_fails_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
     quiet_trainer(callbacks=[QuantizationAwareTraining()]).fit(Mixes(), TinyData())
     assert "Call using an FX-traced Module" not in capfd.readouterr().err
+
+
+class Scaled(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 4
+
+
+class TiedToScaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.body, self.head = Scaled(20, 16), nn.Linear(16, 16), nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(self.embedding(ids)).relu())
+
+
+class ByBatch(nn.Module):
+    """Multiplies by a layer's weight in ways that have no int8 kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.body.weight.unsqueeze(0).expand(x.shape[0], -1, -1)
+        return self.head(torch.baddbmm(torch.bmm(x, weight), x, weight).relu())
+
+
+@pytest.mark.parametrize("flow", ["fx", "pt2e"])
+def test_what_stays_float_inside_of_a_whole_module_is_named_with_its_reason(flow: Any) -> None:
+    tied = quantize(TiedToScaled().eval(), calibration=[torch.arange(20).reshape(4, 5)], flow=flow)
+    assert (record_of(tied) or {})["floats"].keys() == {"embedding", "head"}
+    by_batch = quantize(ByBatch().eval(), calibration=[torch.randn(4, 5, 16)], flow=flow)
+    assert (record_of(by_batch) or {})["floats"] == {"body": "no static int8 kernel for this Linear as it is used here"}
