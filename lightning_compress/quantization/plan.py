@@ -243,9 +243,9 @@ class _Planner:
             return None, f"{_TRACERS[self.flow]} can't trace its forward ({in_a_line(error)})"
         if verdict.reason:
             return None, verdict.reason
-        tied = tied_to_float(module)
+        tied = tied_to_float(self.modules[""])
         for name in floats:
-            self.plan.floats.setdefault(prefix + name, tied.get(name, "excluded"))
+            self.plan.floats.setdefault(prefix + name, tied.get(prefix + name, "excluded"))
         left = {(prefix + name).rstrip("."): why for name, why in verdict.left.items() if name not in floats}
         self.plan.floats |= left
         return unit, ""
