@@ -279,7 +279,9 @@ def _imported(method: object) -> type[prune.BasePruningMethod]:
     with suppress(TypeError, ValueError):
         fraction = float(method)  # type: ignore[arg-type]
     if fraction is not None:
-        raise invalid("method", must, method, f"Is it the sparsity? Write sparsity={fraction:g}.")
+        fraction = fraction / 100 if 1 < fraction < 100 else fraction
+        share = f"{fraction:g}" if 0 <= fraction < 1 else "..."
+        raise invalid("method", must, method, f"Is it the sparsity? Write sparsity={share}, a fraction in [0, 1).")
     if not isinstance(method, str) or "." not in method:
         raise invalid("method", must, method, nearest(str(method), [*NAMED, *CRITERIA]))
     module, _, name = method.rpartition(".")
