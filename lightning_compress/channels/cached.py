@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def forget_(model: nn.Module) -> None:
     own = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
     files = {kind.__module__ for kind in own} & sys.modules.keys()
     for scope in (*map(vars, own), *map(vars, model.modules()), *(vars(sys.modules[file]) for file in files)):
-        for value in list(scope.values()):
-            value = getattr(value, "__func__", value)
+        for held in list(scope.values()):
+            value: Any = held.__func__ if isinstance(held, staticmethod | classmethod | MethodType) else held
             if type(value).__name__ == "_lru_cache_wrapper":
                 value.cache_clear()

@@ -71,7 +71,9 @@ def _corrected(plain: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> Any:
         # Pickle finds classes by their names: that of the user is found, and made into this one again.
         made: Any = plain.__reduce_ex__(self, protocol)
-        return _rebuilt, (plain, *made[1][1:]), *made[2:]
+        function, arguments, *state = made
+        arguments = tuple(plain if one is type(self) else one for one in arguments)
+        return _remade, (function, arguments, self.__dict__[WRITTEN]), *state
 
     own = {"forward": functools.wraps(plain.forward)(forward), "__reduce_ex__": reduce, "_plain_class": plain}
     names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -79,8 +81,10 @@ def _corrected(plain: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[plain]
 
 
-def _rebuilt(plain: type[nn.Module], *args: Any) -> nn.Module:
-    return plain.__new__(_corrected(plain), *args)
+def _remade(function: Callable[..., nn.Module], arguments: tuple[Any, ...], corrections: list[Correction]) -> nn.Module:
+    module = function(*arguments)
+    set_written_(module, corrections)
+    return module
 
 
 class _Corrections(TorchFunctionMode):

@@ -92,6 +92,16 @@ class Remembered(Net):
         return self.doubled()
 
 
+class Missing:
+    """Stands for a package that isn't installed, as some projects have it beside their modules."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(name) if name == "__func__" else AttributeError(name)
+
+
+missing = Missing()
+
+
 @functools.lru_cache(maxsize=8)
 def doubled(layer: nn.Linear) -> Tensor:
     return (layer.weight * 2).detach()

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
@@ -168,6 +169,38 @@ def test_a_class_keeps_its_name_and_is_left_alone() -> None:
     assert type(model[0]).__name__ == "Heads" and isinstance(model[0], Heads) and type(other[0]) is Heads
     set_written_(model[0], None)
     assert type(model[0]) is Heads and WRITTEN not in vars(model[0])
+
+
+class WithState(nn.Module):
+    """Writes sizes, and says itself what a copy of it holds."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1, self.size * 4).relu()
+
+    def __getstate__(self) -> Any:
+        return {"size": self.size}
+
+    def __setstate__(self, state: Any) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+class WithReduce(WithState):
+    def __reduce__(self) -> Any:
+        return WithReduce, (self.size,)
+
+
+@pytest.mark.parametrize("kind", [WithState, WithReduce])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_modules_that_say_what_a_copy_holds_keep_their_corrections(kind: Any, again: Any) -> None:
+    model, x = nn.Sequential(nn.Conv1d(3, 8, 1), kind(8), nn.Linear(32, 5)).eval(), torch.randn(2, 3, 4)
+    remove_channels_(model, plan_removal(model, x, channels=0.5, round_to=1))
+    assert model[0].out_channels == 4
+    with torch.no_grad():
+        assert torch.equal(again(again(model))(x), model(x))
 
 
 @pytest.mark.parametrize("way", ["copy", "pickle", "torch_save", "export"])
