@@ -56,7 +56,7 @@ def silence_(probe: pl.LightningModule, trainer: pl.Trainer) -> None:
     for module in probe.modules():
         if "_trainer" in vars(module):
             vars(module).update(dict.fromkeys(_SILENT, _nothing))
-            vars(module).update({name: partial(_still, trainer, name) for name in _READ})
+            vars(module).update({name: _AsIs(trainer, name) for name in _READ})
             module.__dict__["_trainer"] = silent
 
 
@@ -113,10 +113,18 @@ class _Still:
         return nullcontext()
 
 
-def _still(trainer: pl.Trainer, name: str, *args: Any, **kwargs: Any) -> Any:
-    """``optimizers()`` or ``lr_schedulers()`` of the module itself."""
-    found = getattr(trainer.lightning_module, name)(*args, **kwargs)
-    return [_Still(one) for one in found] if isinstance(found, list) else found and _Still(found)
+class _AsIs:
+    """``optimizers()`` or ``lr_schedulers()`` of the module itself; a copy of a copy asks the same Trainer."""
+
+    def __init__(self, trainer: pl.Trainer, name: str) -> None:
+        self.trainer, self.name = trainer, name
+
+    def __deepcopy__(self, memo: Any) -> _AsIs:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = getattr(self.trainer.lightning_module, self.name)(*args, **kwargs)
+        return [_Still(one) for one in found] if isinstance(found, list) else found and _Still(found)
 
 
 def is_own(owner: Any, method: str) -> bool:
