@@ -158,8 +158,7 @@ def _is_told_of(layer: nn.Module, flow: str) -> bool:
     """
     if flow == "pt2e":
         return not isinstance(layer, nn.Embedding)
-    of_torch = type(layer).__module__.startswith("torch.") and not isinstance(layer, _OF_PARAMETERS)
-    return is_parametrized(layer) or not of_torch
+    return is_parametrized(layer) or not _is_layer_of_torch(layer)
 
 
 @dataclass
@@ -283,8 +282,12 @@ def _may_have_kernel(module: nn.Module) -> bool:
     """Whether it has a kernel, or is of the user's own with matrices, which its forward may use as a layer does."""
     if isinstance(module, QUANTIZABLE) and is_parametrized(module, "weight"):
         return True
-    of_torch = type(module).__module__.startswith("torch.") and not isinstance(module, _OF_PARAMETERS)
-    return _has_kernel(module) or (not of_torch and any(True for _ in own_matrices(module)))
+    return _has_kernel(module) or (not _is_layer_of_torch(module) and any(True for _ in own_matrices(module)))
+
+
+def _is_layer_of_torch(module: nn.Module) -> bool:
+    """Whether it is a class of torch's that computes; one that only holds parameters is as the user's own."""
+    return type(module).__module__.startswith("torch.") and not isinstance(module, _OF_PARAMETERS)
 
 
 def own_matrices(module: nn.Module) -> Iterator[str]:
