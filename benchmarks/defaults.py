@@ -41,7 +41,7 @@ from lightning_compress import (
     StaticInt8,
     Window,
 )
-from lightning_compress.channels import search
+from lightning_compress.channels.planning import search
 
 Arm = Callable[[], tuple[list, list | None]]
 Scores = dict[tuple[str, str, int], float]

@@ -30,12 +30,12 @@ from torch.nn.utils import parametrize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are no package that is installed
 
-from lightning_compress.channels.explore import explore
-from lightning_compress.channels.groups import Structure
-from lightning_compress.channels.outputs import tensors_in
-from lightning_compress.channels.remove import cut_
-from lightning_compress.channels.slices import followed, kept_slices
-from lightning_compress.channels.trial import Subject
+from lightning_compress.channels.cutting.cut import cut_
+from lightning_compress.channels.cutting.slices import followed, kept_slices
+from lightning_compress.channels.tracing.find_groups import find_groups
+from lightning_compress.channels.tracing.groups import DependencyGroups
+from lightning_compress.channels.tracing.outputs import tensors_in
+from lightning_compress.channels.tracing.verify import Subject
 from tests.support.wide import WIDE
 from tests.support.zoo import ZOO, Row
 
@@ -128,11 +128,11 @@ def fault(row: Row, model: nn.Module, cut: Cut, exact: bool) -> str:
     return ""
 
 
-def ours(row: Row, model: nn.Module) -> tuple[Found, Structure | None]:
+def ours(row: Row, model: nn.Module) -> tuple[Found, DependencyGroups | None]:
     args, kwargs = row.inputs()
     found = Found()
     try:
-        structure = explore(Subject(model, [lambda twin: twin(*args, **kwargs)]))
+        structure = find_groups(Subject(model, [lambda twin: twin(*args, **kwargs)]))
     except Exception as error:
         found.wrong["(the trace)"] = type(error).__name__
         return found, None

@@ -28,10 +28,9 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import ScheduledPruning, Window
-from lightning_compress.pruning.budget import Scope
 from lightning_compress.pruning.pruner import Pruner
 from lightning_compress.pruning.recipe import make_recipe
-from lightning_compress.targets import Targets
+from lightning_compress.targets import Scope, Targets
 
 STEPS, SKIPPED = 30, 6  # of a fit; the first are dense and warm up
 

@@ -25,12 +25,13 @@ from .distillation import (
 from .errors import CompressionError, MissingExtraError, NoEffectWarning
 from .pruning import Rewind, ScheduledPruning, prune_, sparsity
 from .quantization import GPTQ, NF4, DynamicInt8, StaticInt8, WeightOnly, quantize
+from .quantization.lora.merge import merge_adapters
+from .quantization.lora.qlora import QLoRA
 from .quantization.ptq import PostTrainingQuantization
 from .quantization.qat import QuantizationAwareTraining
-from .quantization.qlora import QLoRA
 from .report import CompressionReport, compare, measure
 from .schedules import Cosine, Exponential, Linear, OneShot, Polynomial, Steps
-from .structure import load_compressed, merge_adapters, save_compressed
+from .structure.checkpoint import load_compressed, save_compressed
 from .targets import Targets
 from .window import Window
 

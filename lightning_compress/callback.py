@@ -27,13 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress import structure
 from lightning_compress.errors import CompressionError
-from lightning_compress.optimizers import Cut, with_inner
-from lightning_compress.quantization import forms
-from lightning_compress.quantization.traced import all_modules
-from lightning_compress.targets import clean_name
-from lightning_compress.training_mode import has_frozen, restore_given_, train_given_, wake_
+from lightning_compress.modules.paths import clean_name
+from lightning_compress.modules.resizing import Cut, with_inner
+from lightning_compress.modules.training_mode import has_frozen, restore_given_, train_given_, wake_
+from lightning_compress.quantization import convert
+from lightning_compress.structure import checkpoint
 from lightning_compress.window import Bounds, Window, fit_length
 
 STATE_VERSION = 1
@@ -67,7 +66,7 @@ class CompressionCallback(Callback):
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         """Called after each step of each optimizer, with that optimizer."""
 
-    def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the module and its averaged copies in line, before they are validated or saved."""
 
     def check_entry(self, entry: Mapping[str, Any], stage: str) -> None:
@@ -78,18 +77,18 @@ class CompressionCallback(Callback):
                 "QLoRA. Load it with load_compressed, merge it with merge_adapters, and fit without `ckpt_path`."
             )
 
-    def settle_structure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def apply_pending_(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Do now, before another callback builds on the module's structure, what is due at the start of this batch."""
 
-    def has_settled(self) -> bool:
+    def is_final(self) -> bool:
         """Whether the module's structure is what it will be at the end of this fit."""
         return True
 
-    def settles_after(self, trainer: pl.Trainer) -> int:
+    def final_step(self, trainer: pl.Trainer) -> int:
         """The optimizer step of this fit after which the module's structure is what it will be at its end."""
         return 0
 
-    def follow_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
+    def on_channels_removed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
         """Channels have left the module: cut what is kept of its tensors with the same indices."""
 
     # Lightning's hooks.
@@ -97,9 +96,9 @@ class CompressionCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_strategy(trainer, type(self).__name__)
         if stage == "fit":
-            forms.refuse_adapted(pl_module)
+            convert.refuse_adapted(pl_module)
         pl_module.configure_model()
-        structure.attach(pl_module)
+        checkpoint.attach(pl_module)
         if stage == "fit":
             self._step, self._bounds = 0, None
 
@@ -117,7 +116,7 @@ class CompressionCallback(Callback):
         ]
         if self._step == 0 and self._bounds.start == 0:
             self.act(trainer, pl_module, 0.0)
-        self.bring_in_line(trainer, pl_module)
+        self.sync_(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -137,20 +136,20 @@ class CompressionCallback(Callback):
             progress = self.bounds.progress(self._step)
             if progress is not None and self.bounds.is_due(self._step, self.window.every_n_steps):
                 self.act(trainer, pl_module, progress)
-        if any(True for _ in structure.averaged_copies(trainer)):
-            self.bring_in_line(trainer, pl_module)
+        if any(True for _ in checkpoint.averaged_copies(trainer)):
+            self.sync_(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.bring_in_line(trainer, pl_module)
+        self.sync_(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.bring_in_line(trainer, pl_module)
+        self.sync_(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.bring_in_line(trainer, pl_module)
+        self.sync_(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.bring_in_line(trainer, pl_module)
+        self.sync_(trainer, pl_module)
         if self._step < self.bounds.end:
             rank_zero_warn(
                 f"{type(self).__name__}: training stopped at optimizer step {self._step}, before its window's end at "
@@ -169,7 +168,7 @@ class CompressionCallback(Callback):
             handle.remove()
         self._handles = []
         restore_given_(pl_module)
-        structure.detach(pl_module)
+        checkpoint.detach(pl_module)
 
     # State: plain, versioned.
 
@@ -228,23 +227,12 @@ def _tell_of_modes(name: str, paths: list[str], why: str) -> None:
 def _trained_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[int]:
     """Ids of the parameters that are trained, or would be if `QLoRA` hadn't frozen them."""
     held = {id(one) for optimizer in trainer.optimizers for group in optimizer.param_groups for one in group["params"]}
-    frozen = (forms.record_of(pl_module) or {}).get("frozen", ())
+    frozen = (convert.record_of(pl_module) or {}).get("frozen", ())
     return {
         id(parameter)
         for name, parameter in pl_module.named_parameters()
         if (parameter.requires_grad and (not held or id(parameter) in held)) or clean_name(name) in frozen
     }
-
-
-def training_modes(pl_module: pl.LightningModule) -> dict[Any, bool]:
-    """Every module's mode before evaluation: Lightning doesn't put back that of one which leaves the tree meanwhile."""
-    return {module: module.training for module in all_modules(pl_module)}
-
-
-def restore_modes_(modes: dict[Any, bool]) -> None:
-    """Put modules back into the modes that `training_modes` saw."""
-    for module, mode in modes.items():
-        module.training = mode
 
 
 def without_logging(callback: Callback) -> dict[str, Any]:

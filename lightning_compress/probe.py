@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError, in_a_line
-from lightning_compress.inputs import Call, Forward, run_example
-from lightning_compress.isolation import attributes_kept
-from lightning_compress.quantization import forms
-from lightning_compress.quantization.agreement import outer_outputs
-from lightning_compress.quantization.calibrate import evaluating, leaving_no_trace
-from lightning_compress.quantization.calls import copy_module, copy_tensors, record_calls
-from lightning_compress.random_state import random_state_kept
-from lightning_compress.targets import clean_name
+from lightning_compress.modules.call_log import record_calls
+from lightning_compress.modules.calls import Call, Forward, run_example
+from lightning_compress.modules.copying import copy_module, copy_tensors
+from lightning_compress.modules.isolation import attributes_kept, evaluating, leaving_no_trace, random_state_kept
+from lightning_compress.modules.outputs import outer_outputs
+from lightning_compress.modules.paths import clean_name
+from lightning_compress.quantization import convert
 
 Seen = TypeVar("Seen")
 Way = Callable[[Any, Any], Any]
@@ -200,7 +199,7 @@ class Feed:
 
     def __call__(self, module: nn.Module, batch: Any) -> Any:
         """Run a batch by the first way that works; a quantized module by the one that was chosen for the float one."""
-        if forms.form_of(module) == "converted":
+        if convert.form_of(module) == "converted":
             return self._run(self.ways[0], module, batch)
         failures = dict(self.failures)
         for way in self.ways:
@@ -365,7 +364,7 @@ def look(
         CompressionError: none of them runs.
     """
     probe = make_probe(trainer, pl_module)
-    forms.revert_(probe, "float")
+    convert.revert_(probe, "float")
     feed, seen = shape_feed(trainer, probe, "validation", train=not probe.automatic_optimization), list[Seen]()
     with random_state_kept(), trainer.precision_plugin.train_step_context():
         if pl_module.automatic_optimization:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_compress.errors import CompressionError, invalid, nearest
-from lightning_compress.layer_weights import (
+from lightning_compress.messages import by_reason
+from lightning_compress.modules.layer_weights import (
     NO_WEIGHT,
     PRUNABLE,
     UNSURE,
@@ -24,7 +26,10 @@ from lightning_compress.layer_weights import (
     own_parameters,
     why_no_weight,
 )
-from lightning_compress.messages import by_reason
+from lightning_compress.modules.paths import compressible_modules
+
+Scope = Literal["global", "layer"]
+"""Whether the elements of all targets are ranked together, or those of each layer by themselves."""
 
 
 @dataclass(frozen=True)
@@ -69,31 +74,6 @@ class Selection:
     def numel(self) -> int:
         """How many elements are targeted, each tensor counted once."""
         return sum(target.parameter.numel() for target in self.targets)
-
-
-def clean_name(name: str) -> str:
-    """A dotted name without the ``_orig_mod`` parts that `torch.compile` inserts.
-
-    Example:
-        >>> clean_name("net._orig_mod.conv.weight")
-        'net.conv.weight'
-    """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def compressible_modules(model: nn.Module, every_name: bool = False) -> dict[str, nn.Module]:
-    """The modules of ``model`` by clean path, without those that only help in training (``training_only``).
-
-    The root's path is empty. A module with several names stands under the first, or under ``every_name``.
-    """
-    modules: dict[str, nn.Module] = {}
-    helpers: list[str] = []
-    for name, module in model.named_modules(remove_duplicate=not every_name):
-        if getattr(module, "training_only", False):
-            helpers.append(f"{name}.")
-        if not f"{name}.".startswith(tuple(helpers)):
-            modules[clean_name(name)] = module
-    return modules
 
 
 def matches(path: str, pattern: str) -> bool:

@@ -21,11 +21,11 @@ MAY_IMPORT_LIGHTNING = {
     "channels/callback.py",
     "pruning/callback.py",
     "quantization/qat.py",
-    "quantization/qlora.py",
+    "quantization/lora/qlora.py",
     "quantization/ptq.py",
     "distillation/callback.py",
     "distillation/module.py",
-    "distillation/teaching.py",
+    "distillation/callback_base.py",
     "report/callback.py",
 }
 # Other third parties beside torch, each where it belongs and nowhere else.
@@ -37,10 +37,10 @@ MAY_ALSO_IMPORT = {
     "report/compare.py": {"rich"},
     "report/render.py": {"rich"},
     "report/files.py": {"rich"},
-    "distillation/check.py": {"torchmetrics"},
+    "distillation/teacher_check.py": {"torchmetrics"},
     "quantization/ptq.py": {"tqdm"},
-    "quantization/flows/pt2e.py": {"torchao"},
-    "quantization/flows/weight_only.py": {"torchao"},
+    "quantization/static/flows/pt2e.py": {"torchao"},
+    "quantization/layers/fake_quantizers.py": {"torchao"},
 }
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_compress import CompressionError, ScheduledPruning, load_compressed
 from lightning_compress.distillation import load_weights_
-from lightning_compress.inert import read_inert
+from lightning_compress.structure.inert import read_inert
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, snapshot

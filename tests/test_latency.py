@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress import latency
+from lightning_compress.modules import latency
 from tests.support.oracles import assert_same_state
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress import CompressionError, ScheduledPruning, load_compressed, quantize, structure
+from lightning_compress import CompressionError, ScheduledPruning, load_compressed, quantize
+from lightning_compress.structure import checkpoint
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, snapshot
@@ -42,21 +43,21 @@ def test_the_users_own_checkpoint_hooks_still_run(tmp_path: Path) -> None:
 def test_attach_and_detach_leave_the_instance_as_it_was() -> None:
     module = WithHooks()
     before = set(vars(module))
-    structure.attach(module)
-    structure.attach(module)
+    checkpoint.attach(module)
+    checkpoint.attach(module)
     assert set(vars(module)) - before == {"on_save_checkpoint", "on_load_checkpoint"}
-    structure.detach(module)
-    structure.detach(module)
+    checkpoint.detach(module)
+    checkpoint.detach(module)
     assert set(vars(module)) == before
     assert type(module).on_save_checkpoint is WithHooks.on_save_checkpoint
 
 
 def test_a_copy_of_an_attached_module_has_hooks_of_its_own() -> None:
     module = Classifier()
-    structure.attach(module)
+    checkpoint.attach(module)
     twin = copy.deepcopy(module)
     assert vars(twin)["on_save_checkpoint"].args[0] is twin
-    structure.detach(twin)
+    checkpoint.detach(twin)
     assert "on_save_checkpoint" in vars(module)
 
 
@@ -100,11 +101,11 @@ def test_a_load_that_fails_changes_nothing(content: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
 def test_an_entry_that_names_a_missing_module_is_refused(scheme: str, tmp_path: Path) -> None:
-    from lightning_compress.quantization import forms
+    from lightning_compress.quantization import convert
 
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     int8 = quantize(net, scheme, calibration=[torch.randn(8, 4)])
-    record = copy.deepcopy(forms.record_of(int8))
+    record = copy.deepcopy(convert.record_of(int8))
     assert record is not None
     record["layers" if scheme == "int8_dynamic" else "units"][0]["path"] = "nowhere"
     checkpoint = {"state_dict": int8.state_dict(), "lightning_compress": {"version": 1, "quantization": record}}

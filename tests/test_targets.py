@@ -7,7 +7,8 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_compress import CompressionError, Targets
-from lightning_compress.targets import clean_name, matches
+from lightning_compress.modules.paths import clean_name
+from lightning_compress.targets import matches
 from tests.support.modules import Classifier
 from tests.support.oracles import assert_same_state, hooks, snapshot
 from tests.support.zoo import ZOO, Row, row

@@ -1,6 +1,6 @@
 """Channel removal: what hangs together, what matters least, and taking it out."""
 
-from lightning_compress.channels.plan import plan_removal, remove_channels_
-from lightning_compress.channels.removal_plan import PlanRow, RemovalPlan
+from lightning_compress.channels.planning.plan import PlanRow, RemovalPlan
+from lightning_compress.channels.remove_channels import plan_removal, remove_channels_
 
 __all__ = ["PlanRow", "RemovalPlan", "plan_removal", "remove_channels_"]

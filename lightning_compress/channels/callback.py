@@ -13,29 +13,28 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress import structure
 from lightning_compress.callback import CompressionCallback, rebuild_ddp, warn_of_other_settings
-from lightning_compress.channels.budget import Budget
-from lightning_compress.channels.explore import explore
-from lightning_compress.channels.fresh_statistics import FreshStatistics, input_moments
-from lightning_compress.channels.groups import Structure
-from lightning_compress.channels.importance import rank, taylor_step
-from lightning_compress.channels.look import GUEST, Look, guests
-from lightning_compress.channels.plan import check_module
-from lightning_compress.channels.recipe import LEAST, SCOPE, make_recipe
-from lightning_compress.channels.regularize import regularize_
-from lightning_compress.channels.removal_plan import RemovalPlan
-from lightning_compress.channels.remove import cut_, modules_of, named_tensors
-from lightning_compress.channels.search import Progress, make_plan, removable
+from lightning_compress.channels.cutting.batchnorm_restart import BatchNormRestart, input_moments
+from lightning_compress.channels.cutting.cut import cut_, modules_of, named_tensors
+from lightning_compress.channels.fit_calls import ADAPTERS, FitCalls, guests
+from lightning_compress.channels.planning.budget import Budget
+from lightning_compress.channels.planning.importance import rank, taylor_step
+from lightning_compress.channels.planning.plan import RemovalPlan
+from lightning_compress.channels.planning.recipe import LEAST, SCOPE, make_recipe
+from lightning_compress.channels.planning.regularize import regularize_
+from lightning_compress.channels.planning.search import Progress, make_plan, removable
+from lightning_compress.channels.remove_channels import check_module
+from lightning_compress.channels.tracing.find_groups import find_groups
+from lightning_compress.channels.tracing.groups import DependencyGroups
 from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
 from lightning_compress.messages import by_reason, in_short, named, they
-from lightning_compress.optimizers import Cut, resize_state_
+from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.resizing import Cut, resize_state_
 from lightning_compress.probe import make_probe
-from lightning_compress.pruning.budget import Scope
-from lightning_compress.quantization import forms
-from lightning_compress.quantization.calls import copy_tensors
+from lightning_compress.quantization import convert
 from lightning_compress.schedules import Linear, OneShot, Schedule
-from lightning_compress.targets import Targets
+from lightning_compress.structure import checkpoint
+from lightning_compress.targets import Scope, Targets
 from lightning_compress.window import Bounds, Window, fit_length
 
 _WORTH = 0.1
@@ -48,7 +47,7 @@ class ChannelPruning(CompressionCallback):
     What leaves is really gone: parameters, multiply-accumulates, memory and time fall. Training goes on undisturbed:
     parameters stay the same objects, and optimizer moments, pruning masks, averaged copies and adapters are cut with
     the same indices; running statistics of norms start anew, frozen ones too where a cut has changed what reaches them:
-    see `FreshStatistics`. Checkpoints hold the smaller
+    see `BatchNormRestart`. Checkpoints hold the smaller
     tensors; ``fit(ckpt_path=)``, ``test(ckpt_path=)`` (with this callback) and ``load_compressed(path, model)`` load
     them into the full-size module.
 
@@ -123,12 +122,12 @@ class ChannelPruning(CompressionCallback):
         self.plans: list[RemovalPlan] = []
         """What each round of this fit led to, as seen from the original."""
         self._progress = Progress()
-        self._fresh = FreshStatistics()
+        self._fresh = BatchNormRestart()
         self._goal: float | None = None
         self._latency: float | None = None
         self._asked = 0.0
         self._taylor: dict[str, Tensor] = {}
-        self._seen: Structure | None = None
+        self._seen: DependencyGroups | None = None
         self._looked = self._warned = False
         self._waits: float | None = None
         self._batch: tuple[Any, int] | None = None
@@ -142,7 +141,7 @@ class ChannelPruning(CompressionCallback):
         self._refuse_overlap(trainer, at_start=False)
         self.plans, self._seen, self._waits, self._batch = [], None, None, None
         self._looked = self._warned = False
-        restored = structure.restored_state(pl_module, self.state_key)
+        restored = checkpoint.restored_state(pl_module, self.state_key)
         if restored is not None or self._model is None or self._model() is not pl_module:
             self._model = weakref.ref(pl_module)
             self._forget()
@@ -162,7 +161,7 @@ class ChannelPruning(CompressionCallback):
         for other in callbacks:
             if not isinstance(other, QuantizationAwareTraining):
                 continue
-            if other.waits or self.has_settled():
+            if other.waits or self.is_final():
                 continue
             # Where both are fractions of the same, rounding to steps may cross: then quantization waits.
             comparable = other.window.unit == self.window.unit
@@ -170,7 +169,7 @@ class ChannelPruning(CompressionCallback):
             remedy = f"start={self._last_place()}, unit={self.window.unit!r}"
             if at_start and not comparable:
                 bounds = other._bounds or other.window.bounds(*fit_length(trainer))
-                last = self.settles_after(trainer)
+                last = self.final_step(trainer)
                 overlap, remedy = bounds.start < last, f"start={last}, unit='step'"
             if overlap:
                 raise CompressionError(
@@ -179,7 +178,7 @@ class ChannelPruning(CompressionCallback):
                     f"or start it later: QuantizationAwareTraining(window=Window({remedy}))."
                 )
 
-    def has_settled(self) -> bool:
+    def is_final(self) -> bool:
         return self._asked >= 1.0
 
     def _last_place(self) -> float:
@@ -187,8 +186,8 @@ class ChannelPruning(CompressionCallback):
         end = self.window.end if self.window.end is not None else math.inf
         return self.window.start if isinstance(self.schedule, OneShot) else end
 
-    def settles_after(self, trainer: pl.Trainer) -> int:
-        if self.has_settled():
+    def final_step(self, trainer: pl.Trainer) -> int:
+        if self.is_final():
             return 0
         bounds = self._bounds or self.window.bounds(*fit_length(trainer))
         return self._last_step(bounds)
@@ -207,11 +206,11 @@ class ChannelPruning(CompressionCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self.settle_structure(trainer, pl_module, batch, batch_idx)
+        self.apply_pending_(trainer, pl_module, batch, batch_idx)
         self._refresh_statistics_(trainer, pl_module, batch, batch_idx)
         if self._seen is None and self._asked < 1.0 and (self._needs_groups or not self._looked):
-            look = Look(trainer, pl_module, batch, batch_idx)
-            self._seen = explore(look.subject)
+            look = FitCalls(trainer, pl_module, batch, batch_idx)
+            self._seen = find_groups(look.subject)
             if not self._looked:
                 # Now, and not when the first channels are to leave: what can't work is said before it costs anything.
                 removable(look.host, self._seen, self.recipe)
@@ -227,10 +226,10 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         """Let norms forget the wider network in this batch, those too that can't by themselves."""
         if self._fresh.awaits_pass(pl_module):
-            look = Look(trainer, pl_module, batch, batch_idx)
-            models = (pl_module, *structure.averaged_copies(trainer))
+            look = FitCalls(trainer, pl_module, batch, batch_idx)
+            models = (pl_module, *checkpoint.averaged_copies(trainer))
             probe = make_probe(trainer, pl_module)
-            forms.revert_(probe, "float")
+            convert.revert_(probe, "float")
             self._fresh.follow_(models, probe, look.own)
         self._fresh.begin_(pl_module)
 
@@ -240,7 +239,7 @@ class ChannelPruning(CompressionCallback):
         self._fresh.end_(pl_module)  # before channels leave in this hook: the next batch is the first after that
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def settle_structure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def apply_pending_(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._waits is not None:
             progress, self._waits = self._waits, None
             self._remove(trainer, pl_module, (batch, batch_idx), progress)
@@ -287,7 +286,7 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         check_module(pl_module)
         self._asked, self._looked = self.schedule.value(progress, 1.0), True
-        look = Look(trainer, pl_module, *batch)
+        look = FitCalls(trainer, pl_module, *batch)
         plan = trainer.strategy.broadcast(self._plan(look))
         self._progress = self._progress.after(plan)
         overall = self._progress.overall(plan)
@@ -295,7 +294,7 @@ class ChannelPruning(CompressionCallback):
         before = input_moments(make_probe(trainer, pl_module), look.own)
         self._apply(trainer, pl_module, plan)
         if plan.kept:
-            models = (pl_module, *structure.averaged_copies(trainer))
+            models = (pl_module, *checkpoint.averaged_copies(trainer))
             self._fresh.restart_(models, make_probe(trainer, pl_module), look.own, before, plan.kept)
         if self._asked >= 1.0:
             head = f"ChannelPruning, after step {self._step}: {'; '.join(overall.totals())}"
@@ -313,9 +312,9 @@ class ChannelPruning(CompressionCallback):
         elif self._remaining == 1.0 and self.recipe.budget.fraction < 1.0:
             rank_zero_warn("ChannelPruning: no channel has left.", category=NoEffectWarning)
 
-    def _plan(self, look: Look) -> RemovalPlan:
+    def _plan(self, look: FitCalls) -> RemovalPlan:
         """What goes now: a part of the way from the original to the budget."""
-        found = explore(look.subject)
+        found = find_groups(look.subject)
         recipe = self.recipe
         if recipe.budget.kind == "latency":
             if self._goal is None:
@@ -332,7 +331,7 @@ class ChannelPruning(CompressionCallback):
             # Steps are for the end: a round takes less than one from most layers.
             recipe = replace(recipe, round_to=1)
         plan = make_plan(look.subject, found, recipe, self._taylor, self._progress)
-        fixed = {layer: reason for layer, reason in plan.fixed.items() if not layer.startswith(GUEST)}
+        fixed = {layer: reason for layer, reason in plan.fixed.items() if not layer.startswith(ADAPTERS)}
         return replace(plan, fixed=fixed, latency=self._latency)
 
     @property
@@ -352,13 +351,13 @@ class ChannelPruning(CompressionCallback):
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: RemovalPlan) -> None:
         """Cut the module and all that rides on it."""
         whole = Cut(plan.kept, plan.numbers, {})
-        own = {name: dims for name, dims in plan.kept.items() if not name.startswith(GUEST)}
+        own = {name: dims for name, dims in plan.kept.items() if not name.startswith(ADAPTERS)}
         cut = cut_(pl_module, own, plan.numbers)
         changes = dict(cut.changes)
-        for copied in structure.averaged_copies(trainer):
+        for copied in checkpoint.averaged_copies(trainer):
             cut_(copied, own, plan.numbers)
         for number, callback in guests(trainer, pl_module).items():
-            changes.update(cut_(callback.objective.adapters, whole.below(f"{GUEST}{number}").kept, {}).changes)
+            changes.update(cut_(callback.objective.adapters, whole.below(f"{ADAPTERS}{number}").kept, {}).changes)
         anew = resize_state_(trainer.optimizers, changes)
         if anew and not self._warned:
             self._warned = True
@@ -367,8 +366,8 @@ class ChannelPruning(CompressionCallback):
             )
         cut = Cut(own, plan.numbers, changes)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "follow_cut"):
-                callback.follow_cut(trainer, pl_module, cut)
+            if hasattr(callback, "on_channels_removed"):
+                callback.on_channels_removed(trainer, pl_module, cut)
         if plan.kept:
             rebuild_ddp(trainer, pl_module)
         self._seen, self._taylor = None, {}

@@ -32,9 +32,9 @@ from lightning_compress.distillation.losses import (
     SimilarityPreserving,
     SoftTarget,
 )
-from lightning_compress.distillation.made import EMATeacher, Snapshot
 from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.distillation.ramps import Ramp
+from lightning_compress.distillation.student_teachers import EMATeacher, Snapshot
 from lightning_compress.distillation.weights import load_weights_
 
 __all__ = [

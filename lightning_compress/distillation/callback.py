@@ -10,20 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_compress import structure
 from lightning_compress.callback import begin_training_mode_, keep_training_mode_, refuse_strategy
-from lightning_compress.distillation.check import closeness
-from lightning_compress.distillation.features import drop_taps_, find_layer
-from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, SoftTarget
-from lightning_compress.distillation.made import EMATeacher
-from lightning_compress.distillation.masks import mask_of, positions_of
-from lightning_compress.distillation.objective import Objective, sum_terms
-from lightning_compress.distillation.outputs import find_logits
-from lightning_compress.distillation.ramps import TASK, Ramp
-from lightning_compress.distillation.rehearsal import make_taps
-from lightning_compress.distillation.student_call import StudentCall
-from lightning_compress.distillation.teacher import TeacherDtype, shared_with
-from lightning_compress.distillation.teaching import (
+from lightning_compress.distillation.callback_base import (
     Teaching,
     announce,
     join_optimizer_,
@@ -31,12 +19,24 @@ from lightning_compress.distillation.teaching import (
     share_values,
     step_values,
 )
+from lightning_compress.distillation.dry_run import make_taps
+from lightning_compress.distillation.features import drop_taps_, find_layer
+from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, SoftTarget
+from lightning_compress.distillation.masks import mask_of, positions_of
+from lightning_compress.distillation.objective import Objective, sum_terms
+from lightning_compress.distillation.outputs import find_logits
+from lightning_compress.distillation.ramps import TASK, Ramp
+from lightning_compress.distillation.student_call import StudentCall
+from lightning_compress.distillation.student_teachers import EMATeacher
+from lightning_compress.distillation.teacher import TeacherDtype, shared_with
+from lightning_compress.distillation.teacher_check import closeness
 from lightning_compress.distillation.wrapped_step import unwrap_step_, wrap_step_
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.training_mode import restore_given_
 from lightning_compress.probe import make_probe
-from lightning_compress.quantization import forms
-from lightning_compress.quantization.calls import copy_tensors
-from lightning_compress.training_mode import restore_given_
+from lightning_compress.quantization import convert
+from lightning_compress.structure import checkpoint
 
 
 class Distillation(Teaching):
@@ -151,9 +151,9 @@ class Distillation(Teaching):
         if self.objective.teacher.given is None:
             self.objective.teacher.require()
         twin = pl_module
-        if forms.form_of(pl_module) != "float":  # what makes it float again may come after this
+        if convert.form_of(pl_module) != "float":  # what makes it float again may come after this
             twin = make_probe(trainer, pl_module)
-            forms.revert_(twin, "float")
+            convert.revert_(twin, "float")
         student = self._scope(twin)
         self.objective.teacher.take_(student)
         teacher = self.objective.teacher.require()
@@ -162,7 +162,7 @@ class Distillation(Teaching):
         self.objective.taps.find(student)
         self.objective.teacher.taps.find(teacher)
         self.objective.teacher.load_once()
-        structure.attach(pl_module)  # hyperparameters may hold what is tapped
+        checkpoint.attach(pl_module)  # hyperparameters may hold what is tapped
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         begin_training_mode_(trainer, pl_module, type(self).__name__)
@@ -235,7 +235,7 @@ class Distillation(Teaching):
         unwrap_step_(pl_module)
         self._call.detach()
         self.objective.detach(pl_module)
-        structure.detach(pl_module)
+        checkpoint.detach(pl_module)
         self._serves = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -307,7 +307,7 @@ class Distillation(Teaching):
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """The dry run on a copy of the module with the first batch; then adapters, taps and witness are in place."""
         probe = make_probe(trainer, pl_module)
-        forms.revert_(probe, "float")
+        convert.revert_(probe, "float")
         drop_taps_(probe)
         student, call = self._scope(probe), StudentCall()
         step = type(probe).training_step
@@ -337,7 +337,7 @@ class Distillation(Teaching):
         live = self._scope(pl_module)
         before = set(self.objective.taps)
         self.objective.follow_(plan, live)
-        if set(self.objective.taps) - before and self._restored is None and forms.form_of(pl_module) == "prepared":
+        if set(self.objective.taps) - before and self._restored is None and convert.form_of(pl_module) == "prepared":
             raise invalid(
                 "callbacks",
                 "list Distillation before QuantizationAwareTraining where pairs='auto'",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError, invalid, nearest
-from lightning_compress.targets import clean_name
+from lightning_compress.modules.paths import clean_name
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_compress.distillation.dry_run import Plan
 from lightning_compress.distillation.features import drop_taps_
 from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
 from lightning_compress.distillation.objective import Objective, sum_terms
 from lightning_compress.distillation.outputs import find_logits
-from lightning_compress.distillation.quiet import buffers_restored_on_error, to_device_of
 from lightning_compress.distillation.ramps import TASK, Ramp
-from lightning_compress.distillation.rehearsal import Plan
 from lightning_compress.distillation.teacher import TeacherDtype, call, check_is_module, shared_with
 from lightning_compress.errors import CompressionError, invalid
-from lightning_compress.quantization import forms
-from lightning_compress.quantization.calls import copy_module, copy_tensors
+from lightning_compress.modules.calls import to_device_of
+from lightning_compress.modules.copying import copy_module, copy_tensors
+from lightning_compress.modules.isolation import buffers_restored_on_error
+from lightning_compress.quantization import convert
 
 
 class Learner(nn.Module):
@@ -168,7 +169,7 @@ class Learner(nn.Module):
         if objective.losses:
             # The student may keep what it saw, its forward may differ in training, and it may be int8: all on a copy.
             twin = copy_module(self)
-            forms.revert_(twin, "float")
+            convert.revert_(twin, "float")
             drop_taps_(twin.student)
             objective.teacher.take_(twin.student)
             objective.teacher.require()
@@ -212,7 +213,7 @@ class Learner(nn.Module):
         """
         student = copy_module(self.student)
         drop_taps_(student)
-        forms.keep_record_(student, self, "student")
+        convert.keep_record_(student, self, "student")
         return student
 
     def close(self) -> None:

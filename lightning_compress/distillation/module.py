@@ -17,14 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_compress.callback import begin_training_mode_, keep_training_mode_, refuse_strategy
-from lightning_compress.distillation.check import accuracy, closeness
-from lightning_compress.distillation.learner import Learner
-from lightning_compress.distillation.losses import DistillationLoss
-from lightning_compress.distillation.masks import mask_of, positions_of
-from lightning_compress.distillation.quiet import take_examples
-from lightning_compress.distillation.ramps import Ramp
-from lightning_compress.distillation.teacher import TeacherDtype, call
-from lightning_compress.distillation.teaching import (
+from lightning_compress.distillation.callback_base import (
     Teaching,
     announce,
     join_optimizer_,
@@ -32,10 +25,17 @@ from lightning_compress.distillation.teaching import (
     share_values,
     step_values,
 )
+from lightning_compress.distillation.learner import Learner
+from lightning_compress.distillation.losses import DistillationLoss
+from lightning_compress.distillation.masks import mask_of, positions_of
+from lightning_compress.distillation.ramps import Ramp
+from lightning_compress.distillation.teacher import TeacherDtype, call
+from lightning_compress.distillation.teacher_check import accuracy, closeness
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization import forms
-from lightning_compress.random_state import random_state_kept
-from lightning_compress.training_mode import restore_given_
+from lightning_compress.modules.calls import take_examples
+from lightning_compress.modules.isolation import random_state_kept
+from lightning_compress.modules.training_mode import restore_given_
+from lightning_compress.quantization import convert
 
 if TYPE_CHECKING:
     _Base = L.LightningModule
@@ -167,7 +167,7 @@ class DistillationSteps(Learner, _Base):
                 "`configure_callbacks` must return the callback of DistillationModule too. Received: none of it. "
                 "Override it as: return [*super().configure_callbacks(), ...]."
             )
-        if forms.form_of(self) == "converted":
+        if convert.form_of(self) == "converted":
             return  # called before a callback of ours has made it float again; the Trainer calls once more
         try:
             inputs = self._example_inputs()

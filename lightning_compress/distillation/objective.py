@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import Adapters, adapt, make_adapter
-from lightning_compress.distillation.check import TeacherCheck, check_teacher, find_class_dim, is_classes
+from lightning_compress.distillation.dry_run import Plan, Run, make_taps, name_losses, rehearse
 from lightning_compress.distillation.features import Taps
 from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
 from lightning_compress.distillation.losses.base import check_weight
 from lightning_compress.distillation.masks import fit_masks, mask_of, positions_of
 from lightning_compress.distillation.ramps import TASK, Clock, Ramp, check_ramps
-from lightning_compress.distillation.rehearsal import Plan, Run, make_taps, name_losses, rehearse
 from lightning_compress.distillation.teacher import Teacher
+from lightning_compress.distillation.teacher_check import TeacherCheck, check_teacher, find_class_dim, is_classes
 from lightning_compress.errors import invalid
-from lightning_compress.random_state import random_state_kept
+from lightning_compress.modules.isolation import random_state_kept
 
 
 class Objective:

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_compress.distillation.teacher import Arguments
 from lightning_compress.errors import invalid
-from lightning_compress.quantization.calls import copy_tensors
-from lightning_compress.targets import clean_name
+from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.paths import clean_name
 
 
 class _Witness:

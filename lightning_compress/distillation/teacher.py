@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.distillation.features import Taps, find_layer
-from lightning_compress.distillation.made import EMATeacher, Snapshot
+from lightning_compress.distillation.student_teachers import EMATeacher, Snapshot
 from lightning_compress.distillation.weights import load_weights_
 from lightning_compress.errors import CompressionError, invalid
 

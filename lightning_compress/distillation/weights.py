@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.errors import invalid
-from lightning_compress.inert import read_inert
+from lightning_compress.structure.inert import read_inert
 
 
 def load_weights_(module: nn.Module, path: str) -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.pruning.methods import Masks, Rule, pruned
-from lightning_compress.targets import Target, matches
-
-Scope = Literal["global", "layer"]
+from lightning_compress.targets import Scope, Target, matches
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress import structure
 from lightning_compress.callback import CompressionCallback, warn_of_other_settings
 from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
 from lightning_compress.messages import by_reason, in_short, named, they
-from lightning_compress.optimizers import Cut
+from lightning_compress.modules.resizing import Cut
 from lightning_compress.probe import look
 from lightning_compress.pruning import rewind as rewinding
-from lightning_compress.pruning.best import forget_scores
-from lightning_compress.pruning.budget import Scope
+from lightning_compress.pruning.checkpoint_scores import forget_scores
 from lightning_compress.pruning.history import Snapshot, remember_
 from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
 from lightning_compress.pruning.methods import CRITERIA, Masks, Smallest, pruned
@@ -29,7 +27,8 @@ from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.pruning.rewind import Rewind
 from lightning_compress.pruning.silence import Silence, warning
 from lightning_compress.schedules import Polynomial, Schedule
-from lightning_compress.targets import Targets
+from lightning_compress.structure import checkpoint
+from lightning_compress.targets import Scope, Targets
 from lightning_compress.window import Window, fit_length
 
 
@@ -157,7 +156,7 @@ class ScheduledPruning(CompressionCallback):
         self._heard = set()
         if self._model is None or self._model() is not pl_module:
             self._masks, self._model = {}, weakref.ref(pl_module)
-            restored = structure.restored_state(pl_module, self.state_key)
+            restored = checkpoint.restored_state(pl_module, self.state_key)
             if restored is not None:
                 self._masks = unpack(restored["masks"])
 
@@ -216,7 +215,7 @@ class ScheduledPruning(CompressionCallback):
             self._heard |= set(new)
             if new:
                 rank_zero_warn(f"ScheduledPruning: {warning(new)}")
-            self.bring_in_line(trainer, pl_module)
+            self.sync_(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -245,16 +244,16 @@ class ScheduledPruning(CompressionCallback):
             pruner.masks = trainer.strategy.broadcast(pruner.masks)
         if self._kept is not None and pruned(pruner.masks.values()) > pruned(before.values()):
             rewinding.put_back_(self._kept, pl_module, trainer.optimizers)
-            for copy in structure.averaged_copies(trainer):
+            for copy in checkpoint.averaged_copies(trainer):
                 rewinding.put_tensors_back_(self._kept, copy)
-            for other in structure.callbacks_of(pl_module).values():
-                other.bring_in_line(trainer, pl_module)
+            for other in checkpoint.callbacks_of(pl_module).values():
+                other.sync_(trainer, pl_module)
             rank_zero_info(
                 f"ScheduledPruning: {sparsity_of(pruner.masks):.1%} of the weights are zero at step {self._step}; the "
                 f"others are back at step {self._rewind_step}."
             )
         self._follow_masks(trainer, before)
-        self.bring_in_line(trainer, pl_module)
+        self.sync_(trainer, pl_module)
         remember_(self.sparsity_history, self._step, pruner.masks, at_end=progress >= 1.0)
         if progress >= 1.0:
             self._finish(trainer)
@@ -321,14 +320,14 @@ class ScheduledPruning(CompressionCallback):
                 "pruned whenever masks grow."
             )
 
-    def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._pruner is not None:
             self._pruner.settle_()
             self._pruner.apply_to_moments_(trainer.optimizers)
-            for copy in structure.averaged_copies(trainer):
+            for copy in checkpoint.averaged_copies(trainer):
                 self._pruner.settle_(copy)
 
-    def follow_cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
+    def on_channels_removed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
         if self._pruner is None:
             return
         masks = {name: cut.of(name, mask) for name, mask in self._pruner.masks.items()}
@@ -351,7 +350,7 @@ class ScheduledPruning(CompressionCallback):
             before = self._pruner.masks
             self._pruner.refit_(self.schedule.value(progress, 1.0), self.seed + self._step)
             self._follow_masks(trainer, before)
-        self.bring_in_line(trainer, pl_module)
+        self.sync_(trainer, pl_module)
 
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)

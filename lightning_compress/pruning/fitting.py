@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.layer_weights import PRUNABLE
+from lightning_compress.modules.layer_weights import PRUNABLE
 from lightning_compress.pruning.layout import Layout
 from lightning_compress.pruning.methods import Rule, Smallest
 from lightning_compress.targets import Selection

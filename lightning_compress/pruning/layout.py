@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_compress.layer_weights import PRUNABLE
+from lightning_compress.modules.layer_weights import PRUNABLE
 from lightning_compress.targets import Target
 
 

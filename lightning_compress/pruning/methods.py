@@ -20,7 +20,7 @@ from torch.nn.utils import prune
 
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.pruning.criteria import OF_GRADIENTS, OF_WEIGHTS
-from lightning_compress.pruning.groups import Pattern
+from lightning_compress.pruning.n_m import Pattern
 from lightning_compress.pruning.smallest import take_smallest
 
 Masks = dict[str, Tensor]

@@ -9,16 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.errors import NoEffectWarning, invalid
-from lightning_compress.inputs import bind_example
 from lightning_compress.messages import named
-from lightning_compress.pruning.budget import Scope
+from lightning_compress.modules.calls import bind_example
+from lightning_compress.modules.copying import copy_module
 from lightning_compress.pruning.methods import Masks
 from lightning_compress.pruning.pruner import Pruner, own_random_state
 from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.pruning.silence import Silence, warning
-from lightning_compress.quantization.calls import copy_module
-from lightning_compress.quantization.forms import refuse_adapted
-from lightning_compress.targets import Targets
+from lightning_compress.quantization.convert import refuse_adapted
+from lightning_compress.targets import Scope, Targets
 
 
 def prune_(

@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.optimizers import forget_, lies_along, with_inner
-from lightning_compress.pruning import followers
+from lightning_compress.modules.paths import clean_name, compressible_modules
+from lightning_compress.modules.resizing import forget_, lies_along, with_inner
+from lightning_compress.pruning import dependents
+from lightning_compress.pruning.dependents import reduce_mask
 from lightning_compress.pruning.fitting import check_weights, in_groups
-from lightning_compress.pruning.followers import reduce_mask
 from lightning_compress.pruning.layout import UnitView
 from lightning_compress.pruning.masks import check_masks
 from lightning_compress.pruning.methods import Masks, Smallest, pruned
 from lightning_compress.pruning.recipe import Recipe
 from lightning_compress.pruning.silence import Silence, observe
-from lightning_compress.targets import clean_name, compressible_modules
 
 
 class Pruner:
@@ -62,15 +62,15 @@ class Pruner:
         self.budget = recipe.budget
         self._own = self.budget.of_layers(self.targets)
         self.budget.check(self.weights, self._own)
-        self._followers = followers.magnitudes(self.targets)
+        self._followers = dependents.magnitudes(self.targets)
         self.scores: dict[str, Tensor] = {}
         self.aside: dict[str, Tensor] = {}
         self.speaking: dict[str, str] = {}
         self._applied: Masks = {}
         self._tensors: dict[str, Tensor] = {}
         self.masks = check_masks(masks, self.weights)
-        known, self.unknown = followers.in_sequence(model, self.units.outputs, self.units.numbered)
-        self._followers += followers.biases(model, self.units.outputs, self.units.numbered) + known
+        known, self.unknown = dependents.in_sequence(model, self.units.outputs, self.units.numbered)
+        self._followers += dependents.biases(model, self.units.outputs, self.units.numbered) + known
         self.masks = self._masks
 
     def observe(self, copy: nn.Module, run: Callable[[], Any], seen: Silence) -> None:
@@ -80,9 +80,9 @@ class Pruner:
     def follow(self, model: nn.Module, seen: Silence) -> None:
         """Silence what was seen to shift pruned units."""
         found = seen.followers(model, self.units.numbered)
-        own = followers.biases(model, self.units.outputs, self.units.numbered)
+        own = dependents.biases(model, self.units.outputs, self.units.numbered)
         names = {follower.name for follower in found}
-        self._followers = [*followers.magnitudes(self.targets), *(one for one in own if one.name not in names), *found]
+        self._followers = [*dependents.magnitudes(self.targets), *(one for one in own if one.name not in names), *found]
         self.speaking = seen.speaking(self._followers)
         self.masks = self._masks
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lightning_compress.errors import invalid
-from lightning_compress.pruning.budget import Budget, Scope
+from lightning_compress.pruning.budget import Budget
 from lightning_compress.pruning.methods import Rule, Smallest, resolve
-from lightning_compress.targets import Targets
+from lightning_compress.targets import Scope, Targets
 
 METHOD = "lamp"
 """Magnitudes as they are compare badly between layers, whose weights differ in scale by their fan-in alone: some layers

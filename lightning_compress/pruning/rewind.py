@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.optimizers import Cut, cut_state, with_inner
+from lightning_compress.modules.paths import clean_name
+from lightning_compress.modules.resizing import Cut, cut_state, with_inner
 from lightning_compress.schedules import Schedule
-from lightning_compress.targets import clean_name
 from lightning_compress.window import Bounds, Unit, Window
 
 

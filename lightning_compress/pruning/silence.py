@@ -15,16 +15,17 @@ import torch
 from torch import nn
 
 from lightning_compress.messages import named
-from lightning_compress.pruning.followers import Follower, Leader
+from lightning_compress.modules.paths import clean_name, compressible_modules
+from lightning_compress.pruning.dependents import Dependent, Leader
 from lightning_compress.pruning.layout import Layout
 from lightning_compress.pruning.watch import Heard, Watch
-from lightning_compress.targets import Target, clean_name, compressible_modules
+from lightning_compress.targets import Target
 
 
 class Silence(Heard):
     """What was heard of pruned units, and what follows from it."""
 
-    def followers(self, model: nn.Module, layouts: Mapping[str, Layout]) -> list[Follower]:
+    def followers(self, model: nn.Module, layouts: Mapping[str, Layout]) -> list[Dependent]:
         """The parameters of ``model`` that go with units, where every call of theirs had such units."""
         parameters = {clean_name(name): one for name, one in model.named_parameters()}
         found = []
@@ -38,10 +39,10 @@ class Silence(Heard):
             for weight in dict.fromkeys(weight for call in calls for weight in call):
                 units = torch.stack([call[weight] for call in calls if weight in call]).amax(0).where(alone, -1)
                 leaders.append(Leader(weight, layouts[weight], units.to(parameters[name].device)))
-            found.append(Follower(name, parameters[name], tuple(leaders)))
+            found.append(Dependent(name, parameters[name], tuple(leaders)))
         return found
 
-    def speaking(self, followers: Iterable[Follower]) -> dict[str, str]:
+    def speaking(self, followers: Iterable[Dependent]) -> dict[str, str]:
         """Weights whose pruned units aren't silent, each with where that comes from."""
         follows = {(follower.name, leader.name) for follower in followers for leader in follower.leaders}
         kept = {

@@ -13,10 +13,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_compress.pruning.followers import magnitudes
+from lightning_compress.modules.paths import clean_name, compressible_modules
+from lightning_compress.pruning.dependents import magnitudes
 from lightning_compress.pruning.layout import Layout
 from lightning_compress.pruning.unit_maps import CONTRACTIONS, Call, Map, broadcasts, units_of_entries
-from lightning_compress.targets import Target, clean_name, compressible_modules
+from lightning_compress.targets import Target
 
 _SUMS = ("add", "add_", "sub", "sub_", "rsub", "lerp", "lerp_", "where")
 _CLAMPS = ("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "hardtanh", "hardtanh_", "threshold")

@@ -15,18 +15,18 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from lightning_compress import structure
-from lightning_compress.callback import refuse_strategy, restore_modes_, training_modes, without_logging
+from lightning_compress.callback import refuse_strategy, without_logging
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import in_short
+from lightning_compress.modules.isolation import evaluating, restore_modes_, training_modes
 from lightning_compress.probe import data_feed, is_own, make_probe, to_module, unsilence_
-from lightning_compress.quantization import forms
-from lightning_compress.quantization.calibrate import evaluating
-from lightning_compress.quantization.plan import explain, summary
+from lightning_compress.quantization import convert
+from lightning_compress.quantization.float_twin import FloatTwin
 from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator, time_against_float
 from lightning_compress.quantization.quantize import Recipe, own_parameters_, quantize_
 from lightning_compress.quantization.schemes import Scheme
-from lightning_compress.quantization.side_by_side import FloatTwin
+from lightning_compress.quantization.static.plan import explain, summary
+from lightning_compress.structure import checkpoint
 from lightning_compress.targets import Targets
 
 
@@ -97,9 +97,9 @@ class PostTrainingQuantization(Callback):
             if self.recipe.needs_cpu:
                 refuse_accelerator(trainer)
             self._modes = training_modes(pl_module)
-        if stage == "fit" and forms.form_of(pl_module) == "converted":
-            forms.revert_(pl_module, "float")
-        structure.attach(pl_module)
+        if stage == "fit" and convert.form_of(pl_module) == "converted":
+            convert.revert_(pl_module, "float")
+        checkpoint.attach(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.compare:
@@ -115,7 +115,7 @@ class PostTrainingQuantization(Callback):
         with torch.inference_mode(False):
             probe = make_probe(trainer, pl_module)
             try:
-                forms.revert_(probe, "float")
+                convert.revert_(probe, "float")
             except CompressionError:  # it came from a file, and its float weights are gone
                 rank_zero_warn(f"{type(self).__name__}: the model has no float weights to compare with.")
                 return None
@@ -160,10 +160,10 @@ class PostTrainingQuantization(Callback):
         self._time(trainer, batch)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        forms.refuse_adapted(pl_module)
-        if forms.form_of(pl_module) == "converted":
+        convert.refuse_adapted(pl_module)
+        if convert.form_of(pl_module) == "converted":
             return
-        if forms.form_of(pl_module) == "prepared":
+        if convert.form_of(pl_module) == "prepared":
             convert_prepared_(pl_module)
             return
         with torch.inference_mode(False), isolate_rng():
@@ -173,14 +173,14 @@ class PostTrainingQuantization(Callback):
             probe = make_probe(trainer, pl_module, shared)
             way = self._quantize_copy(trainer, pl_module, probe)
             self._floats = make_probe(trainer, pl_module, list(pl_module.parameters()))
-            forms.transplant_(pl_module, probe)
+            convert.transplant_(pl_module, probe)
             own_parameters_(probe, shared)
         self._ours = True
-        record = forms.record_of(pl_module)
+        record = convert.record_of(pl_module)
         assert record is not None
         self._notes = explain(record)
         unsilence_(probe)
-        forms.forget_(probe)
+        convert.forget_(probe)
         self.quantized_model = probe
         said = f"{type(self).__name__}: quantized {summary(record)}{way}."
         rank_zero_info("\n  ".join(in_short([said, *self._notes])))
@@ -221,11 +221,11 @@ class PostTrainingQuantization(Callback):
         self._twin = self._floats = None
         if self._ours:
             if not keep:
-                forms.revert_(pl_module, "float")
+                convert.revert_(pl_module, "float")
             restore_modes_(self._modes)  # also those of what is kept aside
         self._ours = False
         self._modes = {}
-        structure.detach(pl_module)
+        checkpoint.detach(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**without_logging(self), "_modes": {}, "_twin": None, "_floats": None, "quantized_model": None}

@@ -11,23 +11,16 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_compress import structure
-from lightning_compress.callback import (
-    CompressionCallback,
-    rebuild_ddp,
-    restore_modes_,
-    training_modes,
-    warn_of_other_settings,
-)
+from lightning_compress.callback import CompressionCallback, rebuild_ddp, warn_of_other_settings
 from lightning_compress.errors import CompressionError, invalid
-from lightning_compress.inputs import run_step
 from lightning_compress.messages import in_short, named
+from lightning_compress.modules.call_log import CallLog, record_calls
+from lightning_compress.modules.calls import run_step
+from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.isolation import evaluating, restore_modes_, training_modes
 from lightning_compress.probe import look, make_probe, shape_feed
-from lightning_compress.quantization import forms
-from lightning_compress.quantization.calibrate import calibrate, evaluating
-from lightning_compress.quantization.calls import CallLog, copy_tensors, record_calls
+from lightning_compress.quantization import convert
 from lightning_compress.quantization.layers.plan import check_overrides
-from lightning_compress.quantization.plan import explain, make_plan, summary
 from lightning_compress.quantization.quantize import adjusted
 from lightning_compress.quantization.schemes import (
     AVERAGING_CONSTANT,
@@ -40,7 +33,10 @@ from lightning_compress.quantization.schemes import (
     resolve,
 )
 from lightning_compress.quantization.slower import slower_than_float
-from lightning_compress.quantization.traced import Traced
+from lightning_compress.quantization.static.calibrate import calibrate
+from lightning_compress.quantization.static.plan import explain, make_plan, summary
+from lightning_compress.quantization.static.traced import Traced
+from lightning_compress.structure import checkpoint
 from lightning_compress.targets import Targets
 from lightning_compress.window import Bounds, Window, fit_length
 
@@ -152,14 +148,14 @@ class QuantizationAwareTraining(CompressionCallback):
         self._recent.clear()
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if forms.form_of(pl_module) == "converted":
-                forms.revert_(pl_module)
+            if convert.form_of(pl_module) == "converted":
+                convert.revert_(pl_module)
             if self._other_scheme(pl_module):
-                forms.revert_(pl_module, "float")
+                convert.revert_(pl_module, "float")
 
     def _other_scheme(self, pl_module: pl.LightningModule) -> str:
         """The scheme that a prepared module has, if it isn't the one that was asked for."""
-        record = forms.record_of(pl_module)
+        record = convert.record_of(pl_module)
         return "" if record is None or record["scheme"] == describe(self.scheme) else str(record["scheme"])
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -176,7 +172,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._bounds is None and self.waits:
             bounds = self.window.bounds(*fit_length(trainer))
-            last = max(other.settles_after(trainer) for other in structure.callbacks_of(pl_module).values())
+            last = max(other.final_step(trainer) for other in checkpoint.callbacks_of(pl_module).values())
             self._bounds = Bounds(max(bounds.start, last), max(bounds.end, last + 1))
         super().on_train_start(trainer, pl_module)
 
@@ -184,15 +180,15 @@ class QuantizationAwareTraining(CompressionCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._step >= self.bounds.start and forms.form_of(pl_module) == "float":
-            others = structure.callbacks_of(pl_module).values()
+        if self._step >= self.bounds.start and convert.form_of(pl_module) == "float":
+            others = checkpoint.callbacks_of(pl_module).values()
             for other in others:
-                other.settle_structure(trainer, pl_module, batch, batch_idx)
-            if all(other.has_settled() for other in others):
+                other.apply_pending_(trainer, pl_module, batch, batch_idx)
+            if all(other.is_final() for other in others):
                 self._prepare(trainer, pl_module, batch, batch_idx)
         self._freeze(pl_module)
         self._batch = batch
-        if forms.form_of(pl_module) == "float" and self._trained > -_FEW:
+        if convert.form_of(pl_module) == "float" and self._trained > -_FEW:
             self._recent.append((copy_tensors(batch), batch_idx))  # should the fit end before it is prepared
 
     @property
@@ -208,11 +204,11 @@ class QuantizationAwareTraining(CompressionCallback):
         if isinstance(self.scheme, StaticInt8) and _may_rescale(trainer):
             with evaluating(pl_module):
                 plan.units = [adjusted(pl_module, unit, log, self.scheme, training=True) for unit in plan.units]
-        forms.prepare_(pl_module, plan, self.scheme, training=True)
-        self.bring_in_line(trainer, pl_module)
+        convert.prepare_(pl_module, plan, self.scheme, training=True)
+        self.sync_(trainer, pl_module)
         if trainer.training:
             rebuild_ddp(trainer, pl_module)
-        floats = plan.layers.keys() - forms.trained_in_few_bits(pl_module, plan).keys()
+        floats = plan.layers.keys() - convert.trained_in_few_bits(pl_module, plan).keys()
         self._notes = explain(plan.describe())
         if floats:
             self._notes.append(f"{named(sorted(floats))}: trained in float, rounded when the fit ends")
@@ -226,25 +222,25 @@ class QuantizationAwareTraining(CompressionCallback):
                 module.observers_frozen = progress >= self.freeze_observers < 1.0
                 module.batchnorm_frozen = progress >= self.freeze_batchnorm < 1.0
 
-    def bring_in_line(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for averaged in structure.averaged_copies(trainer):
-            forms.quantized_like_(averaged, pl_module)
+    def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for averaged in checkpoint.averaged_copies(trainer):
+            convert.quantized_like_(averaged, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        others = structure.callbacks_of(pl_module).values()
-        due = forms.form_of(pl_module) == "float" and self._trained >= 0
-        if due and self._recent and all(other.has_settled() for other in others):
+        others = checkpoint.callbacks_of(pl_module).values()
+        due = convert.form_of(pl_module) == "float" and self._trained >= 0
+        if due and self._recent and all(other.is_final() for other in others):
             self._prepare_late(trainer, pl_module)
-        if forms.form_of(pl_module) == "prepared" and self._trained < _FEW:
+        if convert.form_of(pl_module) == "prepared" and self._trained < _FEW:
             self._notes.append(f"only {self._trained} optimizer steps were trained with fake-quantizers")
             rank_zero_info(f"{type(self).__name__}: {self._notes[-1]}. Train longer, or let channels leave earlier.")
         self._recent.clear()
-        if self.convert and forms.form_of(pl_module) == "prepared":
+        if self.convert and convert.form_of(pl_module) == "prepared":
             floats = make_probe(trainer, pl_module, list(pl_module.parameters()))
-            forms.revert_(floats, "float")
+            convert.revert_(floats, "float")
             convert_prepared_(pl_module)
             self._time(trainer, pl_module, floats)
-        if forms.form_of(pl_module) == "float":
+        if convert.form_of(pl_module) == "float":
             rank_zero_warn(
                 "QuantizationAwareTraining: the fit ended before the window began; the model is still float."
             )
@@ -262,7 +258,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
         with trainer.precision_plugin.train_step_context():
             calibrate(probe, recent, len(recent), run)
-        forms.copy_ranges_(pl_module, probe)
+        convert.copy_ranges_(pl_module, probe)
 
     def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule, floats: pl.LightningModule) -> None:
         """Say if the last batch of the training takes longer than in float; both forms are copies."""
@@ -283,7 +279,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._convert_loaded(pl_module)
 
     def _convert_loaded(self, pl_module: pl.LightningModule) -> None:
-        if forms.form_of(pl_module) == "float":
+        if convert.form_of(pl_module) == "float":
             rank_zero_warn(
                 "QuantizationAwareTraining: these weights were saved before quantization began; they run as float."
             )
@@ -294,8 +290,8 @@ class QuantizationAwareTraining(CompressionCallback):
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn == "fit" and forms.form_of(pl_module) != "adapted":
-            forms.revert_(pl_module, "float")
+        if trainer.state.fn == "fit" and convert.form_of(pl_module) != "adapted":
+            convert.revert_(pl_module, "float")
         super().on_exception(trainer, pl_module, exception)
 
     def close(self, pl_module: pl.LightningModule) -> None:
@@ -319,7 +315,7 @@ class QuantizationAwareTraining(CompressionCallback):
 def _may_rescale(trainer: pl.Trainer) -> bool:
     """Whether there are neither momenta nor averages yet: they would be those of weights of another scale."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    averages = next(structure.averaged_copies(trainer), None) is not None or any(
+    averages = next(checkpoint.averaged_copies(trainer), None) is not None or any(
         getattr(callback, "averages_weights", False) for callback in callbacks
     )
     return not averages and not any(optimizer.state for optimizer in trainer.optimizers)
@@ -327,9 +323,9 @@ def _may_rescale(trainer: pl.Trainer) -> bool:
 
 def convert_prepared_(pl_module: pl.LightningModule) -> None:
     """Convert a prepared module, also under `torch.inference_mode`."""
-    if forms.form_of(pl_module) == "prepared":
+    if convert.form_of(pl_module) == "prepared":
         with torch.inference_mode(False), torch.no_grad():
-            forms.convert_(pl_module)
+            convert.convert_(pl_module)
 
 
 def time_against_float(

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from lightning_compress.errors import CompressionError, invalid, nearest
-from lightning_compress.inputs import run_example, run_step, way_without_trainer
-from lightning_compress.quantization.agreement import least_cosine, outer_outputs
-from lightning_compress.quantization.calibrate import calibrate, evaluating, leaving_no_trace
-from lightning_compress.quantization.calls import CallLog, copy_module, copy_tensors, is_at_or_below, record_calls
-from lightning_compress.quantization.equalize import adjust_
-from lightning_compress.quantization.flows import FLOWS, load
-from lightning_compress.quantization.forms import (
+from lightning_compress.modules.call_log import CallLog, record_calls
+from lightning_compress.modules.calls import run_example, run_step, way_without_trainer
+from lightning_compress.modules.compare_outputs import least_cosine
+from lightning_compress.modules.copying import copy_module, copy_tensors
+from lightning_compress.modules.isolation import evaluating, leaving_no_trace, random_state_kept
+from lightning_compress.modules.outputs import outer_outputs
+from lightning_compress.modules.paths import clean_name, compressible_modules, device_of, is_at_or_below
+from lightning_compress.quantization.convert import (
     convert_,
     decide_per_token_,
     forget_,
@@ -30,16 +31,17 @@ from lightning_compress.quantization.forms import (
     record_of,
     refuse_adapted,
 )
-from lightning_compress.quantization.hessians import calibrated_weights
+from lightning_compress.quantization.layers.gptq_calibration import calibrated_weights
 from lightning_compress.quantization.layers.plan import Overrides, Weights, check_overrides, packable
-from lightning_compress.quantization.plan import make_plan, per_token_line
 from lightning_compress.quantization.schemes import GPTQ, DynamicInt8, Packed, Scheme, StaticInt8, resolve
-from lightning_compress.quantization.signature import canonical
 from lightning_compress.quantization.slower import slower_than_float
-from lightning_compress.quantization.unit import Unit
-from lightning_compress.random_state import random_state_kept
-from lightning_compress.targets import Targets, clean_name, compressible_modules
-from lightning_compress.undisturbed import device_of
+from lightning_compress.quantization.static.calibrate import calibrate
+from lightning_compress.quantization.static.equalize import adjust_
+from lightning_compress.quantization.static.flows import FLOWS, load
+from lightning_compress.quantization.static.plan import make_plan, per_token_line
+from lightning_compress.quantization.static.signature import canonical
+from lightning_compress.quantization.static.unit import Unit
+from lightning_compress.targets import Targets
 
 _logger = logging.getLogger("lightning_compress")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_compress.latency import round_ratios
-from lightning_compress.quantization.calls import copy_tensors
-from lightning_compress.quantization.forms import record_of
+from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.latency import round_ratios
+from lightning_compress.quantization.convert import record_of
 
 _logger = logging.getLogger("lightning_compress")
 

@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_compress.errors import CompressionError, in_a_line, invalid
 from lightning_compress.probe import example_calls
-from lightning_compress.quantization.forms import form_of
-from lightning_compress.quantization.side_by_side import FLOAT
+from lightning_compress.quantization.convert import form_of
+from lightning_compress.quantization.float_twin import FLOAT
 from lightning_compress.report.compare import Comparison, compare
 from lightning_compress.report.evaluations import (
     Evaluation,

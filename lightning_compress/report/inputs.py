@@ -1,7 +1,7 @@
 """Example inputs: what a model is called with when it is measured, at any batch size.
 
 A tensor is one positional argument, a tuple or list the positional arguments, a dict the keyword arguments. How a batch
-becomes such inputs is the business of `lightning_compress.inputs`.
+becomes such inputs is the business of `lightning_compress.modules.calls`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.errors import invalid
-from lightning_compress.targets import clean_name
+from lightning_compress.modules.paths import clean_name
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

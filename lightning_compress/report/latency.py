@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.latency import time_in_turns
+from lightning_compress.modules.isolation import undisturbed
+from lightning_compress.modules.latency import time_in_turns
+from lightning_compress.modules.paths import device_of
 from lightning_compress.report.inputs import call
-from lightning_compress.undisturbed import device_of, undisturbed
 
 # Fewer rounds than the least can't tell a difference from chance: of 8 ratios 7 must lie on one side of 1.
 _LEAST_ROUNDS, _MOST_ROUNDS, _MOST_RUNS = 8, 20, 1000

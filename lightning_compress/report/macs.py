@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lightning_compress.modules.isolation import undisturbed
 from lightning_compress.report.inputs import call
 from lightning_compress.report.storage import packed_weights
-from lightning_compress.undisturbed import undisturbed
 
 _TRANSPARENT = ("aten", "prim", "prims", "profiler", "quantized", "quantized_decomposed", "torchvision")
 # Fused operators of aten that multiply and have no formula here.

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from lightning_compress.errors import invalid
+from lightning_compress.modules.paths import device_of
 from lightning_compress.report.inputs import batch_size_of, resize_batch, to_device
 from lightning_compress.report.latency import Latency, measure_latency
 from lightning_compress.report.macs import count_macs
 from lightning_compress.report.storage import LayerMeasurement, file_bytes, measure_layers
-from lightning_compress.undisturbed import device_of
 
 BATCH_SIZES = (1, 32)
 MAX_SECONDS = 1.0

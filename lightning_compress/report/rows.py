@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_compress.errors import in_a_line
+from lightning_compress.modules.isolation import undisturbed
 from lightning_compress.report.inputs import batch_size_of, call, called_in_turn, resize_batch, to_device
 from lightning_compress.report.latency import measure_latency
 from lightning_compress.report.measure import Measurement, count
 from lightning_compress.report.storage import measure_layers
-from lightning_compress.undisturbed import undisturbed
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from lightning_compress.random_state import random_state_kept
+from lightning_compress.modules.isolation import random_state_kept
 from lightning_compress.report.evaluations import samples_of
 
 

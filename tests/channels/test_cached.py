@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_compress import load_compressed, plan_removal, remove_channels_, save_compressed
-from lightning_compress.channels.remove import zero_
+from lightning_compress.channels.cutting.cut import zero_
 
 X, LONGER = torch.randn(2, 5, 8), torch.randn(2, 7, 8)
 

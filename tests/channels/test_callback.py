@@ -45,7 +45,7 @@ def fit(callbacks: list[Callback], module: Any = None, data: Any = None, **kwarg
     return trainer, module
 
 
-class Look(Callback):
+class FitCalls(Callback):
     """A copy of the module's tensors and of what optimizers remember of them, after every batch."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Optimized(Classifier):
 
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "lbfgs"])
 def test_moments_and_buffers_are_cut_with_the_same_indices(optimizer: str) -> None:
-    before, after = Look(), Look()
+    before, after = FitCalls(), FitCalls()
     fit([before, shrink(), after], Optimized(optimizer))
     at = after.widths.index(16)
     assert at == 7 and before.widths[at] == 32
@@ -137,7 +137,7 @@ class Scheduled(Classifier):
 
 @pytest.mark.parametrize("how", ["plain", "clipped", "scheduled", "accumulated"])
 def test_training_goes_on_as_if_the_module_had_been_built_so(how: str) -> None:
-    after = Look()
+    after = FitCalls()
     options = {"clipped": {"gradient_clip_val": 0.1}, "accumulated": {"accumulate_grad_batches": 2}}
     module = Scheduled() if how == "scheduled" else Classifier()
     every = 2 if how == "accumulated" else 1
@@ -180,7 +180,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[int, int]]] = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_channels_leave_when_the_schedule_says(name: str) -> None:
     settings, changes = SCHEDULES[name]
-    look = Look()
+    look = FitCalls()
     fit([shrink(**{"window": Window(4, 14, unit="step"), **settings}), look])
     expected, width = [], 32
     for step in range(1, 2 * PER_EPOCH + 1):
@@ -190,7 +190,7 @@ def test_channels_leave_when_the_schedule_says(name: str) -> None:
 
 
 def test_a_window_from_the_start_cuts_before_the_first_step() -> None:
-    steps = Look()
+    steps = FitCalls()
     fit([shrink(window=Window(0, 0.5)), steps], max_epochs=1)
     assert steps.widths == [16] * PER_EPOCH
 
@@ -400,7 +400,7 @@ class Calibrated(Keyword):
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("kind", [NoForward, Emptying, Skipping, Example, Calibrated, ManualClassifier, Drawing])
 def test_odd_modules_shrink_and_train(kind: type[Classifier]) -> None:
-    look = Look()
+    look = FitCalls()
     _, module = fit([shrink(importance="taylor", window=Window(4, 6, unit="step")), look], kind())
     assert (module.body.out_features, module.head.in_features, module.norm.num_features) == (16, 16, 16)
     assert not torch.equal(look.tensors[-1]["body.weight"], look.tensors[look.widths.index(16)]["body.weight"])
@@ -556,7 +556,7 @@ def test_fits_again_without_losing_more() -> None:
 
 
 def test_a_latency_budget_is_measured_once_and_kept_as_a_goal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_compress.channels import search
+    from lightning_compress.channels.planning import search
 
     # Time as it would be if nothing but hidden widths mattered.
     monkeypatch.setattr(search, "latency_ratio", lambda subject, twin, *_, **__: twin.body.out_features / 32)

@@ -116,7 +116,7 @@ def test_masks_from_a_file_are_cut_with_the_same_indices(first: bool, tmp_path: 
     before: list[list[float]] = []
     after: list[list[float]] = []
 
-    class Look(Callback):
+    class FitCalls(Callback):
         """Notes a bias for each channel; no two are alike."""
 
         def __init__(self, seen: list[list[float]]) -> None:
@@ -125,10 +125,10 @@ def test_masks_from_a_file_are_cut_with_the_same_indices(first: bool, tmp_path: 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             self.seen.append(pl_module.body.bias.tolist())
 
-    class Later(Look):
+    class Later(FitCalls):
         """Another kind of callback, as Lightning wants."""
 
-    fit([Look(before), *ordered(first, pruning, shrink()), Later(after)])
+    fit([FitCalls(before), *ordered(first, pruning, shrink()), Later(after)])
     index = torch.arange(32)
     for wide, narrow in zip(before, after, strict=True):
         index = index[[wide.index(bias) for bias in narrow]]
@@ -231,14 +231,14 @@ def test_adapters_lose_the_channels_that_they_read(first: bool) -> None:
     distillation = Distillation(teacher(), [SoftTarget(), FeatureMSE("body", "1")], task_weight=0.5)
     before: list[Any] = []
 
-    class Look(Callback):
+    class FitCalls(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             [adapter] = distillation.objective.adapters.values()
             state = trainer.optimizers[0].state.get(adapter.weight, {})
             momentum = state.get("momentum_buffer")
             before.append([t.detach().clone() for t in (pl_module.body.weight, adapter.weight, momentum)])
 
-    trainer, module = fit([Look(), *ordered(first, distillation, shrink()), Look()])
+    trainer, module = fit([FitCalls(), *ordered(first, distillation, shrink()), FitCalls()])
     [adapter] = distillation.objective.adapters.values()
     assert adapter.weight.shape == (48, 16)
     fits(trainer, module)

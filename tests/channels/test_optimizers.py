@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress import RemovalPlan, Targets, plan_removal, remove_channels_
-from lightning_compress.optimizers import resize_, resize_state_, take
+from lightning_compress.modules.resizing import resize_, resize_state_, take
 from tests.support.oracles import assert_same_state, snapshot
 
 SHAPES = {"0": (12, 6), "2": (10, 12), "4": (3, 10)}

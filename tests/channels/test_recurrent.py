@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import plan_removal, remove_channels_
-from lightning_compress.channels.remove import zero_
+from lightning_compress.channels.cutting.cut import zero_
 from tests.support.oracles import assert_same_state
 
 

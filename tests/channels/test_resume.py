@@ -121,7 +121,7 @@ def test_resumed_between_removals_equals_uninterrupted(case: str, tmp_path: Path
 
 
 def test_the_goal_of_a_latency_budget_isnt_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_compress.channels import search
+    from lightning_compress.channels.planning import search
 
     monkeypatch.setattr(search, "latency_ratio", lambda before, after, run: after.body.out_features / 32)
     CASES["latency"] = (lambda: [shrink(macs=None, latency=0.5)], Classifier, {})

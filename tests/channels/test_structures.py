@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_compress import RemovalPlan, plan_removal
-from lightning_compress.channels.atoms import FIXED, Atoms
+from lightning_compress.channels.tracing.disjoint_sets import FIXED, DisjointSets
 from tests.channels.cuts import inexact, inputs_of, plan_of
 from tests.channels.idioms import IDIOMS, Idiom
 
@@ -67,7 +67,7 @@ Ties = list[tuple[int, int]]
 )
 @settings(max_examples=150)
 def test_ties_are_resolved_as_by_union_find(ties: Ties, pins: list[int], spans: list[int]) -> None:
-    atoms = Atoms()
+    atoms = DisjointSets()
     atoms.new(11)
     for one, other in ties:
         atoms.tie(torch.tensor([one]), torch.tensor([other]))

@@ -25,7 +25,7 @@ from lightning_compress import (
     remove_channels_,
     save_compressed,
 )
-from lightning_compress.channels.written import WRITTEN, set_written_
+from lightning_compress.channels.cutting.written import WRITTEN, set_written_
 from tests.channels.cuts import inexact, off, run
 from tests.support.modules import quiet_trainer
 

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_compress import CompressionError, QuantizationAwareTraining, load_compressed, merge_adapters
 from lightning_compress.cli import main
-from lightning_compress.quantization import forms
+from lightning_compress.quantization import convert
 from tests.contracts.rows import PUBLIC, ROWS, Row
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, ManualClassifier, quiet_trainer
@@ -223,7 +223,7 @@ def test_pairs_compose_in_any_order(pair: tuple[Row, Row], tmp_path: Path) -> No
     if any(row.narrows for row in pair):
         plain = load_compressed(tmp_path / f"epoch={EPOCHS - 1}.ckpt", plain)
         assert plain.body.out_features < Classifier().body.out_features
-        forms.revert_(plain, "float")  # beside quantization it comes prepared
+        convert.revert_(plain, "float")  # beside quantization it comes prepared
     if any(row.adapts for row in pair):
         assert list(checkpoint["state_dict"]) == [key for key in plain.state_dict() if key != "body.weight"]
     else:

@@ -21,7 +21,7 @@ from lightning_compress import (
     ScheduledPruning,
     Window,
 )
-from lightning_compress.quantization import forms
+from lightning_compress.quantization import convert
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 
@@ -48,7 +48,7 @@ def fit(module: Any, callbacks: list[Callback], **options: Any) -> Any:
 
 def float_form(module: Any) -> Any:
     twin = copy.deepcopy(module)
-    forms.revert_(twin, "float")
+    convert.revert_(twin, "float")
     return twin.eval()
 
 
@@ -71,7 +71,7 @@ def test_defaults_combine_in_fits_of_any_length(
     macs = module.body.weight.numel() + module.head.weight.numel()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         trainer = fit(module, [PRUNE[name]() for name in order], **length)
-    assert forms.form_of(module) == "converted"
+    assert convert.form_of(module) == "converted"
     kept = float_form(module)
     assert kept.body.weight.numel() + kept.head.weight.numel() <= 0.55 * macs
     weights = [kept.body.weight, kept.head.weight]
@@ -87,7 +87,7 @@ def test_defaults_combine_in_fits_of_any_length(
 def test_every_order_gives_the_same_shapes(order: tuple[str, ...]) -> None:
     module = trained()
     fit(module, [PRUNE[name]() for name in order])
-    assert forms.form_of(module) == "converted"
+    assert convert.form_of(module) == "converted"
     assert float_form(module).body.out_features == 16
 
 
@@ -103,7 +103,7 @@ def test_defaults_combine_with_an_average_a_teacher_and_a_report() -> None:
     for first in (True, False):
         module, ours = trained(), [make() for make in PRUNE.values()]
         trainer = fit(module, [*others, *ours] if first else [*ours, *others], max_epochs=2)
-        assert forms.form_of(module) == "converted" and float_form(module).body.out_features == 16
+        assert convert.form_of(module) == "converted" and float_form(module).body.out_features == 16
         trainer.test(module, TinyData(), verbose=False)
         report = CompressionReport(directory="report", max_seconds=0.1)
         others = [EMAWeightAveraging(decay=0.5), Distillation(teacher), report]
@@ -117,7 +117,7 @@ def test_quantization_waits_for_an_explicit_window_of_channels(channels: Window)
 
     class When(Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            prepared.extend([trainer.global_step] * (forms.form_of(pl_module) == "prepared" and not prepared))
+            prepared.extend([trainer.global_step] * (convert.form_of(pl_module) == "prepared" and not prepared))
 
     qat = QuantizationAwareTraining()
     fit(Classifier(), [qat, ChannelPruning(macs=0.5, window=channels), When()], max_epochs=2)
@@ -133,7 +133,7 @@ def test_it_does_not_wait_for_channels_that_have_left_before() -> None:
     qat = QuantizationAwareTraining()
     fit(module, [channels, qat], max_epochs=2)
     assert qat.bounds.start == 0
-    assert forms.form_of(module) == "converted" and float_form(module).body.out_features == 16
+    assert convert.form_of(module) == "converted" and float_form(module).body.out_features == 16
 
 
 @too_short
@@ -141,7 +141,7 @@ def test_channels_that_leave_until_the_end_leave_a_calibrated_int8_model(caplog:
     module = trained()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(module, [ChannelPruning(macs=0.5, window=Window(0.0, 1.0)), QuantizationAwareTraining()], max_epochs=2)
-    assert forms.form_of(module) == "converted" and agreement(module) >= 0.9
+    assert convert.form_of(module) == "converted" and agreement(module) >= 0.9
     assert any(
         "only 0 optimizer steps were trained with fake-quantizers" in each.getMessage() for each in caplog.records
     )

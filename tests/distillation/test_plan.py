@@ -23,8 +23,8 @@ from lightning_compress.distillation import (
     HardTarget,
     SoftTarget,
 )
-from lightning_compress.distillation.quiet import take_examples
 from lightning_compress.errors import CompressionError
+from lightning_compress.modules.calls import take_examples
 from tests.distillation.nets import ConvNet, assert_same_bits, bits, dataset, loader, trainer
 from tests.distillation.own import Own, large
 from tests.support.oracles import hooks, same_random_state

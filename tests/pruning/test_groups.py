@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_compress import CompressionError, ScheduledPruning, Targets, Window, prune_
-from lightning_compress.pruning import groups
-from lightning_compress.pruning.groups import Pattern
+from lightning_compress.pruning import n_m
+from lightning_compress.pruning.n_m import Pattern
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, snapshot
@@ -99,7 +99,7 @@ def test_groups_of_more_entries_than_a_byte_can_count(m: int, kept: float) -> No
 
 
 def test_groups_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "_CHUNK", 5)
+    monkeypatch.setattr(n_m, "_CHUNK", 5)
     check(Pattern(2, 4), *random_case((7, 12), 0, True, 0.8), 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_compress.quantization.agreement import cosine, same_outputs, same_structure
+from lightning_compress.modules.compare_outputs import cosine, same_outputs, same_structure
 
 
 def test_integers_must_be_equal_and_floats_close() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import PostTrainingQuantization, QuantizationAwareTraining, quantize
-from lightning_compress.quantization.calls import record_calls
-from lightning_compress.quantization.forms import record_of
+from lightning_compress.modules.call_log import record_calls
+from lightning_compress.quantization.convert import record_of
 from tests.support.modules import quiet_trainer
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_compress import CompressionError, PostTrainingQuantization, StaticInt8, Targets, quantize
-from lightning_compress.quantization.equalize import adjust_, equalize_, pairs, smooth_
-from lightning_compress.quantization.flows import fx
-from lightning_compress.quantization.forms import record_of
-from lightning_compress.quantization.signature import Signature
+from lightning_compress.quantization.convert import record_of
+from lightning_compress.quantization.static.equalize import adjust_, equalize_, pairs, smooth_
+from lightning_compress.quantization.static.flows import fx
+from lightning_compress.quantization.static.signature import Signature
 from tests.support.modules import ZooModule, quiet_trainer
 from tests.support.oracles import assert_same_state, differing, snapshot
 from tests.support.zoo import ZOO, Row, row

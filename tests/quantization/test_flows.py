@@ -29,7 +29,7 @@ from lightning_compress import (
     quantize,
     save_compressed,
 )
-from lightning_compress.quantization.forms import record_of
+from lightning_compress.quantization.convert import record_of
 from tests.quantization.test_quantize import agreement, batches
 from tests.support.data import TinyData
 from tests.support.foreign import FOREIGN, foreign

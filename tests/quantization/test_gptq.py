@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_compress import GPTQ, CompressionError, WeightOnly, quantize
-from lightning_compress.quantization import hessians
-from lightning_compress.quantization.forms import record_of
-from lightning_compress.quantization.gptq import gptq
+from lightning_compress.quantization.convert import record_of
+from lightning_compress.quantization.layers import gptq_calibration
+from lightning_compress.quantization.numerics.gptq import gptq
 from tests.support.few_bits import CHILD, rounded
 from tests.support.oracles import assert_same_state, hooks, snapshot
 
@@ -336,13 +336,13 @@ def test_a_hessian_that_is_not_finite_is_refused(value: float) -> None:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The Hessians that GPTQ is given, in the order of the layers: ``(groups, columns, columns)`` each."""
     found: list[Tensor] = []
-    inner = hessians.gptq
+    inner = gptq_calibration.gptq
 
     def spy(matrix: Tensor, hessian: Tensor, *args: Any, **kwargs: Any) -> Any:
         found.append(hessian.double().clone())
         return inner(matrix, hessian, *args, **kwargs)
 
-    monkeypatch.setattr(hessians, "gptq", spy)
+    monkeypatch.setattr(gptq_calibration, "gptq", spy)
     return found
 
 
@@ -400,9 +400,9 @@ def test_of_any_convolution(
     )
     x = torch.randn(*[2] * batched, 4, *[6, 5, 5][:dims])
     found: list[Tensor] = []
-    inner = hessians.gptq
+    inner = gptq_calibration.gptq
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hessians, "gptq", lambda m, h, *rest: found.append(h.double()) or inner(m, h, *rest))
+        patch.setattr(gptq_calibration, "gptq", lambda m, h, *rest: found.append(h.double()) or inner(m, h, *rest))
         quantize(nn.Sequential(layer), GPTQ(4, None), calibration=[x, 2 * x])
     [hessian] = found
     expected = torch.stack(by_derivative(layer, x))
@@ -410,7 +410,7 @@ def test_of_any_convolution(
 
 
 def test_of_a_convolution_in_portions(seen: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hessians, "_PATCHES", 300)
+    monkeypatch.setattr(gptq_calibration, "_PATCHES", 300)
     layer, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(7, 3, 6, 6)
     quantize(nn.Sequential(layer), GPTQ(4, None), calibration=[x])
     patches = F.unfold(x, 3, padding=1).transpose(1, 2)
@@ -491,7 +491,7 @@ def test_layers_are_fitted_in_the_order_of_their_calls(seen: list[Tensor]) -> No
 
 @pytest.mark.parametrize("width", [None, 12])
 def test_of_attentions_projections(width: int | None, seen: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hessians, "_SHARE", 10**9)  # one layer at a time
+    monkeypatch.setattr(gptq_calibration, "_SHARE", 10**9)  # one layer at a time
 
     class Crossed(nn.Module):
         def __init__(self) -> None:

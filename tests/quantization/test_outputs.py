@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_compress import quantize
-from lightning_compress.quantization.agreement import same_outputs
-from lightning_compress.quantization.outputs import flatten
+from lightning_compress.modules.compare_outputs import same_outputs
+from lightning_compress.modules.outputs import flatten
 from tests.support.foreign import Named, Outputs, Pair, Result
 from tests.support.oracles import described
 

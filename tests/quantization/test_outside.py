@@ -23,7 +23,7 @@ from lightning_compress import (
     quantize,
     save_compressed,
 )
-from lightning_compress.quantization.forms import record_of
+from lightning_compress.quantization.convert import record_of
 from tests.support.architectures import UNet
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer

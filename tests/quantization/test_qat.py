@@ -27,7 +27,7 @@ from lightning_compress import (
     Window,
     quantize,
 )
-from lightning_compress.quantization.forms import record_of
+from lightning_compress.quantization.convert import record_of
 from tests.support.data import TinyData, keyword_loader
 from tests.support.modules import (
     Classifier,

@@ -21,7 +21,7 @@ from lightning_compress import (
     quantize,
     save_compressed,
 )
-from lightning_compress.quantization.forms import convert_, forget_
+from lightning_compress.quantization.convert import convert_, forget_
 from tests.quantization.test_qat import At, attributes, fake_quantizers, int8_layers, observers
 from tests.support.data import TinyData
 from tests.support.foreign import FOREIGN

@@ -13,14 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress import (
-    CompressionReport,
-    PostTrainingQuantization,
-    QuantizationAwareTraining,
-    latency,
-    quantize,
-)
-from lightning_compress.quantization import forms, slower
+from lightning_compress import CompressionReport, PostTrainingQuantization, QuantizationAwareTraining, quantize
+from lightning_compress.modules import latency
+from lightning_compress.quantization import convert, slower
 from lightning_compress.quantization.slower import slower_than_float
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
@@ -35,7 +30,7 @@ class Clock:
 
     def tick(self, module: nn.Module) -> None:
         self.calls += 1
-        self.now += self.quantized if forms.form_of(module) == "converted" else 1.0
+        self.now += self.quantized if convert.form_of(module) == "converted" else 1.0
 
 
 @pytest.fixture
@@ -120,7 +115,7 @@ def test_post_training_quantization_says_so(
 def test_training_says_so_when_it_converts(clock: Clock) -> None:
     module, qat = TimedClassifier(), QuantizationAwareTraining()
     quiet_trainer(callbacks=[qat]).fit(module, TinyData())
-    assert forms.form_of(module) == "converted"
+    assert convert.form_of(module) == "converted"
     assert len(said(qat.report_notes())) == (clock.quantized == SLOW)
     assert qat._batch is None
 

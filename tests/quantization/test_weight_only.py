@@ -30,7 +30,7 @@ from lightning_compress import (
     save_compressed,
 )
 from lightning_compress.cli import main
-from lightning_compress.quantization.forms import form_of, record_of
+from lightning_compress.quantization.convert import form_of, record_of
 from lightning_compress.quantization.layers import packed
 from lightning_compress.quantization.schemes import Packed
 from tests.quantization.test_quantize import agreement

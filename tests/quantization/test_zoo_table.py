@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_compress import quantize
-from lightning_compress.quantization.forms import record_of
+from lightning_compress.quantization.convert import record_of
 from tests.support.modules import ZooModule
 from tests.support.zoo import ZOO, Row
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.quantization.forms import record_of
+from lightning_compress.quantization.convert import record_of
 
 CHILD = "_traced_forward"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.attention import attend
+from lightning_compress.modules.attention import attend
 from lightning_compress.quantization.layers.linear import DynamicLinear
 from lightning_compress.quantization.schemes import DynamicInt8
 

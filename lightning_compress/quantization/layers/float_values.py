@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.modules.routing import CHILD
 from lightning_compress.quantization.numerics.packing import is_recorded
-from lightning_compress.quantization.traced import CHILD
 
 _CHANGED = (
     "The weight of a quantized layer must be left as it is. Received: {} its float values, which "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.quantization.schemes import DynamicInt8, describe, needs_reduced_range
-from lightning_compress.quantization.traced import refuse_to_move
+from lightning_compress.quantization.static.traced import refuse_to_move
 
 OUTLIER = 6.0
 """A column of activations is an outlier where its largest magnitude exceeds so many times the mean of the columns'."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_compress.modules.paths import clean_name
+from lightning_compress.modules.routing import CHILD
 from lightning_compress.quantization.layers.linear import DynamicLinear
-from lightning_compress.quantization.traced import CHILD
-from lightning_compress.targets import clean_name
 
 ENOUGH = 0.985
 """Where the outputs' cosine to the float model's is as high, one scale for a call's activations does."""

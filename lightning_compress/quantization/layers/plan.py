@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_compress.errors import invalid, nearest
+from lightning_compress.modules.paths import compressible_modules
+from lightning_compress.modules.routing import CHILD
 from lightning_compress.quantization.layers import attention
 from lightning_compress.quantization.layers.attention import DynamicAttention, QuantizedAttention
 from lightning_compress.quantization.layers.linear import DynamicLinear
@@ -34,8 +36,7 @@ from lightning_compress.quantization.schemes import (
     WeightOnly,
     resolve,
 )
-from lightning_compress.quantization.traced import CHILD
-from lightning_compress.targets import Targets, compressible_modules, matches
+from lightning_compress.targets import Targets, matches
 
 _PACKED: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Linear: PackedLinear,

@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 
 from lightning_compress import NoEffectWarning, quantize
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization.flows import pt2e
-from lightning_compress.quantization.forms import record_of
+from lightning_compress.quantization.convert import record_of
+from lightning_compress.quantization.static.flows import pt2e
 from tests.quantization.flows.test_kernels import Skip, images
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_compress import CompressionError, DynamicInt8, load_compressed, quantize, save_compressed
 from lightning_compress.quantization import schemes
-from lightning_compress.quantization.forms import rebuild_, record_of
+from lightning_compress.quantization.convert import rebuild_, record_of
 from lightning_compress.quantization.layers import linear
 from lightning_compress.quantization.layers.linear import DynamicLinear
 
@@ -123,9 +123,9 @@ def test_a_file_with_8_bits_says_that_it_is_rounded_where_it_must_be(
 ) -> None:
     model = nn.Sequential(nn.Linear(8, 4))
     save_compressed(quantize(model, DynamicInt8(reduce_range=False)), tmp_path / "eight.pt")
-    from lightning_compress.quantization import forms
+    from lightning_compress.quantization import convert
 
-    monkeypatch.setattr(forms, "needs_reduced_range", lambda *_: not vnni)
+    monkeypatch.setattr(convert, "needs_reduced_range", lambda *_: not vnni)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_compressed(tmp_path / "eight.pt", nn.Sequential(nn.Linear(8, 4)))

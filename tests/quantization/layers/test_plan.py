@@ -26,7 +26,7 @@ from lightning_compress import (
     quantize,
     save_compressed,
 )
-from lightning_compress.quantization.forms import record_of
+from lightning_compress.quantization.convert import record_of
 from tests.support.modules import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(

@@ -1,0 +1,1 @@
+"""What is cut, and how it comes back from a file."""

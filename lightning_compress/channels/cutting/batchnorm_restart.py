@@ -1,0 +1,212 @@
+"""Norms after a cut: running statistics of the wider network are forgotten as fast as new batches come.
+
+Those that move by themselves get a higher momentum for a while. Those that can't (a norm in evaluation mode or frozen,
+whoever did that; momentum 0) describe inputs that are gone, so they are estimated anew where the cut changed what
+reaches the norm; their modes and momenta stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from lightning_compress.channels.tracing.deterministic import deterministic
+from lightning_compress.modules.paths import clean_name
+from lightning_compress.modules.resizing import Kept
+
+_LAST = 100
+_PASSES = 10
+"""Batches from which statistics that can't move are estimated: as many as count with the usual momentum."""
+_USUAL = 0.1
+_SAME = 1e-3
+"""Where what reaches a norm differs by less of its standard deviation, the cut hasn't changed it."""
+
+
+class BatchNormRestart:
+    """Lets every norm average over the batches since the last cut, until that is what its momentum does anyway.
+
+    The first batch is the one on which the cut was planned. In the ``k``-th one the momentum is ``max(momentum, 1 /
+    k)``, so ``running = mean of batches 1..k``; with the usual momentum of 0.1 that is over after ten batches.
+
+    Attributes:
+        batches: since the last cut, with the one on which it was planned; None before the first.
+        norms: paths of the norms whose inputs a cut has changed.
+
+    Example:
+        >>> norm, fresh = nn.BatchNorm1d(1), BatchNormRestart()
+        >>> fresh.batches = 0
+        >>> with torch.no_grad():
+        ...     for value in (2.0, 4.0):
+        ...         fresh.begin_(norm)
+        ...         _ = norm(torch.full((2, 1), value))
+        ...         fresh.end_(norm)
+        >>> norm.running_mean, norm.momentum
+        (tensor([3.]), 0.1)
+    """
+
+    def __init__(self) -> None:
+        self.batches: int | None = None
+        self.norms: list[str] = []
+        self._momenta: dict[int, float] = {}
+
+    def restart_(
+        self,
+        models: Iterable[nn.Module],
+        probe: nn.Module,
+        run: Callable[[nn.Module], Any],
+        before: Mapping[str, Tensor],
+        kept: Mapping[str, Kept],
+    ) -> None:
+        """Channels have left: estimate at once on the batch at hand what reaches the norms behind them.
+
+        Args:
+            models: the narrower module, and its averaged copies.
+            probe: a copy of it to run.
+            run: one step of the copy.
+            before: what `input_moments` saw of the wider module in the same step.
+            kept: what stays of each tensor.
+        """
+        changed = set[str]()
+
+        def see(path: str, norm: nn.Module, now: Tensor) -> None:
+            indices = kept.get(f"{path}.running_mean".lstrip("."), {}).get(0)
+            wide = before.get(path)
+            if wide is None or _differ(wide if indices is None else wide[:, indices.to(wide.device)], now):
+                _move_(norm, now, 1.0)
+                changed.add(path)
+
+        _watch(probe, run, see)
+        self.batches, self.norms = 1, sorted(changed | set(self.norms))
+        _copy_(probe, models, changed)
+
+    def awaits_pass(self, model: nn.Module) -> bool:
+        """Whether this batch is to be run on a copy, for statistics that can't move."""
+        return self.batches is not None and self.batches < _PASSES and bool(self._still(model))
+
+    def follow_(self, models: Iterable[nn.Module], probe: nn.Module, run: Callable[[nn.Module], Any]) -> None:
+        """Estimate statistics that can't move from one more batch."""
+        assert self.batches is not None
+        still, weight = self._still(probe), 1.0 / (self.batches + 1)
+        _watch(probe, run, lambda path, norm, now: _move_(norm, now, weight) if path in still else None)
+        _copy_(probe, models, still)
+
+    def _still(self, model: nn.Module) -> set[str]:
+        norms = _norms(model)
+        return {path for path in self.norms if path in norms and not _follows(norms[path])}
+
+    def begin_(self, model: nn.Module) -> None:
+        """Before a batch: set the momentum for it."""
+        if self.batches is None or self.batches >= _LAST:
+            return
+        wanted = 1.0 / (self.batches + 1)
+        norms = _norms(model)
+        changed = {id(norms[path].running_mean) for path in self.norms if path in norms}
+        for module in model.modules():
+            # Momentum 0 is a way to freeze: what no cut has changed stays.
+            if isinstance(module, _NormBase) and _follows(module) and module.momentum is not None:
+                held = id(module.running_mean)
+                if module.momentum < wanted and (module.momentum > 0 or held in changed):
+                    self._momenta[held] = module.momentum
+                    # One that stands still afterwards had better end near the weights' last values.
+                    module.momentum = wanted if module.momentum > 0 else max(wanted, _USUAL)
+
+    def end_(self, model: nn.Module) -> None:
+        """After a batch, or when a fit breaks off: momenta are what they were."""
+        if self.batches is not None:
+            self.batches += 1
+        for module in model.modules():
+            # By the statistics, as a layer with a fused norm may have been made of one meanwhile.
+            if isinstance(module, _NormBase) and id(module.running_mean) in self._momenta:
+                module.momentum = self._momenta[id(module.running_mean)]
+        self._momenta = {}
+
+
+def input_moments(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
+    """Mean and variance ``(2, channels)`` of what reaches each norm with running statistics in one run."""
+    found: dict[str, Tensor] = {}
+    _watch(model, run, lambda path, norm, now: found.update({path: now}))
+    return found
+
+
+def _norms(model: nn.Module) -> dict[str, Any]:
+    """What keeps running statistics, by clean path: torch's norms, and frozen ones of other libraries."""
+    named = ("running_mean", "running_var")
+    return {
+        clean_name(path): module
+        for path, module in model.named_modules()
+        if all(isinstance(module._buffers.get(name), Tensor) for name in named)
+    }
+
+
+def _follows(norm: Any) -> bool:
+    """Whether the statistics are taken from training batches, were it not for the momentum."""
+    return isinstance(norm, _NormBase) and norm.training and norm.track_running_stats
+
+
+def _watch(model: nn.Module, run: Callable[[nn.Module], Any], see: Callable[[str, nn.Module, Tensor], Any]) -> None:
+    """Run once, and let ``see(path, norm, moments)`` have each norm's input before its first call."""
+    seen = set[str]()
+
+    def enter(path: str, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        moments = _moments(norm, next(iter((*args, *kwargs.values()))))
+        if path not in seen and moments is not None:
+            seen.add(path)
+            see(path, norm, moments)
+
+    handles = []
+    for path, norm in _norms(model).items():
+        handles.append(norm.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
+    try:
+        with deterministic(), torch.compiler.set_stance("force_eager"):
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _moments(norm: Any, x: Tensor) -> Tensor | None:
+    x = x.detach().float()
+    if isinstance(norm, _InstanceNorm):
+        x = x if x.dim() == norm._get_no_batch_dim() + 1 else x[None]
+        var, mean = torch.var_mean(x.flatten(2), 2)
+        return torch.stack((mean.mean(0), var.mean(0)))
+    if x.dim() < 2 or x.shape[1] != len(norm.running_mean):
+        return None
+    values = x.transpose(0, 1).flatten(1)
+    if values.shape[1] == 1:  # one value has no variance
+        return torch.stack((values[:, 0], norm.running_var.float()))
+    var, mean = torch.var_mean(values, 1)
+    return torch.stack((mean, var))
+
+
+def _differ(before: Tensor, now: Tensor) -> bool:
+    (mean, var), (new_mean, new_var) = before, now
+    std = var.sqrt()
+    scale = std + std.mean()  # a channel that is always 0 differs by rounding
+    return bool(((mean - new_mean).abs() > _SAME * scale).any() or ((std - new_var.sqrt()).abs() > _SAME * scale).any())
+
+
+@torch.no_grad()
+def _move_(norm: Any, moments: Tensor, weight: float) -> None:
+    for name, value in zip(("running_mean", "running_var"), moments, strict=True):
+        buffer = norm._buffers[name]
+        buffer.lerp_(value.to(buffer.dtype), weight)
+
+
+@torch.no_grad()
+def _copy_(probe: nn.Module, models: Iterable[nn.Module], paths: set[str]) -> None:
+    source = _norms(probe)
+    for model in models:
+        for path, norm in _norms(model).items():
+            if path not in paths:
+                continue
+            for name in ("running_mean", "running_var"):
+                norm._buffers[name].copy_(source[path]._buffers[name])
+            if getattr(norm, "momentum", 0.0) is None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.fill_(1)  # by which such a norm takes the mean over all batches

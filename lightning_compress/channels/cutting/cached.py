@@ -1,0 +1,122 @@
+"""Tensors that modules keep beside their parameters and buffers: caches, tables, folded weights, in containers too."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.modules.paths import clean_name
+from lightning_compress.modules.resizing import Kept
+
+MARK = ":"
+"""Before the attribute in such a tensor's name, as in ``encoder.:cache['cpu']``, which no parameter can have."""
+
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+def cached_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a model's modules keep as attributes or in lists, tuples and dicts, by name.
+
+    Example:
+        >>> model = nn.ReLU()
+        >>> model.table, model.cache = torch.ones(3), {"cpu": [torch.ones(2)]}
+        >>> list(cached_tensors(model))
+        [':table', ":cache['cpu'][0]"]
+    """
+    seen = {id(one) for one in (*model.parameters(), *model.buffers())}
+    found = {}
+    for path, module in model.named_modules():
+        prefix = f"{clean_name(path)}." if path else ""
+        for attribute, value in list(vars(module).items()):
+            if attribute not in _OF_TORCH and attribute != "_removed_channels":
+                for key, tensor in _leaves(value, 3):
+                    if id(tensor) not in seen and tensor.numel() > 1 and tensor.layout == torch.strided:
+                        seen.add(id(tensor))
+                        found[f"{prefix}{MARK}{attribute}{key}"] = tensor
+    return found
+
+
+def _leaves(value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield "", value
+    elif depth and isinstance(value, (dict, list, tuple, deque)):
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            for rest, tensor in _leaves(item, depth - 1):
+                yield f"[{key!r}]{rest}".replace(".", "·"), tensor
+
+
+def kinds_of(model: nn.Module) -> set[tuple[type[nn.Module], str]]:
+    """Class and name of the attributes that hold such tensors; but for weights that a hook computes."""
+    modules = {clean_name(path): module for path, module in model.named_modules()}
+    split = (name.rpartition(MARK) for name in map(_container, cached_tensors(model)))
+    holders = [(modules[path.removesuffix(".")], attribute) for path, _, attribute in split]
+    return {
+        (type(module), attribute)
+        for module, attribute in holders
+        if not any(name.startswith(f"{attribute}_") for name in module._parameters)
+    }
+
+
+def empty_(model: nn.Module, kind: tuple[type[nn.Module], str], *, delete: bool = False) -> None:
+    """Empty an attribute of all modules of a class, as it was before the first run, or delete it."""
+    for module in model.modules():
+        if type(module) is kind[0] and kind[1] in vars(module):
+            value = vars(module)[kind[1]]
+            if isinstance(value, (dict, list, deque)):
+                value.clear()
+            elif delete:
+                del vars(module)[kind[1]]
+            else:
+                vars(module)[kind[1]] = None
+
+
+def is_cached(name: str) -> bool:
+    """Whether a name is that of such a tensor."""
+    return name.rpartition(".")[2].startswith(MARK)
+
+
+def kept_of(model: nn.Module, kept: Mapping[str, Kept]) -> dict[str, Kept]:
+    """What stays of the tensors that a model keeps now, by name.
+
+    Args:
+        model: the module, or a copy of it.
+        kept: as planned; entries of one container are alike, so that those for other sizes of inputs shrink too.
+    """
+    planned = {name: dims for name, dims in kept.items() if is_cached(name)}
+    tensors = cached_tensors(model) if planned else {}
+    found = {}
+    for name, tensor in tensors.items():
+        alike = [one for one in planned if _container(one) == _container(name)]
+        for one in sorted(alike, key=lambda one: one != name):
+            if all(dim < tensor.dim() and _fits(tensor, tensors.get(one), dim, kept[one][dim]) for dim in kept[one]):
+                found[name] = kept[one]
+                break
+    return found
+
+
+def _fits(tensor: Tensor, planned: Tensor | None, dim: int, indices: Tensor) -> bool:
+    if planned is None:
+        return len(indices) < tensor.shape[dim] > int(indices.max())
+    return planned.dim() == tensor.dim() and planned.shape[dim] == tensor.shape[dim]
+
+
+def _container(name: str) -> str:
+    return name.partition("[")[0]
+
+
+def forget_(model: nn.Module) -> None:
+    """Empty what ``functools.lru_cache`` keeps of a model's methods, and of functions beside its classes."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    own = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
+    files = {kind.__module__ for kind in own} & sys.modules.keys()
+    for scope in (*map(vars, own), *map(vars, model.modules()), *(vars(sys.modules[file]) for file in files)):
+        for held in list(scope.values()):
+            value: Any = held.__func__ if isinstance(held, staticmethod | classmethod | MethodType) else held
+            if type(value).__name__ == "_lru_cache_wrapper":
+                value.cache_clear()

@@ -1,0 +1,163 @@
+"""Takes channels out of a module: a plan's slices stay, everything else of its tensors goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_compress.channels.cutting.cached import cached_tensors, forget_, is_cached, kept_of
+from lightning_compress.channels.cutting.layers import keep_scales_, settle_, weight_norms
+from lightning_compress.channels.cutting.written import WRITTEN, set_written_
+from lightning_compress.errors import CompressionError
+from lightning_compress.modules.paths import clean_name
+from lightning_compress.modules.resizing import Cut, Kept, resize_
+
+RECORD = "_removed_channels"
+"""Where a cut layer keeps what a checkpoint must say of it: plain data, carried by deep copies and pickles."""
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by clean name, each under its first name."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found.setdefault(id(tensor), (clean_name(name), tensor))
+    return dict(found.values())
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by clean path."""
+    return {clean_name(path): module for path, module in model.named_modules()}
+
+
+def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless the model's tensors have just the shapes that a plan was made for."""
+    mine = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    for name in {**shapes, **mine}:
+        shape = shapes.get(name)
+        if mine.get(name) != shape:
+            raise CompressionError(
+                f"`plan` must be of this model as it is now. Received: {name} of shape {shape} in the plan, "
+                f"{mine.get(name)} in the model. Plan again."
+            )
+
+
+def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**named_tensors(model), **cached_tensors(model)}
+
+
+def _present(model: nn.Module, kept: Mapping[str, Kept]) -> dict[str, Kept]:
+    """What stays, of the tensors that a model keeps beside its own as they are now: caches come and go."""
+    return {**{name: dims for name, dims in kept.items() if not is_cached(name)}, **kept_of(model, kept)}
+
+
+@torch.no_grad()
+def cut_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, Any]) -> Cut:
+    """Keep only the slices that stay, and bring the layers' numbers in line. Parameters stay the same objects.
+
+    Args:
+        model: the module, or a copy of it.
+        kept: name of each tensor that shrinks to what stays of it.
+        numbers: ``path.name`` of other numbers that follow, with their new values.
+
+    Returns:
+        What was done, for all that rides on the module's tensors.
+    """
+    tensors, kept = _all_tensors(model), _present(model, kept)
+    normed = weight_norms(model)
+    scales = {id(magnitude): dim for magnitude, _, dim, _ in normed}
+    before = {name: tensors[name].shape for name in kept}
+    if kept:
+        _note_(model, kept, numbers)
+    left = dict[int, Tensor]()
+    for name, dims in kept.items():
+        tensor = tensors[name]
+        if id(tensor) in scales and scales[id(tensor)] in dims:
+            left[id(tensor)] = dims[scales[id(tensor)]]
+        resize_(tensor, dims)
+    keep_scales_(normed, left)
+    set_numbers_(model, numbers)
+    forget_(model)
+    parameters = {name: tensors[name] for name in kept if isinstance(tensors[name], nn.Parameter)}
+    return Cut(kept, numbers, {one: (before[name], kept[name]) for name, one in parameters.items()})
+
+
+def set_numbers_(model: nn.Module, numbers: Mapping[str, Any]) -> None:
+    """Set the numbers that follow widths, and let torch's layers read theirs from their tensors."""
+    modules = modules_of(model)
+    for path, module in modules.items():
+        settle_(module, numbers.get(f"{path}.groups".lstrip(".")) if isinstance(module, _ConvNd) else None)
+    for full, value in numbers.items():
+        path, _, name = full.rpartition(".")
+        if name == WRITTEN:
+            set_written_(modules[path], value)
+        else:
+            setattr(modules[path], name, value)
+
+
+def _note_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, Any]) -> None:
+    """Write down what tensors and numbers were before the first cut, and what they are after this one.
+
+    On the module that owns them, so that a part that is taken out knows of itself, and on the whole, as an int8 form
+    takes the place of such modules.
+    """
+    modules = modules_of(model)
+    tensors = _all_tensors(model)
+    held = set(map(clean_name, model.state_dict()))
+    for name, dims in kept.items():
+        path, _, own = name.rpartition(".")
+        record = _record(modules[path])
+        before = list(tensors[name].shape)
+        after = [len(dims[dim]) if dim in dims else size for dim, size in enumerate(before)]
+        if not is_cached(name):
+            record["shapes"][own] = [record["shapes"].get(own, [before])[0], after]
+        if name not in held and not isinstance(tensors[name], nn.Parameter):
+            entry = record["buffers"].setdefault(own, {"kept": {}, "whole": tensors[name].clone()})
+            for dim, indices in dims.items():
+                entry["kept"][dim] = entry["kept"][dim][indices] if dim in entry["kept"] else indices
+    for full, value in numbers.items():
+        path, _, own = full.rpartition(".")
+        record = _record(modules[path])
+        record["numbers"][own] = [record["numbers"].get(own, [getattr(modules[path], own, None)])[0], value]
+    whole: dict[str, dict[str, Any]] = {"shapes": {}, "numbers": {}}
+    for kind, names in (("shapes", [name for name in kept if not is_cached(name)]), ("numbers", list(numbers))):
+        for full in names:
+            path, _, own = full.rpartition(".")
+            whole[kind][full] = list(_record(modules[path])[kind][own])
+    note_whole_(model, whole)
+
+
+def note_whole_(model: nn.Module, record: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write on a model what its layers' own records say."""
+    for kind, entries in record.items():
+        _record(model)[kind].update({name: list(entry) for name, entry in entries.items()})
+
+
+def _record(module: nn.Module) -> dict[str, Any]:
+    record: dict[str, Any] = module.__dict__.setdefault(RECORD, {"shapes": {}, "numbers": {}, "buffers": {}})
+    return record
+
+
+@torch.no_grad()
+def zero_(model: nn.Module, kept: Mapping[str, Kept]) -> None:
+    """Zero what `cut_` would take out: what remains computes the same."""
+    tensors, kept = _all_tensors(model), _present(model, kept)
+    normed = weight_norms(model)
+    # A weight norm's rows go with their magnitudes: a direction of zeros has none.
+    rows = {id(direction): dim for _, direction, dim, _ in normed}
+    magnitudes = {id(magnitude) for magnitude, _, _, _ in normed}
+    names = sorted(kept, key=lambda name: id(tensors[name]) in magnitudes)
+    for name in names:
+        tensor = tensors[name]
+        if id(tensor) in magnitudes:
+            keep_scales_(normed, {})
+            normed = []
+        for dim, indices in kept[name].items():
+            if rows.get(id(tensor)) != dim:
+                gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+                gone[indices] = False
+                tensor.index_fill_(dim, gone.nonzero().flatten().to(tensor.device), 0)
+    keep_scales_(normed, {})

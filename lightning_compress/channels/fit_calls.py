@@ -1,0 +1,83 @@
+"""How a LightningModule is called in a fit: its forward, its training step, and what other callbacks make of it."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext, suppress
+from functools import partial
+from typing import Any
+
+from lightning_compress.channels.tracing.deterministic import deterministic
+from lightning_compress.channels.tracing.groups import Run
+from lightning_compress.channels.tracing.verify import Subject, samples_in
+from lightning_compress.errors import CompressionError, in_a_line
+from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.probe import make_probe, outputs_of_calls, shape_feed
+
+ADAPTERS = "_guest"
+
+
+def guests(trainer: Any, pl_module: Any) -> dict[int, Any]:
+    """Callbacks that train layers of their own on what the module puts out, by their place in the list."""
+    callbacks: list[Any] = trainer.callbacks
+    return {
+        number: callback
+        for number, callback in enumerate(callbacks)
+        if hasattr(callback, "compared") and callback.serves(pl_module)
+    }
+
+
+class FitCalls:
+    """A batch, and the ways to run a copy of the module on it.
+
+    Attributes:
+        host: a copy of the module that holds the layers of guests too.
+        runs: its forward, its training step, and what guests make of it; those that work.
+        own: its training step, or where that doesn't work its forward.
+    """
+
+    def __init__(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.trainer = trainer
+        self.host = self._probe(pl_module)
+        self._batch, self._batch_idx = batch, batch_idx
+        self._modes = {name: module.training for name, module in pl_module.named_modules()}
+        self._feed = shape_feed(trainer, self.host, "validation", train=False)
+        self.runs = list[Run]()
+        if pl_module.automatic_optimization:
+            try:
+                with deterministic():
+                    self._step(self._probe(self.host))
+                self.runs.append(self._step)
+            except Exception as error:  # it is the user's, and evaluation may do
+                self._feed.failures["training_step"] = in_a_line(error)
+        with suppress(CompressionError) if self.runs else nullcontext(), deterministic():
+            self._feed.choose(self._probe(self.host), iter([batch]))
+            del self._feed.ways[1:]  # a cut that one fails with isn't to be tried with another
+            self.runs.insert(0, self._evaluate)
+        self.own = self.runs[-1]
+        for number, callback in guests(trainer, pl_module).items():
+            self.host.add_module(f"{ADAPTERS}{number}", copy.deepcopy(callback.objective.adapters))
+            compare: Any = partial(self._compare, callback, f"{ADAPTERS}{number}", self.runs[-1])
+            compare.reason = "a distillation loss holds it against the teacher"
+            self.runs.append(compare)
+
+    def _probe(self, module: Any) -> Any:
+        return make_probe(self.trainer, module)
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.host, self.runs, self._probe, samples_in(self._batch))
+
+    def _evaluate(self, twin: Any) -> Any:
+        twin.eval()
+        # What a step returns tells nothing of the layers that have come before it.
+        return outputs_of_calls(twin, lambda: self._feed(twin, self._batch))
+
+    def _step(self, twin: Any) -> Any:
+        for name, module in twin.named_modules():
+            module.training = self._modes.get(name, True)
+        return twin.training_step(copy_tensors(self._batch), self._batch_idx)
+
+    @staticmethod
+    def _compare(callback: Any, guest: str, run: Run, twin: Any) -> Any:
+        return callback.compared(twin, getattr(twin, guest), run)

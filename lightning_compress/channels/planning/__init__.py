@@ -1,0 +1,1 @@
+"""Which channels go for a budget."""

@@ -1,0 +1,258 @@
+"""How many units of each group stay, so that a budget is met: parameters, multiply-accumulates or channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_compress.channels.tracing.groups import DependencyGroups
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.targets import Scope
+
+Kind = Literal["channels", "params", "macs", "latency"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to remain, as a fraction of what there was."""
+
+    kind: Kind
+    fraction: float
+
+
+def make_budget(given: Mapping[str, float | None]) -> Budget:
+    """The one budget that was given.
+
+    Raises:
+        CompressionError: none or several were, or one isn't a fraction.
+
+    Example:
+        >>> make_budget({"channels": None, "params": None, "macs": 0.5, "latency": None})
+        Budget(kind='macs', fraction=0.5)
+    """
+    mine = {kind: given[kind] for kind in KINDS if given.get(kind) is not None}
+    if len(mine) != 1:
+        raise CompressionError(
+            "`channels`, `params`, `macs` or `latency` must be given, exactly one of them. Received: "
+            f"{', '.join(f'{kind}={value}' for kind, value in mine.items()) or 'none'}. "
+            "Each is the fraction that is to remain: macs=0.5 keeps half."
+        )
+    [(kind, fraction)] = mine.items()
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 < fraction <= 1.0:
+        raise invalid(kind, "lie in (0, 1]", fraction, "It is the fraction that is to remain.")
+    return Budget(kind, float(fraction))
+
+
+class _Width:
+    """How many places of a width stay, by what stays of the groups.
+
+    Args:
+        groups: of each place, or -1.
+        units: and its unit in that.
+    """
+
+    def __init__(self, groups: Tensor, units: Tensor) -> None:
+        self.size = len(groups)
+        self._fixed = int((groups < 0).sum())
+        self._alike: list[tuple[int, int]] = []
+        self._unlike: list[tuple[int, Tensor]] = []
+        for number in groups.unique().tolist():
+            if number >= 0:
+                places = torch.bincount(units[groups == number])
+                if bool((places == places[0]).all()):
+                    self._alike.append((number, int(places[0])))
+                else:
+                    self._unlike.append((number, places))
+
+    def kept(self, keep: Sequence[Tensor], counts: Sequence[int]) -> int:
+        """The places that stay.
+
+        Args:
+            keep: of each group what stays.
+            counts: and how many that are.
+        """
+        total = self._fixed + sum(places * counts[number] for number, places in self._alike)
+        return total + sum(int(places[keep[number][: len(places)]].sum()) for number, places in self._unlike)
+
+
+class Sizes:
+    """What a structure costs, by what stays of its groups.
+
+    Args:
+        structure: as `find_groups` found it, with the multiply-accumulates of the whole model.
+    """
+
+    def __init__(self, structure: DependencyGroups) -> None:
+        self._fixed_macs = structure.macs - sum(cost.macs for cost in structure.costs)
+        self._costs = [(cost.macs, [_Width(*width) for width in cost.widths]) for cost in structure.costs]
+        self._widths = [group.width / group.size for group in structure.groups]
+        members: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
+        for number, group in enumerate(structure.groups):
+            for member in group.members:
+                members.setdefault(member.name, {}).setdefault(member.dim, []).append((number, member.units))
+        counted = {name: structure.shapes[name] for name in structure.counted}
+        self._fixed_params = sum(torch.Size(shape).numel() for name, shape in counted.items() if name not in members)
+        self._params = [
+            [_width_of(members[name].get(dim, []), size) for dim, size in enumerate(shape)]
+            for name, shape in counted.items()
+            if name in members
+        ]
+
+    def macs(self, keep: Sequence[Tensor]) -> float:
+        """Multiply-accumulates."""
+        counts = _counts(keep)
+        total = float(self._fixed_macs)
+        for macs, widths in self._costs:
+            total += macs * math.prod(width.kept(keep, counts) / width.size for width in widths)
+        return total
+
+    def params(self, keep: Sequence[Tensor]) -> float:
+        """Elements of all parameters; not those that only help in training."""
+        counts = _counts(keep)
+        return float(
+            self._fixed_params + sum(math.prod(one.kept(keep, counts) for one in dims) for dims in self._params)
+        )
+
+    def channels(self, keep: Sequence[Tensor]) -> float:
+        """Channels of the groups."""
+        return float(sum(width * count for width, count in zip(self._widths, _counts(keep), strict=True)))
+
+
+def _counts(keep: Sequence[Tensor]) -> list[int]:
+    return [int(mask.sum()) for mask in keep]
+
+
+def _width_of(parts: list[tuple[int, Tensor]], size: int) -> _Width:
+    """The width that several groups have parts of."""
+    groups, units = torch.full((size,), -1), torch.full((size,), -1)
+    for number, mine in parts:
+        groups[mine >= 0], units[mine >= 0] = number, mine[mine >= 0]
+    return _Width(groups, units)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be asked of each group: at least so many units, in steps, or just so many.
+
+    Attributes:
+        least: so many stay at least.
+        most: so many stay at most: all of them, or, once some have left, a multiple of the step.
+        step: the units that stay are a multiple of this, or all.
+        exactly: so many stay.
+    """
+
+    least: int
+    most: int
+    step: int
+    exactly: int | None = None
+
+    def nearest(self, wanted: float) -> int:
+        """The allowed number of units that is nearest to ``wanted``."""
+        if self.exactly is not None:
+            return self.exactly
+        return min(self.most, max(self.least, round(wanted / self.step) * self.step))
+
+
+def choose(
+    ranked: Sequence[Tensor],
+    limits: Sequence[Limits],
+    cost: Callable[[list[Tensor]], float],
+    target: float,
+    scope: Scope,
+) -> list[Tensor]:
+    """What stays of each group, so that ``cost`` comes nearest to ``target``; the least important units go first.
+
+    Args:
+        ranked: importance of each unit of each group.
+        limits: of each group.
+        cost: of what stays; falls when more goes.
+        target: the cost to come to.
+        scope: rank the units of all groups together, or take the same fraction of each group.
+    """
+    orders = [scores.argsort(stable=True) for scores in ranked]
+    sizes = [len(scores) for scores in ranked]
+
+    def keep(counts: Sequence[int]) -> list[Tensor]:
+        masks = []
+        for order, size, count in zip(orders, sizes, counts, strict=True):
+            mask = torch.ones(size, dtype=torch.bool)
+            mask[order[: size - count]] = False
+            masks.append(mask)
+        return masks
+
+    if scope == "global":
+        owner = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
+        # Ties are broken by the place within the group, so that no group pays for all.
+        places = torch.cat([torch.argsort(order).double() / len(order) for order in orders])
+        first = places.argsort(stable=True)
+        everything = first[torch.cat(list(ranked))[first].argsort(stable=True)]
+        owners = owner[everything]
+
+        def counts_at(removed: int) -> list[int]:
+            gone = torch.bincount(owners[:removed], minlength=len(sizes)).tolist()
+            return [limit.nearest(size - out) for limit, size, out in zip(limits, sizes, gone, strict=True)]
+
+        most = len(owners)
+    else:
+
+        def counts_at(removed: int) -> list[int]:
+            return [limit.nearest(size * (1 - removed / _STEPS)) for limit, size in zip(limits, sizes, strict=True)]
+
+        most = _STEPS
+    low, high = 0, most  # as much as `high` is enough, if anything is
+    while low < high:
+        middle = (low + high) // 2
+        if cost(keep(counts_at(middle))) <= target:
+            high = middle
+        else:
+            low = middle + 1
+    counts = counts_at(high)
+    if scope == "layer":  # what rounding misses is made up for by a step in some layers, not by many in one
+        limits = [
+            replace(
+                limit,
+                least=max(limit.least, math.ceil(count / limit.step - 1) * limit.step),
+                most=min(limit.most, count + limit.step),
+            )
+            for limit, count in zip(limits, counts, strict=True)
+        ]
+    return keep(_fill(counts, ranked, limits, orders, lambda counts: cost(keep(counts)), target))
+
+
+_STEPS = 2000
+_MOST_MOVES = 200
+
+
+def _fill(
+    counts: list[int],
+    ranked: Sequence[Tensor],
+    limits: Sequence[Limits],
+    orders: Sequence[Tensor],
+    cost: Callable[[list[int]], float],
+    target: float,
+) -> list[int]:
+    """Give back, or take, one step at a time as long as that brings the cost nearer to its target."""
+    best, distance = counts, abs(cost(counts) - target)
+    for _ in range(_MOST_MOVES):
+        moves = []
+        for number, (count, limit, order) in enumerate(zip(best, limits, orders, strict=True)):
+            size = len(order)
+            more, less = limit.nearest(count + limit.step), limit.nearest(count - limit.step)
+            if more > count:  # the most important first
+                moves.append((0, -float(ranked[number][order[size - more]]), number, more))
+            if less < count:  # the least important first
+                moves.append((1, float(ranked[number][order[size - count]]), number, less))
+        for _, _, number, moved in sorted(moves):
+            tried = [moved if place == number else count for place, count in enumerate(best)]
+            if (off := abs(cost(tried) - target)) < distance:
+                best, distance = tried, off
+                break
+        else:
+            break
+    return best

@@ -1,0 +1,71 @@
+"""How channels are chosen: the arguments of `plan_removal` and `ChannelPruning`, checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning_compress.channels.planning.budget import Budget, make_budget
+from lightning_compress.channels.planning.importance import check_importance
+from lightning_compress.errors import invalid
+from lightning_compress.targets import Scope, Targets
+
+SCOPE: Scope = "global"
+LEAST = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How channels are chosen; the arguments of `plan_removal`, checked.
+
+    Of a round on the way ``goal`` is the fraction of the last one, by which floors of layers are set.
+    """
+
+    budget: Budget
+    importance: str
+    scope: Scope
+    targets: Targets
+    overrides: Mapping[str, float]
+    min_layer_channels: float
+    round_to: int | None
+    seed: int
+    goal: float | None = None
+
+
+def make_recipe(
+    channels: float | None,
+    params: float | None,
+    macs: float | None,
+    latency: float | None,
+    importance: str,
+    scope: Scope,
+    targets: Targets,
+    overrides: Mapping[str, float] | None,
+    min_layer_channels: float,
+    round_to: int | None,
+    seed: int,
+) -> Recipe:
+    """The recipe of these arguments.
+
+    Raises:
+        CompressionError: one of them is out of range.
+    """
+    budget = make_budget({"channels": channels, "params": params, "macs": macs, "latency": latency})
+    check_importance(importance)
+    if scope not in ("global", "layer"):
+        raise invalid("scope", "be 'global' or 'layer'", scope)
+    if not isinstance(targets, Targets):
+        raise invalid("targets", "be a Targets", targets, "Such as Targets(exclude=['head']).")
+    if not isinstance(overrides or {}, Mapping) or not all(map(_is_fraction, (overrides or {}).values())):
+        raise invalid("overrides", "map patterns to fractions that remain, in (0, 1]", overrides)
+    if min_layer_channels != 0 and not _is_fraction(min_layer_channels):
+        raise invalid("min_layer_channels", "lie in [0, 1]", min_layer_channels, "It is the fraction that stays.")
+    if round_to is not None and (type(round_to) is not int or round_to < 1):
+        raise invalid("round_to", "be a whole number, at least 1", round_to, "1 keeps any number of channels.")
+    if type(seed) is not int:
+        raise invalid("seed", "be a whole number", seed)
+    return Recipe(budget, importance, scope, targets, overrides or {}, min_layer_channels, round_to, seed)
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 1.0

@@ -1,0 +1,195 @@
+"""`plan_removal` decides which channels go, before anything is touched; `remove_channels_` takes them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from lightning_compress.channels.cutting.cut import check_shapes, cut_, named_tensors
+from lightning_compress.channels.planning.importance import taylor_step
+from lightning_compress.channels.planning.plan import RemovalPlan
+from lightning_compress.channels.planning.recipe import LEAST, SCOPE, make_recipe
+from lightning_compress.channels.planning.search import make_plan
+from lightning_compress.channels.tracing.deterministic import deterministic
+from lightning_compress.channels.tracing.find_groups import find_groups
+from lightning_compress.channels.tracing.groups import Run
+from lightning_compress.channels.tracing.verify import Subject, samples_in
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.modules.calls import bind_example
+from lightning_compress.modules.copying import copy_module
+from lightning_compress.modules.resizing import resize_state_
+from lightning_compress.quantization import convert
+from lightning_compress.targets import Scope, Targets
+
+
+def plan_removal(
+    model: nn.Module,
+    inputs: Any = None,
+    *,
+    channels: float | None = None,
+    params: float | None = None,
+    macs: float | None = None,
+    latency: float | None = None,
+    importance: str = "l1",
+    scope: Scope = SCOPE,
+    targets: Targets | None = None,
+    overrides: Mapping[str, float] | None = None,
+    min_layer_channels: float = LEAST,
+    round_to: int | None = None,
+    seed: int = 0,
+) -> RemovalPlan:
+    """Decide which channels, neurons, heads and hidden widths of ``model`` go, so that a budget is met.
+
+    The model is traced on a copy, so that what hangs together goes together: the layers of a residual sum, a
+    convolution and its BatchNorm, the rows of queries, keys and values of a head. What must keep its size is found
+    too, and stays: outputs, what meets the inputs, what the code writes as a number. Each group is tried on a copy:
+    without its channels the model computes what it computes with zeros in their place.
+
+    Args:
+        model: any module; nothing of it is changed.
+        inputs: example inputs of the real shape: a tensor, a tuple of arguments, a dict of keywords; by default the
+            model's ``example_input_array``.
+        channels: budget: the fraction of the channels that remains.
+        params: budget: the fraction of the parameters that remains.
+        macs: budget: the fraction of the multiply-accumulates on ``inputs`` that remains.
+        latency: budget: the fraction of the time of a run on ``inputs`` that remains, measured here and now.
+        importance: ``l1``, ``l2``, ``batchnorm``, ``taylor`` (call ``loss.backward()`` before), ``fpgm``, ``random``:
+            see `rank`.
+        scope: ``global`` ranks the channels of all layers together, but leaves no layer less than 3/4 of what it would
+            keep if all lost the same fraction, which is what ``layer`` takes of each.
+        targets: which layers; by default all that can lose channels and are trained. A width that a norm spans
+            (LayerNorm, GroupNorm) is cut only if ``include`` names one of its layers exactly, as that is approximate.
+        overrides: pattern of layers' paths to the fraction of their channels that remains; the last match wins.
+        min_layer_channels: no layer keeps a smaller fraction of its channels.
+        round_to: keep a multiple of this in each layer; by default of 8 in layers of 32 channels and more, or of less
+            where that misses the budget.
+        seed: of ``importance="random"``.
+
+    Returns:
+        The plan; print it, then apply it with `remove_channels_`.
+
+    Raises:
+        CompressionError: bad arguments, or nothing can be removed; the reasons are listed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> plan = plan_removal(model, torch.ones(1, 8), channels=0.5)
+        >>> print(plan)
+        0  16 -> 8
+        stays whole: `2`: an output
+        channels: 16 -> 8 (0.500)
+        params: 178 -> 90 (0.506)
+        macs per sample: 160 -> 80 (0.500)
+        >>> remove_channels_(model, plan)
+        >>> model
+        Sequential(
+          (0): Linear(in_features=8, out_features=8, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=8, out_features=2, bias=True)
+        )
+    """
+    recipe = make_recipe(channels, params, macs, latency, importance, scope, targets or Targets(), overrides,
+                         min_layer_channels, round_to, seed)  # fmt: skip
+    example = getattr(model, "example_input_array", None) if inputs is None else inputs
+    if example is None:
+        raise invalid("inputs", "be example inputs", None, "Pass a tensor, or set model.example_input_array.")
+    check_module(model)
+    args, kwargs = bind_example(example, next((one.device for one in model.parameters()), None))
+    with torch.inference_mode(False):
+        subject = Subject(model, _runs(model, args, kwargs), samples=samples_in((args, kwargs)))
+        structure = find_groups(subject)
+    tensors = named_tensors(model)
+    taylor = dict[str, Tensor]()
+    if importance == "taylor":
+        taylor_step(structure.groups, tensors, taylor)
+        if not taylor:
+            raise CompressionError(
+                "`importance='taylor'` must have gradients. Received: none. Call loss.backward() before."
+            )
+    return make_plan(subject, structure, recipe, taylor)
+
+
+def check_module(model: nn.Module) -> None:
+    """Raise for a module whose channels can't be followed at all."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CompressionError(f"`model` must be of Python code. Received: {path or 'a model'} that is scripted.")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise CompressionError(
+                f"`{name}` must have its shape. Received: a lazy layer that hasn't run yet. Run one forward pass."
+            )
+    convert.refuse_adapted(model)
+    if convert.form_of(model) != "float":
+        raise CompressionError(
+            f"`model` must be float. Received: a {convert.form_of(model)} one. Remove channels before you quantize."
+        )
+
+
+def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:
+    """Evaluation, and training too if the model runs in it: both must go on working."""
+
+    def evaluate(twin: nn.Module) -> Any:
+        if any(module.training for module in twin.modules()):  # else as it is: a switch may empty what it keeps
+            twin.eval()  # which need not return the module
+        return twin(*args, **kwargs)
+
+    def train(twin: nn.Module) -> Any:
+        twin.train()
+        return twin(*args, **kwargs)
+
+    twin = copy_module(model)
+    try:
+        with deterministic():
+            evaluate(twin)
+    except Exception as error:  # it is the user's
+        raise CompressionError(
+            f"`inputs` must be what {type(model).__name__} runs on. Received: {type(error).__name__}: {error}."
+        ) from error
+    try:
+        with deterministic():
+            train(twin)
+    except Exception:
+        return [evaluate]  # it wants targets too, or a BatchNorm gets a single value
+    return [evaluate, train]
+
+
+def remove_channels_(
+    model: nn.Module, plan: RemovalPlan, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = ()
+) -> None:
+    """Apply a plan: channels leave ``model``, and what optimizers remember of them.
+
+    Parameters stay the same objects, with their hooks and places in optimizers; the keys of ``state_dict`` stay.
+    Running statistics of norms stay those of the wider model: run batches in training mode before you evaluate, through
+    frozen norms too. In a Trainer `ChannelPruning` does that.
+
+    Args:
+        model: the module that the plan was made for.
+        plan: from `plan_removal`.
+        optimizers: that train it; their moments are cut with the same indices.
+
+    Raises:
+        CompressionError: the plan is for another model, or for this one before other channels left; nothing has
+            changed then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> remove_channels_(model, plan_removal(model, torch.ones(1, 8), macs=0.25), [optimizer])
+        >>> model[0].weight.shape
+        torch.Size([4, 8])
+    """
+    if not isinstance(plan, RemovalPlan):
+        raise invalid("plan", "be a plan", plan, "`plan_removal` makes one.")
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
+    if not isinstance(optimizers, Sequence) or not all(isinstance(one, Optimizer) for one in optimizers):
+        raise invalid("optimizers", "be a list of optimizers", optimizers)
+    check_shapes(model, plan.shapes)
+    with torch.inference_mode(False):
+        cut = cut_(model, plan.kept, plan.numbers)
+        resize_state_(optimizers, cut.changes)

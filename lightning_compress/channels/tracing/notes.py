@@ -1,0 +1,51 @@
+"""What a trace notes for those who read it: costs, and sizes that may have been written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_compress.channels.tracing.factors import Factors
+
+
+@dataclass(frozen=True)
+class Product:
+    """Multiply-accumulates of one operator, and the labels of the dimensions that they are proportional to."""
+
+    macs: int
+    widths: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that was written into a view or a split by the module at ``path``.
+
+    Attributes:
+        path: of the module that ran.
+        size: the number that was written.
+        labels: atoms along the dimension that it is the size of.
+    """
+
+    path: str
+    size: int
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Written:
+    """A call by the module at ``path`` whose code may write sizes: a view, or parts that are taken of a width.
+
+    Attributes:
+        path: of the module that ran.
+        shape: of the tensor.
+        factors: its labels; where parts are taken, of the width that they are parts of.
+        view: the shape and the labels of what comes out of a view; None where parts are taken.
+        ends: places where parts end.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    factors: Factors
+    view: tuple[tuple[int, ...], Factors] | None = None
+    ends: tuple[int, ...] = ()

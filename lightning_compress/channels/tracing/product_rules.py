@@ -1,0 +1,190 @@
+"""Rules of operators that multiply by weights: matrix products, convolutions, attention, look-ups in tables."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from lightning_compress.channels.tracing.factors import spread
+from lightning_compress.channels.tracing.notes import Size
+from lightning_compress.channels.tracing.tracer import Tracer
+
+
+def product(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """A matrix product: the contracted width ends, the others go on. A bias comes first in its operators."""
+    *bias, left, right = (
+        args[:3] if func._schema.name.rpartition("::")[2].startswith(("addmm", "baddbmm")) else args[:2]
+    )
+    inner = tracer.same((left, -1), (right, -2))
+    rank = out.dim()
+    factors = []
+    batch = None
+    if rank == 3:
+        batch = tracer.same((left, 0), (right, 0))
+        if batch is not None:
+            factors.append(spread(out.shape[0], batch, 0, rank))
+    rows, columns = tracer.along(left, -2), tracer.along(right, -1)
+    if tracer.is_weight(right):
+        # A product of two weights: in `x @ (a @ b).T`, as layers write it, the second is the first to be applied.
+        made = inner if tracer.is_weight(left) else columns
+        tracer.outer += [] if made is None else [made]
+    elif tracer.is_weight(left) and rows is not None:
+        tracer.outer.append(rows)
+    for labels, dim in ((rows, rank - 2), (columns, rank - 1)):
+        if labels is not None:
+            factors.append(spread(out.shape[dim], labels, dim, rank))
+    tracer.costs(out.numel() * left.shape[-1], inner, rows, columns, batch)
+    if bias:
+        shape = (1,) * (rank - bias[0].dim()) + tuple(bias[0].shape)
+        own = [factor.reshape((1,) * (rank - bias[0].dim()) + tuple(factor.shape)) for factor in tracer.labels(bias[0])]
+        factors = list(tracer.meet([(tuple(out.shape), factors), (shape, own)]))
+    tracer.set(out, tuple(factors))
+
+
+def convolution(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Each group of outputs sees its group of inputs."""
+    x, weight, bias, groups = args[0], args[1], args[2], args[8]
+    transposed = bool(args[6])
+    ins, outs = (0, 1) if transposed else (1, 0)
+    batched = x.dim() == weight.dim()
+    channel = 1 if batched else 0
+    for dim in range(2, weight.dim()):
+        if (kernel := tracer.along(weight, dim)) is not None:
+            tracer.atoms.pin(kernel, "the kernel's size")
+    macs = (x.numel() if transposed else out.numel()) * weight[0].numel()
+    if groups == 1:
+        inner = tracer.same((x, channel), (weight, ins))
+        outer = tracer.along(weight, outs)
+        widths = [inner, outer]
+    else:
+        outer, widths = _grouped(tracer, x, channel, weight, groups, transposed)
+    tracer.costs(macs, *widths)
+    if outer is not None:
+        tracer.outer.append(outer)
+    if outer is not None and bias is not None:
+        biases = tracer.along(bias, 0)
+        if biases is None:
+            tracer.atoms.pin(outer, "a bias of fixed size")
+        else:
+            tracer.atoms.tie(outer, biases)
+    tracer.set(out, () if outer is None else (spread(out.shape[channel], outer, channel, out.dim()),))
+
+
+def _grouped(
+    tracer: Tracer, x: Tensor, channel: int, weight: Tensor, groups: int, transposed: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The output's atoms of a grouped convolution, and the widths that its cost hangs on."""
+    inputs = tracer.along(x, channel)
+    per_in = x.shape[channel] // groups
+    # A grouped weight is (out, in / groups), transposed (in, out / groups).
+    whole, part = tracer.along(weight, 0), tracer.along(weight, 1)
+    per_out = weight.shape[1] if transposed else weight.shape[0] // groups
+    if inputs is None:
+        for labels in (whole, part):
+            if labels is not None:
+                tracer.atoms.pin(labels, f"groups of a fixed input in {tracer.where()}")
+        return None, []
+    if whole is None or (part is None and weight.shape[1] > 1):
+        tracer.atoms.pin(inputs, f"grouped weights that are computed, in {tracer.where()}")
+        return None, []
+    if groups >= per_in:
+        # Whole groups go, with all their inputs and outputs.
+        blocks = inputs.view(groups, per_in)
+        tracer.atoms.tie(blocks, blocks[:, :1])
+        tracer.atoms.tie(whole.view(groups, -1), blocks[:, :1])
+        if part is not None:
+            tracer.atoms.pin(part, "inputs or outputs within a group")
+        tracer.sizes.append(Size(tracer.path, groups, blocks[:, 0]))
+        return (blocks[:, 0].repeat_interleave(per_out) if transposed else whole), [blocks[:, 0]]
+    # The same places go in every group.
+    blocks = inputs.view(groups, per_in)
+    tracer.atoms.tie(blocks, blocks[:1])
+    outer = part if transposed else whole
+    other = whole if transposed else part
+    if other is not None:
+        other = other.view(groups, per_in) if transposed else other
+        tracer.atoms.tie(other, blocks)
+    if outer is None:
+        return None, [blocks[0]]
+    if transposed:
+        return outer.repeat(groups), [blocks[0], outer]
+    outs = outer.view(groups, per_out)
+    tracer.atoms.tie(outs, outs[:1])
+    return outer, [blocks[0], outs[0]]
+
+
+def attention(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Scaled dot products: heads go together, and with grouped queries all of a group's."""
+    query, key, value = args[:3]
+    out = out[0] if isinstance(out, tuple) else out
+    if (inner := tracer.same((query, -1), (key, -1))) is not None:
+        tracer.atoms.span(inner, f"attention's scale hangs on it, in {tracer.where()}")
+    masks = [one for one in (*args[3:], *kwargs.values()) if isinstance(one, Tensor)]
+    factors: list[Tensor] = []
+    heads = None
+    if query.dim() == 4:
+        heads = _heads(tracer, query, key, value)
+        if heads is not None:
+            factors.append(spread(query.shape[1], heads, 1, 4))
+            for mask in masks:
+                if mask.dim() == 4 and mask.shape[1] > 1:
+                    _mask_heads(tracer, mask, heads)
+    if (width := tracer.along(value, -1)) is not None:
+        factors.append(spread(value.shape[-1], width, out.dim() - 1, out.dim()))
+    macs = math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    tracer.costs(macs, heads)
+    tracer.set(out, tuple(factors))
+
+
+def _heads(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """The heads of queries. Where several share a key, whole groups of them can go, or the same ones in each group."""
+    heads, shared = tracer.along(query, 1), tracer.same((key, 1), (value, 1))
+    groups = key.shape[1]
+    if heads is None or (shared is None and groups > 1):
+        for labels in (heads, shared):
+            if labels is not None:
+                tracer.atoms.pin(labels, f"it meets a fixed number of heads in {tracer.where()}")
+        return heads
+    blocks = heads.view(groups, -1)
+    within = blocks.shape[1] > groups  # the finer way first
+    if shared is not None and blocks.shape[1] > 1:
+        name = f"{tracer.path}:{len(heads)} heads share {groups} keys"
+        tracer.splits.setdefault(name, []).append(heads)
+        within ^= bool(tracer.choices.get(name, 0) % 2)
+    if within:
+        tracer.atoms.tie(blocks, blocks[:1])
+        if shared is not None:
+            tracer.atoms.pin(shared, f"keys that several heads share, in {tracer.where()}")
+    elif shared is not None:
+        tracer.atoms.tie(blocks, shared[:, None])
+    return heads
+
+
+def _mask_heads(tracer: Tracer, mask: Tensor, heads: Tensor) -> None:
+    theirs = tracer.along(mask, 1)
+    if theirs is not None:
+        tracer.atoms.tie(heads, theirs)
+    elif mask.stride(1):
+        tracer.atoms.pin(heads, f"a mask with a part for each head, in {tracer.where()}")
+
+
+def weight_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """A direction and its magnitudes: the magnitudes are set anew when inputs go, so that weights stay."""
+    direction, magnitude, dim = (*args, 0)[:3]
+    if magnitude.dim():
+        tracer.same((direction, dim), (magnitude, dim))
+    for leaf in out:
+        if leaf.shape == direction.shape:
+            tracer.set(leaf, tracer.labels(direction))
+
+
+def embedding(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Rows are looked up."""
+    weight = args[0]
+    out = out[0] if isinstance(out, tuple) else out
+    if (rows := tracer.along(weight, 0)) is not None:
+        tracer.atoms.pin(rows, "the rows of an embedding")
+    width = tracer.along(weight, 1)
+    tracer.set(out, () if width is None else (spread(out.shape[-1], width, out.dim() - 1, out.dim()),))

@@ -1,0 +1,192 @@
+"""What each operator does with channels: one rule for each family of operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_compress.channels.tracing import norm_rules, product_rules, shape_rules
+from lightning_compress.channels.tracing.factors import varying
+from lightning_compress.channels.tracing.strides import strided
+from lightning_compress.channels.tracing.tracer import Tracer
+
+Rule = Callable[[Tracer, Any, Any, dict[str, Any], Any], None]
+
+# Element by element, though torch doesn't tag them so.
+_POINTWISE = {"hardswish", "log_sigmoid_forward", "where", "rsub", "native_dropout", "bernoulli", "_to_copy", "copy",
+              "_prelu_kernel", "rrelu_with_noise", "masked_fill"}  # fmt: skip
+_LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
+_KEEP = {"zero", "fill", "normal", "uniform", "bernoulli", "set"}
+_CHECKS = {"_is_all_true", "_is_any_true", "_assert_async"}
+_MOVES = {"permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "select", "slice", "split", "unbind",
+          "split_with_sizes", "flip", "roll", "repeat", "detach", "alias", "lift_fresh", "clone", "diagonal",
+          *shape_rules.VIEWS}  # fmt: skip
+_REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "prod",
+               "norm", "linalg_vector_norm", "logsumexp", "any", "all"}  # fmt: skip
+_SOFTMAX = {"_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp"}
+_ORDERED = {"amax", "amin", "max", "min", "prod", "any", "all"}
+_COUNTING = {"mean", "var", "std", "var_mean"}
+_SPATIAL = ("max_pool", "avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample",
+            "_upsample", "reflection_pad", "replication_pad", "grid_sampler", "fractional_max_pool")  # fmt: skip
+_BATCHNORM = ("native_batch_norm", "_native_batch_norm", "_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+
+
+def rule_for(func: Any) -> Rule:
+    """The rule of an operator; one that isn't known lets all its channels stay."""
+    if func.namespace != "aten":
+        return unknown
+    name = func._schema.name.rpartition("::")[2]
+    overload = func._schema.overload_name
+    base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    if name != base and base in _KEEP:
+        return nothing
+    if base in _RULES:
+        return _RULES[base]
+    if base in _CHECKS:
+        return nothing
+    if base in _LIKE:
+        return like
+    if base in _MOVES and not (base == "squeeze" and overload == "dims"):
+        return shape_rules.move
+    if base in _REDUCTIONS:
+        return pointwise if overload == "other" else reduce
+    if base in _SOFTMAX:
+        return softmax
+    if base.startswith(_BATCHNORM):
+        return norm_rules.batch_norm
+    if base.startswith(_SPATIAL):
+        return spatial
+    if torch.Tag.pointwise in func.tags or base in _POINTWISE:
+        return pointwise
+    return unknown
+
+
+def unknown(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Whatever an operator that isn't known gets must stay as it is."""
+    tracer.unknown(func, args, kwargs, out)
+
+
+def nothing(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """The values change, the channels don't."""
+
+
+def like(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """A new tensor of another's shape has as many channels."""
+    tracer.set(out, tracer.labels(args[0]))
+
+
+def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Element by element: channels that meet are one."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    rank = max(tensor.dim() for tensor in tensors)
+    # An operator in place keeps its tensor's shape; the others broadcast, aligned at their last dimensions.
+    operands = [
+        (
+            (1,) * (rank - tensor.dim()) + tuple(tensor.shape),
+            [factor.reshape((1,) * (rank - tensor.dim()) + tuple(factor.shape)) for factor in tracer.labels(tensor)],
+        )
+        for tensor in tensors
+    ]
+    factors = tracer.meet(operands)
+    for leaf in pytree.tree_leaves(out):
+        if isinstance(leaf, Tensor):
+            tracer.set(leaf, factors if leaf.dim() == rank else ())
+
+
+def spatial(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Pooling, padding, interpolation: channel by channel."""
+    x = args[0]
+    name = func._schema.name
+    places = next((count for count in (1, 2, 3) if f"{count}d" in name), None)
+    if places is None or any(isinstance(leaf, Tensor) for leaf in args[1:] if "grid" not in name):
+        return tracer.unknown(func, args, kwargs, out)
+    factors = []
+    for factor in tracer.labels(x):
+        for dim in range(x.dim() - places, x.dim()):
+            tracer.atoms.tie(factor, factor.narrow(dim, 0, 1))
+            factor = factor.narrow(dim, 0, 1)
+        factors.append(factor)
+    for leaf in pytree.tree_leaves(out):
+        tracer.set(leaf, tuple(factors))
+
+
+def pad(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Padded places are fixed."""
+    x, sizes = args[0], args[1]
+    padded = {x.dim() - 1 - place // 2 for place, size in enumerate(sizes) if size}
+    factors = []
+    for factor in tracer.labels(x):
+        if padded & set(varying(factor)):
+            factor = torch.constant_pad_nd(factor.expand(x.shape), sizes, 0)
+        factors.append(factor)
+    tracer.set(out, tuple(factors))
+
+
+def reduce(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """A width that is reduced ends; what goes from it changes the outcome."""
+    x = args[0]
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    dims, keep = given.get("dim"), bool(given.get("keepdim", False))
+    dims = list(range(x.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+    gone = {dim % x.dim() for dim in dims} if x.dim() else set()
+    name = func._schema.name.rpartition("::")[2]
+    factors = []
+    for factor in tracer.labels(x):
+        if gone & set(varying(factor)):
+            lasting = name in _ORDERED or (name in _COUNTING and tracer.atoms.in_weights)
+            tracer.atoms.span(factor, f"`{name}` runs over it, in {tracer.where()}", lasting)
+            if set(varying(factor)) - gone:
+                tracer.atoms.pin(factor, f"`{name}` runs over a part of it, in {tracer.where()}")
+            continue
+        factors.append(factor if keep else _without(factor, gone))
+    for leaf in pytree.tree_leaves(out):
+        tracer.set(leaf, tuple(factors))
+
+
+def _without(factor: Tensor, dims: set[int]) -> Tensor:
+    return factor.reshape([size for dim, size in enumerate(factor.shape) if dim not in dims])
+
+
+def softmax(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """As a reduction, but the width goes on."""
+    x = args[0]
+    dim = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", -1)
+    name = func._schema.name.rpartition("::")[2].strip("_")
+    for factor in tracer.labels(x):
+        if x.dim() and factor.shape[dim] > 1:
+            tracer.atoms.span(factor, f"`{name}` runs over it, in {tracer.where()}")
+    for leaf in pytree.tree_leaves(out):
+        tracer.set(leaf, tracer.labels(x))
+
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), product_rules.product),
+    **dict.fromkeys(("convolution", "_convolution"), product_rules.convolution),
+    **dict.fromkeys(("cat", "stack"), shape_rules.cat),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), norm_rules.layer_norm),
+    "native_group_norm": norm_rules.group_norm,
+    **dict.fromkeys(("index", "index_select"), shape_rules.index),
+    **dict.fromkeys(("index_add", "index_copy", "scatter_add", "scatter_reduce", "scatter"), shape_rules.scatter),
+    **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), shape_rules.sequence),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), shape_rules.shuffle),
+    "constant_pad_nd": pad,
+    "glu": shape_rules.glu,
+    **dict.fromkeys(("as_strided", "unfold"), strided),
+    **dict.fromkeys(("embedding", "_embedding_bag"), product_rules.embedding),
+    **dict.fromkeys(
+        (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
+        ),
+        product_rules.attention,
+    ),
+    "_weight_norm_interface": product_rules.weight_norm,
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), shape_rules.pixel_shuffle),
+}

@@ -1,0 +1,194 @@
+"""Rules of operators that only move elements about: views, slices, concatenations, look-ups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_compress.channels.tracing.factors import compressed, spread, varying
+from lightning_compress.channels.tracing.splits import one_width, split_width, take_parts
+from lightning_compress.channels.tracing.tracer import Tracer
+
+VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
+PARTS = {"slice", "split", "split_with_sizes"}
+
+
+def move(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Elements go elsewhere: so do their labels, by the very same operator."""
+    tensor, *rest = args
+    outs = list(out) if isinstance(out, (tuple, list)) else [out]
+    found: list[list[Tensor]] = [[] for _ in outs]
+    name = func._schema.name.rpartition("::")[2].rstrip("_")
+    if any(isinstance(leaf, Tensor) for leaf in rest):
+        return tracer.unknown(func, args, kwargs, out)
+    functional = getattr(torch.ops.aten, name)
+    for factor in tracer.labels(tensor):
+        moved = functional(factor.expand(tensor.shape).contiguous(), *rest, **_without_format(kwargs))
+        moved = list(moved) if isinstance(moved, (tuple, list)) else [moved]
+        if name in PARTS:
+            given = _given(func, args, kwargs)
+            if (size := factor.shape[given.get("dim", 0)]) > 1:
+                take_parts(tracer, factor, given.get("dim", 0), _places(given, size), tied=name == "split")
+        for one, part in zip(found, moved, strict=True):
+            part = compressed(part)
+            if name in VIEWS:
+                part = split_width(tracer, factor, part, rest[0])
+            one.append(part)
+    if name in ("expand", "repeat"):
+        found[0] += tracer.made(out, _copied(tensor, out))
+    for leaf, factors in zip(outs, found, strict=True):
+        tracer.set(leaf, one_width(tracer, leaf, factors) if name in VIEWS else tuple(factors))
+        if name in VIEWS or name == "expand":
+            tracer.note_written(tensor.shape, tracer.labels(tensor), (leaf, tracer.labels(leaf)))
+
+
+def _without_format(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key != "memory_format"}
+
+
+def _copied(tensor: Tensor, out: Tensor) -> list[int]:
+    """The dimensions along which a tensor is the same, such as one key head for many query heads; not the batch."""
+    missing = out.dim() - tensor.dim()
+    return [dim for dim in range(1, out.dim()) if dim < missing or tensor.shape[dim - missing] == 1]
+
+
+def _given(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    names = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _places(given: Mapping[str, Any], size: int) -> list[range]:
+    """The places along a width of this size that each part takes."""
+    if "split_size" not in given and "split_sizes" not in given:
+        return [range(size)[slice(given.get("start"), given.get("end"), given.get("step"))]]
+    sizes = given.get("split_sizes") or [given["split_size"]] * -(-size // given["split_size"])
+    return [range(size)[end - one : end] for one, end in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def cat(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Side by side along one dimension; in the others, channels that meet are one."""
+    tensors = [tensor for tensor in args[0] if tensor.numel()]
+    rank = out.dim()
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % rank
+    if func._schema.name.endswith("stack"):
+        operands = [
+            ((*tensor.shape[:dim], 1, *tensor.shape[dim:]), [f.unsqueeze(dim) for f in tracer.labels(tensor)])
+            for tensor in tensors
+        ]
+        tracer.set(out, tracer.meet(operands))
+        return
+    across, aside = [], list[list[Tensor]]()
+    for tensor in tensors:
+        mine = tracer.labels(tensor)
+        across.append([factor for factor in mine if factor.shape[dim] == 1])
+        here = tracer.along(tensor, dim)
+        aside.append([] if here is None else [here])
+    shapes = [tuple(1 if one == dim else size for one, size in enumerate(tensor.shape)) for tensor in tensors]
+    factors = list(tracer.meet(list(zip(shapes, across, strict=True))))
+    if any(aside):
+        joined = [
+            labels[0] if labels else torch.zeros(tensor.shape[dim], dtype=torch.int64)
+            for tensor, labels in zip(tensors, aside, strict=True)
+        ]
+        factors.append(spread(out.shape[dim], torch.cat(joined), dim, rank))
+    tracer.set(out, tuple(factors))
+
+
+def index(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Places are looked up: a width that they number stays, the others go on."""
+    x, *rest = args
+    chosen = rest[0] if isinstance(rest[0], (list, tuple)) else [None] * (rest[0] % x.dim()) + [rest[1]]
+    dims = {dim for dim, places in enumerate(chosen) if places is not None}
+    if any(places is not None and places.dtype == torch.bool and places.dim() > 1 for places in chosen):
+        return tracer.unknown(func, args, kwargs, out)  # counts dimensions otherwise
+    factors = []
+    functional = getattr(torch.ops.aten, func._schema.name.rpartition("::")[2])
+    for factor in tracer.labels(x):
+        if dims & set(varying(factor)) and not _counted(tracer, factor, chosen):
+            tracer.atoms.pin(factor, f"its places are numbered in {tracer.where()}")
+        else:
+            factors.append(functional(factor.expand(x.shape), *pytree.tree_map(_on_cpu, rest), **kwargs))
+    for places in rest:
+        tracer.pin(places, f"a number of places in {tracer.where()}")
+    tracer.set(out, tuple(factors))
+
+
+def _counted(tracer: Tracer, factor: Tensor, chosen: Sequence[Any]) -> bool:
+    """Whether places are taken in an order that the code itself counts, which may follow; they are a part then."""
+    [(dim, places), *others] = [(dim, places) for dim, places in enumerate(chosen) if places is not None]
+    if others or not tracer.is_made(places) or places.dim() != 1 or places.dtype == torch.bool:
+        return False
+    take_parts(tracer, factor, dim, [[place % factor.shape[dim] for place in places.tolist()]])
+    return True
+
+
+def _on_cpu(leaf: Any) -> Any:
+    return leaf.cpu() if isinstance(leaf, Tensor) else leaf
+
+
+def scatter(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Places along one dimension are numbered; in the others, channels that meet are one."""
+    x, dim, _, source = args[:4]
+    if not isinstance(source, Tensor) or source.dim() != x.dim():
+        return tracer.unknown(func, args, kwargs, out)
+    operands = []
+    for tensor in (x, source):
+        if (numbered := tracer.along(tensor, dim)) is not None:
+            tracer.atoms.pin(numbered, f"its places are numbered in {tracer.where()}")
+        shape = tuple(1 if one == dim % x.dim() else size for one, size in enumerate(tensor.shape))
+        operands.append((shape, [factor for factor in tracer.labels(tensor) if factor.shape[dim] == 1]))
+    tracer.set(out, tracer.meet(operands))
+
+
+def sequence(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Sequences are packed or padded: their features go on."""
+    x = args[0]
+    for factor in tracer.labels(x):
+        if set(varying(factor)) - {x.dim() - 1}:
+            tracer.atoms.pin(factor, f"sequences are packed in {tracer.where()}")
+    width = tracer.along(x, -1)
+    tracer.set(out[0], () if width is None else (spread(out[0].shape[-1], width, out[0].dim() - 1, out[0].dim()),))
+
+
+def shuffle(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Groups are interleaved; they stay as long as each other."""
+    x, groups = args[:2]
+    labels = tracer.along(x, 1)
+    if labels is not None:
+        blocks = labels.view(groups, -1)
+        tracer.atoms.tie(blocks, blocks[:1])
+        tracer.set(out, (spread(x.shape[1], blocks.t().flatten(), 1, x.dim()),))
+
+
+def glu(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Two halves meet."""
+    x = args[0]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
+    factors = []
+    for factor in tracer.labels(x):
+        if factor.shape[dim] > 1:
+            factor, other = factor.chunk(2, dim)
+            tracer.atoms.tie(factor, other)
+        factors.append(factor)
+    tracer.set(out, tuple(factors))
+
+
+def pixel_shuffle(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """``r²`` channels become one."""
+    x, factor = args[0], args[1]
+    labels = tracer.along(x, -3)
+    if labels is None:
+        return
+    if func._schema.name.endswith("unshuffle"):
+        labels = labels.repeat_interleave(factor * factor)
+    else:
+        blocks = labels.view(-1, factor * factor)
+        tracer.atoms.tie(blocks, blocks[:, :1])
+        labels = blocks[:, 0]
+    tracer.set(out, (spread(len(labels), labels, out.dim() - 3, out.dim()),))

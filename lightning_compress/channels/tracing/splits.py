@@ -1,0 +1,111 @@
+"""Where a width is split, or several are flattened into one: which may shrink, by guesses that can be made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.channels.tracing.factors import first_along, spread, varying
+from lightning_compress.channels.tracing.tracer import BUFFER, MADE, PARAMETER, Tracer
+
+
+def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequence[int]], tied: bool = False) -> None:
+    """Parts of a width are taken. Those that are as long as each other and make up all of it stay so.
+
+    Args:
+        tracer: notes the sizes that may have been written.
+        factor: labels of the whole.
+        dim: of the width.
+        parts: the places of each.
+        tied: whether that is certain; else it is a guess, as their lengths may have been written apart.
+    """
+    labels = first_along(factor, dim)
+    ends = sorted({end for part in parts if part for end in (part[0], part[-1] + 1)} - {0, len(labels)})
+    tracer.note_written(factor.shape, (spread(len(labels), labels, dim, factor.dim()),), ends=ends)
+    known = tracer.parts.setdefault(tuple(labels.tolist()), {})
+    for part in parts:
+        if len(part) in (0, len(labels)):
+            continue
+        part = tuple(part)
+        known[part] = labels[list(part)]
+        tracer.note_size(len(labels), labels)
+        tracer.note_size(len(part), known[part])
+        for end in {part[0], part[-1] + 1} - {0, len(labels)}:
+            tracer.note_size(end, labels[:end])
+        alike = {one: mine for one, mine in known.items() if len(one) == len(part)}
+        key = f"{tracer.path}:{len(labels)} by {len(part)}"
+        if len(alike) * len(part) == len(labels) == len({place for one in alike for place in one}):
+            tracer.splits.setdefault(key, []).append(labels)
+            if tied or tracer.choices.get(key, 0) % 2 == 0:
+                tracer.atoms.tie(torch.stack([*alike.values()]), known[part])
+
+
+def one_width(tracer: Tracer, tensor: Tensor, factors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Where several widths are flattened into one dimension only one of them can shrink: choose which."""
+    for dim in range(tensor.dim()):
+        here = [factor for factor in factors if factor.shape[dim] > 1]
+        if len(here) > 1:
+            order = _in_order(tracer, here, dim)
+            chosen = order[0]
+            able = [factor for factor in order if tracer.origin(factor) != BUFFER]
+            if len(able) > 1:
+                key = f"{tracer.path}:{list(tensor.shape)} holds {len(here)}"
+                tracer.splits.setdefault(key, []).append(torch.cat([factor.flatten() for factor in able]))
+                chosen = able[tracer.choices.get(key, 0) % len(able)]
+            for factor in here:
+                if factor is not chosen:
+                    tracer.atoms.pin(factor, f"another width shares its dimension, in {tracer.where()}")
+            factors = [factor for factor in factors if factor is chosen or factor.shape[dim] == 1]
+    return tuple(factors)
+
+
+def _in_order(tracer: Tracer, factors: list[Tensor], dim: int) -> list[Tensor]:
+    """Widths of parameters first, outer ones before what lies within; but of heads that share keys, the more."""
+    labels = [first_along(factor, dim) for factor in factors]
+    origins = [tracer.origin(factor) for factor in factors]
+    counts = [len(one.unique()) for one in labels]
+    most = max((count for count, origin in zip(counts, origins, strict=True) if origin == PARAMETER), default=0)
+    ranks = [
+        (-1 if origin == MADE and count > most else origin, -int((one != one[0]).nonzero()[0]))
+        for one, count, origin in zip(labels, counts, origins, strict=True)
+    ]
+    return [factors[place] for place in sorted(range(len(factors)), key=ranks.__getitem__)]
+
+
+def split_width(tracer: Tracer, before: Tensor, after: Tensor, sizes: Any) -> Tensor:
+    """Where a view splits one width into several dimensions, only one of them can shrink: choose which."""
+    if len(varying(after)) > len(varying(before)):
+        key = f"{tracer.path}:{list(after.shape)}"
+        dims = varying(after)
+        options = _split_options(tracer, after, list(sizes))
+        keep = options[tracer.choices.get(key, 0) % len(options)]
+        if tracer.origin(before) == PARAMETER:
+            tracer.splits.setdefault(key, []).append(after.flatten())
+        flat = after
+        for dim in dims:
+            if dim not in keep:
+                first = flat.narrow(dim, 0, 1)
+                tracer.atoms.tie(flat, first)
+                flat = first
+        after = flat
+    for dim in varying(after):
+        if dim < len(sizes) and sizes[dim] > 1:
+            tracer.note_size(int(sizes[dim]), first_along(after, dim))
+    return after
+
+
+def _split_options(tracer: Tracer, after: Tensor, sizes: list[int]) -> list[tuple[int, ...]]:
+    """The dimensions that may go on telling channels apart, the likeliest first."""
+    dims = varying(after)
+    numbers = tracer.numbers.get(tracer.path, set())
+    options: list[tuple[int, ...]] = []
+    # Blocks whose number is an attribute of the module, as of heads; what lies inside a block stays whole.
+    blocks = [place for place, dim in enumerate(dims[:-1]) if len(first_along(after, dim).unique()) in numbers]
+    options += [dims[: place + 1] for place in reversed(blocks)]
+    options += [(dims[place],) for place in reversed(blocks)]  # such as queries, keys and values alike
+    options += [(dim,) for dim in dims if sizes[dim] == -1]
+    options += [dims[:1], dims[:-1], dims[-1:]]
+    return list(dict.fromkeys(options))

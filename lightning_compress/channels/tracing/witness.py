@@ -1,0 +1,122 @@
+"""Runs of a model and of a narrower copy that can be compared: what the one decides, the other decides too.
+
+An order of scores, a threshold or an argmax falls otherwise where two numbers nearly tie, and all that follows is
+another matter then. So the second run takes the decisions of the first, and what it would decide by is compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_compress.channels.tracing.outputs import tensors_in
+
+Sample = tuple[torch.Size, Tensor]
+"""The shape of a tensor, and some thousand of its elements."""
+
+_NO_DECISIONS = ("dropout", "max_pool")
+
+
+class Witness(TorchDispatchMode):
+    """Notes what a run computes on its way, and decides.
+
+    Args:
+        first: the witness of another run, whose decisions are taken; by default none.
+
+    Attributes:
+        points: what decisions are made by, and what linear and convolution layers put out, by operator or path.
+        outputs: what comes out.
+    """
+
+    def __init__(self, first: Witness | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.points: dict[Any, list[Sample]] = {}
+        self.outputs: list[Tensor] = []
+        self._made: dict[Any, list[Any]] = {}
+        self._given = {key: deque(made) for key, made in first._made.items()} if first else {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if _is_float(out):
+            return out
+        floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_float(leaf)]
+        if func._schema.is_mutable or not floats or not any(map(_decides, pytree.tree_leaves(out))):
+            return out
+        if any(word in func._schema.name for word in _NO_DECISIONS):
+            return out
+        key = func, tuple(leaf.shape for leaf in floats)
+        self.points.setdefault(key, []).extend(map(_sample, floats))
+        if given := self._given.get(key):
+            out = pytree.tree_map(_taken, out, given.popleft())
+        self._made.setdefault(key, []).append(pytree.tree_map_only(Tensor, torch.clone, out))
+        return out
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Note what linear and convolution layers put out, and what is decided."""
+
+        def hook(path: str) -> Any:
+            return lambda _, __, out: self.points.setdefault(path, []).extend(map(_sample, tensors_in(out)))
+
+        layers = [(path, one) for path, one in model.named_modules() if isinstance(one, (nn.Linear, _ConvNd))]
+        handles = [layer.register_forward_hook(hook(path)) for path, layer in layers]
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def distance(self, other: Witness) -> float:
+        """How far all is apart that both have in the same shape, to the greatest value of each tensor."""
+        pairs = list(zip(self.outputs, other.outputs, strict=True))
+        for key, mine in self.points.items():
+            theirs = other.points.get(key, [])
+            pairs += [(one[1], two[1]) for one, two in zip(mine, theirs, strict=False) if one[0] == two[0]]
+        return max((distance(*pair) for pair in pairs), default=0.0)
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _decides(leaf: Any) -> bool:
+    return leaf is not None and not _is_float(leaf)
+
+
+def _taken(own: Any, given: Any) -> Any:
+    """What goes on: what was decided, and numbers of its own, if there are as many of them."""
+    return own if _is_float(own) and own.shape == given.shape else given
+
+
+def _sample(tensor: Tensor) -> Sample:
+    flat = tensor.detach().reshape(-1)
+    return tensor.shape, flat[:: max(1, flat.numel() // 4096) | 1].clone()
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The greatest difference of two tensors, to the greatest value of the other; of whole numbers, how many differ.
+
+    Example:
+        >>> distance(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])), distance(torch.arange(4), torch.arange(4))
+        (0.25, 0.0)
+    """
+    if not one.numel():
+        return 0.0
+    if not _is_float(one):
+        return float((one != other).double().mean())
+    one, other = (torch.view_as_real(x.cpu()) if x.is_complex() else x.cpu().double() for x in (one, other))
+    finite = one.isfinite()
+    if not torch.equal(finite, other.isfinite()):
+        return math.inf
+    one, other = one[finite], other[finite]
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-6)) if len(one) else 0.0

@@ -1,0 +1,127 @@
+"""Teachers that are made in the run, from the student itself; modules like any other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.channels.cutting import record as channel_record
+from lightning_compress.channels.cutting.cut import cut_
+from lightning_compress.distillation.features import drop_taps_
+from lightning_compress.errors import invalid
+from lightning_compress.modules.copying import copy_module
+from lightning_compress.modules.resizing import Cut
+
+
+class Snapshot(nn.Module):
+    """A frozen copy of the student as it is when a fit begins: before it is pruned, shrunk or quantized in it.
+
+    Layers are named as in the student. A fit that resumes takes its copy before the checkpoint is loaded, from a
+    student that was built and initialised as the first time; a warning says if it isn't the same.
+
+    Example:
+        >>> from lightning_compress.distillation import DistillationModule, SoftTarget
+        >>> module = DistillationModule(nn.Linear(4, 3), teacher=Snapshot(), losses=[SoftTarget()])
+        >>> module.prepare_()
+        >>> torch.equal(module.teacher.model.weight, module.student.weight)
+        True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: nn.Module | None = None
+
+    def take_(self, student: nn.Module) -> None:
+        """Copy the student, frozen and without taps."""
+        model = copy_module(student)
+        drop_taps_(model)
+        self.model = model.requires_grad_(False).eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.model is None:
+            raise invalid("teacher", "have been taken from a student", type(self).__name__, "`fit` does so.")
+        return self.model(*args, **kwargs)
+
+
+class EMATeacher(Snapshot):
+    """A mean teacher: the exponential moving average of the student's weights, after each optimizer step.
+
+    ``θ' ← decay · θ' + (1 - decay) · θ`` for parameters; buffers (BatchNorm's statistics) are the student's own. It
+    begins as a copy of the student. As nothing else could bring it back, a whole checkpoint holds it, apart from the
+    model's weights.
+
+    Args:
+        decay: In [0, 1); 0.999 remembers about the last thousand steps.
+
+    Raises:
+        CompressionError: If the decay is out of range.
+
+    Example:
+        >>> student, teacher = nn.Linear(1, 1, bias=False), EMATeacher(decay=0.75)
+        >>> teacher.take_(student.requires_grad_(False))
+        >>> before = student.weight.clone()
+        >>> student.weight += 4.0
+        >>> teacher.follow_(student)
+        >>> torch.allclose(teacher.model.weight, before + 1.0)
+        True
+
+    References:
+        Tarvainen and Valpola, "Mean teachers are better role models" (2017), eq. 2.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__()
+        number = isinstance(decay, int | float) and not isinstance(decay, bool)
+        if not (number and math.isfinite(decay) and 0 <= decay < 1):
+            raise invalid("decay", "lie in [0, 1)", decay, "Usual values: 0.99 to 0.9999.")
+        self.decay = decay
+        self._exact: dict[str, Tensor] = {}
+
+    def take_(self, student: nn.Module) -> None:
+        super().take_(student)
+        self._exact = {}
+
+    @torch.no_grad()
+    def follow_(self, student: nn.Module) -> None:
+        """Move towards the student's weights; its form may be prepared for int8 meanwhile."""
+        if self.model is None:
+            return
+        parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
+        for name, average in self.model.named_parameters():
+            if not average.is_floating_point():
+                continue
+            if average.element_size() > 2:
+                self._exact[name] = average.data
+            # In 16 bits a thousandth of a step would be rounded away.
+            exact = self._exact.setdefault(name, average.float())
+            exact.lerp_(parameters[name].to(exact.device, exact.dtype), 1 - self.decay)
+            average.copy_(exact)
+        for name, buffer in self.model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
+
+    def on_channels_removed(self, cut: Cut) -> None:
+        """Lose the channels that the student lost."""
+        if self.model is not None:
+            cut_(self.model, cut.kept, cut.numbers)
+            self._exact = {name: cut.of(name, exact) for name, exact in self._exact.items()}
+
+    def take_widths_(self, student: nn.Module) -> None:
+        """Be as wide as the student, which may have lost channels since it was built."""
+        removed = channel_record.record_of(student)
+        if self.model is not None and not channel_record.fits(self.model, removed):
+            channel_record.take_widths_(self.model, removed)
+
+    def average(self) -> dict[str, Any]:
+        """The average in full precision, for a checkpoint."""
+        return {} if self.model is None else {**self.model.state_dict(), **self._exact}
+
+    def restore_(self, average: dict[str, Any]) -> None:
+        """Go on from what :meth:`average` gave."""
+        if self.model is not None:
+            self.model.load_state_dict(average)
+            parameters = dict(self.model.named_parameters())
+            self._exact = {name: average[name].float().clone() for name in parameters if name in average}

@@ -1,0 +1,1 @@
+"""How a module is run without a trace, and changed in place."""

@@ -1,0 +1,182 @@
+"""Watches one run of a model: which modules are called, by whom, and with what.
+
+From this follow the cut points: a module that is called from outside its parent can't vanish into the
+parent's traced form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.gone_weight import needs_values
+from lightning_compress.modules.paths import clean_name, is_at_or_below, is_below
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class CallLog:
+    """What a run called.
+
+    Attributes:
+        inputs: path (without ``_orig_mod``) to the ``(args, kwargs)`` of its first call, tensors detached and cloned.
+        callers: path to the paths of the modules that called it; None is code outside of all modules.
+        readers: path to the paths of the user's modules that computed with its parameters while they were evaluated.
+        replaced: path to the paths of the modules that called it with other parameters than its own.
+    """
+
+    inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    callers: dict[str, set[str | None]] = field(default_factory=dict)
+    readers: dict[str, set[str]] = field(default_factory=dict)
+    replaced: dict[str, set[str]] = field(default_factory=dict)
+
+    def merge(self, other: CallLog) -> None:
+        """Add what another run called; inputs that are known already stay."""
+        self.inputs = {**other.inputs, **self.inputs}
+        for name in ("callers", "readers", "replaced"):
+            for path, found in getattr(other, name).items():
+                getattr(self, name).setdefault(path, set()).update(found)
+
+    def entered_below(self, path: str) -> str | None:
+        """A module below ``path`` that something outside of ``path`` calls directly; None if there is none."""
+        for inner, callers in self.callers.items():
+            if is_below(inner, path) and any(caller is None or not is_at_or_below(caller, path) for caller in callers):
+                return inner
+        return None
+
+    def read_below(self, path: str) -> str | None:
+        """A module at or below ``path`` whose parameters a module outside of ``path`` reads; None if there is none."""
+        return _from_outside(self.readers, path)
+
+    def replaced_below(self, path: str) -> str | None:
+        """A module at or below ``path`` whose parameters something outside of ``path`` replaces; None if none is."""
+        return _from_outside(self.replaced, path)
+
+
+def _from_outside(found: dict[str, set[str]], path: str) -> str | None:
+    for inner, others in found.items():
+        if is_at_or_below(inner, path) and not all(is_at_or_below(other, path) for other in others):
+            return inner
+    return None
+
+
+class _Watched(dict[str, Any]):
+    """The parameters of a module; those that another module reads by their names say when they are computed with.
+
+    To be given others, as `torch.func.functional_call` does for the time of a call, is told of at once.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Any],
+        teller: Callable[[], Callable[[], None] | None],
+        tell_replaced: Callable[[], None],
+    ) -> None:
+        super().__init__(parameters)
+        self.teller = teller
+        self.tell_replaced = tell_replaced
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(value, _Read):
+            value = value.own
+        if self.get(name) is not None:
+            self.tell_replaced()
+        super().__setitem__(name, value)
+
+    def __getitem__(self, name: str) -> Any:
+        value, tell = super().__getitem__(name), self.teller()
+        if value is None or tell is None:
+            return value
+        read = value.as_subclass(_Read)
+        read.own, read.tell = value, tell
+        return read
+
+
+class _Read(Tensor):
+    """A parameter as another module has it."""
+
+    own: nn.Parameter
+    tell: Callable[[], None]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if needs_values(func, args, cls):
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, cls):
+                    leaf.tell()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = True) -> CallLog:
+    """Call ``run`` and log every module call in ``model``. Hooks are gone afterwards, also after an error."""
+    log, stack, handles = CallLog(), list[str](), []
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            log.callers.setdefault(path, set()).add(stack[-1] if stack else None)
+            if path not in log.inputs:
+                log.inputs[path] = _as_seen((args, kwargs)) if keep_inputs else ((), {})
+            stack.append(path)
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    # Scripted modules take no hooks, and nothing in them is Python's to see.
+    named = ((clean_name(name), module) for name, module in model.named_modules())
+    modules = {path: module for path, module in named if not isinstance(module, torch.jit.ScriptModule)}
+
+    def teller(path: str) -> Callable[[], None] | None:
+        reader = stack[-1] if stack else path
+        # Torch's own read what lies in them for a fused path, which is switched off where it matters.
+        if reader == path or modules[reader].training or type(modules[reader]).__module__.startswith("torch."):
+            return None
+        return lambda: log.readers.setdefault(path, set()).add(reader)
+
+    def tell_replaced(path: str) -> None:
+        replacer = stack[-1] if stack else ""
+        if replacer != path:
+            log.replaced.setdefault(path, set()).add(replacer)
+
+    plain = {path: module._parameters for path, module in modules.items() if type(module._parameters) is dict}
+    for path, parameters in plain.items():
+        modules[path].__dict__["_parameters"] = _Watched(
+            parameters, partial(teller, path), partial(tell_replaced, path)
+        )
+    for path, module in modules.items():
+        handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        # Compiled submodules run as written, so that the calls inside them are seen.
+        with torch.compiler.set_stance("force_eager"):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for path, parameters in plain.items():
+            watched = dict(modules[path]._parameters)
+            parameters.clear()
+            parameters.update(watched)
+            modules[path].__dict__["_parameters"] = parameters
+    return log
+
+
+def _as_seen(call: Any) -> Any:
+    """A call to be run again, without autocast: what autocast made of floats is no choice of the model's."""
+    call = copy_tensors(call)
+    leaves = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    if not any(torch.is_autocast_enabled(kind) for kind in {leaf.device.type for leaf in leaves}):
+        return call
+    return pytree.tree_map(
+        lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in _HALF else leaf, call
+    )

@@ -1,0 +1,46 @@
+"""Copies of modules and of nests of tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.errors import CompressionError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copy_tensors(tree: Any) -> Any:
+    """The same nest with every tensor detached and cloned."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def copy_module(module: Module, shared: Collection[nn.Parameter] = ()) -> Module:
+    """A deep copy to try things on; computed tensors that a module keeps as attributes are detached in it.
+
+    Args:
+        module: the original.
+        shared: parameters that the copy has too, to save their memory.
+
+    Raises:
+        CompressionError: the module can't be copied.
+    """
+    kept = (leaf for inner in module.modules() for leaf in pytree.tree_leaves(vars(inner)) if isinstance(leaf, Tensor))
+    memo = {id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None}
+    memo |= {id(parameter): parameter for parameter in shared}
+    try:
+        twin = copy.deepcopy(module, memo)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CompressionError(
+            f"`{type(module).__name__}` must be a module that can be deep-copied. Received: {error}. Keep on it "
+            "what can be copied; after torch.nn.utils.prune call prune.remove, and run lazy layers once."
+        ) from error
+    if getattr(twin, "_compiler_ctx", None) is not None:
+        # Of a LightningModule that went through `torch.compile` as a whole: they are bound to the original.
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            twin.__dict__.pop(name, None)
+    return twin

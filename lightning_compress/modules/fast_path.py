@@ -1,0 +1,44 @@
+"""Keeps torch's own transformer layers from the fused path that reads weights and calls no layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lightning_compress.modules.routing import CHILD
+
+_FAST_PATH = "_fast_path"
+_SWITCHES = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+"""The attribute of each that is false where it can't take that path."""
+
+
+def quiet_fast_path_(model: nn.Module) -> None:
+    """Keep torch's transformer encoders from their fused path, if anything in them has a quantized form."""
+    for module in model.modules():
+        for kind, switch in _SWITCHES.items():
+            if not isinstance(module, kind) or _FAST_PATH in vars(module):
+                continue
+            if any(CHILD in inner._modules for inner in module.modules()):
+                module.__dict__[_FAST_PATH] = (switch, getattr(module, switch))
+                setattr(module, switch, 0)
+
+
+def restore_fast_path_(model: nn.Module) -> None:
+    """Undo `quiet_fast_path_`."""
+    for module in model.modules():
+        if _FAST_PATH in vars(module):
+            setattr(module, *module.__dict__.pop(_FAST_PATH))
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Runs that are to call every layer."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

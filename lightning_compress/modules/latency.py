@@ -1,0 +1,102 @@
+"""Times models in turns, so that a busy moment of the machine falls on all of them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.modules.isolation import undisturbed
+from lightning_compress.modules.paths import device_of
+
+
+def time_in_turns(
+    runs: Sequence[Callable[[], Any]],
+    *,
+    max_seconds: float = 1.5,
+    min_rounds: int = 5,
+    max_rounds: int = 30,
+    warm_up: int = 2,
+) -> list[tuple[float, ...]]:
+    """The seconds that each of ``runs`` takes, one row for each round in which all of them had their turn.
+
+    Args:
+        runs: what to time; they take turns.
+        max_seconds: no new round begins after so long, the warm-up included.
+        min_rounds: so many rounds are timed in any case.
+        max_rounds: so many at most.
+        warm_up: rounds before the first that is timed.
+
+    Example:
+        >>> rounds = time_in_turns([lambda: None, lambda: None], max_seconds=0.0, min_rounds=3)
+        >>> len(rounds), len(rounds[0])
+        (3, 2)
+    """
+    rounds: list[tuple[float, ...]] = []
+    with _no_garbage_collection():
+        started = time.perf_counter()
+        for turn in range(warm_up + max_rounds):
+            seconds = tuple(map(_seconds, runs))
+            if turn >= warm_up:
+                rounds.append(seconds)
+            if len(rounds) >= min_rounds and time.perf_counter() - started > max_seconds:
+                break
+    return rounds
+
+
+def round_ratios(
+    before: nn.Module, after: nn.Module, run: Callable[[nn.Module], Any], **limits: Any
+) -> tuple[float, ...]:
+    """The time of ``run(after)`` over that of ``run(before)`` in each of several rounds, in evaluation.
+
+    Args:
+        before: any module; left as it was, and so are the global random states.
+        after: likewise.
+        run: calls the model that it is given.
+        limits: as in `time_in_turns`.
+
+    Example:
+        >>> ratios = round_ratios(nn.Linear(4, 4), nn.Linear(4, 4), lambda model: model(torch.ones(1, 4)))
+        >>> len(ratios) >= 5
+        True
+    """
+    device = device_of(before)
+
+    def timed(model: nn.Module) -> None:
+        run(model)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    with undisturbed(before), undisturbed(after):
+        rounds = time_in_turns([partial(timed, before), partial(timed, after)], **limits)
+    return tuple(second / first for first, second in rounds)
+
+
+def latency_ratio(before: nn.Module, after: nn.Module, run: Callable[[nn.Module], Any]) -> float:
+    """The median of `round_ratios`."""
+    return statistics.median(round_ratios(before, after, run))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    # A garbage collection of the whole program isn't a model's latency.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

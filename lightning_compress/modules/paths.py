@@ -1,0 +1,68 @@
+"""Names of the modules of a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lightning_compress.errors import CompressionError
+
+
+def clean_name(name: str) -> str:
+    """A dotted name without the ``_orig_mod`` parts that `torch.compile` inserts.
+
+    Example:
+        >>> clean_name("net._orig_mod.conv.weight")
+        'net.conv.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def compressible_modules(model: nn.Module, every_name: bool = False) -> dict[str, nn.Module]:
+    """The modules of ``model`` by clean path, without those that only help in training (``training_only``).
+
+    The root's path is empty. A module with several names stands under the first, or under ``every_name``.
+    """
+    modules: dict[str, nn.Module] = {}
+    helpers: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=not every_name):
+        if getattr(module, "training_only", False):
+            helpers.append(f"{name}.")
+        if not f"{name}.".startswith(tuple(helpers)):
+            modules[clean_name(name)] = module
+    return modules
+
+
+def is_below(inner: str, path: str) -> bool:
+    """Whether ``inner`` is a strict descendant of ``path``; the root is ``""``.
+
+    Example:
+        >>> is_below("net.conv", "net"), is_below("net2", "net"), is_below("net", "")
+        (True, False, True)
+    """
+    return inner != path and (path == "" or inner.startswith(path + "."))
+
+
+def is_at_or_below(inner: str, path: str) -> bool:
+    """Whether ``inner`` is ``path`` or a descendant of it."""
+    return inner == path or is_below(inner, path)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a clean path.
+
+    Raises:
+        CompressionError: there is none.
+    """
+    # The last one: a compiled module and the one inside it have the same path.
+    found: list[nn.Module] = [module for name, module in model.named_modules() if clean_name(name) == path]
+    if found:
+        return found[-1]
+    raise CompressionError(f"The model must have the module {path!r} that was quantized. Received: no such module.")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer, the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,151 @@
+"""One module's forward, routed into a form that lives beside its own parameters.
+
+The module object, its children, names and attributes stay; only its ``forward`` is routed into a child that holds the
+other form. So the keys and the order of the user's parameters never change, and going back is removing one child.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.modules.gone_weight import GoneWeight
+
+CHILD = "_traced_forward"
+"""Name of the child that holds a module's traced form; in a checkpoint no key has it but in a converted one."""
+
+_ASIDE = "_aside"
+
+
+class RoutedForm(nn.Module):
+    """A form that says itself how it takes the arguments of the module whose forward it computes."""
+
+    def serve(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call of ``module`` gives."""
+        raise NotImplementedError
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _routed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module whose other form stands in ``CHILD``."""
+    form: Any = module._modules[CHILD]
+    return form.serve(module, args, kwargs) if isinstance(form, RoutedForm) else form(*args, **kwargs)
+
+
+def route_(module: nn.Module, child: nn.Module) -> None:
+    """Let ``child`` compute the forward of ``module``; `unroute_` takes it back."""
+    module.add_module(CHILD, child)
+    module.__dict__["forward"] = partial(_routed, module)
+    child.train(module.training)
+
+
+def unroute_(module: nn.Module) -> None:
+    """Take the traced form away again; the module computes as it was written."""
+    restore_aside_(module)
+    module.__dict__.pop("forward", None)
+
+
+def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | None) -> None:
+    """Take what the traced form replaces (``used``) out of the module's tree: the module is as small as it looks.
+
+    It is kept aside, with the form that was ``prepared``, for `restore_aside_`.
+    """
+    aside: dict[str, Any] = {"prepared": prepared, "used": used}
+    if isinstance(module, nn.RNNBase):
+        aside["flat"], module._flat_weights = module._flat_weights, []  # a second hold on its parameters
+    for kind in ("_parameters", "_buffers", "_modules"):
+        values: dict[str, Any] = getattr(module, kind)
+        aside[kind] = {name: value for name, value in values.items() if name != CHILD}
+        for name in used & values.keys():
+            if kind == "_modules":
+                del values[name]
+                continue
+            form = module.get_submodule(CHILD)
+            if (weight := values[name]) is not None and kind == "_parameters" and not hasattr(form, "float_value"):
+                vars(module)[name] = GoneWeight(name, type(module).__name__, weight.shape, weight.dtype, form)
+            values[name] = None  # as a layer without bias has it
+    module.__dict__[_ASIDE] = aside
+
+
+def restore_aside_(module: nn.Module) -> nn.Module | None:
+    """Put back what `set_aside_` took, without any traced form; returns the form that was prepared before."""
+    if _ASIDE not in vars(module):
+        return module._modules.pop(CHILD, None)
+    aside = module.__dict__[_ASIDE]
+    if aside is None:
+        raise CompressionError(
+            f"The model must be float to train. Received: int8, and the float weights of its {type(module).__name__} "
+            "are gone. Start from a checkpoint that was saved during training."
+        )
+    del module.__dict__[_ASIDE]
+    module._modules.pop(CHILD, None)
+    for name in [name for name, value in vars(module).items() if isinstance(value, GoneWeight)]:
+        del vars(module)[name]
+    for kind in ("_parameters", "_buffers", "_modules"):
+        values = getattr(module, kind)
+        # In their old order; what came or changed since (a metric, say) stays as it is.
+        since = {name: value for name, value in values.items() if name not in aside["used"]}
+        merged = {**aside[kind], **since}
+        values.clear()
+        values.update(merged)
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = aside["flat"]
+    prepared: nn.Module | None = aside["prepared"]
+    return prepared
+
+
+def all_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of the tree, and those that were set aside."""
+    for inner in module.modules():
+        yield inner
+        for child in children_aside(inner).values():
+            yield from all_modules(child)
+
+
+def children_aside(module: nn.Module) -> dict[str, nn.Module]:
+    """The children of a module that were set aside, by name."""
+    held: dict[str, nn.Module | None] = (set_aside_of(module) or {}).get("_modules", {})
+    return {name: child for name, child in held.items() if child is not None and name not in module._modules}
+
+
+def set_aside_of(module: nn.Module) -> dict[str, Any] | None:
+    """What `set_aside_` kept of a module, if it hasn't been forgotten."""
+    aside: dict[str, Any] | None = vars(module).get(_ASIDE)
+    return aside
+
+
+def is_set_aside(module: nn.Module) -> bool:
+    """Whether what a routed form replaces was taken out of a module, kept or not."""
+    return _ASIDE in vars(module)
+
+
+def has_forgotten(module: nn.Module) -> bool:
+    """Whether a module was set aside, and isn't kept any more."""
+    return vars(module).get(_ASIDE, module) is None
+
+
+def parameters_aside(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that were set aside, of the module and of its children aside."""
+    aside = set_aside_of(module) or {}
+    held = [*aside.get("_parameters", {}).values()]
+    held += [found for child in children_aside(module).values() for found in child.parameters()]
+    return [parameter for parameter in held if parameter is not None]
+
+
+def drop_aside_(module: nn.Module) -> bool:
+    """Whether a module knows what it was; if it has forgotten, it is ready to be given its tensors anew."""
+    if module.__dict__[_ASIDE] is None:
+        del module.__dict__[_ASIDE]
+        return False
+    return True
+
+
+def forget_aside_(module: nn.Module) -> None:
+    """Drop what `set_aside_` kept."""
+    if _ASIDE in vars(module):
+        module.__dict__[_ASIDE] = None

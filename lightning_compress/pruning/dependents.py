@@ -1,0 +1,174 @@
+"""What goes with a weight: magnitudes of a weight norm, and biases and norm channels of units that are pruned whole.
+
+A filter whose weights are zero still puts out its bias, and a norm after it ``beta - gamma * mean / std``. Only where
+these are zero too is a removed unit silent. What is known without a run stands here, all else in `silence`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
+
+from lightning_compress.modules.layer_weights import PRUNABLE, own_parameters
+from lightning_compress.modules.paths import clean_name, compressible_modules
+from lightning_compress.pruning.layout import Layout, along
+from lightning_compress.targets import Target
+
+_KEEP_ZERO = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh),
+    *(nn.Hardtanh, nn.Hardswish, nn.Identity, _DropoutNd, _MaxPoolNd, _AvgPoolNd),
+)
+"""Layers that pass a channel on by itself, and zero as zero."""
+
+_OF_CHANNELS = (_NormBase, nn.GroupNorm)
+"""Norms whose scale and shift have an entry for each channel, the second dimension."""
+
+
+@dataclass(frozen=True)
+class Leader:
+    """A weight whose units some tensor has entries for.
+
+    Attributes:
+        name: of the weight.
+        layout: numbers its units.
+        units: for each entry of the tensor, flat, the number of its unit; -1 where it has none of this weight.
+    """
+
+    name: str
+    layout: Layout
+    units: Tensor
+
+    def kept(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """For each entry whether its unit is kept."""
+        return self.layout.alive(masks[self.name])[self.units.clamp(min=0)] & (self.units >= 0)
+
+
+@dataclass(frozen=True)
+class Dependent:
+    """A tensor with entries for units of some weights; an entry goes when its units are gone from all of them.
+
+    Attributes:
+        name: of the parameter.
+        parameter: the tensor itself.
+        leaders: the weights.
+        magnitude: whether it is a weight norm's. It then goes in place of the weight, which is a direction: its length
+            is divided by, so it can't be zero.
+    """
+
+    name: str
+    parameter: Tensor
+    leaders: tuple[Leader, ...]
+    magnitude: bool = False
+
+    def mask(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Where this tensor stays, of its own shape."""
+        kept = torch.stack([leader.kept(masks) for leader in self.leaders]).any(0)
+        led = torch.stack([leader.units >= 0 for leader in self.leaders]).any(0)
+        return (kept | ~led).view(self.parameter.shape)
+
+
+def reduce_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Whether anything is kept, along every dimension in which ``shape`` is 1."""
+    for dim, size in enumerate(shape):
+        mask = mask.any(dim=dim, keepdim=True) if size == 1 else mask
+    return mask
+
+
+def magnitudes(targets: Iterable[Target]) -> list[Dependent]:
+    """The magnitudes of the targets that are a weight norm's direction."""
+    found = []
+    for target in targets:
+        if target.magnitude is not None:
+            name, parameter = target.magnitude
+            layout = along(target.parameter.shape, [dim for dim, size in enumerate(parameter.shape) if size != 1])
+            leader = Leader(target.name, layout, _in_order(parameter))
+            found.append(Dependent(name, parameter, (leader,), magnitude=True))
+    return found
+
+
+def biases(model: nn.Module, targets: Iterable[Target], layouts: Mapping[str, Layout]) -> list[Dependent]:
+    """What a pruned unit's own layer adds to it."""
+    by_id = {id(target.parameter): target for target in targets}
+    found = []
+    for path, module in compressible_modules(model).items():
+        if not isinstance(module, PRUNABLE):
+            continue  # which dimension its outputs are isn't known
+        weights = [by_id[id(parameter)] for _, parameter in own_parameters(module) if id(parameter) in by_id]
+        for name, bias in module.named_parameters(recurse=False):
+            if leaders := _leaders(module, name, bias, weights, layouts):
+                found.append(Dependent(f"{path}.{name}".lstrip("."), bias, leaders))
+    return found
+
+
+def _leaders(
+    layer: nn.Module, name: str, bias: Tensor, weights: list[Target], layouts: Mapping[str, Layout]
+) -> tuple[Leader, ...]:
+    """The weights whose units a bias has entries for: none if it isn't of this layer's outputs."""
+    if "bias" not in name or not weights or bias.numel() < 2 or name in ("bias_k", "bias_v"):
+        return ()
+    units = {target.name: len(layouts[target.name].alive(torch.ones_like(target.parameter))) for target in weights}
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        suffix = re.sub("bias_(ih|hh)", "", name)
+        weights = [one for one in weights if one.name.endswith((f"weight_ih{suffix}", f"weight_hh{suffix}"))]
+        gates = bias.numel() // layer.hidden_size
+        order = torch.arange(layer.hidden_size, device=bias.device).repeat(gates)
+        return tuple(Leader(one.name, layouts[one.name], order) for one in weights) if len(weights) == 2 else ()
+    if bias.numel() != sum(units.values()):
+        return ()
+    entry = _in_order(bias)
+    leaders, start = [], 0
+    for target in weights:
+        inside = (entry >= start) & (entry < start + units[target.name])
+        leaders.append(Leader(target.name, layouts[target.name], (entry - start).where(inside, -1)))
+        start += units[target.name]
+    return tuple(leaders)
+
+
+def _in_order(parameter: Tensor) -> Tensor:
+    return torch.arange(parameter.numel(), device=parameter.device)
+
+
+def _has_entries(norm: nn.Module, target: Target, layouts: Mapping[str, Layout]) -> bool:
+    """Whether a norm has a scale for each unit."""
+    scale = getattr(norm, "weight", None)
+    return scale is not None and scale.numel() == len(layouts[target.name].outputs_first(target.parameter))
+
+
+def in_sequence(
+    model: nn.Module, targets: Iterable[Target], layouts: Mapping[str, Layout]
+) -> tuple[list[Dependent], set[str]]:
+    """What goes with units by their places in a `nn.Sequential`, which needs no run to know.
+
+    Returns:
+        Scale and shift of norms that follow a layer; and the paths of what may shift units, or let zero not be zero,
+        where that can't be known without a run.
+    """
+    owners = {target.layer: target for target in targets if target.parameter.dim() > 1}
+    found: list[Dependent] = []
+    known: set[str] = set()
+    unknown: set[str] = set()
+    modules = compressible_modules(model)
+    for path, module in modules.items():
+        made: Target | None = None
+        for name, child in module.named_children() if type(module) is nn.Sequential else ():
+            inner = clean_name(f"{path}.{name}".lstrip("."))
+            if isinstance(child, _OF_CHANNELS) and made is not None and _has_entries(child, made, layouts):
+                known.add(inner)
+                layout = layouts[made.name]
+                for kind, parameter in child.named_parameters(recurse=False):
+                    units = torch.arange(parameter.numel(), device=parameter.device)
+                    found.append(Dependent(f"{inner}.{kind}", parameter, (Leader(made.name, layout, units),)))
+            elif not isinstance(child, _KEEP_ZERO):
+                if made is not None and not any(True for _ in child.parameters()) and not any(child.children()):
+                    unknown.add(inner)
+                made = owners.get(inner)
+    unknown |= {path for path in owners if not isinstance(modules[path], (*PRUNABLE, nn.Embedding, nn.EmbeddingBag))}
+    unknown |= {path for path, module in modules.items() if "Norm" in type(module).__name__} - known
+    return found, unknown

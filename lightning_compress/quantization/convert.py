@@ -1,0 +1,417 @@
+"""The forms of a quantized model, and the ways between them.
+
+Float, prepared (fake-quantized), converted (in few bits), and adapted (4 bits, with float adapters that train). The
+changes are made to any module that holds the units, and written down on it as plain data, so that a deep copy is as
+convertible as the original and a checkpoint can rebuild the form.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.modules.fast_path import quiet_fast_path_, restore_fast_path_
+from lightning_compress.modules.paths import is_at_or_below, is_below, module_at
+from lightning_compress.modules.routing import CHILD, forget_aside_, restore_aside_, route_, set_aside_, unroute_
+from lightning_compress.quantization.layers.fake_quantizers import fake_quantized, trained_weight, why_float
+from lightning_compress.quantization.layers.float_values import hide_float_values_, show_float_values_
+from lightning_compress.quantization.layers.packed import PackedLayer
+from lightning_compress.quantization.layers.packed_weight import PackedWeight
+from lightning_compress.quantization.layers.per_token import give_tokens_scales_
+from lightning_compress.quantization.layers.plan import Weights, quantized_form
+from lightning_compress.quantization.lora.adapters import LowRank, adapt_, merge_
+from lightning_compress.quantization.schemes import (
+    NF4,
+    DynamicInt8,
+    Scheme,
+    StaticInt8,
+    WeightOnly,
+    describe,
+    from_description,
+    needs_reduced_range,
+)
+from lightning_compress.quantization.static.plan import Plan
+from lightning_compress.quantization.static.traced import Traced, share_buffers
+from lightning_compress.quantization.static.unit import Unit, prepared_form
+
+_RECORD = "_quantization"
+
+
+def record_of(model: nn.Module) -> dict[str, Any] | None:
+    """What was done to ``model``, as plain data: form, scheme, training, units, floats; None if nothing was."""
+    record: dict[str, Any] | None = model.__dict__.get(_RECORD)
+    return record
+
+
+def form_of(model: nn.Module) -> str:
+    """``float``, ``prepared``, ``converted`` or ``adapted``."""
+    record = record_of(model)
+    return "float" if record is None else str(record["form"])
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise if a model has adapters where a technique needs its float weights."""
+    if form_of(model) == "adapted":
+        raise CompressionError(
+            "`model` must have float weights. Received: one with adapters over 4-bit weights. "
+            "Merge them first: merge_adapters(model)."
+        )
+
+
+def keep_record_(part: nn.Module, model: nn.Module, path: str) -> None:
+    """Let ``part``, a copy of the module at ``path`` of ``model``, know by itself what was done to it."""
+    record = copy.deepcopy(record_of(model))
+    if record is None:
+        return
+    for name in ("units", "layers"):
+        record[name] = [
+            {**each, "path": each["path"].removeprefix(path).lstrip(".")}
+            for each in record[name]
+            if is_at_or_below(each["path"], path)
+        ]
+    if record["units"] or record["layers"]:
+        part.__dict__[_RECORD] = record
+
+
+def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) -> None:
+    """Put observers (for training, fake-quantizers) into the units of ``plan``. Parameters stay the same objects."""
+    built = []
+    for unit in plan.units:
+        assert isinstance(scheme, StaticInt8)
+        module = module_at(model, unit.path)
+        modes = {inner: inner.training for inner in module.modules()}
+        module.train(training)
+        try:
+            traced = prepared_form(module, unit, scheme, training=training)
+        finally:
+            for inner, mode in modes.items():
+                inner.training = mode
+        share_buffers(traced, module)
+        built.append((module, traced))
+    for module, traced in built:
+        traced.take_qconfigs_(module)
+        route_(module, traced)
+        traced.keep_frozen_batchnorm_()
+    for path, one in trained_in_few_bits(model, plan).items() if training else ():
+        module = module_at(model, path)
+        route_(module, fake_quantized(module, one))
+    quiet_fast_path_(model)
+    model.__dict__[_RECORD] = record = {
+        "form": "prepared",
+        "scheme": describe(scheme),
+        "training": training,
+        **plan.describe(),
+    }
+    for described, (_, traced) in zip(record["units"], built, strict=True):
+        described["numbers"] = traced.numbers
+    for layer in record["layers"]:
+        layer["shapes"] = _shapes_of(module_at(model, layer["path"]))
+
+
+def trained_in_few_bits(model: nn.Module, plan: Plan) -> dict[str, WeightOnly]:
+    """The layers that are fake-quantized one by one while they train; those inside of units aren't."""
+    return {
+        path: one
+        for path, one in plan.layers.items()
+        if isinstance(one, WeightOnly)
+        and not why_float(module_at(model, path), one)
+        and not any(is_at_or_below(path, unit.path) for unit in plan.units)
+    }
+
+
+def _shapes_of(layer: nn.Module) -> dict[str, list[int]]:
+    return {name: list(one.shape) for name, one in layer._parameters.items() if one is not None}
+
+
+def convert_(model: nn.Module, weights: Weights = MappingProxyType({}), judge: bool = True) -> None:
+    """Turn a prepared model into its quantized form; what it was stays aside, for `revert_`.
+
+    Args:
+        model: prepared.
+        weights: packed weights that are known already, by the path of their layer.
+        judge: leave layers float, with a warning, whose int8 kernels compute something else now: on another CPU, say,
+            than the one that it was prepared on.
+    """
+    record = record_of(model)
+    assert record is not None and record["form"] == "prepared"
+    scheme = from_description(record["scheme"])
+    layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
+    converted: dict[str, nn.Module] = {}
+    for unit in record["units"]:
+        path = unit["path"]
+        traced = module_at(model, path)._modules[CHILD]
+        assert isinstance(traced, Traced) and isinstance(scheme, StaticInt8)
+        wrong = traced.wrong_kernels(scheme) if judge else dict.fromkeys(unit["unconverted"], "")
+        unconverted = [name for name in wrong if name]
+        graph = traced.converted(scheme, unconverted)
+        if judge:
+            for name in unit["unconverted"]:  # when it was converted before
+                record["floats"].pop(f"{path}.{name}".strip("."), None)
+            unit["unconverted"] = unconverted
+            _tell_of_wrong_kernels({f"{path}.{name}".strip("."): why for name, why in wrong.items()}, record["floats"])
+        for layer in [layer for layer in layers if is_below(layer, path)]:
+            # What a unit leaves in float was copied into its int8 form, where it is quantized in turn.
+            leaf: Any = graph.get_submodule(layer.removeprefix(path).lstrip("."))
+            if type(leaf).__module__.startswith("torch.ao.nn.intrinsic"):
+                leaf = leaf[0]  # upstream fuses float layers too
+            _swap_in_(leaf, quantized_form(leaf, layers.pop(layer), weights, layer))
+            forget_aside_(leaf)
+        converted[path] = traced.as_int8(graph)
+    converted |= _layer_forms(model, layers, weights)
+    for path, child in converted.items():
+        _swap_in_(module_at(model, path), child)
+    quiet_fast_path_(model)
+    record["form"] = "converted"
+
+
+def decide_per_token_(model: nn.Module, cosine: Callable[[], float]) -> None:
+    """Give those layers of a converted model a scale for each token that need one, where the scheme leaves it open.
+
+    Args:
+        model: converted.
+        cosine: runs it, and compares its outputs with those of the float model.
+    """
+    record = record_of(model)
+    assert record is not None
+    open_ones = {layer["path"]: layer["scheme"] for layer in record["layers"] if _leaves_open(layer["scheme"])}
+    for path in give_tokens_scales_(model, open_ones, cosine):
+        open_ones[path]["per_token"] = True
+
+
+def _leaves_open(scheme: Mapping[str, Any]) -> bool:
+    one = from_description(scheme)
+    return isinstance(one, DynamicInt8) and one.per_token is None
+
+
+def _tell_of_wrong_kernels(wrong: Mapping[str, str], floats: dict[str, str]) -> None:
+    if wrong:
+        floats |= wrong
+        lines = [f"`{path}`: {reason}" for path, reason in wrong.items()]
+        warnings.warn(
+            f"On this CPU some layers can't be int8, and stay float: {'; '.join(lines)}. They were right when they "
+            "were prepared: the model isn't quite the one that it is on a CPU where they still are.",
+            stacklevel=3,
+        )
+
+
+def _layer_forms(model: nn.Module, layers: Mapping[str, Scheme], weights: Weights) -> dict[str, nn.Module]:
+    """The forms of layers outside of units. Layers that share a weight (and, by the plan, a scheme) share its codes."""
+    made: dict[str, nn.Module] = {}
+    modules = {path: module_at(model, path) for path in layers}
+    for path, scheme in layers.items():
+        if isinstance(scheme, WeightOnly) and (fake := modules[path]._modules.get(CHILD)) is not None:
+            weights = {**weights, path: trained_weight(fake, scheme)}
+    keys = {path: id(dict(module._parameters).get("weight")) for path, module in modules.items()}
+    shared = {keys[path]: weights[path] for path in layers if path in weights}
+    for path, scheme in layers.items():
+        known = {**weights, path: shared[keys[path]]} if keys[path] in shared else weights
+        made[path] = form = quantized_form(modules[path], scheme, known, path)
+        if isinstance(form, PackedLayer):
+            shared[keys[path]] = form.weight
+    return made
+
+
+def _swap_in_(module: nn.Module, converted: Any) -> None:
+    """Replace a prepared (or plain) unit or layer by its converted form and set the rest aside."""
+    prepared = module._modules.pop(CHILD, None)
+    route_(module, converted.eval())
+    set_aside_(module, converted.used, prepared)
+    show_float_values_(module)
+
+
+def _converted_modules(model: nn.Module, record: Mapping[str, Any]) -> list[nn.Module]:
+    """The modules that have (or had) a form of their own: units, and layers outside of them."""
+    paths = [part["path"] for part in (*record["units"], *record["layers"])]
+    units = [unit["path"] for unit in record["units"]]
+    return [module_at(model, path) for path in paths if not any(is_below(path, unit) for unit in units)]
+
+
+def revert_(model: nn.Module, form: str = "prepared") -> None:
+    """Back to the ``prepared`` form, where there was one, or the ``float`` form, with the values that it had.
+
+    An adapted model has its adapters merged into float weights, unless these haven't been let go of yet.
+    """
+    record = record_of(model)
+    if record is None:
+        return
+    if record["form"] == "adapted":
+        merge_(model, record)
+        del model.__dict__[_RECORD]
+        return
+    modules = _converted_modules(model, record)
+    prepared = {module: restore_aside_(module) for module in modules}
+    for module in modules:
+        hide_float_values_(module)
+    restore_fast_path_(model)
+    if form == "float" or not any(prepared.values()):
+        for module in modules:
+            unroute_(module)
+        del model.__dict__[_RECORD]
+        return
+    for module, child in prepared.items():
+        if child is None:
+            unroute_(module)
+        else:
+            route_(module, child)
+    quiet_fast_path_(model)
+    record["form"] = "prepared"
+
+
+def adapt_and_record_(model: nn.Module, layers: list[str], low_rank: LowRank, settings: Mapping[str, Any]) -> None:
+    """Put adapters over 4-bit ``layers``; the float weights stay aside until `forget_`.
+
+    Args:
+        model: float.
+        layers: paths of linear layers.
+        low_rank: what the adapters look like.
+        settings: ``trained``, patterns of modules that train on as they are; ``targets``, what was asked for;
+            ``floats``, why others have none.
+    """
+    shapes = {path: _shapes_of(module_at(model, path)) for path in layers}
+    done = adapt_(model, layers, low_rank, settings["trained"])
+    model.__dict__[_RECORD] = {
+        "form": "adapted",
+        "scheme": describe(NF4()),
+        "training": True,
+        "units": [],
+        "layers": [{"path": path, "scheme": describe(NF4()), "shapes": shapes[path]} for path in layers],
+        "floats": dict(settings["floats"]),
+        "targets": settings["targets"],
+        **done,
+    }
+
+
+def transplant_(model: nn.Module, twin: nn.Module) -> None:
+    """Give a float ``model`` the converted form of its copy ``twin``; what the model was stays aside."""
+    record = record_of(twin)
+    assert record is not None and record["form"] == "converted"
+    pairs = zip(_converted_modules(model, record), _converted_modules(twin, record), strict=True)
+    for module, other in list(pairs):
+        _swap_in_(module, other._modules[CHILD])
+    quiet_fast_path_(model)
+    model.__dict__[_RECORD] = record
+
+
+def packed_weights(model: nn.Module) -> list[PackedWeight]:
+    """The matrices that a model holds in few bits, each once."""
+    return [module for module in model.modules() if isinstance(module, PackedWeight)]
+
+
+def forget_(model: nn.Module) -> None:
+    """Let go of what a converted model was; it can't be reverted any more."""
+    for module in model.modules():
+        forget_aside_(module)
+
+
+def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give a model the form that ``record`` tells of; its weights are loaded afterwards.
+
+    Raises:
+        CompressionError: the model hasn't the modules that the record names.
+    """
+    revert_(model, "float")
+    scheme: Scheme = from_description(record["scheme"])
+    if isinstance(scheme, StaticInt8) and needs_reduced_range(scheme.engine) and not scheme.reduce_range:
+        warnings.warn(
+            "The int8 weights have 8 bits, with which products overflow on a CPU without VNNI, such as this one. "
+            "Quantize for it with StaticInt8(reduce_range=True).",
+            stacklevel=2,
+        )
+    layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
+    if needs_reduced_range() and any(isinstance(one, DynamicInt8) and not one.reduce_range for one in layers.values()):
+        warnings.warn(
+            "The int8_dynamic weights have 8 bits, with which products overflow on a CPU without VNNI, such as this "
+            "one: they are rounded to 7 bits here. DynamicInt8(reduce_range=True) does so from the float weights.",
+            stacklevel=2,
+        )
+    for part in (*record["units"], *record["layers"]):
+        module = module_at(model, part["path"])
+        if (shapes := part.get("shapes", _shapes_of(module))) != _shapes_of(module):
+            # Packed rows of different lengths can take the same bytes.
+            raise RuntimeError(f"size mismatch for {part['path']}: {shapes} in the file, {_shapes_of(module)} here.")
+    if record["form"] == "adapted":
+        adapt_and_record_(model, [layer["path"] for layer in record["layers"]], LowRank(**record["low_rank"]), record)
+        forget_(model)
+        return
+    for unit in record["units"]:
+        buffers = dict(module_at(model, unit["path"]).named_buffers())
+        for name, value in unit.get("numbers", {}).items():  # a trace has in its code what the forward makes of them
+            if name in buffers:
+                buffers[name].copy_(value)
+    units = [Unit.from_description(unit) for unit in record["units"]]
+    prepare_(model, Plan(units, layers, dict(record["floats"])), scheme, training=record["training"])
+    if record["form"] == "converted":
+        convert_(model, judge=False)  # it has no weights yet
+
+
+# Checkpoints: what a prepared model adds to the user's keys, and how it comes back.
+
+
+def added_keys(model: nn.Module) -> dict[str, str | None]:
+    """Keys of the state that aren't the user's, each with the user's key that holds the same tensor, or None."""
+    state = model.state_dict(keep_vars=True)
+    own = {id(value): key for key, value in state.items() if CHILD not in key.split(".")}
+    return {key: own.get(id(value)) for key, value in state.items() if CHILD in key.split(".")}
+
+
+def take_added_(state: dict[str, Any], added: Mapping[str, str | None]) -> dict[str, Tensor]:
+    """Take what isn't the user's out of a state dict; returns what must be kept of it (observers)."""
+    taken = {key: state.pop(key) for key in added if key in state}
+    return {key: value for key, value in taken.items() if added[key] is None}
+
+
+def put_added_(state: dict[str, Any], added: Mapping[str, str | None], observers: Mapping[str, Tensor]) -> None:
+    """Put back into a state dict of the user's keys what `take_added_` took."""
+    for key, source in added.items():
+        value = observers.get(key) if source is None else state.get(source)
+        if value is not None:
+            state[key] = value
+
+
+def check_shapes(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise `RuntimeError` where an int8 layer would take weights of another shape: it doesn't look at them itself."""
+    if form_of(model) != "converted":
+        return
+    for key, value in model.state_dict().items():
+        mine, other = _shapes(value), _shapes(state.get(key))
+        if key in state and mine != other:
+            raise RuntimeError(f"size mismatch for {key}: {other} in the checkpoint, {mine} in the model.")
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of a state entry; packed parameters are a tuple of them."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [tuple(tensor.shape) for tensor in values if isinstance(tensor, Tensor)]
+
+
+def quantized_like_(twin: nn.Module, model: nn.Module) -> None:
+    """Give an averaged copy the form of ``model``, and its observers' values, which are copied and never averaged."""
+    record = record_of(model)
+    if record is None:
+        revert_(twin, "float")
+        return
+    if form_of(twin) != record["form"]:
+        rebuild_(twin, record)
+    if record["form"] == "prepared":
+        copy_ranges_(twin, model)
+    if record["form"] == "adapted":
+        forget_(twin)
+        for mine, theirs in zip(packed_weights(twin), packed_weights(model), strict=True):
+            mine.load_state_dict(theirs.state_dict())
+
+
+@torch.no_grad()
+def copy_ranges_(twin: nn.Module, model: nn.Module) -> None:
+    """Give a prepared ``twin`` the observers' values of ``model``."""
+    added = added_keys(model)
+    source, target = model.state_dict(keep_vars=True), twin.state_dict(keep_vars=True)
+    for key, alias in added.items():
+        if alias is None and key in target and target[key].shape == source[key].shape:
+            target[key].copy_(source[key])

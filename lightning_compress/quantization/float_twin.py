@@ -1,0 +1,76 @@
+"""Runs a float twin through the steps of a test, so that one test has the metrics of both."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from lightning_compress.modules.copying import copy_tensors
+
+FLOAT = "float/"
+"""Comes before the names of the float model's metrics."""
+
+
+class FloatTwin:
+    """A float copy of a module that takes each test batch too and logs under names of its own.
+
+    Args:
+        twin: the copy; its ``log`` and ``log_dict`` are replaced.
+        stage: ``test`` or ``validation``.
+        log: what logs for it; takes what `LightningModule.log` takes.
+        isolated: makes the context that puts every random state back.
+        prefix: comes before each name.
+    """
+
+    def __init__(
+        self,
+        twin: Any,
+        stage: str,
+        log: Callable[..., None],
+        isolated: Callable[[], AbstractContextManager[None]],
+        prefix: str = FLOAT,
+    ) -> None:
+        self.twin = twin
+        self._stage = stage
+        self._isolated = isolated
+        self._log = log
+        self._prefix = prefix
+        twin.__dict__["log"] = self._forward
+        twin.__dict__["log_dict"] = self._forward_all
+
+    def _forward(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(value, torch.nn.Module):
+            # A metric object: Lightning computes and resets it, once it has a name to tell it from the module's own.
+            kwargs.setdefault("metric_attribute", f"{self._prefix}{name}")
+        self._log(f"{self._prefix}{name}", value, *args, **kwargs)
+
+    def _forward_all(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        for name, value in values.items():
+            self._forward(name, value, *args, **kwargs)
+
+    def call(self, hook: str, *args: Any) -> Any:
+        """Call a hook of the stage (``start``) with as many of ``args`` as it takes; random states stay."""
+        return self._call(f"on_{self._stage}_{hook}", *args)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        method = getattr(self.twin, name)
+        parameters = inspect.signature(method).parameters.values()
+        if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            args = args[: len(parameters)]
+        with self._isolated():
+            return method(*args)
+
+    def step(self, batch: Any, *indices: int) -> None:
+        """One batch, with the hooks around it; works on a copy of the batch."""
+        try:
+            batch = copy.deepcopy(batch)
+        except Exception:  # a batch of the user's own that can't be copied as a whole
+            batch = copy_tensors(batch)
+        self.call("batch_start", batch, *indices)
+        outputs = self._call(f"{self._stage}_step", batch, *indices)
+        self.call("batch_end", outputs, batch, *indices)

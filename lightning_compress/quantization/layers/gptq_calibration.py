@@ -1,0 +1,235 @@
+"""Runs calibration batches for GPTQ: gathers what each layer is given, a few layers at a time, and packs its weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.modules.calls import run_step
+from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.isolation import leaving_no_trace
+from lightning_compress.modules.paths import compressible_modules
+from lightning_compress.modules.routing import CHILD, route_, unroute_
+from lightning_compress.quantization.layers.attention import QuantizedAttention
+from lightning_compress.quantization.layers.packed import matrix_of
+from lightning_compress.quantization.layers.packed_weight import LinearWeight
+from lightning_compress.quantization.layers.plan import quantized_form
+from lightning_compress.quantization.numerics.gptq import gptq
+from lightning_compress.quantization.schemes import GPTQ
+
+_SHARE = 4
+"""Hessians that are held at a time take at most one part in so many of the model's own memory (or there is one)."""
+
+_PATCHES = 2**22
+"""Values of a convolution's input, as a matrix of patches, that are held at a time."""
+
+Run = Callable[[nn.Module, Any], Any]
+
+
+class _Enough(BaseException):
+    """All that this pass is for has been seen; no handler of the model's own is to stop it."""
+
+
+def calibrated_weights(
+    model: nn.Module, layers: Mapping[str, GPTQ], batches: Sequence[Any], run: Run = run_step
+) -> dict[str, LinearWeight]:
+    """The packed weights of ``layers``, by path, each fitted to the inputs that it gets from quantized ones before it.
+
+    Layers are taken in the order in which they are called, as many at a time as their Hessians have room for: within
+    a pass they see each other's float outputs, as the layers of a block do in the authors' code. The model is in
+    evaluation mode, and float again afterwards.
+
+    Args:
+        model: float.
+        layers: paths of layers to their scheme. An attention layer's projections stand below its path in the result.
+        batches: calibration data; each pass runs them up to the last layer that it is for.
+        run: how a batch goes through the model.
+
+    Raises:
+        CompressionError: there is no batch, or a layer's inputs aren't finite.
+    """
+    if not batches:
+        raise CompressionError("`calibration` must give at least one batch. Received: an empty loader.")
+    modules = compressible_modules(model)
+    room = sum(each.numel() * each.element_size() for each in model.parameters()) // _SHARE
+    routed: list[nn.Module] = []
+    made: dict[str, LinearWeight] = {}
+    with leaving_no_trace(model):
+        try:
+            parts: dict[str, _Part] = {}
+            for path, scheme in layers.items():
+                layer: Any = modules[path]
+                if isinstance(layer, nn.MultiheadAttention):
+                    # Its projections are called as layers of their own, so that what they are given can be seen.
+                    attention = QuantizedAttention(layer, lambda _, part: part)
+                    route_(layer, attention)
+                    routed.append(layer)
+                    named = attention.named_modules(prefix=f"{path}.{CHILD}".lstrip("."))
+                    parts |= {name: _Part([part], scheme) for name, part in named if isinstance(part, nn.Linear)}
+                elif not isinstance(layer, nn.Embedding):  # its Hessian is diagonal: to the nearest is the best there
+                    tied = [part for part in parts.values() if part.layers[0].weight is layer.weight]
+                    if tied:
+                        tied[0].layers.append(layer)
+                    else:
+                        parts[path] = _Part([layer], scheme)
+            counts: list[Counter[str]] = []
+            for stage in _stages(_in_order(model, parts, batches[0], run), room):
+                hessians = _hessians(model, parts, stage, counts, batches, run)
+                for path, part in stage.items():
+                    made[path] = _fit(part, hessians.pop(path, None), path)
+                    for layer in part.layers:
+                        route_(layer, quantized_form(layer, part.scheme, made, path))
+                        routed.append(layer)
+        finally:
+            for layer in reversed(routed):
+                unroute_(layer)
+    return made
+
+
+class _Part(NamedTuple):
+    """Layers with one weight between them: nearly always one."""
+
+    layers: list[Any]
+    scheme: GPTQ
+
+
+def _fit(part: _Part, hessian: Tensor | None, path: str) -> LinearWeight:
+    if hessian is None:
+        raise CompressionError("`calibration` must hold samples. Received: empty batches.")
+    scheme, matrix = part.scheme, matrix_of(part.layers[0])
+    try:
+        codes, scale, zero = gptq(
+            matrix.unflatten(0, (len(hessian), -1)),
+            hessian,
+            scheme.bits,
+            scheme.group_size,
+            scheme.symmetric,
+            scheme.damping,
+            scheme.activation_order,
+        )
+    except CompressionError as error:
+        raise CompressionError(f"{error} Seen by `{path.replace(f'.{CHILD}', '')}`.") from error
+    codes, scale, zero = codes.flatten(0, 1), scale.flatten(0, 1), zero.flatten(0, 1)
+    return LinearWeight(codes, scale, None if scheme.symmetric else zero, scheme.bits, scheme.group_size)
+
+
+def _stages(parts: Mapping[str, _Part], room: int) -> Iterator[dict[str, _Part]]:
+    """Runs of ``parts`` whose Hessians fit into ``room`` bytes together, or one by itself."""
+    stage: dict[str, _Part] = {}
+    taken = 0
+    for path, part in parts.items():
+        layer = part.layers[0]
+        size = 4 * _groups(layer) * matrix_of(layer).shape[1] ** 2
+        if stage and taken + size > room:
+            yield stage
+            stage, taken = {}, 0
+        stage[path] = part
+        taken += size
+    if stage:
+        yield stage
+
+
+def _in_order(model: nn.Module, parts: Mapping[str, _Part], batch: Any, run: Run) -> dict[str, _Part]:
+    """Those of ``parts`` that a batch calls, in the order of their first calls."""
+    called: dict[str, _Part] = {}
+    with _watched(parts, lambda path, *_: called.setdefault(path, parts[path])):
+        run(model, copy_tensors(batch))
+    return called
+
+
+def _hessians(
+    model: nn.Module,
+    parts: Mapping[str, _Part],
+    stage: Mapping[str, _Part],
+    counts: list[Counter[str]],
+    batches: Sequence[Any],
+    run: Run,
+) -> dict[str, Tensor]:
+    """``X^T X`` of the inputs of a ``stage`` of ``parts``: ``(groups, columns, columns)`` each.
+
+    The first pass fills in ``counts``, how often each batch calls each part; later ones stop once a stage was seen.
+    """
+    found: dict[str, Tensor] = {}
+    left: Counter[str] = Counter()
+    counting = not counts
+
+    def see(path: str, layer: nn.Module, x: Tensor) -> None:
+        left[path] -= 1
+        for rows in _rows(layer, x) if path in stage else ():
+            square = rows.mT @ rows
+            if path in found:
+                found[path] += square
+            else:
+                found[path] = square
+        if not counting and not any(left.values()):
+            raise _Enough
+
+    for index, batch in enumerate(batches):
+        left.clear()
+        if not counting:
+            left.update({path: counts[index][path] for path in stage})
+        if counting or any(left.values()):
+            with _watched(parts if counting else stage, see), suppress(_Enough):
+                run(model, copy_tensors(batch))
+        if counting:
+            counts.append(Counter({path: -count for path, count in left.items()}))
+    return found
+
+
+@contextmanager
+def _watched(parts: Mapping[str, _Part], see: Callable[[str, nn.Module, Tensor], Any]) -> Iterator[None]:
+    """Call ``see`` with the path, the layer and its input whenever a layer of ``parts`` is called."""
+
+    def hook(path: str) -> Callable[..., None]:
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(path, layer, args[0] if args else kwargs["input"])
+
+        return before
+
+    handles = [
+        layer.register_forward_pre_hook(hook(path), with_kwargs=True)
+        for path, part in parts.items()
+        for layer in part.layers
+    ]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _groups(layer: nn.Module) -> int:
+    return layer.groups if isinstance(layer, _ConvNd) else 1
+
+
+def _rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """What the weight's matrix is multiplied with in a call, in float32: ``(groups, n, columns)``, in portions."""
+    if not x.numel():
+        return
+    if not isinstance(layer, _ConvNd):
+        yield x.detach().reshape(1, -1, x.shape[-1]).float()
+        return
+    spatial = len(layer.kernel_size)
+    x = x.detach().float().reshape(-1, *x.shape[-spatial - 1 :])
+    if any(layer._reversed_padding_repeated_twice):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    portion = max(1, _PATCHES // max(1, x[0].numel() * layer.weight[0, 0].numel()))
+    for samples in x.split(portion):
+        patches = samples.unflatten(1, (layer.groups, -1))  # (n, groups, channels, *positions)
+        for axis, (size, step, dilation) in enumerate(
+            zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=3
+        ):
+            patches = patches.unfold(axis, dilation * (size - 1) + 1, step)[..., ::dilation]
+        # (n, groups, channels, *positions, *kernel) to (groups, n * positions, channels * kernel)
+        order = [1, 0, *range(3, 3 + spatial), 2, *range(3 + spatial, 3 + 2 * spatial)]
+        yield patches.permute(order).flatten(2 + spatial).flatten(1, 1 + spatial)

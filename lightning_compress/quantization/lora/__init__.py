@@ -1,0 +1,1 @@
+"""Adapters of low rank over 4-bit weights."""

@@ -1,0 +1,196 @@
+"""Low-rank adapters over 4-bit weights (QLoRA): how a module gets them, and how it gets rid of them again."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.modules.fast_path import quiet_fast_path_, restore_fast_path_
+from lightning_compress.modules.paths import clean_name, compressible_modules
+from lightning_compress.modules.routing import CHILD, drop_aside_, route_, set_aside_, unroute_
+from lightning_compress.quantization.layers.float_values import hide_float_values_, show_float_values_
+from lightning_compress.quantization.layers.packed import matrix_of, product
+from lightning_compress.quantization.layers.packed_weight import NF4Weight, PackedWeight
+from lightning_compress.quantization.layers.plan import plan_layers
+from lightning_compress.quantization.schemes import NF4
+from lightning_compress.quantization.static.plan import without_kernel
+from lightning_compress.targets import Targets, matches
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What adapters look like.
+
+    Attributes:
+        rank: r, rows of A and columns of B.
+        alpha: the update is scaled by ``alpha / rank``.
+        dropout: of the adapter's input while it trains.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise invalid("rank", "be at least 1", self.rank)
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise invalid("alpha", "be above 0", self.alpha, "The update is scaled by alpha / rank.")
+        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
+            raise invalid("dropout", "lie in [0, 1)", self.dropout)
+
+
+class LowRankLinear(nn.Module):
+    """``y = x W^T + b + (alpha / rank) dropout(x) A^T B^T`` with a packed, frozen W.
+
+    A is drawn as a linear layer's weight is, from a generator of its own; B is zero, so that training starts from the
+    layer as it was.
+
+    Args:
+        layer: float; its bias is shared.
+        weight: its weight, packed.
+        low_rank: what the adapter looks like.
+        seed: of A.
+
+    References:
+        Hu et al., "LoRA", 2021 (arXiv:2106.09685), equation 3; Dettmers et al., "QLoRA", 2023 (arXiv:2305.14314),
+        equation 5.
+    """
+
+    used = frozenset(("weight",))
+
+    def __init__(self, layer: nn.Linear, weight: PackedWeight, low_rank: LowRank, seed: int) -> None:
+        super().__init__()
+        like: dict[str, Any] = {"dtype": layer.weight.dtype}
+        generator = torch.Generator().manual_seed(seed)
+        bound = 1 / math.sqrt(layer.in_features)
+        drawn = torch.empty(low_rank.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        self.weight = weight
+        self.bias = layer.bias
+        self.lora_A = nn.Parameter(drawn.to(layer.weight.device, **like))
+        self.lora_B = nn.Parameter(torch.zeros(layer.out_features, low_rank.rank, device=layer.weight.device, **like))
+        self.scaling = low_rank.alpha / low_rank.rank
+        self.dropout = low_rank.dropout
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = product(input, self.weight, self.bias)
+        narrow = functional.linear(functional.dropout(input, self.dropout, self.training), self.lora_A)
+        return y + functional.linear(narrow, self.lora_B) * self.scaling
+
+    def merged(self) -> Tensor:
+        """``W + (alpha / rank) B A``, in the type of the adapters, to which gradients flow."""
+        update = self.lora_B.float() @ self.lora_A.float()
+        merged: Tensor = self.weight().add(update, alpha=self.scaling)
+        return merged.to(self.lora_A.dtype)
+
+    def float_value(self, name: str) -> Tensor | None:
+        """The layer's ``weight``, with the adapters in it."""
+        return self.merged() if name == "weight" else None
+
+    def extra_repr(self) -> str:
+        return f"rank={len(self.lora_A)}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def plan_adapters(
+    model: nn.Module, targets: Targets | None, trained: Collection[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """Paths of the linear layers that get adapters, and why others don't. Changes nothing.
+
+    Raises:
+        CompressionError: a pattern matches nothing, or nothing is left to adapt.
+    """
+    if targets is not None:
+        targets.check_patterns(model)
+    chosen, floats = plan_layers(model, None, NF4(), targets, {})
+    floats = {path: reason for path, reason in (without_kernel(model, NF4()) | floats).items() if path not in chosen}
+    modules = compressible_modules(model)
+    owners = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
+    for path in list(chosen):
+        kind = type(modules[path])
+        if kind is not nn.Linear or owners[id(modules[path].weight)] > 1:
+            floats[path] = "its weight is tied" if kind is nn.Linear else f"no adapters for {kind.__name__}"
+            del chosen[path]
+        elif any(matches(path, pattern) for pattern in trained):
+            floats[path] = "it trains as it is"
+            del chosen[path]
+    if not chosen:
+        reasons = "; ".join(f"{path or 'the module'}: {reason}" for path, reason in list(floats.items())[:5])
+        raise CompressionError(
+            f"The model must have a linear layer to adapt. Received: none. {reasons or 'It has no linear layer'}."
+        )
+    return list(chosen), floats
+
+
+def adapt_(
+    model: nn.Module, layers: Collection[str], low_rank: LowRank, trained: Collection[str] = ()
+) -> dict[str, Any]:
+    """Put NF4 weights and adapters under ``layers``, and freeze everything else; the float weights stay aside.
+
+    Args:
+        model: float.
+        layers: paths of linear layers.
+        low_rank: what the adapters look like.
+        trained: patterns of modules that train on as they are.
+
+    Returns:
+        The settings, and the names of the parameters that were frozen: plain data.
+    """
+    modules = compressible_modules(model)
+    frozen = [clean_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for seed, path in enumerate(layers):
+        layer: Any = modules[path]
+        child = LowRankLinear(layer, NF4Weight(matrix_of(layer), NF4().block_size), low_rank, seed)
+        route_(layer, child)
+        set_aside_(layer, child.used, None)
+        show_float_values_(layer)
+    quiet_fast_path_(model)
+    adapters = {id(parameter) for child in _adapted(model).values() for parameter in (child.lora_A, child.lora_B)}
+    kept = [modules[path] for path in modules if any(matches(path, pattern) for pattern in trained)]
+    free = {id(parameter) for module in kept for parameter in module.parameters() if parameter.is_floating_point()}
+    # What only helps in training (a distillation's regressors) isn't among the modules, and goes on as it was.
+    ours = {id(parameter) for module in modules.values() for parameter in module._parameters.values()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in free:
+            parameter.requires_grad_(True)
+        elif id(parameter) in ours - adapters:
+            if parameter.is_leaf:  # those of a copied scripted module aren't
+                parameter.requires_grad_(False)
+            continue
+        if clean_name(name) in frozen:
+            frozen.remove(clean_name(name))
+    return {
+        "low_rank": asdict(low_rank),
+        "trained": list(trained),
+        "frozen": frozen,
+    }
+
+
+def merge_(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Make plain linear layers of adapted ones again, with the adapters in their weights, and thaw what was frozen.
+
+    A layer that still has its float weight, as no training has begun, gets that back.
+    """
+    for layer, child in _adapted(model).items():
+        known = drop_aside_(layer)
+        unroute_(layer)
+        hide_float_values_(layer)
+        if not known:
+            layer.weight = nn.Parameter(child.merged().detach(), requires_grad=False)
+    restore_fast_path_(model)
+    for name, parameter in model.named_parameters():
+        if clean_name(name) in record["frozen"]:
+            parameter.requires_grad_(True)
+
+
+def _adapted(model: nn.Module) -> dict[Any, LowRankLinear]:
+    """The layers that have adapters, and those."""
+    children = ((module, getattr(module, CHILD, None)) for module in model.modules())
+    return {module: child for module, child in children if isinstance(child, LowRankLinear)}

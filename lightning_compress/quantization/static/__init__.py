@@ -1,0 +1,1 @@
+"""Whole units, traced and quantized with fixed ranges."""

@@ -1,0 +1,282 @@
+"""Gives the channels between two layers like ranges before calibration; the float function stays what it was.
+
+Works on the traced form of a module, whose layers are the module's own: it is their weights that change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.nn import functional
+
+from lightning_compress.modules.compare_outputs import cosine, same_outputs
+from lightning_compress.quantization.static.flows.graphs import value_read
+
+ALPHA = 0.5
+"""How much of an outlier's range moves from the activations into the weights."""
+
+_ROUNDS = 20
+_LIKENESS = 0.999
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# All f with f(s x) = s f(x) for each channel's s > 0: elementwise, or over the positions of one channel.
+_ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_ELEMENTWISE_FUNCTIONS = (functional.relu, torch.relu, functional.leaky_relu, functional.dropout)
+_POOLING: tuple[type[nn.Module], ...] = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
+)
+_POOLING_FUNCTIONS: tuple[Any, ...] = (
+    *(functional.max_pool1d, functional.max_pool2d, functional.avg_pool1d, functional.avg_pool2d),
+    *(functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d),
+)
+
+
+@torch.no_grad()
+def adjust_(
+    graph: GraphModule, inputs: list[Tensor], kept: set[int], *, equalize: bool, smooth: bool, widen: bool
+) -> list[str]:
+    """`equalize_` and `smooth_` a traced graph; returns the ReLU6 that became ReLU.
+
+    The outputs are compared before and after: where ReLU for ReLU6 changes them, or anything else does, the weights are
+    put back.
+
+    Args:
+        graph: from the flow `fx`, in evaluation; the parameters of its layers change in place.
+        inputs: of the graph.
+        kept: ids of parameters that stay: excluded ones, and those that have other owners.
+        equalize: between layers.
+        smooth: behind LayerNorm.
+        widen: may turn ReLU6 into ReLU.
+    """
+    before = graph(*inputs)
+    weights = {parameter: parameter.clone() for parameter in graph.parameters()}
+    for wider in (True, False) if widen and equalize else (False,):
+        accepted, relu6 = False, list[str]()
+        try:
+            relu6 = equalize_(graph, kept, wider) if equalize else []
+            widen_(graph, relu6)
+            if smooth:
+                smooth_(graph, kept, inputs)
+            after = graph(*inputs)
+            accepted = cosine(before, after) >= _LIKENESS if relu6 else same_outputs(before, after)
+        finally:
+            if not accepted:
+                widen_(graph, relu6, nn.ReLU6)
+                for parameter, weight in weights.items():
+                    parameter.copy_(weight)
+        if accepted:
+            return relu6
+    return []
+
+
+def widen_(graph: nn.Module, relu6: Collection[str], kind: type[nn.Module] = nn.ReLU) -> None:
+    """Put a ReLU in the place of each of these ReLU6 of a traced graph; the traced module keeps its own."""
+    for path in relu6:
+        parent, _, name = path.rpartition(".")
+        setattr(graph.get_submodule(parent), name, kind())
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two layers with nothing between them that isn't positively homogeneous in each channel.
+
+    Attributes:
+        first: a convolution or linear layer.
+        norm: the BatchNorm behind it, or None.
+        second: the layer that reads its output alone.
+        relu6: paths of the ReLU6 between them, which must become ReLU for the pair to hold.
+    """
+
+    first: Any
+    norm: Any
+    second: Any
+    relu6: tuple[str, ...] = ()
+
+    def scales(self) -> Tensor:
+        """``s = sqrt(r1 / r2)`` for each channel, of ranges r1 of the first and r2 of the second layer's weights.
+
+        Divided by their geometric mean: see `_centred`.
+        """
+        r1 = self.first.weight.abs().flatten(1).amax(dim=1)
+        if self.norm is not None:
+            r1 = r1 * self.norm.weight.abs() * (self.norm.running_var + self.norm.eps).rsqrt()
+        r2 = _by_input(self.second, len(r1)).abs().amax(dim=(1, 3)).flatten()
+        return _centred((r1 / r2).sqrt())
+
+    def divide_(self, scales: Tensor) -> None:
+        """Divide the first layer's channels by ``scales``, and multiply the second's inputs by them."""
+        _divide_output_(self.first if self.norm is None else self.norm, scales)
+        weight = _by_input(self.second, len(scales))
+        weight *= scales.view(len(weight), 1, -1, 1)
+
+
+def _centred(scales: Tensor) -> Tensor:
+    """Scales whose geometric mean is 1; 1 for channels without a range.
+
+    A factor that all channels share changes no rounding, for each tensor is quantized with a scale of its own; but it
+    would change how far an optimizer's step moves the two layers, which costs a fit that begins with random weights.
+    """
+    usable = (scales > 0) & scales.isfinite()
+    mean = scales[usable].log().mean().exp()
+    return torch.where(usable, scales / mean, 1.0).clamp(1e-4, 1e4)
+
+
+def _by_input(layer: Any, channels: int) -> Tensor:
+    """A view of a layer's weight as ``(groups, outputs, inputs of a group, rest)``; flattened inputs are the rest."""
+    groups = getattr(layer, "groups", 1)
+    weight: Tensor = layer.weight
+    return weight.view(groups, len(weight) // groups, channels // groups, -1)
+
+
+def _divide_output_(layer: Any, scales: Tensor) -> None:
+    layer.weight /= scales.view(-1, *[1] * (layer.weight.dim() - 1))
+    if layer.bias is not None:
+        layer.bias /= scales
+
+
+@torch.no_grad()
+def equalize_(graph: GraphModule, kept: set[int], widen: bool) -> list[str]:
+    """Equalize all pairs of layers of a traced ``graph`` in evaluation; returns the ReLU6 that are to become ReLU.
+
+    Each channel i of ``W2 f(W1 x)`` is divided by ``s_i`` in ``W1`` and multiplied by it in ``W2``, which leaves the
+    function as it is and both ranges equal, but for a factor that all channels share: each layer keeps its mean range.
+    Chains of layers are gone through until nothing moves.
+
+    Args:
+        graph: from the flow `fx`; the parameters of its layers change in place.
+        kept: ids of parameters that stay: excluded ones, and those that have other owners.
+        widen: also across ReLU6, which isn't homogeneous.
+
+    References:
+        Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019
+        (arXiv:1906.04721), section 4.1, equation 11, divided by the geometric mean over the channels.
+    """
+    found = [pair for pair in pairs(graph, kept) if widen or not pair.relu6]
+    for _ in range(_ROUNDS):
+        moved = 0.0
+        for pair in found:
+            scales = pair.scales()
+            pair.divide_(scales)
+            moved = max(moved, scales.log().abs().max().item())
+        if moved < 1e-2:
+            break
+    return sorted({path for pair in found for path in pair.relu6})
+
+
+def pairs(graph: GraphModule, kept: set[int]) -> Iterator[Pair]:
+    """The pairs of layers of ``graph`` that can be equalized."""
+    layer = _OwnLayers(graph, kept)
+
+    for node in graph.graph.nodes:
+        if (first := layer(node, (*_CONVOLUTIONS, nn.Linear))) is None:
+            continue
+        norm, relu6, flat, current = None, list[str](), isinstance(first, nn.Linear), node
+        while len(current.users) == 1:
+            previous, current = current, next(iter(current.users))
+            if (second := layer(current, (nn.Linear,) if flat else _CONVOLUTIONS)) is not None:
+                if second.weight.shape[1] * getattr(second, "groups", 1) % len(first.weight) == 0:
+                    yield Pair(first, norm, second, tuple(relu6))
+                break
+            if (found := layer(current, _NORMS)) is not None and previous is node and _scales(found, first):
+                norm = found
+            elif layer(current, (nn.ReLU6,)) is not None:
+                relu6.append(str(current.target))
+            elif list(current.all_input_nodes) != [previous]:
+                break
+            elif not flat and _flattens(graph, current):
+                flat = True
+            elif not _is_homogeneous(graph, current, flat):
+                break
+
+
+class _OwnLayers:
+    """The layers of a graph that a single node calls, with parameters that no other has."""
+
+    def __init__(self, graph: GraphModule, kept: set[int]) -> None:
+        self._graph = graph
+        called = [node for node in graph.graph.nodes if node.op == "call_module"]
+        self._calls = Counter(node.target for node in called)
+        owners = Counter(id(one) for node in called for one in graph.get_submodule(str(node.target)).parameters())
+        owners.update(id(value_read(graph, node)) for node in graph.graph.nodes if node.op == "get_attr")
+        self._kept = kept | {key for key, count in owners.items() if count > 1}
+
+    def __call__(self, node: Node, kinds: tuple[type[nn.Module], ...]) -> Any:
+        """The module that ``node`` calls, if it is one and just of one of these kinds."""
+        if node.op != "call_module" or self._calls[node.target] > 1:
+            return None
+        module = self._graph.get_submodule(str(node.target))
+        own = not any(id(parameter) in self._kept for parameter in module.parameters())
+        return module if own and type(module) in kinds else None
+
+
+def _scales(norm: Any, first: Any) -> bool:
+    return bool(norm.affine and norm.running_var is not None and len(norm.weight) == len(first.weight))
+
+
+def _is_homogeneous(graph: GraphModule, node: Node, flat: bool) -> bool:
+    if node.op == "call_module":
+        return isinstance(graph.get_submodule(str(node.target)), _ELEMENTWISE if flat else (*_ELEMENTWISE, *_POOLING))
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_", "contiguous")
+    return node.target in (_ELEMENTWISE_FUNCTIONS if flat else (*_ELEMENTWISE_FUNCTIONS, *_POOLING_FUNCTIONS))
+
+
+def _flattens(graph: GraphModule, node: Node) -> bool:
+    """Whether a node leaves a vector in which the values of each channel lie together."""
+    options = (*node.args[1:], *node.kwargs.values())
+    if node.op == "call_module":
+        module = graph.get_submodule(str(node.target))
+        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+    if node.target in ("mean", torch.mean):
+        return len(options) == 1 and options[0] in ([2, 3], (2, 3), [-2, -1], (-2, -1))
+    return node.target in ("flatten", torch.flatten) and options == (1,)
+
+
+@torch.no_grad()
+def smooth_(graph: GraphModule, kept: set[int], inputs: list[Tensor]) -> None:
+    """Move the ranges of LayerNorms' channels into the linear layers that read them, and them alone.
+
+    ``s_j = max|X_j|^a / max|W_j|^(1-a)`` with a = 0.5, divided by their geometric mean; the LayerNorm is divided by it,
+    the layers' inputs are multiplied.
+
+    Args:
+        graph: from the flow `fx`; the parameters of its layers change in place.
+        kept: ids of parameters that stay: excluded ones, and those that have other owners.
+        inputs: of the graph, to see the ranges X of activations on.
+
+    References:
+        Xiao et al., "SmoothQuant", 2022 (arXiv:2211.10438), equation 4.
+    """
+    seen, layer = _Outputs(graph), _OwnLayers(graph, kept)
+    seen.run(*inputs)
+    for node, largest in seen.largest.items():
+        norm = layer(node, (nn.LayerNorm,))
+        layers = [layer(user, (nn.Linear,)) for user in node.users]
+        if norm is None or None in layers or not norm.elementwise_affine or len(norm.normalized_shape) > 1:
+            continue
+        weights = torch.stack([layer.weight.abs().amax(dim=0) for layer in layers]).amax(dim=0)
+        scales = _centred(largest**ALPHA / weights ** (1 - ALPHA))
+        _divide_output_(norm, scales)
+        for linear in layers:
+            linear.weight *= scales
+
+
+class _Outputs(torch.fx.Interpreter):
+    """Runs a graph and keeps each LayerNorm's largest magnitudes, by channel."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        super().__init__(graph)
+        self.largest: dict[Node, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        output = super().run_node(n)
+        if n.op == "call_module" and type(self.fetch_attr(str(n.target))) is nn.LayerNorm and n.users:
+            self.largest[n] = output.abs().flatten(0, -2).amax(dim=0)
+        return output

@@ -1,0 +1,193 @@
+"""The traced form of a unit: fake-quantized while it trains, int8 once converted."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.modules.isolation import random_state_kept
+from lightning_compress.modules.routing import CHILD, RoutedForm, is_set_aside
+from lightning_compress.quantization.static import flows
+from lightning_compress.quantization.static.flows import Trace
+from lightning_compress.quantization.static.signature import Signature, canonical
+
+
+class Traced(RoutedForm):
+    """Holds the traced form of its parent module: fake-quantized while it trains, int8 once converted.
+
+    Args:
+        graph: made of the traced one.
+        trace: the traced form; all but its graph is kept.
+        signature: the calls that it is right for.
+        used: names of the parent's own children and tensors that the graph took the place of.
+        flow: name of the flow that made it.
+        is_int8: whether ``graph`` is converted.
+    """
+
+    def __init__(
+        self,
+        graph: nn.Module,
+        trace: Trace,
+        signature: Signature,
+        used: frozenset[str],
+        flow: str,
+        is_int8: bool = False,
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.signature = signature
+        self.structure = trace.structure
+        self.names = trace.names
+        self.numbers = trace.numbers
+        self.used = used
+        self.flow = flow
+        self.is_int8 = is_int8
+        self.calibrating = False
+        self.observers_frozen = False
+        self.batchnorm_frozen = False
+        self._observing: bool | None = None
+        # (module in the graph, buffer, module in the parent, buffer): the same tensor, seen from both.
+        self.shared_buffers: list[tuple[nn.Module, str, nn.Module, str]] = []
+        self._qconfigs: list[tuple[nn.Module, Any]] = []
+
+    def forward(self, *tensors: Tensor) -> Any:
+        observe = self.calibrating or (self.training and not self.observers_frozen)
+        if observe != self._observing and not self.is_int8:
+            # Evaluation never moves an observer, whoever runs it.
+            flows.load(self.flow).observe_(self.graph, observe)
+            self._observing = observe
+        if self.batchnorm_frozen and self.training:
+            self.graph.apply(freeze_batchnorm_)
+        device = tensors[0].device.type if tensors else "cpu"
+        if not torch.is_autocast_enabled(device):
+            return self.structure.rebuild(self.graph(*tensors))
+        with torch.autocast(device, enabled=False):
+            floats = [tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors]
+            return self.structure.rebuild(self.graph(*floats))
+
+    def serve(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.signature.is_one_tensor and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return self(args[0])  # nearly every call, and binding it would take longer than a small layer
+        tensors = self.signature.tensors(*canonical(module, args, kwargs))
+        if tensors is not None:
+            return self(*tensors)
+        if not is_set_aside(module):
+            return type(module).forward(module, *args, **kwargs)
+        raise CompressionError(
+            f"The int8 form of {type(module).__name__} must be called as it was traced. "
+            "Received: other arguments or flags. Call it with the arguments of the calibration or training step, or "
+            "exclude it from `targets`."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce__(self) -> Any:
+        # At the start of each run Lightning pickles every hyperparameter, only to drop from `hparams` what fails. What
+        # it writes into files later is made plain beforehand, so a module of these must not fail here.
+        if sys._getframe(1).f_code.co_name == "is_picklable":
+            return nn.Identity, ()
+        raise CompressionError(
+            "A quantized model can't be pickled: torch's traced form can't. Save it with trainer.save_checkpoint(path) "
+            "or save_compressed(model, path), and load it with load_compressed(path, model)."
+        )
+
+    def take_qconfigs_(self, parent: nn.Module) -> None:
+        """Take off the parent's modules what upstream leaves on them, which can't be pickled."""
+        self._qconfigs = [(inner, vars(inner).pop("qconfig")) for inner in parent.modules() if "qconfig" in vars(inner)]
+
+    def converted(self, scheme: Any, floats: Collection[str] = ()) -> Any:
+        """The graph in int8, but for the layers in ``floats``; the one that is prepared is left as it is."""
+        with self._as_prepared():
+            return flows.load(self.flow).convert(self.graph, scheme, floats)
+
+    def as_int8(self, graph: nn.Module) -> Traced:
+        """The same for ``graph``, what `converted` gave."""
+        trace = Trace(graph, self.structure, self.names, self.numbers)
+        return Traced(graph, trace, self.signature, self.used, self.flow, is_int8=True)
+
+    def wrong_kernels(self, scheme: Any) -> dict[str, str]:
+        """The layers (paths in the parent) whose int8 kernels compute something else now, each with the reason."""
+        examples, flow = self.signature.inputs, flows.load(self.flow)
+        with random_state_kept(), self._as_prepared():
+            inputs = [torch.randn(one.shape) if one.is_floating_point() else one.clone() for one in examples]
+            int8 = flow.convert(self.graph, scheme)
+            return flow.wrong_kernels(self.graph, int8, scheme, inputs, drawn_only=True)
+
+    @contextmanager
+    def _as_prepared(self) -> Iterator[None]:
+        for inner, qconfig in self._qconfigs:
+            vars(inner)["qconfig"] = qconfig
+        try:
+            yield
+        finally:
+            for inner, _ in self._qconfigs:
+                del vars(inner)["qconfig"]
+
+    def keep_frozen_batchnorm_(self) -> None:
+        """A BatchNorm that the user had put into evaluation mode stays so when it was fused."""
+        for inner, name, outer, _ in self.shared_buffers:
+            if name == "running_mean" and not outer.training:
+                for module in self.graph.modules():
+                    if getattr(module, "bn", None) is inner:
+                        freeze_batchnorm_(module)
+                inner.eval()
+
+    def thaw_batchnorm_(self) -> None:
+        """Let the statistics of fused BatchNorms move again, but for those that the user had frozen."""
+        fused: Any
+        for fused in self.graph.modules():
+            if hasattr(fused, "update_bn_stats"):
+                fused.update_bn_stats()
+        self.keep_frozen_batchnorm_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.is_int8:
+            refuse_to_move(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Moving a module gives it new buffers; the parent's were moved before, so they are taken from there.
+        for inner, name, outer, outer_name in self.shared_buffers:
+            inner._buffers[name] = outer._buffers[outer_name]
+        return self
+
+
+def refuse_to_move(fn: Callable[[Tensor], Tensor]) -> None:
+    """Raise if ``fn``, about to be applied to an int8 module, takes tensors off the CPU: nothing there runs them."""
+    moved = fn(torch.empty(0))
+    if moved.device.type != "cpu" or moved.dtype != torch.float32:
+        raise CompressionError(
+            f"An int8 model must stay on the CPU, with float32 around it. Received: a move to {moved.device}, "
+            f"{moved.dtype}. Use Trainer(accelerator='cpu'), or fit again to train the float model on."
+        )
+
+
+def freeze_batchnorm_(module: Any) -> None:
+    """Stop the statistics of a layer with a fused BatchNorm."""
+    if hasattr(module, "freeze_bn_stats"):
+        module.freeze_bn_stats()
+
+
+def share_buffers(traced: Traced, parent: nn.Module) -> None:
+    """Note which buffers of the graph are the parent's own, so that they stay so."""
+    owned = {
+        id(buffer): (module, name)
+        for path, module in parent.named_modules()
+        if CHILD not in path.split(".")
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
+    traced.shared_buffers = [
+        (module, name, *owned[id(buffer)])
+        for module in traced.graph.modules()
+        for name, buffer in module._buffers.items()
+        if id(buffer) in owned
+    ]

@@ -1,0 +1,1 @@
+"""What was done to a module's structure, and how it comes back."""

@@ -1,0 +1,202 @@
+"""Modules that a checkpoint holds beside its weights: among hyperparameters, or where a hook of the user's puts them.
+
+They are the very objects that are fake-quantized, tapped or converted. A file gets copies of them that are float and
+of the user's classes alone, around the same tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.modules.fast_path import restore_fast_path_
+from lightning_compress.modules.routing import (
+    CHILD,
+    all_modules,
+    children_aside,
+    has_forgotten,
+    parameters_aside,
+    set_aside_of,
+    unroute_,
+)
+from lightning_compress.quantization.layers.float_values import hide_float_values_
+
+_TENSORS_ALONE = ("state_dict", "current_model_state", "optimizer_states")
+_ATTRIBUTES = ("_aside", "_fast_path", "_quantization", "_restored_callback_states")
+_WRAPPED = ("forward", "training_step", "setup", "on_save_checkpoint", "on_load_checkpoint")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+class _Zeros:
+    """Is a parameter of zeros once it is loaded: what a file holds in few bits isn't written in float as well."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.shape, self.dtype = parameter.shape, parameter.dtype
+        self.requires_grad = parameter.requires_grad
+
+    def __reduce__(self) -> Any:
+        return nn.Parameter, (_ZeroTensor(self), self.requires_grad)
+
+
+class _ZeroTensor:
+    def __init__(self, like: _Zeros) -> None:
+        self.like = like
+
+    def __reduce__(self) -> Any:
+        return partial(torch.zeros, dtype=self.like.dtype), (self.like.shape,)
+
+
+def plain_modules_(checkpoint: dict[str, Any], module: Any) -> None:
+    """Replace what a checkpoint holds of the modules that we work on by plain float copies.
+
+    Parameters are those of ``module``, so that nothing is written twice. Where the file's weights are in few bits, the
+    copy has zeros in their place: it is there to be built and loaded into.
+
+    Args:
+        checkpoint: all of it, before it is written.
+        module: the LightningModule that it is of.
+
+    Raises:
+        CompressionError: a module's float form is gone, and Lightning has kept no copy of it.
+    """
+    modules = list(dict.fromkeys(all_modules(module)))
+    aside = {child for outer in modules for child in children_aside(outer).values()}
+    tops = [inner for inner in modules if inner in aside or CHILD in inner._modules or any(_ours(inner))]
+    marked = list(dict.fromkeys(inner for top in tops if top is not module for inner in all_modules(top)))
+    memo = _memo(module, modules, [module, *marked])
+    keys = [key for key in checkpoint.keys() - set(_TENSORS_ALONE) if _reaches(checkpoint[key], [module, *marked])]
+    if keys:
+        kept = {key: _with_known_modules(key, checkpoint[key], module, memo) for key in keys}
+        checkpoint.update(_copied(kept, [module, *marked], memo))
+    for inner in (module, *marked):
+        if id(inner) in memo:
+            _strip_(memo[id(inner)])
+
+
+def _with_known_modules(key: str, value: Any, module: Any, memo: dict[int, Any]) -> Any:
+    """The value; where a module has forgotten its float form, Lightning's own copy of what the constructor was given.
+
+    That has the weights of then, which aren't those of now.
+    """
+    forgotten = [inner for inner in module.modules() if has_forgotten(inner)]
+    if not _reaches(value, forgotten):
+        return value
+    initial = getattr(module, "_hparams_initial", {}) if key == "hyper_parameters" else {}
+    kept = dict(value) if isinstance(value, dict) else {key: value}
+    for name in [name for name, part in kept.items() if _reaches(part, forgotten)]:
+        if name not in initial or _reaches(initial[name], forgotten):
+            raise CompressionError(
+                f"`checkpoint[{key!r}]` must hold no module whose float form is gone. Received: one in {name!r}. Keep "
+                f"it out of the file: self.save_hyperparameters(ignore=[{name!r}])."
+            )
+        kept[name] = initial[name]
+        memo |= {id(found): _Zeros(found) for found in _parameters(initial[name])}
+    return kept
+
+
+def _ours(module: nn.Module) -> Iterator[str]:
+    """Names of the attributes that we put on a module, and of its hooks if one of ours is among them."""
+    for name, value in vars(module).items():
+        if (
+            name in _ATTRIBUTES
+            or (name in _WRAPPED and isinstance(value, partial) and _is_ours(value))
+            or (name in _HOOKS and any(map(_is_ours, value.values())))
+        ):
+            yield name
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether a hook is code of this package: a function, a method, a partial, or an object that is called."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    hook = getattr(hook, "__self__", hook)
+    place = str(getattr(hook, "__module__", type(hook).__module__))
+    return place.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _memo(module: nn.Module, modules: list[nn.Module], marked: list[nn.Module]) -> dict[int, Any]:
+    """What a deep copy is to have in place of what it finds: the tensors themselves, and what is stripped anyway."""
+    memo: dict[int, Any] = {}
+    for inner in modules:
+        kept = [leaf for leaf in pytree.tree_leaves(vars(inner)) if isinstance(leaf, Tensor)]
+        memo |= {id(tensor): tensor.detach() if tensor.grad_fn is not None else tensor for tensor in kept}
+    live = {id(parameter) for parameter in module.parameters()}
+    aside = [found for inner in modules for found in parameters_aside(inner)]
+    memo |= {id(parameter): _Zeros(parameter) for parameter in aside if id(parameter) not in live}
+    for inner in marked:
+        parts: list[Any] = [getattr(inner, CHILD, None), (set_aside_of(inner) or {}).get("prepared")]
+        parts += [hook for name in _HOOKS for hook in getattr(inner, name).values() if _is_ours(hook)]
+        memo |= {id(part): part for part in parts if part is not None}
+    return memo
+
+
+def _strip_(module: nn.Module) -> None:
+    """Take off a module whatever is ours."""
+    if CHILD in module._modules:
+        unroute_(module)
+        hide_float_values_(module)
+    restore_fast_path_(module)
+    for name in list(_ours(module)):
+        if name not in _HOOKS:
+            del module.__dict__[name]
+            continue
+        hooks = module.__dict__[name]
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            for each in (name, *_HOOK_FLAGS):
+                module.__dict__[each].pop(key, None)
+
+
+class _Walk(pickle.Pickler):
+    """Goes through what a file would hold, and holds the tensors that it meets, and what else it is to stop at."""
+
+    def __init__(self, stop: Callable[[Any], bool]) -> None:
+        self.buffer = io.BytesIO()
+        super().__init__(self.buffer)
+        self.held: dict[int, Any] = {}
+        self._stop = stop
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor) and not self._stop(obj):
+            return None
+        self.held[id(obj)] = obj
+        return id(obj)
+
+
+def _reaches(value: Any, modules: Iterable[nn.Module]) -> bool:
+    keys = {id(module) for module in modules}
+    walk = _Walk(lambda inner: id(inner) in keys)
+    with contextlib.suppress(Exception):  # what can't be pickled is Lightning's to say
+        walk.dump(value)
+    return not keys.isdisjoint(walk.held)
+
+
+def _parameters(value: Any) -> list[nn.Parameter]:
+    walk = _Walk(lambda inner: False)
+    walk.dump(value)
+    return [found for found in walk.held.values() if isinstance(found, nn.Parameter)]
+
+
+def _copied(value: Any, modules: Iterable[nn.Module], memo: dict[int, Any]) -> Any:
+    """A copy as a file would give it back, of deep copies of ``modules``: containers may copy themselves otherwise."""
+    keys = {id(module) for module in modules}
+    walk = _Walk(lambda inner: id(inner) in keys)
+    walk.dump(value)
+
+    def load(key: int) -> Any:
+        found = walk.held[key]
+        return memo.get(key, found) if isinstance(found, Tensor) else copy.deepcopy(found, memo)
+
+    reader = pickle.Unpickler(io.BytesIO(walk.buffer.getvalue()))
+    reader.persistent_load = load  # type: ignore[method-assign]
+    return reader.load()
