@@ -31,7 +31,7 @@ from .quantization.ptq import PostTrainingQuantization
 from .quantization.qat import QuantizationAwareTraining
 from .report import CompressionReport, compare, measure
 from .schedules import Cosine, Exponential, Linear, OneShot, Polynomial, Steps
-from .structure.checkpoint import load_compressed, save_compressed
+from .structure.files import load_compressed, save_compressed
 from .targets import Targets
 from .window import Window
 

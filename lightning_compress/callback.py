@@ -1,4 +1,4 @@
-"""What all callbacks share: the count of optimizer steps, hooks into checkpoints, and cleaning up.
+"""What all callbacks share: checks before anything changes, hooks into checkpoints, what callbacks say to each other.
 
 The order of a fit, with what a callback of ours does in each hook::
 
@@ -18,188 +18,133 @@ The order of a fit, with what a callback of ours does in each hook::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name
-from lightning_compress.modules.resizing import Cut, with_inner
+from lightning_compress.modules.resizing import Cut
 from lightning_compress.modules.training_mode import has_frozen, restore_given_, train_given_, wake_
-from lightning_compress.quantization import convert
-from lightning_compress.structure import checkpoint
-from lightning_compress.window import Bounds, Window, fit_length
+from lightning_compress.structure.change import recorded
+from lightning_compress.structure.checkpoint import attach, detach
+from lightning_compress.structure.listener import CheckpointListener
 
 STATE_VERSION = 1
 
 
-class CompressionCallback(Callback):
-    """Base of the callbacks that change a model while it trains.
+class CompressionCallback(Callback, CheckpointListener):
+    """Base of all callbacks of the package: it works on a module, and other callbacks may ask it what they must know.
 
-    A subclass overrides `begin` (find targets, check), `act` (a step of the window), `after_optimizer_step` and
-    `close`; the base counts steps and keeps the state that a checkpoint needs.
-
-    Args:
-        window: when to act.
+    Attributes:
+        key: names the technique where callbacks are compared.
+        conflicts: keys of the techniques that can't be beside this one.
     """
 
-    def __init__(self, window: Window) -> None:
-        self.window = window
-        self._step = 0
-        self._bounds: Bounds | None = None
-        self._stepped = False
-        self._handles: list[RemovableHandle] = []
+    key: ClassVar[str]
+    conflicts: ClassVar[tuple[str, ...]] = ()
 
-    # What a subclass decides.
+    # What callbacks ask each other. All of it does nothing by default.
 
-    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find what to work on and check it; nothing is changed yet."""
-
-    def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
-        """One step of the window, at ``progress`` in [0, 1]."""
-
-    def after_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Called after each step of each optimizer, with that optimizer."""
-
-    def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring the module and its averaged copies in line, before they are validated or saved."""
-
-    def check_entry(self, entry: Mapping[str, Any], stage: str) -> None:
-        """Raise if a checkpoint with our ``entry`` can't be loaded for this stage; nothing is changed yet."""
-        if stage == "fit" and entry.get("quantization", {}).get("form") == "adapted":
-            raise CompressionError(
-                f"`ckpt_path` must be a checkpoint with float weights for {type(self).__name__}. Received: one of "
-                "QLoRA. Load it with load_compressed, merge it with merge_adapters, and fit without `ckpt_path`."
-            )
+    def why_conflicts(self, trainer: pl.Trainer, other: CompressionCallback) -> str:
+        """Why this callback can't be beside another in one Trainer; empty if it can."""
+        if other.key not in self.conflicts:
+            return ""
+        names = f"{type(self).__name__} or {type(other).__name__}"
+        return f"`callbacks` must hold either {names}. Received: both. Remove one."
 
     def apply_pending_(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Do now, before another callback builds on the module's structure, what is due at the start of this batch."""
 
     def is_final(self) -> bool:
-        """Whether the module's structure is what it will be at the end of this fit."""
+        """Whether the module's structure is what it will be at the end of this fit, as far as this callback goes."""
         return True
 
     def final_step(self, trainer: pl.Trainer) -> int:
-        """The optimizer step of this fit after which the module's structure is what it will be at its end."""
+        """The optimizer step of this fit after which `is_final` holds."""
         return 0
 
     def on_channels_removed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
         """Channels have left the module: cut what is kept of its tensors with the same indices."""
 
+    @property
+    def averages_weights(self) -> bool:
+        """Whether an average of the module's weights is kept, so that these must keep their scale."""
+        return False
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether this callback adds to the loss of ``module``, this very module and not a copy of it."""
+        return False
+
+    def teach(self, step: Any, module: pl.LightningModule, args: tuple[Any, ...]) -> Any:
+        """Run ``step``, the training step of a module that is served, and add to its loss."""
+        return step(*args)
+
+    @property
+    def trained_layers(self) -> nn.ModuleDict:
+        """Layers of the callback's own that train on what the module puts out; they are cut with it."""
+        return nn.ModuleDict()
+
+    def compared(self, module: nn.Module, layers: nn.Module, step: Any) -> list[Tensor]:
+        """What the callback compares with what has another size in a ``step`` of a copy of the module: that stays.
+
+        Args:
+            module: a copy of a module that is served.
+            layers: copies of `trained_layers`.
+            step: runs it.
+        """
+        return []
+
+    def report_notes(self) -> list[str]:
+        """Lines for the report: what was skipped, and why; what made nothing smaller or faster."""
+        return []
+
+    def report_history(self) -> list[Any]:
+        """How sparsity grew, for the report's picture."""
+        return []
+
     # Lightning's hooks.
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_strategy(trainer, type(self).__name__)
-        if stage == "fit":
-            convert.refuse_adapted(pl_module)
+        self.refuse_others(trainer)
         pl_module.configure_model()
-        checkpoint.attach(pl_module)
-        if stage == "fit":
-            self._step, self._bounds = 0, None
+        attach(pl_module)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        begin_training_mode_(trainer, pl_module, type(self).__name__)
-        self.begin(trainer, pl_module)
+    def refuse_others(self, trainer: pl.Trainer) -> None:
+        """Raise if another callback of the Trainer can't be beside this one."""
+        for other in compression_callbacks(trainer):
+            if reason := "" if other is self else self.why_conflicts(trainer, other):
+                raise CompressionError(reason)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._bounds is None:
-            self._bounds = self.window.bounds(*fit_length(trainer))
-        self._stepped = False
-        self._handles = [
-            optimizer.register_step_post_hook(lambda stepped, *_: self._on_optimizer_step(stepped))
-            for optimizer in with_inner(trainer.optimizers)  # SAM steps only the one that it wraps
-        ]
-        if self._step == 0 and self._bounds.start == 0:
-            self.act(trainer, pl_module, 0.0)
-        self.sync_(trainer, pl_module)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        keep_training_mode_(trainer, pl_module, type(self).__name__, batch_idx)
-
-    def _on_optimizer_step(self, optimizer: Optimizer) -> None:
-        self._stepped = True
-        self.after_optimizer_step(optimizer)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._stepped:
-            self._stepped = False
-            self._step += 1
-            progress = self.bounds.progress(self._step)
-            if progress is not None and self.bounds.is_due(self._step, self.window.every_n_steps):
-                self.act(trainer, pl_module, progress)
-        if any(True for _ in checkpoint.averaged_copies(trainer)):
-            self.sync_(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.sync_(trainer, pl_module)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.sync_(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.sync_(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.sync_(trainer, pl_module)
-        if self._step < self.bounds.end:
-            rank_zero_warn(
-                f"{type(self).__name__}: training stopped at optimizer step {self._step}, before its window's end at "
-                f"{self.bounds.end}: {self.unfinished()}"
-            )
-
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.close(pl_module)
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.close(pl_module)
 
     def close(self, pl_module: pl.LightningModule) -> None:
         """Take all hooks away; may be called twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
         restore_given_(pl_module)
-        checkpoint.detach(pl_module)
-
-    # State: plain, versioned.
-
-    @property
-    def bounds(self) -> Bounds:
-        """The window in optimizer steps, known from the start of training on."""
-        if self._bounds is None:
-            raise CompressionError(f"{type(self).__name__}'s window has no bounds before training starts.")
-        return self._bounds
-
-    def unfinished(self) -> str:
-        """What it means that the window's end wasn't reached."""
-        return "its work isn't complete. Shorten the window, or train longer."
-
-    def report_notes(self) -> list[str]:
-        """Lines for the report: what was skipped, and why; what made nothing smaller or faster."""
-        if self._bounds is not None and self._step < self._bounds.end:
-            return [f"{type(self).__name__} stopped at step {self._step} of {self._bounds.end}: {self.unfinished()}"]
-        return []
-
-    def state_dict(self) -> dict[str, Any]:
-        bounds = None if self._bounds is None else [self._bounds.start, self._bounds.end]
-        return {"version": STATE_VERSION, "step": self._step, "bounds": bounds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_version(state_dict, type(self).__name__)
-        self._step = state_dict["step"]
-        self._bounds = None if state_dict["bounds"] is None else Bounds(*state_dict["bounds"])
+        detach(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**without_logging(self), "_handles": []}
+        """The state for pickling: without the methods of its last module that Lightning puts on it for logging."""
+        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+
+
+def compression_callbacks(trainer: pl.Trainer) -> list[CompressionCallback]:
+    """The Trainer's callbacks that are ours."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
 
 
 def begin_training_mode_(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
@@ -226,18 +171,14 @@ def _tell_of_modes(name: str, paths: list[str], why: str) -> None:
 
 def _trained_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[int]:
     """Ids of the parameters that are trained, or would be if `QLoRA` hadn't frozen them."""
-    held = {id(one) for optimizer in trainer.optimizers for group in optimizer.param_groups for one in group["params"]}
-    frozen = (convert.record_of(pl_module) or {}).get("frozen", ())
+    groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group}
+    frozen = {name for _, record in recorded(pl_module) for name in record.get("frozen", ())}
     return {
         id(parameter)
         for name, parameter in pl_module.named_parameters()
         if (parameter.requires_grad and (not held or id(parameter) in held)) or clean_name(name) in frozen
     }
-
-
-def without_logging(callback: Callback) -> dict[str, Any]:
-    """A callback's state for pickling: without the methods of its last module that Lightning puts on it for logging."""
-    return {key: value for key, value in vars(callback).items() if key not in ("log", "log_dict")}
 
 
 def check_version(state: dict[str, Any], owner: str) -> None:

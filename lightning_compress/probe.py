@@ -29,7 +29,7 @@ from lightning_compress.modules.copying import copy_module, copy_tensors
 from lightning_compress.modules.isolation import attributes_kept, evaluating, leaving_no_trace, random_state_kept
 from lightning_compress.modules.outputs import outer_outputs
 from lightning_compress.modules.paths import clean_name
-from lightning_compress.quantization import convert
+from lightning_compress.structure.change import is_converted, to_float_
 
 Seen = TypeVar("Seen")
 Way = Callable[[Any, Any], Any]
@@ -199,7 +199,7 @@ class Feed:
 
     def __call__(self, module: nn.Module, batch: Any) -> Any:
         """Run a batch by the first way that works; a quantized module by the one that was chosen for the float one."""
-        if convert.form_of(module) == "converted":
+        if is_converted(module):
             return self._run(self.ways[0], module, batch)
         failures = dict(self.failures)
         for way in self.ways:
@@ -364,7 +364,7 @@ def look(
         CompressionError: none of them runs.
     """
     probe = make_probe(trainer, pl_module)
-    convert.revert_(probe, "float")
+    to_float_(probe)
     feed, seen = shape_feed(trainer, probe, "validation", train=not probe.automatic_optimization), list[Seen]()
     with random_state_kept(), trainer.precision_plugin.train_step_context():
         if pl_module.automatic_optimization:

@@ -12,8 +12,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from lightning_compress.callback import CompressionCallback, rebuild_ddp, warn_of_other_settings
+from lightning_compress.callback import CompressionCallback, compression_callbacks, rebuild_ddp, warn_of_other_settings
 from lightning_compress.channels.cutting.batchnorm_restart import BatchNormRestart, input_moments
 from lightning_compress.channels.cutting.cut import cut_, modules_of, named_tensors
 from lightning_compress.channels.fit_calls import ADAPTERS, FitCalls, guests
@@ -26,22 +27,24 @@ from lightning_compress.channels.planning.search import Progress, make_plan, rem
 from lightning_compress.channels.remove_channels import check_module
 from lightning_compress.channels.tracing.find_groups import find_groups
 from lightning_compress.channels.tracing.groups import DependencyGroups
-from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
+from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.resizing import Cut, resize_state_
 from lightning_compress.probe import make_probe
-from lightning_compress.quantization import convert
 from lightning_compress.schedules import Linear, OneShot, Schedule
-from lightning_compress.structure import checkpoint
+from lightning_compress.structure.change import to_float_
+from lightning_compress.structure.files import restored_state
+from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Scope, Targets
 from lightning_compress.window import Bounds, Window, fit_length
+from lightning_compress.windowed_callback import WindowedCallback
 
 _WORTH = 0.1
 """Between two removals at least this fraction of the way to the budget is gone: less isn't worth a plan."""
 
 
-class ChannelPruning(CompressionCallback):
+class ChannelPruning(WindowedCallback):
     """Removes channels, neurons, heads and hidden widths while a model trains, until a budget is met.
 
     What leaves is really gone: parameters, multiply-accumulates, memory and time fall. Training goes on undisturbed:
@@ -93,6 +96,9 @@ class ChannelPruning(CompressionCallback):
         Fang et al., "DepGraph: Towards Any Structural Pruning", 2023 (arXiv:2301.12900).
     """
 
+    key = "channels"
+    conflicts = ("quantization-aware training",)
+
     def __init__(
         self,
         channels: float | None = None,
@@ -138,10 +144,9 @@ class ChannelPruning(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._refuse_overlap(trainer, at_start=False)
         self.plans, self._seen, self._waits, self._batch = [], None, None, None
         self._looked = self._warned = False
-        restored = checkpoint.restored_state(pl_module, self.state_key)
+        restored = restored_state(pl_module, self.state_key)
         if restored is not None or self._model is None or self._model() is not pl_module:
             self._model = weakref.ref(pl_module)
             self._forget()
@@ -153,30 +158,28 @@ class ChannelPruning(CompressionCallback):
         self._fresh.batches, self._fresh.norms = None, []
         self._asked, self._goal, self._latency = 0.0, None, None
 
-    def _refuse_overlap(self, trainer: pl.Trainer, at_start: bool) -> None:
-        """Raise where quantization would begin before the last channels have left."""
-        from lightning_compress.quantization.qat import QuantizationAwareTraining
-
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for other in callbacks:
-            if not isinstance(other, QuantizationAwareTraining):
-                continue
-            if other.waits or self.is_final():
-                continue
-            # Where both are fractions of the same, rounding to steps may cross: then quantization waits.
-            comparable = other.window.unit == self.window.unit
-            overlap = comparable and other.window.start < self._last_place()
-            remedy = f"start={self._last_place()}, unit={self.window.unit!r}"
-            if at_start and not comparable:
-                bounds = other._bounds or other.window.bounds(*fit_length(trainer))
-                last = self.final_step(trainer)
-                overlap, remedy = bounds.start < last, f"start={last}, unit='step'"
-            if overlap:
-                raise CompressionError(
-                    "`window` of QuantizationAwareTraining must start when all channels have left. Received: "
-                    f"{other.window} beside ChannelPruning's {self.window}. Leave it out, by which quantization waits, "
-                    f"or start it later: QuantizationAwareTraining(window=Window({remedy}))."
-                )
+    @override
+    def why_conflicts(self, trainer: pl.Trainer, other: CompressionCallback) -> str:
+        """Quantization must not begin before the last channels have left."""
+        if trainer.state.fn != "fit" or other.key not in self.conflicts or not isinstance(other, WindowedCallback):
+            return ""
+        if other.waits or self.is_final():
+            return ""
+        # Where both are fractions of the same, rounding to steps may cross: then quantization waits.
+        comparable = other.window.unit == self.window.unit
+        overlap = comparable and other.window.start < self._last_place()
+        remedy = f"start={self._last_place()}, unit={self.window.unit!r}"
+        if self._bounds is not None and not comparable:
+            bounds = other._bounds or other.window.bounds(*fit_length(trainer))
+            last = self.final_step(trainer)
+            overlap, remedy = bounds.start < last, f"start={last}, unit='step'"
+        if not overlap:
+            return ""
+        return (
+            f"`window` of {type(other).__name__} must start when all channels have left. Received: {other.window} "
+            f"beside ChannelPruning's {self.window}. Leave it out, by which quantization waits, or start it later: "
+            f"{type(other).__name__}(window=Window({remedy}))."
+        )
 
     def is_final(self) -> bool:
         return self._asked >= 1.0
@@ -200,7 +203,7 @@ class ChannelPruning(CompressionCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._refuse_overlap(trainer, at_start=True)
+        self.refuse_others(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -227,9 +230,9 @@ class ChannelPruning(CompressionCallback):
         """Let norms forget the wider network in this batch, those too that can't by themselves."""
         if self._fresh.awaits_pass(pl_module):
             look = FitCalls(trainer, pl_module, batch, batch_idx)
-            models = (pl_module, *checkpoint.averaged_copies(trainer))
+            models = (pl_module, *averaged_copies(trainer))
             probe = make_probe(trainer, pl_module)
-            convert.revert_(probe, "float")
+            to_float_(probe)
             self._fresh.follow_(models, probe, look.own)
         self._fresh.begin_(pl_module)
 
@@ -294,7 +297,7 @@ class ChannelPruning(CompressionCallback):
         before = input_moments(make_probe(trainer, pl_module), look.own)
         self._apply(trainer, pl_module, plan)
         if plan.kept:
-            models = (pl_module, *checkpoint.averaged_copies(trainer))
+            models = (pl_module, *averaged_copies(trainer))
             self._fresh.restart_(models, make_probe(trainer, pl_module), look.own, before, plan.kept)
         if self._asked >= 1.0:
             head = f"ChannelPruning, after step {self._step}: {'; '.join(overall.totals())}"
@@ -354,10 +357,10 @@ class ChannelPruning(CompressionCallback):
         own = {name: dims for name, dims in plan.kept.items() if not name.startswith(ADAPTERS)}
         cut = cut_(pl_module, own, plan.numbers)
         changes = dict(cut.changes)
-        for copied in checkpoint.averaged_copies(trainer):
+        for copied in averaged_copies(trainer):
             cut_(copied, own, plan.numbers)
         for number, callback in guests(trainer, pl_module).items():
-            changes.update(cut_(callback.objective.adapters, whole.below(f"{ADAPTERS}{number}").kept, {}).changes)
+            changes.update(cut_(callback.trained_layers, whole.below(f"{ADAPTERS}{number}").kept, {}).changes)
         anew = resize_state_(trainer.optimizers, changes)
         if anew and not self._warned:
             self._warned = True
@@ -365,9 +368,8 @@ class ChannelPruning(CompressionCallback):
                 f"ChannelPruning: {', '.join(anew)} keeps state of no known layout, and starts anew for what shrank."
             )
         cut = Cut(own, plan.numbers, changes)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "on_channels_removed"):
-                callback.on_channels_removed(trainer, pl_module, cut)
+        for callback in compression_callbacks(trainer):
+            callback.on_channels_removed(trainer, pl_module, cut)
         if plan.kept:
             rebuild_ddp(trainer, pl_module)
         self._seen, self._taylor = None, {}

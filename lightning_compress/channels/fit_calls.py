@@ -7,6 +7,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
+from lightning_compress.callback import CompressionCallback, compression_callbacks
 from lightning_compress.channels.tracing.deterministic import deterministic
 from lightning_compress.channels.tracing.groups import Run
 from lightning_compress.channels.tracing.verify import Subject, samples_in
@@ -17,14 +18,10 @@ from lightning_compress.probe import make_probe, outputs_of_calls, shape_feed
 ADAPTERS = "_guest"
 
 
-def guests(trainer: Any, pl_module: Any) -> dict[int, Any]:
+def guests(trainer: Any, pl_module: Any) -> dict[int, CompressionCallback]:
     """Callbacks that train layers of their own on what the module puts out, by their place in the list."""
-    callbacks: list[Any] = trainer.callbacks
-    return {
-        number: callback
-        for number, callback in enumerate(callbacks)
-        if hasattr(callback, "compared") and callback.serves(pl_module)
-    }
+    callbacks = enumerate(compression_callbacks(trainer))
+    return {number: callback for number, callback in callbacks if callback.serves(pl_module)}
 
 
 class FitCalls:
@@ -56,7 +53,7 @@ class FitCalls:
             self.runs.insert(0, self._evaluate)
         self.own = self.runs[-1]
         for number, callback in guests(trainer, pl_module).items():
-            self.host.add_module(f"{ADAPTERS}{number}", copy.deepcopy(callback.objective.adapters))
+            self.host.add_module(f"{ADAPTERS}{number}", copy.deepcopy(callback.trained_layers))
             compare: Any = partial(self._compare, callback, f"{ADAPTERS}{number}", self.runs[-1])
             compare.reason = "a distillation loss holds it against the teacher"
             self.runs.append(compare)

@@ -23,7 +23,7 @@ from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.calls import bind_example
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.resizing import resize_state_
-from lightning_compress.quantization import convert
+from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Scope, Targets
 
 
@@ -124,11 +124,7 @@ def check_module(model: nn.Module) -> None:
             raise CompressionError(
                 f"`{name}` must have its shape. Received: a lazy layer that hasn't run yet. Run one forward pass."
             )
-    convert.refuse_adapted(model)
-    if convert.form_of(model) != "float":
-        raise CompressionError(
-            f"`model` must be float. Received: a {convert.form_of(model)} one. Remove channels before you quantize."
-        )
+    require_float(model)
 
 
 def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:

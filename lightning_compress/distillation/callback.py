@@ -9,8 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_compress.callback import begin_training_mode_, keep_training_mode_, refuse_strategy
+from lightning_compress.callback import begin_training_mode_, keep_training_mode_
 from lightning_compress.distillation.callback_base import (
     Teaching,
     announce,
@@ -33,10 +34,9 @@ from lightning_compress.distillation.teacher_check import closeness
 from lightning_compress.distillation.wrapped_step import unwrap_step_, wrap_step_
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.copying import copy_tensors
-from lightning_compress.modules.training_mode import restore_given_
 from lightning_compress.probe import make_probe
 from lightning_compress.quantization import convert
-from lightning_compress.structure import checkpoint
+from lightning_compress.structure.change import is_float, to_float_
 
 
 class Distillation(Teaching):
@@ -138,22 +138,21 @@ class Distillation(Teaching):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_strategy(trainer, type(self).__name__)
         if not pl_module.automatic_optimization:
             raise CompressionError(
                 "`automatic_optimization` must be True for Distillation, which adds to the loss that training_step "
                 "returns. Received: automatic_optimization=False. Use DistillationModule's `compute_terms` in the step."
             )
-        pl_module.configure_model()
+        super().setup(trainer, pl_module, stage)  # also for hyperparameters, which may hold what is tapped
         self.objective.reset()
         self.objective.adapters.clear()
         self._restored, self._entry = None, None
         if self.objective.teacher.given is None:
             self.objective.teacher.require()
         twin = pl_module
-        if convert.form_of(pl_module) != "float":  # what makes it float again may come after this
+        if not is_float(pl_module):  # what makes it float again may come after this
             twin = make_probe(trainer, pl_module)
-            convert.revert_(twin, "float")
+            to_float_(twin)
         student = self._scope(twin)
         self.objective.teacher.take_(student)
         teacher = self.objective.teacher.require()
@@ -162,7 +161,6 @@ class Distillation(Teaching):
         self.objective.taps.find(student)
         self.objective.teacher.taps.find(teacher)
         self.objective.teacher.load_once()
-        checkpoint.attach(pl_module)  # hyperparameters may hold what is tapped
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         begin_training_mode_(trainer, pl_module, type(self).__name__)
@@ -226,16 +224,12 @@ class Distillation(Teaching):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.finish(self.objective, partial(self.close, pl_module))
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.close(pl_module)
-
+    @override
     def close(self, pl_module: pl.LightningModule) -> None:
-        """Take all hooks away; may be called twice."""
-        restore_given_(pl_module)
+        super().close(pl_module)
         unwrap_step_(pl_module)
         self._call.detach()
         self.objective.detach(pl_module)
-        checkpoint.detach(pl_module)
         self._serves = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -251,14 +245,13 @@ class Distillation(Teaching):
     def student_path(self) -> str:  # type: ignore[override]
         return self.student or ""
 
-    def compared(self, module: nn.Module, adapters: nn.Module, step: Callable[[nn.Module], Any]) -> list[Tensor]:
-        """What the losses hold against the teacher's features in a ``step`` of a copy of the module; its size stays.
+    @property
+    @override
+    def trained_layers(self) -> nn.ModuleDict:
+        return self.objective.adapters
 
-        Args:
-            module: a copy of the LightningModule.
-            adapters: copies of the adapters.
-            step: runs it.
-        """
+    @override
+    def compared(self, module: nn.Module, layers: nn.Module, step: Callable[[nn.Module], Any]) -> list[Tensor]:
         student = self._scope(module)
         drop_taps_(module)
         taps, _ = make_taps(self.objective.losses)
@@ -271,7 +264,7 @@ class Distillation(Teaching):
                 if isinstance(loss, FeatureLoss) and loss.adapts and not loss.pairs and not self._shrinks_with(loss)
             }
         taps.detach(student)
-        known = dict(adapters.named_children())
+        known = dict(layers.named_children())
         return [known[name](one) if name in known else one for name, one in features.items()]
 
     def _shrinks_with(self, loss: FeatureLoss) -> bool:
@@ -280,10 +273,11 @@ class Distillation(Teaching):
 
     # The work.
 
+    @override
     def serves(self, module: nn.Module) -> bool:
-        """Whether this is the very module that is taught, not a copy of it."""
         return self._serves == id(module) and self._entry is not None
 
+    @override
     def teach(self, step: Callable[..., Any], module: pl.LightningModule, args: tuple[Any, ...]) -> Any:
         """Run the module's own step, and add the terms to its loss."""
         student, batch = self._scope(module), args[0]
@@ -307,7 +301,7 @@ class Distillation(Teaching):
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """The dry run on a copy of the module with the first batch; then adapters, taps and witness are in place."""
         probe = make_probe(trainer, pl_module)
-        convert.revert_(probe, "float")
+        to_float_(probe)
         drop_taps_(probe)
         student, call = self._scope(probe), StudentCall()
         step = type(probe).training_step

@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_compress.callback import check_version, without_logging
+from lightning_compress.callback import CompressionCallback, check_version
 from lightning_compress.distillation.dry_run import Plan
 from lightning_compress.distillation.objective import Objective, gradient_shares
 from lightning_compress.distillation.student_teachers import EMATeacher
@@ -34,11 +34,13 @@ from lightning_compress.window import fit_length
 STATE_VERSION = 1
 
 
-class Teaching(Callback):
+class Teaching(CompressionCallback):
     """When the teacher comes and goes, ramps move, and what is said and kept; the same for module and callback.
 
     A subclass says whose objective it is, and who the student is.
     """
+
+    key = "distillation"
 
     def __init__(self) -> None:
         self._objective: Objective | None = None
@@ -86,12 +88,12 @@ class Teaching(Callback):
     """Of the student within the LightningModule."""
 
     @property
+    @override
     def averages_weights(self) -> bool:
-        """Whether the teacher follows the student's weights, so that these must keep their scale."""
         return self._objective is not None and isinstance(self._objective.teacher.given, EMATeacher)
 
+    @override
     def on_channels_removed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
-        """Channels have left the module: a teacher that follows the student loses them too."""
         if self._objective is not None and isinstance(self._objective.teacher.given, EMATeacher):
             self._objective.teacher.given.on_channels_removed(cut.below(self.student_path))
 
@@ -135,7 +137,7 @@ class Teaching(Callback):
         self._restored = state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**without_logging(self), "_restored": None}
+        return {**super().__getstate__(), "_restored": None}
 
 
 def join_optimizer_(adapters: nn.Module, trainer: pl.Trainer) -> None:

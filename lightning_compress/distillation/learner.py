@@ -20,6 +20,7 @@ from lightning_compress.modules.calls import to_device_of
 from lightning_compress.modules.copying import copy_module, copy_tensors
 from lightning_compress.modules.isolation import buffers_restored_on_error
 from lightning_compress.quantization import convert
+from lightning_compress.structure.change import to_float_
 
 
 class Learner(nn.Module):
@@ -169,7 +170,7 @@ class Learner(nn.Module):
         if objective.losses:
             # The student may keep what it saw, its forward may differ in training, and it may be int8: all on a copy.
             twin = copy_module(self)
-            convert.revert_(twin, "float")
+            to_float_(twin)
             drop_taps_(twin.student)
             objective.teacher.take_(twin.student)
             objective.teacher.require()

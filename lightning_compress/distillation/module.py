@@ -35,7 +35,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import take_examples
 from lightning_compress.modules.isolation import random_state_kept
 from lightning_compress.modules.training_mode import restore_given_
-from lightning_compress.quantization import convert
+from lightning_compress.structure.change import is_converted
 
 if TYPE_CHECKING:
     _Base = L.LightningModule
@@ -167,14 +167,14 @@ class DistillationSteps(Learner, _Base):
                 "`configure_callbacks` must return the callback of DistillationModule too. Received: none of it. "
                 "Override it as: return [*super().configure_callbacks(), ...]."
             )
-        if convert.form_of(self) == "converted":
+        if is_converted(self):
             return  # called before a callback of ours has made it float again; the Trainer calls once more
         try:
             inputs = self._example_inputs()
         except AttributeError:
             # The data may be made in the module's `setup`, which comes after those of the callbacks. Where one of these
             # calls this, the Trainer will once more; but what has copied the module by then misses the adapters.
-            copied = self.objective.needs_example and any(hasattr(each, "_average_model") for each in callbacks)
+            copied = self.objective.needs_example and any(hasattr(callback, "_average_model") for callback in callbacks)
             if self._current_fx_name != "setup" or copied:
                 raise
             return

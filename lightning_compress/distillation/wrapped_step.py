@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from lightning_compress.callback import compression_callbacks
+
 
 def wrap_step_(module: Any) -> None:
     """Hand the instance's ``training_step`` to the callback that ``serves`` the module; a deep copy keeps its own."""
@@ -26,7 +28,7 @@ def unwrap_step_(module: Any) -> None:
 
 def _served_step(module: Any, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     step = previous or partial(type(module).training_step, module)
-    for callback in getattr(module._trainer, "callbacks", ()):  # a copy may have no Trainer
-        if hasattr(callback, "serves") and callback.serves(module):
+    for callback in [] if module._trainer is None else compression_callbacks(module._trainer):  # a copy may have none
+        if callback.serves(module):
             return callback.teach(partial(step, **kwargs), module, args)
     return step(*args, **kwargs)

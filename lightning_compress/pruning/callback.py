@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from lightning_compress.callback import CompressionCallback, warn_of_other_settings
+from lightning_compress.callback import compression_callbacks, warn_of_other_settings
 from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.modules.resizing import Cut
@@ -27,12 +28,14 @@ from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.pruning.rewind import Rewind
 from lightning_compress.pruning.silence import Silence, warning
 from lightning_compress.schedules import Polynomial, Schedule
-from lightning_compress.structure import checkpoint
+from lightning_compress.structure.files import restored_state
+from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Scope, Targets
 from lightning_compress.window import Window, fit_length
+from lightning_compress.windowed_callback import WindowedCallback
 
 
-class ScheduledPruning(CompressionCallback):
+class ScheduledPruning(WindowedCallback):
     """Zeroes weights on a schedule; at its window's end exactly ``round(sparsity * N)`` of N weights are zero.
 
     Masks only grow. They live in this callback (and in its checkpoint state), never in the model: after each optimizer
@@ -86,6 +89,8 @@ class ScheduledPruning(CompressionCallback):
     References:
         Zhu and Gupta, "To prune, or not to prune", 2017 (arXiv:1710.01878), for the default schedule.
     """
+
+    key = "pruning"
 
     def __init__(
         self,
@@ -156,7 +161,7 @@ class ScheduledPruning(CompressionCallback):
         self._heard = set()
         if self._model is None or self._model() is not pl_module:
             self._masks, self._model = {}, weakref.ref(pl_module)
-            restored = checkpoint.restored_state(pl_module, self.state_key)
+            restored = restored_state(pl_module, self.state_key)
             if restored is not None:
                 self._masks = unpack(restored["masks"])
 
@@ -244,9 +249,9 @@ class ScheduledPruning(CompressionCallback):
             pruner.masks = trainer.strategy.broadcast(pruner.masks)
         if self._kept is not None and pruned(pruner.masks.values()) > pruned(before.values()):
             rewinding.put_back_(self._kept, pl_module, trainer.optimizers)
-            for copy in checkpoint.averaged_copies(trainer):
+            for copy in averaged_copies(trainer):
                 rewinding.put_tensors_back_(self._kept, copy)
-            for other in checkpoint.callbacks_of(pl_module).values():
+            for other in compression_callbacks(trainer):
                 other.sync_(trainer, pl_module)
             rank_zero_info(
                 f"ScheduledPruning: {sparsity_of(pruner.masks):.1%} of the weights are zero at step {self._step}; the "
@@ -324,7 +329,7 @@ class ScheduledPruning(CompressionCallback):
         if self._pruner is not None:
             self._pruner.settle_()
             self._pruner.apply_to_moments_(trainer.optimizers)
-            for copy in checkpoint.averaged_copies(trainer):
+            for copy in averaged_copies(trainer):
                 self._pruner.settle_(copy)
 
     def on_channels_removed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
@@ -371,6 +376,10 @@ class ScheduledPruning(CompressionCallback):
                 "dense kernels no faster and plain files no smaller."
             )
         return notes
+
+    @override
+    def report_history(self) -> list[Any]:
+        return self.sparsity_history
 
     @property
     def state_key(self) -> str:

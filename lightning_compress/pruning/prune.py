@@ -16,7 +16,7 @@ from lightning_compress.pruning.methods import Masks
 from lightning_compress.pruning.pruner import Pruner, own_random_state
 from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.pruning.silence import Silence, warning
-from lightning_compress.quantization.convert import refuse_adapted
+from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Scope, Targets
 
 
@@ -84,7 +84,7 @@ def prune_(
     recipe = make_recipe(method, sparsity, scope, targets or Targets(), overrides, max_layer_sparsity, n_m, dim, norm)
     if method == "custom_from_mask" and masks is None:
         raise invalid("masks", "be given for method='custom_from_mask'", None, "Pass masks={name: mask}.")
-    refuse_adapted(model)
+    require_float(model, "train")
     pruner = Pruner(recipe, model, masks or {})
     if pruner.warning:
         warnings.warn(f"prune_: {pruner.warning}", NoEffectWarning, stacklevel=2)

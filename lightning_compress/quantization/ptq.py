@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
+from typing_extensions import override
 
-from lightning_compress.callback import refuse_strategy, without_logging
+from lightning_compress.callback import CompressionCallback
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import in_short
 from lightning_compress.modules.isolation import evaluating, restore_modes_, training_modes
@@ -26,11 +26,11 @@ from lightning_compress.quantization.qat import convert_prepared_, refuse_accele
 from lightning_compress.quantization.quantize import Recipe, own_parameters_, quantize_
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.quantization.static.plan import explain, summary
-from lightning_compress.structure import checkpoint
+from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Targets
 
 
-class PostTrainingQuantization(Callback):
+class PostTrainingQuantization(CompressionCallback):
     """Quantizes a trained model when `test`, `validate` or `predict` starts: its metrics are those of the int8 model.
 
     Afterwards the float model is back. The validation within a fit sees the float model.
@@ -71,6 +71,8 @@ class PostTrainingQuantization(Callback):
         >>> # Trainer(callbacks=[ptq]).test(model, datamodule)
     """
 
+    key = "post-training quantization"
+
     def __init__(
         self,
         scheme: str | Scheme = "int8_static",
@@ -92,14 +94,13 @@ class PostTrainingQuantization(Callback):
         self._notes: list[str] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        refuse_strategy(trainer, type(self).__name__)
         if stage != "fit":
             if self.recipe.needs_cpu:
                 refuse_accelerator(trainer)
             self._modes = training_modes(pl_module)
         if stage == "fit" and convert.form_of(pl_module) == "converted":
             convert.revert_(pl_module, "float")
-        checkpoint.attach(pl_module)
+        super().setup(trainer, pl_module, stage)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.compare:
@@ -160,7 +161,7 @@ class PostTrainingQuantization(Callback):
         self._time(trainer, batch)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        convert.refuse_adapted(pl_module)
+        require_float(pl_module, "train")
         if convert.form_of(pl_module) == "converted":
             return
         if convert.form_of(pl_module) == "prepared":
@@ -211,10 +212,12 @@ class PostTrainingQuantization(Callback):
             self._notes.append(line)
             rank_zero_info(f"{type(self).__name__}: {line}.")
 
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore(pl_module, self.keep)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    @override
+    def close(self, pl_module: pl.LightningModule) -> None:
         self._restore(pl_module)
 
     def _restore(self, pl_module: pl.LightningModule, keep: bool = False) -> None:
@@ -225,13 +228,13 @@ class PostTrainingQuantization(Callback):
             restore_modes_(self._modes)  # also those of what is kept aside
         self._ours = False
         self._modes = {}
-        checkpoint.detach(pl_module)
+        super().close(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**without_logging(self), "_modes": {}, "_twin": None, "_floats": None, "quantized_model": None}
+        return {**super().__getstate__(), "_modes": {}, "_twin": None, "_floats": None, "quantized_model": None}
 
+    @override
     def report_notes(self) -> list[str]:
-        """Lines for the report: which layers stay float and why, and what makes nothing faster."""
         return self._notes
 
 

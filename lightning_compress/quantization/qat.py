@@ -11,7 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_compress.callback import CompressionCallback, rebuild_ddp, warn_of_other_settings
+from lightning_compress.callback import compression_callbacks, rebuild_ddp, warn_of_other_settings
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.messages import in_short, named
 from lightning_compress.modules.call_log import CallLog, record_calls
@@ -36,16 +36,17 @@ from lightning_compress.quantization.slower import slower_than_float
 from lightning_compress.quantization.static.calibrate import calibrate
 from lightning_compress.quantization.static.plan import explain, make_plan, summary
 from lightning_compress.quantization.static.traced import Traced
-from lightning_compress.structure import checkpoint
+from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Targets
 from lightning_compress.window import Bounds, Window, fit_length
+from lightning_compress.windowed_callback import WindowedCallback
 
 _WINDOW = Window()
 _FEW = round(1 / AVERAGING_CONSTANT)
 """Ranges that have followed for fewer batches than this are hardly averages."""
 
 
-class QuantizationAwareTraining(CompressionCallback):
+class QuantizationAwareTraining(WindowedCallback):
     """Trains with fake-quantized weights (and activations), and converts the model to int8 or less when `fit` ends.
 
     At the window's start the largest sub-modules whose traced form computes what they computed are given
@@ -88,6 +89,9 @@ class QuantizationAwareTraining(CompressionCallback):
         Jacob et al., 2018 (arXiv:1712.05877), section 3; Krishnamoorthi, 2018 (arXiv:1806.08342), for freezing
         BatchNorm, which isn't done by default.
     """
+
+    key = "quantization-aware training"
+    conflicts = ("post-training quantization",)
 
     def __init__(
         self,
@@ -132,14 +136,6 @@ class QuantizationAwareTraining(CompressionCallback):
         return self.window == _WINDOW
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        from lightning_compress.quantization.ptq import PostTrainingQuantization
-
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, PostTrainingQuantization) for callback in callbacks):
-            raise CompressionError(
-                "`callbacks` must hold either QuantizationAwareTraining or PostTrainingQuantization. Received: both. "
-                "Remove one."
-            )
         if stage in ("test", "predict"):
             refuse_accelerator(trainer)
         if stage == "fit" and str(trainer.precision).endswith(("16-true", "64-true")):
@@ -172,7 +168,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._bounds is None and self.waits:
             bounds = self.window.bounds(*fit_length(trainer))
-            last = max(other.final_step(trainer) for other in checkpoint.callbacks_of(pl_module).values())
+            last = max(other.final_step(trainer) for other in compression_callbacks(trainer))
             self._bounds = Bounds(max(bounds.start, last), max(bounds.end, last + 1))
         super().on_train_start(trainer, pl_module)
 
@@ -181,7 +177,7 @@ class QuantizationAwareTraining(CompressionCallback):
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._step >= self.bounds.start and convert.form_of(pl_module) == "float":
-            others = checkpoint.callbacks_of(pl_module).values()
+            others = compression_callbacks(trainer)
             for other in others:
                 other.apply_pending_(trainer, pl_module, batch, batch_idx)
             if all(other.is_final() for other in others):
@@ -223,11 +219,11 @@ class QuantizationAwareTraining(CompressionCallback):
                 module.batchnorm_frozen = progress >= self.freeze_batchnorm < 1.0
 
     def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for averaged in checkpoint.averaged_copies(trainer):
+        for averaged in averaged_copies(trainer):
             convert.quantized_like_(averaged, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        others = checkpoint.callbacks_of(pl_module).values()
+        others = compression_callbacks(trainer)
         due = convert.form_of(pl_module) == "float" and self._trained >= 0
         if due and self._recent and all(other.is_final() for other in others):
             self._prepare_late(trainer, pl_module)
@@ -314,9 +310,8 @@ class QuantizationAwareTraining(CompressionCallback):
 
 def _may_rescale(trainer: pl.Trainer) -> bool:
     """Whether there are neither momenta nor averages yet: they would be those of weights of another scale."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    averages = next(checkpoint.averaged_copies(trainer), None) is not None or any(
-        getattr(callback, "averages_weights", False) for callback in callbacks
+    averages = next(averaged_copies(trainer), None) is not None or any(
+        callback.averages_weights for callback in compression_callbacks(trainer)
     )
     return not averages and not any(optimizer.state for optimizer in trainer.optimizers)
 

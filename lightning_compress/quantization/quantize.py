@@ -26,10 +26,8 @@ from lightning_compress.quantization.convert import (
     convert_,
     decide_per_token_,
     forget_,
-    form_of,
     prepare_,
     record_of,
-    refuse_adapted,
 )
 from lightning_compress.quantization.layers.gptq_calibration import calibrated_weights
 from lightning_compress.quantization.layers.plan import Overrides, Weights, check_overrides, packable
@@ -41,6 +39,7 @@ from lightning_compress.quantization.static.flows import FLOWS, load
 from lightning_compress.quantization.static.plan import make_plan, per_token_line
 from lightning_compress.quantization.static.signature import canonical
 from lightning_compress.quantization.static.unit import Unit
+from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Targets
 
 _logger = logging.getLogger("lightning_compress")
@@ -84,9 +83,7 @@ def quantize(
     recipe = Recipe(scheme, calibration_batches, targets, overrides, flow)
     if isinstance(calibration, Tensor):
         raise invalid("calibration", "be batches", f"a tensor of shape {tuple(calibration.shape)}", "Put it in a list.")
-    refuse_adapted(model)
-    if form_of(model) != "float":
-        raise CompressionError(f"`model` must be a float model. Received: one that is {form_of(model)} already.")
+    require_float(model)
     with torch.inference_mode(False):
         shared = recipe.only_read(model)
         twin = copy_module(model, shared) if shared else copy_module(model).cpu()

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_compress.callback import CompressionCallback, compression_callbacks
 from lightning_compress.errors import CompressionError, in_a_line, invalid
 from lightning_compress.probe import example_calls
 from lightning_compress.quantization.convert import form_of
@@ -38,7 +39,7 @@ from lightning_compress.report.rows import AFTER, BEFORE, Rows, structural_copy
 from lightning_compress.report.validation import validate_copy
 
 
-class CompressionReport(Callback):
+class CompressionReport(CompressionCallback):
     """Measures what compression brought and writes ``report.json``, ``report.md``, ``report.png`` and ``sparsity.png``.
 
     The row *before* is the model when ``fit`` starts (or ``test`` or ``validate``, if no ``fit`` came first); *after*
@@ -83,6 +84,8 @@ class CompressionReport(Callback):
     Hooks: ``setup``, ``on_fit_start``, the first ``on_train_batch_start`` or ``on_test_batch_start``, ``on_test_end``,
     ``on_validation_start``, ``on_validation_end``, ``teardown``, ``on_exception``.
     """
+
+    key = "report"
 
     def __init__(
         self,
@@ -274,7 +277,7 @@ class CompressionReport(Callback):
         show(self.comparison, folder, written)
 
     def _notes_of(self, callback: Callback) -> list[str]:
-        offered = getattr(callback, "report_notes", None)
+        offered = getattr(callback, "report_notes", None)  # a callback of the user's may have notes too
         notes: list[str] = []
         if callable(offered):
             with self._not_ending_the_run(f"The notes of {type(callback).__name__} couldn't be taken"):
@@ -297,5 +300,5 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 
 def _histories(trainer: Trainer) -> list[Any]:
     """How sparsity grew, of every callback that knows it."""
-    found = (getattr(callback, "sparsity_history", None) for callback in _callbacks(trainer))
+    found = (callback.report_history() for callback in compression_callbacks(trainer))
     return [history for history in found if history]

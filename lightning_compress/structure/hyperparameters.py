@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.fast_path import restore_fast_path_
 from lightning_compress.modules.routing import (
     CHILD,
     all_modules,
@@ -27,9 +26,8 @@ from lightning_compress.modules.routing import (
     has_forgotten,
     parameters_aside,
     set_aside_of,
-    unroute_,
 )
-from lightning_compress.quantization.layers.float_values import hide_float_values_
+from lightning_compress.structure.change import changes
 
 _TENSORS_ALONE = ("state_dict", "current_model_state", "optimizer_states")
 _ATTRIBUTES = ("_aside", "_fast_path", "_quantization", "_restored_callback_states")
@@ -143,10 +141,8 @@ def _memo(module: nn.Module, modules: list[nn.Module], marked: list[nn.Module]) 
 
 def _strip_(module: nn.Module) -> None:
     """Take off a module whatever is ours."""
-    if CHILD in module._modules:
-        unroute_(module)
-        hide_float_values_(module)
-    restore_fast_path_(module)
+    for change in reversed(changes()):
+        change.strip_(module)
     for name in list(_ours(module)):
         if name not in _HOOKS:
             del module.__dict__[name]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.quantization import convert
-from lightning_compress.structure.checkpoint import Model, detach
+from lightning_compress.structure.checkpoint import detach
+from lightning_compress.structure.files import Model
 
 
 def merge_adapters(model: Model) -> Model:

@@ -10,8 +10,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
 
 from lightning_compress.callback import (
     STATE_VERSION,
@@ -19,26 +19,22 @@ from lightning_compress.callback import (
     begin_training_mode_,
     check_version,
     keep_training_mode_,
-    refuse_strategy,
     warn_of_other_settings,
-    without_logging,
 )
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.modules.paths import compressible_modules
 from lightning_compress.modules.routing import CHILD
-from lightning_compress.modules.training_mode import restore_given_
 from lightning_compress.probe import is_own
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.lora.adapters import LowRank, plan_adapters
 from lightning_compress.quantization.lora.merge import merge_adapters
 from lightning_compress.quantization.lora.reentrant import let_gradients_in_, restore_
-from lightning_compress.quantization.ptq import PostTrainingQuantization
-from lightning_compress.structure import checkpoint
+from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Targets, matches
 
 
-class QLoRA(Callback):
+class QLoRA(CompressionCallback):
     """Fine-tunes a module whose linear layers are frozen in 4 bits (NF4), by low-rank adapters in float over them.
 
     ``y = x W^T + b + (alpha / rank) x A^T B^T`` with A ``(rank, in_features)`` and B ``(out_features, rank)``. When a
@@ -74,6 +70,10 @@ class QLoRA(Callback):
         Dettmers et al., "QLoRA", 2023 (arXiv:2305.14314), section 3; Hu et al., "LoRA", 2021 (arXiv:2106.09685).
     """
 
+    key = "adapters"
+    conflicts = ("pruning", "channels", "quantization-aware training", "post-training quantization")
+    kept_with_weights = True
+
     def __init__(
         self,
         rank: int = 8,
@@ -95,19 +95,7 @@ class QLoRA(Callback):
         self._stepped = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        refuse_strategy(trainer, type(self).__name__)
-        others = [
-            type(other).__name__
-            for other in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(other, CompressionCallback | PostTrainingQuantization)
-        ]
-        if others:
-            raise CompressionError(
-                f"`callbacks` must hold no other technique that needs float weights beside QLoRA. Received: {others}. "
-                "Fit with QLoRA first, and give them `qlora.merge()`."
-            )
-        pl_module.configure_model()
-        checkpoint.attach(pl_module)
+        super().setup(trainer, pl_module, stage)
         self._module = weakref.ref(pl_module)
         if stage != "fit":
             return
@@ -115,6 +103,15 @@ class QLoRA(Callback):
             pl_module.__dict__["setup"] = partial(self._after_setup, pl_module)  # it may be what loads the weights
         else:
             self._adapt(pl_module)
+
+    @override
+    def why_conflicts(self, trainer: pl.Trainer, other: CompressionCallback) -> str:
+        if other.key not in self.conflicts:
+            return ""
+        return (
+            "`callbacks` must hold no other technique that needs float weights beside QLoRA. Received: "
+            f"{type(other).__name__}. Fit with QLoRA first, and give it `qlora.merge()`."
+        )
 
     def _after_setup(self, pl_module: pl.LightningModule, stage: str) -> None:
         del pl_module.__dict__["setup"]
@@ -143,8 +140,8 @@ class QLoRA(Callback):
     def _asked(self) -> dict[str, Any]:
         return {"low_rank": asdict(self.low_rank), "trained": self.modules_to_train, "targets": _plain(self.targets)}
 
+    @override
     def check_entry(self, entry: Mapping[str, Any], stage: str) -> None:
-        """Raise if a fit is to resume from a checkpoint that has no adapters; nothing is changed yet."""
         if stage == "fit" and entry.get("quantization", {}).get("form") != "adapted":
             raise CompressionError(
                 "`ckpt_path` must be a checkpoint of a fit with QLoRA. Received: one without adapters. Load its "
@@ -219,8 +216,7 @@ class QLoRA(Callback):
         ]
 
     def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give averaged copies of the module the adapters that it has."""
-        for averaged in checkpoint.averaged_copies(trainer):
+        for averaged in averaged_copies(trainer):
             convert.quantized_like_(averaged, pl_module)
 
     def merge(self) -> pl.LightningModule:
@@ -234,33 +230,32 @@ class QLoRA(Callback):
             raise CompressionError("`merge` must come after a fit. Received: no module. Use merge_adapters(model).")
         return merge_adapters(module)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._close(pl_module)
-
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if not self._begun:
             convert.revert_(pl_module, "float")  # its float weights are still there
             self._begun = True
-        self._close(pl_module)
+        super().on_exception(trainer, pl_module, exception)
 
-    def _close(self, pl_module: pl.LightningModule) -> None:
+    @override
+    def close(self, pl_module: pl.LightningModule) -> None:
         pl_module.__dict__.pop("setup", None)
         restore_()
-        restore_given_(pl_module)
-        checkpoint.detach(pl_module)
+        super().close(pl_module)
 
+    @override
     def report_notes(self) -> list[str]:
-        """Lines for the report: what is in 4 bits, what trains, what stays float and why."""
         return self._notes
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version(state_dict, type(self).__name__)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**without_logging(self), "_module": None}
+        return {**super().__getstate__(), "_module": None}
 
 
 def _plain(targets: Targets | None) -> dict[str, Any] | None:

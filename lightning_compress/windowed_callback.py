@@ -1,0 +1,176 @@
+"""`WindowedCallback`: what callbacks share that change a model on a schedule: the count of optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_compress.callback import (
+    STATE_VERSION,
+    CompressionCallback,
+    begin_training_mode_,
+    check_version,
+    keep_training_mode_,
+)
+from lightning_compress.errors import CompressionError
+from lightning_compress.modules.resizing import with_inner
+from lightning_compress.structure.change import in_entry, require_float
+from lightning_compress.structure.listener import averaged_copies
+from lightning_compress.window import Bounds, Window, fit_length
+
+
+class WindowedCallback(CompressionCallback):
+    """Base of the callbacks that change a model on a schedule while it trains.
+
+    A subclass overrides `begin` (find targets, check), `act` (a step of the window), `after_optimizer_step` and
+    `close`; the base counts steps and keeps the state that a checkpoint needs.
+
+    Args:
+        window: when to act.
+    """
+
+    kept_with_weights = True
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self._step = 0
+        self._bounds: Bounds | None = None
+        self._stepped = False
+        self._handles: list[RemovableHandle] = []
+
+    # What a subclass decides.
+
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find what to work on and check it; nothing is changed yet."""
+
+    def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
+        """One step of the window, at ``progress`` in [0, 1]."""
+
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Called after each step of each optimizer, with that optimizer."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the window begins when `is_final` holds for all others, as nothing else says when."""
+        return False
+
+    # Lightning's hooks.
+
+    @override
+    def check_entry(self, entry: Mapping[str, Any], stage: str) -> None:
+        for change, record in in_entry(entry):
+            if stage == "fit":
+                change.check(record, "train")
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            require_float(pl_module, "train")
+            self._step, self._bounds = 0, None
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        begin_training_mode_(trainer, pl_module, type(self).__name__)
+        self.begin(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._bounds is None:
+            self._bounds = self.window.bounds(*fit_length(trainer))
+        self._stepped = False
+        self._handles = [
+            optimizer.register_step_post_hook(lambda stepped, *_: self._on_optimizer_step(stepped))
+            for optimizer in with_inner(trainer.optimizers)  # SAM steps only the one that it wraps
+        ]
+        if self._step == 0 and self._bounds.start == 0:
+            self.act(trainer, pl_module, 0.0)
+        self.sync_(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        keep_training_mode_(trainer, pl_module, type(self).__name__, batch_idx)
+
+    def _on_optimizer_step(self, optimizer: Optimizer) -> None:
+        self._stepped = True
+        self.after_optimizer_step(optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._stepped:
+            self._stepped = False
+            self._step += 1
+            progress = self.bounds.progress(self._step)
+            if progress is not None and self.bounds.is_due(self._step, self.window.every_n_steps):
+                self.act(trainer, pl_module, progress)
+        if any(True for _ in averaged_copies(trainer)):
+            self.sync_(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.sync_(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.sync_(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.sync_(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.sync_(trainer, pl_module)
+        if self._step < self.bounds.end:
+            rank_zero_warn(
+                f"{type(self).__name__}: training stopped at optimizer step {self._step}, before its window's end at "
+                f"{self.bounds.end}: {self.unfinished()}"
+            )
+
+    @override
+    def close(self, pl_module: pl.LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        super().close(pl_module)
+
+    @property
+    def bounds(self) -> Bounds:
+        """The window in optimizer steps, known from the start of training on."""
+        if self._bounds is None:
+            raise CompressionError(f"{type(self).__name__}'s window has no bounds before training starts.")
+        return self._bounds
+
+    def unfinished(self) -> str:
+        """What it means that the window's end wasn't reached."""
+        return "its work isn't complete. Shorten the window, or train longer."
+
+    @override
+    def report_notes(self) -> list[str]:
+        if self._bounds is not None and self._step < self._bounds.end:
+            return [f"{type(self).__name__} stopped at step {self._step} of {self._bounds.end}: {self.unfinished()}"]
+        return super().report_notes()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        bounds = None if self._bounds is None else [self._bounds.start, self._bounds.end]
+        return {"version": STATE_VERSION, "step": self._step, "bounds": bounds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version(state_dict, type(self).__name__)
+        self._step = state_dict["step"]
+        self._bounds = None if state_dict["bounds"] is None else Bounds(*state_dict["bounds"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_handles": []}
