@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Case:
         build: the float model, as its constructor makes it.
         callbacks: of the fit that wrote the file; None where `save_compressed` did.
         compress: what was done to a model without a Trainer.
-        resumes: whether the file is of the middle of the fit, which may go on from it.
+        resumes: whether the file is of the middle of a fit, which may go on from it.
         rounded: whether the outputs are rounded to int8. One rounding may come out otherwise on another CPU.
         flag: `weights_only` for a file of the middle of the fit, without what a fit goes on from; `tested` for one of
             PostTrainingQuantization.
@@ -120,6 +121,7 @@ def distillation_module() -> DistillationModule:
         student=NETWORKS["images"](),
         teacher=teacher(),
         losses=[SoftTarget(temperature=2.0), FeatureMSE("body", "1")],
+        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
         ramps=[Ramp("soft_target", "temperature", 4.0, window=steps(2, 10))],
     )
 

@@ -25,13 +25,13 @@ class Images(nn.Module):
         self.norm = nn.BatchNorm2d(6)
         self.deep = nn.Conv2d(6, 8, 3)
         self.deep_norm = nn.BatchNorm2d(8)
-        self.body = nn.Linear(8, 12)
+        self.body = nn.Linear(8 * 4, 12)
         self.head = nn.Linear(12, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x)).relu()
         x = self.deep_norm(self.deep(x)).relu()
-        return self.head(self.body(x.mean((2, 3))).relu())
+        return self.head(self.body(x.mean(3).flatten(1)).relu())
 
 
 class Sequences(nn.Module):

@@ -29,11 +29,12 @@ EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())
 each = pytest.mark.parametrize("case", CASES, ids=str)
 each_resuming = pytest.mark.parametrize("case", [case for case in CASES if case.resumes], ids=str)
 FLOAT = 1e-4
-"""How far float outputs may be off, for their largest: sums come out in another order on another CPU."""
+"""How far float outputs may be off, as a fraction of what tells samples apart: CPUs sum up in different orders."""
 TRAINED = 1e-3
-"""The same after an epoch of training, which amplifies it: up to 2e-4 between a CPU with AVX-512 and one without."""
+"""The same after an epoch of training, which amplifies it."""
+PARTS = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "callbacks", "lightning_compress")
 ROUNDED = 0.05
-"""How far int8 outputs may be off, for their largest, where a rounding comes out otherwise."""
+"""How far int8 outputs may be off, as such a fraction, where a rounding comes out otherwise."""
 
 
 def fresh(case: Case) -> Any:
@@ -50,7 +51,7 @@ def assert_close(got: Tensor, expected: list[list[float]], rounded: bool, traine
     """
     wanted, tolerance = torch.tensor(expected), TRAINED if trained else FLOAT
     assert got.shape == wanted.shape
-    off = (got - wanted).abs() / wanted.abs().max()
+    off = (got - wanted).abs() / (wanted - wanted.mean(0)).abs().max()
     assert off.max() < (ROUNDED if rounded else tolerance), f"off by {off.max():.2g}"
     assert (rounded and trained) or off.median() < tolerance, f"off by {off.median():.2g} in the median"
 
@@ -61,7 +62,8 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in items:
             yield from leaves(value, f"{name}.{key}")
     else:
-        yield name, tree.tolist() if isinstance(tree, Tensor) else tree
+        tensor = tree.dequantize() if isinstance(tree, Tensor) else tree
+        yield name, (tensor.dtype, tensor.tolist()) if isinstance(tensor, Tensor) else tree
 
 
 def read(case: Case) -> dict[str, Any]:
@@ -69,23 +71,23 @@ def read(case: Case) -> dict[str, Any]:
     return checkpoint
 
 
-def states_of(callbacks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The states of callbacks as plain data, less what a resumed fit never had: a fingerprint of an average."""
-    states = {key: dict(leaves(state)) for key, state in callbacks.items() if state}
-    for state in states.values():
-        if str(state.get(".teacher.class")).endswith("EMATeacher"):
-            del state[".teacher.class"], state[".teacher.fingerprint"]
-    return states
+def assert_same(got: Mapping[str, Any], saved: Mapping[str, Any], *parts: str) -> None:
+    """The same values, bit for bit, under the same keys in these parts of two checkpoints."""
+    for part in parts:
+        a, b = (dict(leaves(checkpoint.get(part, {}))) for checkpoint in (got, saved))
+        different = {name for name in a.keys() | b.keys() if a.get(name, "none") != b.get(name, "none")}
+        # What a resumed fit never had: a fingerprint of an average.
+        different -= {f".Distillation.teacher.{name}" for name in ("class", "fingerprint")}
+        assert different == set(), part
 
 
 class Witness(Callback):
-    """Sees what a fit starts with, after all was loaded and before anything is changed."""
+    """Counts and saves what a fit starts with, after all was loaded and before anything is changed."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        # `leaves` copies the values.
-        self.states = states_of({callback.state_key: callback.state_dict() for callback in callbacks})
         self.facts = facts(pl_module, callbacks)
+        trainer.save_checkpoint("again.ckpt")
 
 
 def test_every_case_has_a_small_file_and_no_file_is_left_over() -> None:
@@ -113,19 +115,17 @@ def test_gives_the_outputs_that_it_gave(case: Case, tmp_path: Path) -> None:
     expected = EXPECTED[case.name]["outputs"]
     with pytest.raises(AssertionError, match="off by"):
         assert_close(case.outputs(model), expected, case.rounded)
-    keys = model.state_dict().keys()
     model = load_compressed(case.path, model)
     got = case.outputs(model)
     assert_close(got, expected, case.rounded)
-    loaded = model.state_dict()
-    if checkpoint.get("lightning_compress", {}).get("quantization", {}).get("form") in (None, "prepared"):
-        assert keys <= checkpoint["state_dict"].keys()
-        assert {
-            key: torch.equal(loaded[key], value) for key, value in checkpoint["state_dict"].items()
-        } == dict.fromkeys(checkpoint["state_dict"], True)
-    # What is written now is read again.
-    save_compressed(model, str(tmp_path / "again.ckpt"))
-    assert torch.equal(case.outputs(load_compressed(str(tmp_path / "again.ckpt"), fresh(case))), got)
+    path = str(tmp_path / "again.ckpt")
+    save_compressed(model, path)
+    again = torch.load(path, weights_only=True)
+    if case.compress is not None:
+        assert_same(again, checkpoint, *PARTS)
+    for part in ("channels", "quantization"):
+        assert_same(again["lightning_compress"], checkpoint.get("lightning_compress", {}), part)
+    assert torch.equal(case.outputs(load_compressed(path, fresh(case))), got)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.callbacks and not case.resumes], ids=str)
@@ -145,7 +145,9 @@ def test_a_fit_resumes_where_it_was_and_ends_where_it_ended(case: Case) -> None:
     trainer = quiet_trainer([witness, *case.callbacks()])
     trainer.fit(module, loader(case.kind), ckpt_path=case.path)
     assert trainer.current_epoch == 2
-    assert witness.states == states_of(read(case)["callbacks"]) != {}
+    again = torch.load("again.ckpt", weights_only=True)
+    assert read(case)["callbacks"]
+    assert_same(again, read(case), *PARTS)
     assert witness.facts == expected["saved"]
     assert facts(module, trainer.callbacks) == expected["resumed"]  # type: ignore[attr-defined]
     assert expected["resumed_outputs"] != expected["outputs"]
@@ -157,9 +159,9 @@ def test_a_new_fit_of_what_was_loaded_begins_with_its_masks(case: Case) -> None:
     assert case.callbacks is not None
     callbacks, witness = case.callbacks(), Witness()
     module = load_compressed(case.path, fresh(case))
-    [state] = (read(case).get("callbacks") or read(case)["lightning_compress"]["callbacks"]).values()
+    [saved] = (read(case).get("callbacks") or read(case)["lightning_compress"]["callbacks"]).values()
     quiet_trainer([witness, *callbacks]).fit(module, loader(case.kind))
-    [started] = witness.states.values()
-    masks = {name: value for name, value in leaves(state) if name.startswith(".masks")}
-    assert masks and masks == {name: value for name, value in started.items() if name.startswith(".masks")}
-    assert witness.facts["pruned"][0] > 0 == started[".step"]
+    [started] = torch.load("again.ckpt", weights_only=True)["callbacks"].values()
+    assert saved["masks"]
+    assert_same(started, saved, "masks")
+    assert witness.facts["pruned"][0] > 0 == started["step"]
