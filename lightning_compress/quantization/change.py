@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,20 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.fast_path import restore_fast_path_
+from lightning_compress.modules.paths import module_at
 from lightning_compress.modules.routing import CHILD, unroute_
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.layers.float_values import hide_float_values_
+from lightning_compress.quantization.lora.adapters import LowRank
+from lightning_compress.quantization.schemes import (
+    DynamicInt8,
+    Scheme,
+    StaticInt8,
+    from_description,
+    needs_reduced_range,
+)
+from lightning_compress.quantization.static.plan import Plan
+from lightning_compress.quantization.static.unit import Unit
 from lightning_compress.structure.change import Record, StructuralChange
 
 _EXTRA = {"prepared": "observers", "adapted": "adapters"}
@@ -40,7 +52,8 @@ class Quantization:
     is_float = False
 
     def record(self, module: nn.Module) -> Record | None:
-        return convert.record_of(module)
+        record: Record | None = module.__dict__.get(convert.RECORD)
+        return record
 
     def infer(self, module: nn.Module, state: Mapping[str, Any]) -> Record | None:
         return None
@@ -53,7 +66,7 @@ class Quantization:
         return own["form"] == record["form"] in _EXTRA and _plain(own) == _plain(record)
 
     def apply_(self, module: nn.Module, record: Record) -> None:
-        convert.rebuild_(module, record)
+        rebuild_(module, record)
 
     def revert_(self, module: nn.Module) -> None:
         convert.revert_(module, "float")
@@ -71,24 +84,40 @@ class Quantization:
         form = convert.form_of(module)
         if form not in _EXTRA:
             return {}
-        added = convert.added_keys(module)
-        taken = [convert.take_added_(state, added) for state in states]
-        return {_EXTRA[form]: taken[0] if form == "prepared" else _once(taken)}
+        added = _added_keys(module)
+        taken = [{key: state.pop(key) for key in added if key in state} for state in states]
+        extra = [{key: value for key, value in state.items() if added[key] is None} for state in taken]
+        return {_EXTRA[form]: extra[0] if form == "prepared" else _once(extra)}
 
     def load_extra_(self, module: nn.Module, states: Sequence[dict[str, Any]], entry: Record) -> None:
         form = convert.form_of(module)
-        added = convert.added_keys(module) if form in _EXTRA else {}
+        added = _added_keys(module) if form in _EXTRA else {}
+        extra = entry.get(_EXTRA.get(form, ""), {})
         for index, state in enumerate(states):
-            extra = entry.get(_EXTRA.get(form, ""), {})
-            convert.put_added_(state, added, extra[index] if isinstance(extra, list) else extra)
+            values = extra[index] if isinstance(extra, list) else extra
+            for key, source in added.items():
+                value = values.get(key) if source is None else state.get(source)
+                if value is not None:
+                    state[key] = value
             if not hasattr(state, "_metadata"):
                 # Without their versions, torch reads quantized layers as if they were saved by its first release.
                 state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
         if form == "converted":
-            convert.check_shapes(module, states[0])
+            _check_shapes(module, states[0])
 
     def sync_(self, copied: nn.Module, module: nn.Module) -> None:
-        convert.quantized_like_(copied, module)
+        record = convert.record_of(module)
+        if record is None:
+            convert.revert_(copied, "float")
+            return
+        if convert.form_of(copied) != record["form"]:
+            rebuild_(copied, record)
+        if record["form"] == "prepared":
+            copy_ranges_(copied, module)
+        if record["form"] == "adapted":
+            convert.forget_(copied)
+            for own, weight in zip(convert.packed_weights(copied), convert.packed_weights(module), strict=True):
+                own.load_state_dict(weight.state_dict())
 
     def replaces_average(self, record: Record) -> bool:
         return bool(record["form"] == "converted")
@@ -111,6 +140,82 @@ def _once(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         {key: first[key] if torch.equal(first[key].cpu(), value.cpu()) else value for key, value in state.items()}
         for state in states
     ]
+
+
+def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give a model the form that ``record`` tells of; its weights are loaded afterwards.
+
+    Raises:
+        CompressionError: the model hasn't the modules that the record names.
+    """
+    convert.revert_(model, "float")
+    scheme: Scheme = from_description(record["scheme"])
+    if isinstance(scheme, StaticInt8) and needs_reduced_range(scheme.engine) and not scheme.reduce_range:
+        warnings.warn(
+            "The int8 weights have 8 bits, with which products overflow on a CPU without VNNI, such as this one. "
+            "Quantize for it with StaticInt8(reduce_range=True).",
+            stacklevel=2,
+        )
+    layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
+    if needs_reduced_range() and any(isinstance(one, DynamicInt8) and not one.reduce_range for one in layers.values()):
+        warnings.warn(
+            "The int8_dynamic weights have 8 bits, with which products overflow on a CPU without VNNI, such as this "
+            "one: they are rounded to 7 bits here. DynamicInt8(reduce_range=True) does so from the float weights.",
+            stacklevel=2,
+        )
+    for part in (*record["units"], *record["layers"]):
+        module = module_at(model, part["path"])
+        if (shapes := part.get("shapes", convert.shapes_of(module))) != convert.shapes_of(module):
+            # Packed rows of different lengths can take the same bytes.
+            raise RuntimeError(
+                f"size mismatch for {part['path']}: {shapes} in the file, {convert.shapes_of(module)} here."
+            )
+    if record["form"] == "adapted":
+        convert.adapt_and_record_(
+            model, [layer["path"] for layer in record["layers"]], LowRank(**record["low_rank"]), record
+        )
+        convert.forget_(model)
+        return
+    for unit in record["units"]:
+        buffers = dict(module_at(model, unit["path"]).named_buffers())
+        for name, value in unit.get("numbers", {}).items():  # a trace has in its code what the forward makes of them
+            if name in buffers:
+                buffers[name].copy_(value)
+    units = [Unit.from_description(unit) for unit in record["units"]]
+    convert.prepare_(model, Plan(units, layers, dict(record["floats"])), scheme, training=record["training"])
+    if record["form"] == "converted":
+        convert.convert_(model, judge=False)  # it has no weights yet
+
+
+def _added_keys(model: nn.Module) -> dict[str, str | None]:
+    """Keys of the state that aren't the user's, each with the user's key that holds the same tensor, or None."""
+    state = model.state_dict(keep_vars=True)
+    own = {id(value): key for key, value in state.items() if CHILD not in key.split(".")}
+    return {key: own.get(id(value)) for key, value in state.items() if CHILD in key.split(".")}
+
+
+def _check_shapes(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise `RuntimeError` where an int8 layer would take weights of another shape: it doesn't look at them itself."""
+    for key, value in model.state_dict().items():
+        mine, other = _shapes(value), _shapes(state.get(key))
+        if key in state and mine != other:
+            raise RuntimeError(f"size mismatch for {key}: {other} in the checkpoint, {mine} in the model.")
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of a state entry; packed parameters are a tuple of them."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [tuple(tensor.shape) for tensor in values if isinstance(tensor, Tensor)]
+
+
+@torch.no_grad()
+def copy_ranges_(twin: nn.Module, model: nn.Module) -> None:
+    """Give a prepared ``twin`` the observers' values of ``model``."""
+    added = _added_keys(model)
+    source, target = model.state_dict(keep_vars=True), twin.state_dict(keep_vars=True)
+    for key, alias in added.items():
+        if alias is None and key in target and target[key].shape == source[key].shape:
+            target[key].copy_(source[key])
 
 
 CHANGE: StructuralChange = Quantization()

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.fast_path import quiet_fast_path_, restore_fast_path_
@@ -35,18 +34,18 @@ from lightning_compress.quantization.schemes import (
     WeightOnly,
     describe,
     from_description,
-    needs_reduced_range,
 )
 from lightning_compress.quantization.static.plan import Plan
 from lightning_compress.quantization.static.traced import Traced, share_buffers
-from lightning_compress.quantization.static.unit import Unit, prepared_form
+from lightning_compress.quantization.static.unit import prepared_form
 
-_RECORD = "_quantization"
+RECORD = "_quantization"
+"""The attribute of a model that holds what was done to it."""
 
 
 def record_of(model: nn.Module) -> dict[str, Any] | None:
     """What was done to ``model``, as plain data: form, scheme, training, units, floats; None if nothing was."""
-    record: dict[str, Any] | None = model.__dict__.get(_RECORD)
+    record: dict[str, Any] | None = model.__dict__.get(RECORD)
     return record
 
 
@@ -77,7 +76,7 @@ def keep_record_(part: nn.Module, model: nn.Module, path: str) -> None:
             if is_at_or_below(each["path"], path)
         ]
     if record["units"] or record["layers"]:
-        part.__dict__[_RECORD] = record
+        part.__dict__[RECORD] = record
 
 
 def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) -> None:
@@ -103,7 +102,7 @@ def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) ->
         module = module_at(model, path)
         route_(module, fake_quantized(module, one))
     quiet_fast_path_(model)
-    model.__dict__[_RECORD] = record = {
+    model.__dict__[RECORD] = record = {
         "form": "prepared",
         "scheme": describe(scheme),
         "training": training,
@@ -112,7 +111,7 @@ def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) ->
     for described, (_, traced) in zip(record["units"], built, strict=True):
         described["numbers"] = traced.numbers
     for layer in record["layers"]:
-        layer["shapes"] = _shapes_of(module_at(model, layer["path"]))
+        layer["shapes"] = shapes_of(module_at(model, layer["path"]))
 
 
 def trained_in_few_bits(model: nn.Module, plan: Plan) -> dict[str, WeightOnly]:
@@ -126,7 +125,8 @@ def trained_in_few_bits(model: nn.Module, plan: Plan) -> dict[str, WeightOnly]:
     }
 
 
-def _shapes_of(layer: nn.Module) -> dict[str, list[int]]:
+def shapes_of(layer: nn.Module) -> dict[str, list[int]]:
+    """The shapes of a layer's own parameters, as a record has them."""
     return {name: list(one.shape) for name, one in layer._parameters.items() if one is not None}
 
 
@@ -243,7 +243,7 @@ def revert_(model: nn.Module, form: str = "prepared") -> None:
         return
     if record["form"] == "adapted":
         merge_(model, record)
-        del model.__dict__[_RECORD]
+        del model.__dict__[RECORD]
         return
     modules = _converted_modules(model, record)
     prepared = {module: restore_aside_(module) for module in modules}
@@ -253,7 +253,7 @@ def revert_(model: nn.Module, form: str = "prepared") -> None:
     if form == "float" or not any(prepared.values()):
         for module in modules:
             unroute_(module)
-        del model.__dict__[_RECORD]
+        del model.__dict__[RECORD]
         return
     for module, child in prepared.items():
         if child is None:
@@ -274,9 +274,9 @@ def adapt_and_record_(model: nn.Module, layers: list[str], low_rank: LowRank, se
         settings: ``trained``, patterns of modules that train on as they are; ``targets``, what was asked for;
             ``floats``, why others have none.
     """
-    shapes = {path: _shapes_of(module_at(model, path)) for path in layers}
+    shapes = {path: shapes_of(module_at(model, path)) for path in layers}
     done = adapt_(model, layers, low_rank, settings["trained"])
-    model.__dict__[_RECORD] = {
+    model.__dict__[RECORD] = {
         "form": "adapted",
         "scheme": describe(NF4()),
         "training": True,
@@ -296,7 +296,7 @@ def transplant_(model: nn.Module, twin: nn.Module) -> None:
     for module, other in list(pairs):
         _swap_in_(module, other._modules[CHILD])
     quiet_fast_path_(model)
-    model.__dict__[_RECORD] = record
+    model.__dict__[RECORD] = record
 
 
 def packed_weights(model: nn.Module) -> list[PackedWeight]:
@@ -308,110 +308,3 @@ def forget_(model: nn.Module) -> None:
     """Let go of what a converted model was; it can't be reverted any more."""
     for module in model.modules():
         forget_aside_(module)
-
-
-def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give a model the form that ``record`` tells of; its weights are loaded afterwards.
-
-    Raises:
-        CompressionError: the model hasn't the modules that the record names.
-    """
-    revert_(model, "float")
-    scheme: Scheme = from_description(record["scheme"])
-    if isinstance(scheme, StaticInt8) and needs_reduced_range(scheme.engine) and not scheme.reduce_range:
-        warnings.warn(
-            "The int8 weights have 8 bits, with which products overflow on a CPU without VNNI, such as this one. "
-            "Quantize for it with StaticInt8(reduce_range=True).",
-            stacklevel=2,
-        )
-    layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
-    if needs_reduced_range() and any(isinstance(one, DynamicInt8) and not one.reduce_range for one in layers.values()):
-        warnings.warn(
-            "The int8_dynamic weights have 8 bits, with which products overflow on a CPU without VNNI, such as this "
-            "one: they are rounded to 7 bits here. DynamicInt8(reduce_range=True) does so from the float weights.",
-            stacklevel=2,
-        )
-    for part in (*record["units"], *record["layers"]):
-        module = module_at(model, part["path"])
-        if (shapes := part.get("shapes", _shapes_of(module))) != _shapes_of(module):
-            # Packed rows of different lengths can take the same bytes.
-            raise RuntimeError(f"size mismatch for {part['path']}: {shapes} in the file, {_shapes_of(module)} here.")
-    if record["form"] == "adapted":
-        adapt_and_record_(model, [layer["path"] for layer in record["layers"]], LowRank(**record["low_rank"]), record)
-        forget_(model)
-        return
-    for unit in record["units"]:
-        buffers = dict(module_at(model, unit["path"]).named_buffers())
-        for name, value in unit.get("numbers", {}).items():  # a trace has in its code what the forward makes of them
-            if name in buffers:
-                buffers[name].copy_(value)
-    units = [Unit.from_description(unit) for unit in record["units"]]
-    prepare_(model, Plan(units, layers, dict(record["floats"])), scheme, training=record["training"])
-    if record["form"] == "converted":
-        convert_(model, judge=False)  # it has no weights yet
-
-
-# Checkpoints: what a prepared model adds to the user's keys, and how it comes back.
-
-
-def added_keys(model: nn.Module) -> dict[str, str | None]:
-    """Keys of the state that aren't the user's, each with the user's key that holds the same tensor, or None."""
-    state = model.state_dict(keep_vars=True)
-    own = {id(value): key for key, value in state.items() if CHILD not in key.split(".")}
-    return {key: own.get(id(value)) for key, value in state.items() if CHILD in key.split(".")}
-
-
-def take_added_(state: dict[str, Any], added: Mapping[str, str | None]) -> dict[str, Tensor]:
-    """Take what isn't the user's out of a state dict; returns what must be kept of it (observers)."""
-    taken = {key: state.pop(key) for key in added if key in state}
-    return {key: value for key, value in taken.items() if added[key] is None}
-
-
-def put_added_(state: dict[str, Any], added: Mapping[str, str | None], observers: Mapping[str, Tensor]) -> None:
-    """Put back into a state dict of the user's keys what `take_added_` took."""
-    for key, source in added.items():
-        value = observers.get(key) if source is None else state.get(source)
-        if value is not None:
-            state[key] = value
-
-
-def check_shapes(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise `RuntimeError` where an int8 layer would take weights of another shape: it doesn't look at them itself."""
-    if form_of(model) != "converted":
-        return
-    for key, value in model.state_dict().items():
-        mine, other = _shapes(value), _shapes(state.get(key))
-        if key in state and mine != other:
-            raise RuntimeError(f"size mismatch for {key}: {other} in the checkpoint, {mine} in the model.")
-
-
-def _shapes(value: Any) -> list[tuple[int, ...]]:
-    """Shapes of the tensors of a state entry; packed parameters are a tuple of them."""
-    values = value if isinstance(value, tuple) else (value,)
-    return [tuple(tensor.shape) for tensor in values if isinstance(tensor, Tensor)]
-
-
-def quantized_like_(twin: nn.Module, model: nn.Module) -> None:
-    """Give an averaged copy the form of ``model``, and its observers' values, which are copied and never averaged."""
-    record = record_of(model)
-    if record is None:
-        revert_(twin, "float")
-        return
-    if form_of(twin) != record["form"]:
-        rebuild_(twin, record)
-    if record["form"] == "prepared":
-        copy_ranges_(twin, model)
-    if record["form"] == "adapted":
-        forget_(twin)
-        for mine, theirs in zip(packed_weights(twin), packed_weights(model), strict=True):
-            mine.load_state_dict(theirs.state_dict())
-
-
-@torch.no_grad()
-def copy_ranges_(twin: nn.Module, model: nn.Module) -> None:
-    """Give a prepared ``twin`` the observers' values of ``model``."""
-    added = added_keys(model)
-    source, target = model.state_dict(keep_vars=True), twin.state_dict(keep_vars=True)
-    for key, alias in added.items():
-        if alias is None and key in target and target[key].shape == source[key].shape:
-            target[key].copy_(source[key])

@@ -20,6 +20,7 @@ from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.isolation import evaluating, restore_modes_, training_modes
 from lightning_compress.probe import look, make_probe, shape_feed
 from lightning_compress.quantization import convert
+from lightning_compress.quantization.change import CHANGE, copy_ranges_
 from lightning_compress.quantization.layers.plan import check_overrides
 from lightning_compress.quantization.quantize import adjusted
 from lightning_compress.quantization.schemes import (
@@ -220,7 +221,7 @@ class QuantizationAwareTraining(WindowedCallback):
 
     def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for averaged in averaged_copies(trainer):
-            convert.quantized_like_(averaged, pl_module)
+            CHANGE.sync_(averaged, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         others = compression_callbacks(trainer)
@@ -254,7 +255,7 @@ class QuantizationAwareTraining(WindowedCallback):
 
         with trainer.precision_plugin.train_step_context():
             calibrate(probe, recent, len(recent), run)
-        convert.copy_ranges_(pl_module, probe)
+        copy_ranges_(pl_module, probe)
 
     def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule, floats: pl.LightningModule) -> None:
         """Say if the last batch of the training takes longer than in float; both forms are copies."""

@@ -117,13 +117,14 @@ def require_float(module: nn.Module, use: str = "float") -> None:
     Raises:
         CompressionError: a change has taken them; its remedy is named.
     """
-    for change, record in recorded(module):
-        change.check(record, use)
+    for change in changes():
+        if not change.is_float and (record := change.record(module)) is not None:
+            change.check(record, use)
 
 
 def is_float(module: nn.Module) -> bool:
     """Whether ``module`` has float weights of its own, narrowed or not."""
-    return all(change.is_float for change, _ in recorded(module))
+    return all(change.is_float or change.record(module) is None for change in changes())
 
 
 def is_converted(module: nn.Module) -> bool:

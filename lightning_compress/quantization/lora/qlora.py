@@ -27,6 +27,7 @@ from lightning_compress.modules.paths import compressible_modules
 from lightning_compress.modules.routing import CHILD
 from lightning_compress.probe import is_own
 from lightning_compress.quantization import convert
+from lightning_compress.quantization.change import CHANGE
 from lightning_compress.quantization.lora.adapters import LowRank, plan_adapters
 from lightning_compress.quantization.lora.merge import merge_adapters
 from lightning_compress.quantization.lora.reentrant import let_gradients_in_, restore_
@@ -217,7 +218,7 @@ class QLoRA(CompressionCallback):
 
     def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for averaged in averaged_copies(trainer):
-            convert.quantized_like_(averaged, pl_module)
+            CHANGE.sync_(averaged, pl_module)
 
     def merge(self) -> pl.LightningModule:
         """A plain copy of the module of the last fit, with the adapters in its weights; the module stays as it is.

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lightning_compress import CompressionError, DynamicInt8, load_compressed, quantize, save_compressed
 from lightning_compress.quantization import schemes
-from lightning_compress.quantization.convert import rebuild_, record_of
+from lightning_compress.quantization.change import rebuild_
+from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.layers import linear
 from lightning_compress.quantization.layers.linear import DynamicLinear
 
