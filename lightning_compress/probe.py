@@ -26,7 +26,12 @@ from lightning_compress.errors import CompressionError, in_a_line
 from lightning_compress.modules.call_log import record_calls
 from lightning_compress.modules.calls import Call, Forward, run_example
 from lightning_compress.modules.copying import copy_module, copy_tensors
-from lightning_compress.modules.isolation import attributes_kept, evaluating, leaving_no_trace, random_state_kept
+from lightning_compress.modules.isolation import (
+    evaluation_mode,
+    isolated_evaluation,
+    isolated_random_state,
+    isolated_state,
+)
 from lightning_compress.modules.outputs import outer_outputs
 from lightning_compress.modules.paths import clean_name
 from lightning_compress.structure.change import is_converted, to_float_
@@ -244,14 +249,14 @@ class Feed:
 
     def _fault(self, way: Way, module: nn.Module, batch: Any) -> str:
         """Why a way that runs is none for a batch; empty if it is one."""
-        with leaving_no_trace(module):
+        with isolated_evaluation(module):
             reached = _reached(module, lambda: self._run(way, module, batch))
         if not reached:
             return "it calls no layer"
         if isinstance(way, Step) and isinstance(batch, Tensor) and batch.dim():
             # A step that takes the first of what it is given gets the first sample, where a loader gives inputs alone.
             twice = torch.cat([batch, batch])
-            with leaving_no_trace(module):
+            with isolated_evaluation(module):
                 if _reached(module, lambda: self._run(way, module, twice)) == reached:
                     raise CompressionError("it reads one sample of each batch, which is a single tensor")
         return ""
@@ -366,7 +371,7 @@ def look(
     probe = make_probe(trainer, pl_module)
     to_float_(probe)
     feed, seen = shape_feed(trainer, probe, "validation", train=not probe.automatic_optimization), list[Seen]()
-    with random_state_kept(), trainer.precision_plugin.train_step_context():
+    with isolated_random_state(), trainer.precision_plugin.train_step_context():
         if pl_module.automatic_optimization:
             try:
                 seen.append(watch(probe, lambda: probe.training_step(_own_copy(batch), batch_idx)))
@@ -375,7 +380,7 @@ def look(
         # Forward need not be what the steps call.
         forwards = [Feed(trainer, [Forward()], feed.remedy)] if len(feed.ways) > 1 else []
         for evaluation in (feed, *forwards):
-            with evaluating(probe), nullcontext() if not seen else suppress(CompressionError):
+            with evaluation_mode(probe), nullcontext() if not seen else suppress(CompressionError):
                 evaluation.choose(probe, iter([batch]))  # what fails calls nothing that is to be seen
                 seen.append(watch(probe, partial(evaluation, probe, batch)))
     return seen
@@ -402,10 +407,10 @@ def example_calls(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, s
     if batch is None:
         feed.ways = [way for way in feed.ways if way is example_input_array]
         feed.failures["training_step"] = "no batch was seen"
-    with attributes_kept(module.modules()):
+    with isolated_state(module.modules()):
         silence_(module, trainer)
         feed.choose(module, iter([batch]))
-        with leaving_no_trace(module):
+        with isolated_evaluation(module):
             log = record_calls(module, lambda: feed(module, batch))
     layers = {clean_name(path): layer for path, layer in module.named_modules()}
     called = [path for path, callers in log.callers.items() if None in callers]

@@ -18,7 +18,7 @@ from lightning_compress.distillation.teacher import TeacherDtype, call, check_is
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.calls import to_device_of
 from lightning_compress.modules.copying import copy_module, copy_tensors
-from lightning_compress.modules.isolation import buffers_restored_on_error
+from lightning_compress.modules.isolation import restored_on_error
 from lightning_compress.quantization import convert
 from lightning_compress.structure.change import to_float_
 
@@ -192,7 +192,7 @@ class Learner(nn.Module):
         inputs, targets = self.split_batch(batch)
         self.objective.attach(self.student)
         # The first step may still find that something doesn't fit; BatchNorm must not have moved then.
-        first = nullcontext() if self._checked else buffers_restored_on_error(self.student)
+        first = nullcontext() if self._checked else restored_on_error(self.student)
         with self.objective.listening(), first:
             outputs, ours, theirs = self._ask(inputs)
             valid = self.valid_positions(batch)

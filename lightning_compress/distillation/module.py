@@ -33,7 +33,7 @@ from lightning_compress.distillation.teacher import TeacherDtype, call
 from lightning_compress.distillation.teacher_check import accuracy, closeness
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import take_examples
-from lightning_compress.modules.isolation import random_state_kept
+from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.training_mode import restore_given_
 from lightning_compress.structure.change import is_converted
 
@@ -194,7 +194,7 @@ class DistillationSteps(Learner, _Base):
             example = getattr(owner, "example_input_array", None)
             if example is not None:
                 return example
-        with random_state_kept():  # a `train_dataloader` may split at random
+        with isolated_random_state():  # a `train_dataloader` may split at random
             batch = take_examples(self.trainer.fit_loop._data_source.dataloader())
         return None if batch is None else self.split_batch(batch)[0]
 

@@ -20,7 +20,7 @@ from lightning_compress.distillation.ramps import TASK, Clock, Ramp, check_ramps
 from lightning_compress.distillation.teacher import Teacher
 from lightning_compress.distillation.teacher_check import TeacherCheck, check_teacher, find_class_dim, is_classes
 from lightning_compress.errors import invalid
-from lightning_compress.modules.isolation import random_state_kept
+from lightning_compress.modules.isolation import isolated_random_state
 
 
 class Objective:
@@ -135,7 +135,7 @@ class Objective:
         alone and take nothing from the global generator.
         """
         models = (student, self.teacher.require())
-        with random_state_kept():
+        with isolated_random_state():
             torch.manual_seed(torch.initial_seed())
             plan = rehearse(self._asked, models, run, self.task_weight > 0)
         parameter = next((p for p in student.parameters() if p.is_floating_point()), None)

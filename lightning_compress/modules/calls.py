@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.isolation import random_state_kept
+from lightning_compress.modules.isolation import isolated_random_state
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -165,7 +165,7 @@ def take_examples(loader: Any, count: int = 2) -> Any | None:
     dataset: Any = getattr(loader, "dataset", None)
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__") or len(dataset) == 0:
         return None
-    with random_state_kept():
+    with isolated_random_state():
         first = list(range(min(count, len(dataset))))
         if loader.batch_sampler is None:  # the dataset is asked for whole batches, by a list or one by one
             by_lists = isinstance(loader.sampler, torch.utils.data.BatchSampler)

@@ -1,4 +1,4 @@
-"""Runs that leave no trace in the module that is run: containers and numbers that it keeps are put back."""
+"""How is a module run without a trace? Its modes, buffers and attributes, and the random states, are put back."""
 
 from __future__ import annotations
 
@@ -12,83 +12,66 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_compress.modules.fast_path import without_fast_path
 from lightning_compress.modules.routing import CHILD, all_modules
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
-_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+_OF_TORCH = frozenset(vars(nn.Module()))
+_HOOKS = _OF_TORCH - {"_parameters", "_buffers", "_modules", "training"}
 
 
 @contextmanager
-def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Give these modules copies of the containers and tensors among its attributes, and its own ones back afterwards.
+def isolated_random_state(loaders: Any = None) -> Iterator[None]:
+    """Put the global generators of Python, numpy and torch (all CUDA devices) back at the end of the block.
 
-    Lists that a step appends to, states of metrics, caches and counters are what they were, and what was added is gone.
-    Parameters, buffers, hooks and children aren't looked at, nor are objects of other classes.
-
-    Example:
-        >>> model = nn.ReLU()
-        >>> model.outputs = [1]
-        >>> with attributes_kept([model]):
-        ...     model.outputs.append(2)
-        ...     model.count = 3
-        >>> model.outputs, hasattr(model, "count")
-        ([1], False)
+    Args:
+        loaders: a nest of loaders; the generators that they, their samplers and datasets hold are put back too.
     """
-    memo: dict[int, Any] = {}
-    before = [(module, {name: vars(module)[name] for name in _own(module)}) for module in modules]
-    try:
-        for module, attributes in before:
-            vars(module).update({name: _copied(value, memo) for name, value in attributes.items()})
-        yield
-    finally:
-        for module, attributes in before:
-            for name in _own(module) - attributes.keys():
-                del vars(module)[name]
-            vars(module).update(attributes)
-
-
-def _own(module: nn.Module) -> set[str]:
-    return {name for name in vars(module) if name not in _OF_TORCH}
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    if id(value) in memo:
-        return memo[id(value)]
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        made = value.detach().clone()
-        memo[id(value)] = made if value.is_leaf is False else made.requires_grad_(value.requires_grad)
-    elif type(value) in _CONTAINERS:
-        made = memo[id(value)] = copy.copy(value)
-        if isinstance(value, dict):
-            made.update({key: _copied(item, memo) for key, item in value.items()})
-        elif not isinstance(value, set):
-            made.clear()
-            made.extend(_copied(item, memo) for item in value)
-    else:
-        return value
-    return memo[id(value)]
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put the global generators of Python, numpy and torch (all CUDA devices) back at the end of the block."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    leaves = pytree.tree_leaves(getattr(loaders, "iterables", loaders))
+    holders = [part for leaf in leaves for part in (leaf, *(getattr(leaf, at, None) for at in ("sampler", "dataset")))]
+    found = (getattr(holder, "generator", None) for holder in holders)
+    states = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
+            for generator, state in states:
+                generator.set_state(state)
             random.setstate(python_state)
             if numpy:
                 numpy.random.set_state(numpy_state)
 
 
+def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
+    """The mode of every module, for `restore_modes_`; also of those that were set aside or leave the tree meanwhile."""
+    return {module: module.training for module in all_modules(model)}
+
+
+def restore_modes_(modes: dict[nn.Module, bool]) -> None:
+    """Put modules back into the modes that `training_modes` saw."""
+    for module, mode in modes.items():
+        module.training = mode
+
+
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in evaluation mode under ``inference_mode``, and back as it was afterwards.
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in evaluation mode, and every module back into its own mode afterwards."""
+    modes = training_modes(model)
+    model.eval()
+    try:
+        yield
+    finally:
+        restore_modes_(modes)
+
+
+@contextmanager
+def isolated_inference(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in evaluation mode under ``inference_mode``, and back as it was afterwards: the way to measure it.
 
     Restored are the training flag of every module, the content of every buffer (observers move even in evaluation),
     attributes that ``forward`` assigned (a cache made under ``inference_mode`` would break the next backward), and the
@@ -96,145 +79,134 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Example:
         >>> model = nn.Dropout()
-        >>> with undisturbed(model):
+        >>> with isolated_inference(model):
         ...     model.training
         False
         >>> model.training
         True
     """
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    modules = list(model.modules())
-    flags = [module.training for module in modules]
-    attributes = [_attributes(module) for module in modules]
-    # Outside of inference mode, so that what is put back is an ordinary tensor again.
-    with torch.inference_mode(False), torch.no_grad():
-        buffers = [(tensor, tensor.clone()) for tensor in _buffers(modules)]
+    state = _State(model.modules())
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
+        with isolated_random_state(), torch.inference_mode():
             model.eval()
-            with torch.inference_mode():
-                yield
+            yield
     finally:
-        for module, before, flag in zip(modules, attributes, flags, strict=True):
-            _restore(module, before)
-            # A scripted module keeps its flag in C++.
-            module.training = flag
-        _restore_buffers(buffers)
-        random.setstate(python_state)
-        if numpy and numpy_state is not None:
-            numpy.random.set_state(numpy_state)
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    # `_buffers`, `_modules` and the like are dicts that a forward may change in place, hence one level of copies.
-    return {key: dict(value) if type(value) is dict else value for key, value in vars(module).items()}
-
-
-def _restore(module: nn.Module, before: dict[str, Any]) -> None:
-    now = vars(module)
-    for key in [key for key in now if key not in before]:
-        del now[key]
-    for key, value in before.items():
-        current = now.get(key)
-        if type(value) is not dict or type(current) is not dict:
-            now[key] = value
-        elif list(value) != list(current) or any(value[name] is not current[name] for name in value):
-            current.clear()
-            current.update(value)
-
-
-def _buffers(modules: list[nn.Module]) -> list[Tensor]:
-    found = {id(tensor): tensor for module in modules for tensor in module._buffers.values() if tensor is not None}
-    return list(found.values())
-
-
-def _restore_buffers(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    # Inference mode may write to ordinary tensors and to inference tensors alike.
-    with torch.inference_mode():
-        for tensor, before in buffers:
-            if tensor.shape != before.shape:
-                tensor.resize_(before.shape)
-            if not torch.equal(tensor, before):
-                tensor.copy_(before)
+        state.restore_()
 
 
 @contextmanager
-def leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients, after which nothing of the model is changed but observers, and nothing was drawn.
+def isolated_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluate ``model`` without gradients so that only its observers change: the way to look at what it calls.
 
-    Buffers, containers and numbers that it keeps, and the global random states are put back.
+    Torch's fused path, which calls no layers, is off. Buffers, attributes, the content of containers, and the global
+    random states are put back.
     """
     modules = [module for path, module in model.named_modules() if CHILD not in path.split(".")]
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        random_state_kept(),
+        isolated_random_state(),
         without_fast_path(),
-        evaluating(model),
-        attributes_kept(modules),
-        _buffers_kept(modules),
+        evaluation_mode(model),
+        isolated_state(modules),
     ):
         yield
 
 
 @contextmanager
-def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    before = [
-        (module, name, buffer, buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def isolated_state(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give ``modules`` copies of the containers and tensors among their attributes; put their own back afterwards.
+
+    Lists that a step appends to, states of metrics, caches, counters and buffers are what they were, and what was added
+    is gone. Values of parameters, hooks, and objects of other classes aren't looked at.
+
+    Example:
+        >>> model = nn.ReLU()
+        >>> model.outputs = [1]
+        >>> with isolated_state([model]):
+        ...     model.outputs.append(2)
+        ...     model.count = 3
+        >>> model.outputs, hasattr(model, "count")
+        ([1], False)
+    """
+    state, memo = _State(modules), dict[int, Any]()
     try:
+        for module in state.modules:
+            attributes = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+            vars(module).update({name: _copied(value, memo) for name, value in attributes.items()})
         yield
     finally:
-        for module, name, buffer, value in before:
-            module._buffers[name] = buffer
-            buffer.copy_(value)
+        state.restore_()
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with every module's own mode put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def buffers_restored_on_error(module: nn.Module) -> Iterator[None]:
-    """If the block fails, put all buffers of ``module`` back: the same tensors with the same values."""
-    kept = [
-        (child, name, buffer, None if nn.parameter.is_lazy(buffer) else buffer.detach().clone())
-        for child in module.modules()
-        for name, buffer in child._buffers.items()
-        if buffer is not None
-    ]
+def restored_on_error(module: nn.Module) -> Iterator[None]:
+    """If the block fails, put the modes, buffers and attributes of ``module`` back."""
+    state = _State(module.modules())
     try:
         yield
     except BaseException:
-        for child, name, buffer, values in kept:
-            if values is not None:
-                buffer.data = values
-                child._buffers[name] = buffer
+        state.restore_()
         raise
 
 
-def training_modes(model: nn.Module) -> dict[Any, bool]:
-    """Every module's mode before evaluation: Lightning doesn't put back that of one which leaves the tree meanwhile."""
-    return {module: module.training for module in all_modules(model)}
+class _State:
+    """The attributes, buffers and modes of modules, as they are when this is made."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = list(modules)
+        # `_buffers`, `_modules` and the like are dicts that a forward may change in place, hence one level of copies.
+        self._attributes = [
+            {
+                name: (value, dict(value) if type(value) is dict else None)
+                for name, value in vars(module).items()
+                if name not in _HOOKS
+            }
+            for module in self.modules
+        ]
+        self._modes = {module: module.training for module in self.modules}
+        buffers = [buffer for module in self.modules for buffer in module._buffers.values() if buffer is not None]
+        # Outside of inference mode, so that what is put back is an ordinary tensor again.
+        with torch.inference_mode(False), torch.no_grad():
+            self._buffers = [(buffer, buffer.clone()) for buffer in buffers if not nn.parameter.is_lazy(buffer)]
+
+    def restore_(self) -> None:
+        for module, before in zip(self.modules, self._attributes, strict=True):
+            attributes = vars(module)
+            for name in attributes.keys() - before.keys() - _HOOKS:
+                del attributes[name]
+            for name, (value, items) in before.items():
+                attributes[name] = value
+                if items is not None and _identities(items) != _identities(value):
+                    value.clear()
+                    value.update(items)
+        restore_modes_(self._modes)  # a scripted module keeps its flag in C++
+        # Inference mode may write to ordinary tensors and to inference tensors alike.
+        with torch.inference_mode():
+            for buffer, values in self._buffers:
+                if buffer.shape != values.shape:
+                    buffer.resize_(values.shape)
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
 
 
-def restore_modes_(modes: dict[Any, bool]) -> None:
-    """Put modules back into the modes that `training_modes` saw."""
-    for module, mode in modes.items():
-        module.training = mode
+def _identities(items: dict[Any, Any]) -> list[tuple[Any, int]]:
+    return [(key, id(value)) for key, value in items.items()]
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        twin = value.detach().clone()
+        memo[id(value)] = twin.requires_grad_(value.requires_grad) if value.is_leaf else twin
+    elif type(value) in _CONTAINERS:
+        twin = memo[id(value)] = copy.copy(value)
+        if isinstance(value, dict):
+            twin.update({key: _copied(item, memo) for key, item in value.items()})
+        elif not isinstance(value, set):
+            twin.clear()
+            twin.extend(_copied(item, memo) for item in value)
+    else:
+        return value
+    return memo[id(value)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.modules.isolation import undisturbed
+from lightning_compress.modules.isolation import isolated_inference
 from lightning_compress.modules.paths import device_of
 
 
@@ -74,7 +74,7 @@ def round_ratios(
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    with undisturbed(before), undisturbed(after):
+    with isolated_inference(before), isolated_inference(after):
         rounds = time_in_turns([partial(timed, before), partial(timed, after)], **limits)
     return tuple(second / first for first, second in rounds)
 

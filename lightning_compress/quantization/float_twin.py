@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.isolation import isolated_random_state
 
 FLOAT = "float/"
 """Comes before the names of the float model's metrics."""
@@ -23,7 +23,6 @@ class FloatTwin:
         twin: the copy; its ``log`` and ``log_dict`` are replaced.
         stage: ``test`` or ``validation``.
         log: what logs for it; takes what `LightningModule.log` takes.
-        isolated: makes the context that puts every random state back.
         prefix: comes before each name.
     """
 
@@ -32,12 +31,10 @@ class FloatTwin:
         twin: Any,
         stage: str,
         log: Callable[..., None],
-        isolated: Callable[[], AbstractContextManager[None]],
         prefix: str = FLOAT,
     ) -> None:
         self.twin = twin
         self._stage = stage
-        self._isolated = isolated
         self._log = log
         self._prefix = prefix
         twin.__dict__["log"] = self._forward
@@ -62,7 +59,7 @@ class FloatTwin:
         parameters = inspect.signature(method).parameters.values()
         if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
             args = args[: len(parameters)]
-        with self._isolated():
+        with isolated_random_state():
             return method(*args)
 
     def step(self, batch: Any, *indices: int) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 from typing_extensions import override
@@ -18,7 +17,7 @@ from typing_extensions import override
 from lightning_compress.callback import CompressionCallback
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import in_short
-from lightning_compress.modules.isolation import evaluating, restore_modes_, training_modes
+from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state, restore_modes_, training_modes
 from lightning_compress.probe import data_feed, is_own, make_probe, to_module, unsilence_
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.float_twin import FloatTwin
@@ -120,7 +119,7 @@ class PostTrainingQuantization(CompressionCallback):
             except CompressionError:  # it came from a file, and its float weights are gone
                 rank_zero_warn(f"{type(self).__name__}: the model has no float weights to compare with.")
                 return None
-        return FloatTwin(probe.eval(), "test" if trainer.testing else "validation", pl_module.log, isolate_rng)
+        return FloatTwin(probe.eval(), "test" if trainer.testing else "validation", pl_module.log)
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._beside("epoch_start")
@@ -167,7 +166,7 @@ class PostTrainingQuantization(CompressionCallback):
         if convert.form_of(pl_module) == "prepared":
             convert_prepared_(pl_module)
             return
-        with torch.inference_mode(False), isolate_rng():
+        with torch.inference_mode(False), isolated_random_state():
             torch.manual_seed(0)  # every rank shuffles alike
             # All is done on a copy, so that an error leaves the module as it was.
             shared = self.recipe.only_read(pl_module)
@@ -189,13 +188,13 @@ class PostTrainingQuantization(CompressionCallback):
     def _quantize_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: pl.LightningModule) -> str:
         """Quantize ``probe``, a copy of the module; returns what is to be said of the way that batches took."""
         if not self.recipe.calibrates and not (self.recipe.looks and _offers_calibration(trainer, pl_module)):
-            with evaluating(probe):
+            with evaluation_mode(probe):
                 quantize_(probe, self.recipe, None, ())
             return ""
         loader = _calibration_loader(trainer, pl_module)
         feed = data_feed(trainer, probe, _stage(trainer))
         found = _calibration_batches(loader, trainer, probe, self.recipe.calibration_batches)
-        with evaluating(probe), _generators_kept(loader), closing(found):
+        with evaluation_mode(probe), isolated_random_state(loader), closing(found):
             batches = feed.choose(probe, found)
             quantize_(probe, self.recipe, next(batches, None), batches, feed)
         return f"; {feed}"
@@ -205,7 +204,7 @@ class PostTrainingQuantization(CompressionCallback):
         floats, self._floats = self._floats, None
         if floats is None or self.quantized_model is None:
             return
-        with torch.inference_mode(False), isolate_rng():
+        with torch.inference_mode(False), isolated_random_state():
             quantized = make_probe(trainer, self.quantized_model)
             line = time_against_float(trainer, floats, quantized, batch, _stage(trainer))
         if line:
@@ -269,23 +268,6 @@ def _holds_batches(loaders: Any) -> bool:
     """Whether what could be several loaders is a list of batches."""
     leaves = pytree.tree_leaves(loaders)
     return any(isinstance(leaf, torch.Tensor) or not isinstance(leaf, Iterable) for leaf in leaves)
-
-
-@contextmanager
-def _generators_kept(loader: Any) -> Iterator[None]:
-    """A loader that shuffles by a generator of its own goes on as if nobody had read it."""
-    holders = [
-        holder
-        for leaf in pytree.tree_leaves(getattr(loader, "iterables", loader))
-        for holder in (leaf, getattr(leaf, "sampler", None), getattr(leaf, "dataset", None))
-    ]
-    found = [getattr(holder, "generator", None) for holder in holders]
-    states = [(one, one.get_state()) for one in found if isinstance(one, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
 
 
 def _calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:

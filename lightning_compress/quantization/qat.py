@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_compress.callback import compression_callbacks, rebuild_ddp, warn_of_other_settings
 from lightning_compress.errors import CompressionError, invalid
@@ -17,7 +16,7 @@ from lightning_compress.messages import in_short, named
 from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.calls import run_step
 from lightning_compress.modules.copying import copy_tensors
-from lightning_compress.modules.isolation import evaluating, restore_modes_, training_modes
+from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state, restore_modes_, training_modes
 from lightning_compress.probe import look, make_probe, shape_feed
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.change import CHANGE, copy_ranges_
@@ -199,7 +198,7 @@ class QuantizationAwareTraining(WindowedCallback):
             log.merge(seen)
         plan = make_plan(pl_module, log, self.scheme, self.targets, self._overrides, "fx", training=True)
         if isinstance(self.scheme, StaticInt8) and _may_rescale(trainer):
-            with evaluating(pl_module):
+            with evaluation_mode(pl_module):
                 plan.units = [adjusted(pl_module, unit, log, self.scheme, training=True) for unit in plan.units]
         convert.prepare_(pl_module, plan, self.scheme, training=True)
         self.sync_(trainer, pl_module)
@@ -263,7 +262,7 @@ class QuantizationAwareTraining(WindowedCallback):
         int8 = not all(isinstance(one, Packed) for one in (self.scheme, *self._overrides.values()))
         if batch is None or (int8 and pl_module.device.type != "cpu"):
             return
-        with torch.no_grad(), isolate_rng():
+        with torch.no_grad(), isolated_random_state():
             line = time_against_float(trainer, floats, make_probe(trainer, pl_module), batch, "validation")
         if line:
             self._notes.append(line)

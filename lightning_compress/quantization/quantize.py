@@ -19,7 +19,7 @@ from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.calls import run_example, run_step, way_without_trainer
 from lightning_compress.modules.compare_outputs import least_cosine
 from lightning_compress.modules.copying import copy_module, copy_tensors
-from lightning_compress.modules.isolation import evaluating, leaving_no_trace, random_state_kept
+from lightning_compress.modules.isolation import evaluation_mode, isolated_evaluation, isolated_random_state
 from lightning_compress.modules.outputs import outer_outputs
 from lightning_compress.modules.paths import clean_name, compressible_modules, device_of, is_at_or_below
 from lightning_compress.quantization.convert import (
@@ -90,9 +90,9 @@ def quantize(
         batches = iter(calibration if calibration is not None else ())
         first, run = next(batches, None), way_without_trainer(twin)
         if first is not None and recipe.calibrates:
-            with leaving_no_trace(twin):
+            with isolated_evaluation(twin):
                 run(twin, copy_tensors(first))  # what fails before a batch is bound as it should be is no call
-        with evaluating(twin):
+        with evaluation_mode(twin):
             quantize_(twin, recipe, first, batches, run)
         forget_(twin)
         own_parameters_(twin, shared)
@@ -229,7 +229,7 @@ def _check_float32(model: nn.Module) -> None:
 def _check_runs(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any]) -> None:
     """Raise now if the quantized model can't run; code that reads a layer's weights finds none there."""
     try:
-        with leaving_no_trace(model), torch.compiler.set_stance("force_eager"):
+        with isolated_evaluation(model), torch.compiler.set_stance("force_eager"):
             run(model, copy_tensors(batch))
     except Exception as error:
         raise CompressionError(
@@ -262,7 +262,7 @@ def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8, tra
     if training:
         kept |= {id(one) for one in module.parameters() if not one.requires_grad}
     widen = unit.flow == "fx" and not training
-    with random_state_kept():
+    with isolated_random_state():
         relu6 = adjust_(graph, inputs, kept, equalize=scheme.equalize, smooth=scheme.smooth, widen=widen)
     return replace(unit, widened=tuple(relu6))
 
@@ -271,5 +271,5 @@ def dry_run(
     model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] = run_step, keep_inputs: bool = True
 ) -> CallLog:
     """What one look at the model calls in evaluation."""
-    with leaving_no_trace(model):
+    with isolated_evaluation(model):
         return record_calls(model, lambda: run(model, batch), keep_inputs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.modules.isolation import undisturbed
+from lightning_compress.modules.isolation import isolated_inference
 from lightning_compress.modules.latency import time_in_turns
 from lightning_compress.modules.paths import device_of
 from lightning_compress.report.inputs import call
@@ -100,7 +100,7 @@ def measure_latency(
     }
     with ExitStack() as stack:
         for model, _ in models.values():
-            stack.enter_context(undisturbed(model))
+            stack.enter_context(isolated_inference(model))
         stack.enter_context(_threads(threads))
         time_in_turns(
             [slot.take for slot in slots.values()],

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lightning_compress.modules.isolation import undisturbed
+from lightning_compress.modules.isolation import isolated_inference
 from lightning_compress.report.inputs import call
 from lightning_compress.report.storage import packed_weights
 
@@ -38,7 +38,7 @@ def count_macs(model: nn.Module, inputs: Any) -> tuple[int, tuple[str, ...]]:
         (50, ())
     """
     counter = _Counter()
-    with undisturbed(model), _plain_kernels(), counter:
+    with isolated_inference(model), _plain_kernels(), counter:
         call(model, inputs)
     return counter.macs, tuple(sorted(counter.uncounted))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_compress.errors import in_a_line
-from lightning_compress.modules.isolation import undisturbed
+from lightning_compress.modules.isolation import isolated_inference
 from lightning_compress.report.inputs import batch_size_of, call, called_in_turn, resize_batch, to_device
 from lightning_compress.report.latency import measure_latency
 from lightning_compress.report.measure import Measurement, count
@@ -126,7 +126,7 @@ class Rows:
             inputs = resize_batch(self.inputs, size)
             for name, model in self.models.items():
                 try:
-                    with undisturbed(model):
+                    with isolated_inference(model):
                         call(model, inputs)
                     sized.setdefault(name, {})[size] = inputs
                 except Exception as error:

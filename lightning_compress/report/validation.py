@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from lightning_compress.modules.isolation import random_state_kept
+from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.report.evaluations import samples_of
 
 
@@ -30,7 +29,7 @@ def validate_copy(trainer: Any, pl_module: Any) -> tuple[dict[str, Any], tuple[i
     """
     device = trainer.strategy.root_device
     kind = next(kind for kind in type(trainer).__mro__ if kind.__module__.endswith("trainer.trainer"))
-    with random_state_kept(), _in_silence():
+    with isolated_random_state(), _in_silence():
         loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
         own = kind(
             accelerator=device.type,
@@ -43,7 +42,7 @@ def validate_copy(trainer: Any, pl_module: Any) -> tuple[dict[str, Any], tuple[i
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        with _generators_kept(loaders):
+        with isolated_random_state(loaders):
             own.validate(_copy(pl_module), dataloaders=tree_map(_own_iterator, loaders), verbose=False)
         return own.callback_metrics, samples_of(own.val_dataloaders, own.num_val_batches)
 
@@ -69,18 +68,6 @@ def _own_iterator(loader: Any) -> Any:
     twin = copy.copy(loader)
     twin._iterator = None
     return twin
-
-
-@contextmanager
-def _generators_kept(loaders: Any) -> Iterator[None]:
-    owners = [part for loader in tree_leaves(loaders) for part in (loader, getattr(loader, "sampler", None))]
-    found = [getattr(owner, "generator", None) for owner in owners]
-    kept = [(one, one.get_state()) for one in found if isinstance(one, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in kept:
-            generator.set_state(state)
 
 
 @contextmanager

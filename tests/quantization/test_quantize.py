@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -312,6 +314,21 @@ def test_quantizing_twice_is_refused(scheme: str) -> None:
     int8 = quantize(row("mlp").build(), scheme, calibration=[x])
     with pytest.raises(CompressionError, match="must be a float model. Received: one that is converted already"):
         quantize(int8, scheme, calibration=[x])
+
+
+@pytest.mark.parametrize("flow", ["fx", "pt2e"])
+def test_a_forward_that_draws_leaves_every_generator_as_it_was(flow: Any) -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) + torch.rand(()) + 0 * random.random() + 0 * np.random.rand()
+
+    model = Draws().eval()
+    with same_random_state():
+        quantize(model, "int8_static", calibration=[torch.ones(2, 8)], flow=flow)
 
 
 def test_calibration_takes_no_more_batches_than_it_may() -> None:

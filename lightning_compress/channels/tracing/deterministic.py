@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_compress.modules.isolation import random_state_kept
+from lightning_compress.modules.isolation import isolated_random_state
 
 _CONSTANTS = {
     "bernoulli": 1.0,
@@ -103,7 +103,7 @@ def deterministic(*, wide: bool = False) -> Iterator[None]:
     Args:
         wide: whether all that is computed is computed in float64.
     """
-    with random_state_kept(), torch.no_grad():
+    with isolated_random_state(), torch.no_grad():
         torch.manual_seed(0)
         random.seed(0)
         if "numpy" in sys.modules:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.modules.isolation import random_state_kept
+from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.quantization.layers.packed import matrix_of
 from lightning_compress.quantization.layers.packed_weight import LinearWeight
 from lightning_compress.quantization.numerics import linear
@@ -45,7 +45,7 @@ def fake_quantized(layer: nn.Module, scheme: WeightOnly) -> nn.Module:
         kind = {"group_size": scheme.group_size}
     weights = IntxFakeQuantizeConfig(getattr(torch, f"int{scheme.bits}"), scale_precision=torch.bfloat16, **kind)
     holder = nn.ModuleDict({"layer": layer})
-    with random_state_kept():  # it makes a new layer first
+    with isolated_random_state():  # it makes a new layer first
         quantize_(holder, QATConfig(weight_config=weights, step="prepare"), filter_fn=lambda module, _: module is layer)
     return holder["layer"]
 

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import run_step
 from lightning_compress.modules.copying import copy_tensors
-from lightning_compress.modules.isolation import leaving_no_trace
+from lightning_compress.modules.isolation import isolated_evaluation
 from lightning_compress.modules.paths import compressible_modules
 from lightning_compress.modules.routing import CHILD, route_, unroute_
 from lightning_compress.quantization.layers.attention import QuantizedAttention
@@ -62,7 +62,7 @@ def calibrated_weights(
     room = sum(each.numel() * each.element_size() for each in model.parameters()) // _SHARE
     routed: list[nn.Module] = []
     made: dict[str, LinearWeight] = {}
-    with leaving_no_trace(model):
+    with isolated_evaluation(model):
         try:
             parts: dict[str, _Part] = {}
             for path, scheme in layers.items():

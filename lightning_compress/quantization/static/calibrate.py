@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import run_step
-from lightning_compress.modules.isolation import leaving_no_trace
+from lightning_compress.modules.isolation import isolated_evaluation
 from lightning_compress.modules.paths import clean_name
 from lightning_compress.modules.routing import CHILD
 from lightning_compress.quantization.static.traced import Traced
@@ -31,7 +31,7 @@ def calibrate(
         CompressionError: there wasn't a single batch.
     """
     count = 0
-    with leaving_no_trace(model), _observing(model):
+    with isolated_evaluation(model), _observing(model):
         for batch in batches:
             if count == limit:
                 break

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.isolation import random_state_kept
+from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.routing import CHILD, RoutedForm, is_set_aside
 from lightning_compress.quantization.static import flows
 from lightning_compress.quantization.static.flows import Trace
@@ -118,7 +118,7 @@ class Traced(RoutedForm):
     def wrong_kernels(self, scheme: Any) -> dict[str, str]:
         """The layers (paths in the parent) whose int8 kernels compute something else now, each with the reason."""
         examples, flow = self.signature.inputs, flows.load(self.flow)
-        with random_state_kept(), self._as_prepared():
+        with isolated_random_state(), self._as_prepared():
             inputs = [torch.randn(one.shape) if one.is_floating_point() else one.clone() for one in examples]
             int8 = flow.convert(self.graph, scheme)
             return flow.wrong_kernels(self.graph, int8, scheme, inputs, drawn_only=True)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lightning_compress.modules.compare_outputs import same_outputs, same_structure
 from lightning_compress.modules.copying import copy_module, copy_tensors
 from lightning_compress.modules.fast_path import without_fast_path
-from lightning_compress.modules.isolation import random_state_kept
+from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.paths import clean_name, is_at_or_below
 from lightning_compress.quantization.schemes import Scheme, StaticInt8
 from lightning_compress.quantization.static import flows
@@ -104,6 +104,7 @@ class Verdict:
     wrong: dict[str, str] = field(default_factory=dict)
 
 
+@isolated_random_state()
 def verify(
     module: nn.Module, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], scheme: StaticInt8, training: bool
 ) -> Verdict:
@@ -195,7 +196,7 @@ def _on_cpu(tensors: list[Tensor]) -> list[Tensor]:
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = copy_tensors((args, kwargs))
     device = next((leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
-    with torch.no_grad(), random_state_kept(), without_fast_path(), torch.autocast(device, enabled=False):
+    with torch.no_grad(), isolated_random_state(), without_fast_path(), torch.autocast(device, enabled=False):
         torch.manual_seed(0)
         return module(*args, **kwargs)
 

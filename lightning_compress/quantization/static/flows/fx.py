@@ -40,7 +40,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_compress.modules.isolation import attributes_kept
+from lightning_compress.modules.isolation import isolated_random_state, isolated_state
 from lightning_compress.modules.outputs import Structure, flatten
 from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
 from lightning_compress.quantization.static.flows import Trace
@@ -141,7 +141,8 @@ class _Tracer(QuantizationTracer):
         return self.create_proxy("call_module", name, args, kwargs)
 
     def graph_module(self, module: nn.Module) -> GraphModule:
-        with attributes_kept(module.modules()):  # constants, and what the forward keeps: all of it is of this trace
+        # Constants, and what the forward keeps: all of it is of this trace.
+        with isolated_random_state(), isolated_state(module.modules()):
             graph = self.trace(module)
             leaves = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
             found: dict[str, Any] = {name: self._inserted.get(name) or _attribute(module, name) for name in leaves}
@@ -249,7 +250,7 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
     config = PrepareCustomConfig().set_non_traceable_module_classes([Opaque, Function])
     example = tuple(torch.zeros(1) for node in graph.graph.nodes if node.op == "placeholder")
     # Upstream makes new layers around the old parameters, and draws initial weights for them first.
-    with upstream_quiet(), _engine(scheme.engine), torch.random.fork_rng():
+    with upstream_quiet(), _engine(scheme.engine), isolated_random_state():
         graph.train(training)
         prepared = (prepare_qat_fx if training else prepare_fx)(graph, mapping, example, config)
         guard_(prepared)
@@ -306,7 +307,7 @@ def _convert_with(
     upstream: Callable[[GraphModule], GraphModule], prepared: nn.Module, scheme: StaticInt8, floats: Collection[str]
 ) -> GraphModule:
     assert isinstance(prepared, GraphModule)
-    with upstream_quiet(), _engine(scheme.engine), torch.no_grad(), torch.random.fork_rng():
+    with upstream_quiet(), _engine(scheme.engine), torch.no_grad(), isolated_random_state():
         graph = copy.deepcopy(prepared).cpu().eval()
         for module in graph.modules():
             module._forward_hooks.clear()

@@ -22,7 +22,7 @@ from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from lightning_compress.errors import CompressionError, NoEffectWarning, in_a_line
-from lightning_compress.modules.isolation import leaving_no_trace
+from lightning_compress.modules.isolation import isolated_evaluation, isolated_random_state
 from lightning_compress.modules.outputs import Structure, flatten
 from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
 from lightning_compress.quantization.static.flows import Trace
@@ -204,7 +204,7 @@ def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ())
     inputs = tuple(tensor.to(device) for tensor in _sizes_above_one(signature.inputs))
     structures: list[Structure] = []
     call = _Call(module, signature, structures.append)
-    with _quiet(), leaving_no_trace(module):
+    with _quiet(), isolated_evaluation(module):
         call(*inputs)  # so that it is exported with what it makes at its first call, whether it has been called or not
         exported = _export(call, inputs)
     read = [str(node.target) for node in exported.graph.nodes if node.op == "get_attr" and node.users]
@@ -246,7 +246,7 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
     quantizer = X86InductorQuantizer().set_global(_configuration(scheme))
     for path in floats:
         quantizer.set_module_name_qconfig(f"module.{path}", None)
-    with _quiet(), torch.no_grad(), torch.random.fork_rng():
+    with _quiet(), torch.no_grad(), isolated_random_state():
         copied = copy.deepcopy(graph.graph)
         number_paddings_(copied)
         fold_weights_(copied)
@@ -367,7 +367,7 @@ def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = (
             "A layer that is converted must compute what it computed before. Received: "
             f"{', '.join(map(repr, floats))}, whose int8 form doesn't. Exclude it in `targets`, or use flow='fx'."
         )
-    with _quiet(), torch.no_grad(), torch.random.fork_rng():
+    with _quiet(), torch.no_grad(), isolated_random_state():
         converted = convert_pt2e(copy.deepcopy(prepared.graph).cpu())
     _drop_unread_(converted)
     return Int8Graph(converted)
