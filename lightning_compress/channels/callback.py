@@ -360,7 +360,8 @@ class ChannelPruning(WindowedCallback):
         for copied in averaged_copies(trainer):
             cut_(copied, own, plan.numbers)
         for number, callback in guests(trainer, pl_module).items():
-            changes.update(cut_(callback.trained_layers, whole.below(f"{ADAPTERS}{number}").kept, {}).changes)
+            adapters = cut_(callback.trained_layers, whole.below(f"{ADAPTERS}{number}").kept_indices, {})
+            changes.update(adapters.changes)
         anew = resize_state_(trainer.optimizers, changes)
         if anew and not self._warned:
             self._warned = True

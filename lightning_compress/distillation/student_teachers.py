@@ -106,7 +106,7 @@ class EMATeacher(Snapshot):
     def on_channels_removed(self, cut: Cut) -> None:
         """Lose the channels that the student lost."""
         if self.model is not None:
-            cut_(self.model, cut.kept, cut.numbers)
+            cut_(self.model, cut.kept_indices, cut.attributes)
             self._exact = {name: cut.of(name, exact) for name, exact in self._exact.items()}
 
     def take_widths_(self, student: nn.Module) -> None:

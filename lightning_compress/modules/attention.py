@@ -1,4 +1,4 @@
-"""Scaled dot-product attention between projections, as `nn.MultiheadAttention` computes it, with heads of any width."""
+"""How does attention compute between its projections, as in `nn.MultiheadAttention`, with heads of any width?"""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _by_head(x: Tensor, num_heads: int, batched: bool, batch_first: bool) -> Ten
 
 
 def _mask(attn: Tensor | None, padding: Tensor | None, heads: int, batch: int, length: int, keys: int) -> Tensor | None:
-    """What is added to the scores ``(batch, heads, length, keys)``, of a shape that broadcasts to theirs."""
+    """Return what is added to the scores ``(batch, heads, length, keys)``, of a shape that broadcasts to theirs."""
     total = None
     if attn is not None:
         total = _additive("attn_mask", attn, (length, keys), (batch * heads, length, keys))

@@ -1,7 +1,6 @@
-"""Watches one run of a model: which modules are called, by whom, and with what.
+"""Which modules does a run of a model call, who calls them, and with what?
 
-From this follow the cut points: a module that is called from outside its parent can't vanish into the
-parent's traced form.
+A module that is called from outside its parent can't vanish into the parent's traced form.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass
 class CallLog:
-    """What a run called.
+    """Says what a run called.
 
     Attributes:
         inputs: path (without ``_orig_mod``) to the ``(args, kwargs)`` of its first call, tensors detached and cloned.
@@ -46,18 +45,18 @@ class CallLog:
                 getattr(self, name).setdefault(path, set()).update(found)
 
     def entered_below(self, path: str) -> str | None:
-        """A module below ``path`` that something outside of ``path`` calls directly; None if there is none."""
+        """Return a module below ``path`` that something outside of ``path`` calls directly; None if there is none."""
         for inner, callers in self.callers.items():
             if is_below(inner, path) and any(caller is None or not is_at_or_below(caller, path) for caller in callers):
                 return inner
         return None
 
     def read_below(self, path: str) -> str | None:
-        """A module at or below ``path`` whose parameters a module outside of ``path`` reads; None if there is none."""
+        """Return a module at or below ``path`` whose parameters a module outside of it reads; None if there is none."""
         return _from_outside(self.readers, path)
 
     def replaced_below(self, path: str) -> str | None:
-        """A module at or below ``path`` whose parameters something outside of ``path`` replaces; None if none is."""
+        """Return a module at or below ``path`` whose parameters something outside of it replaces; None if none is."""
         return _from_outside(self.replaced, path)
 
 
@@ -69,9 +68,9 @@ def _from_outside(found: dict[str, set[str]], path: str) -> str | None:
 
 
 class _Watched(dict[str, Any]):
-    """The parameters of a module; those that another module reads by their names say when they are computed with.
+    """The parameters of a module: when another module reads one by its name and computes with it, that is told.
 
-    To be given others, as `torch.func.functional_call` does for the time of a call, is told of at once.
+    When they are replaced, as `torch.func.functional_call` does for the time of a call, that is told at once.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class _Watched(dict[str, Any]):
 
 
 class _Read(Tensor):
-    """A parameter as another module has it."""
+    """A parameter as another module reads it."""
 
     own: nn.Parameter
     tell: Callable[[], None]
@@ -172,7 +171,7 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
 
 
 def _as_seen(call: Any) -> Any:
-    """A call to be run again, without autocast: what autocast made of floats is no choice of the model's."""
+    """Copy a call to run it again, without autocast: what that made of floats is no choice of the model's."""
     call = copy_tensors(call)
     leaves = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
     if not any(torch.is_autocast_enabled(kind) for kind in {leaf.device.type for leaf in leaves}):

@@ -1,4 +1,4 @@
-"""The binding rule: how a batch becomes the arguments of a module's ``forward``."""
+"""How does a batch become the arguments of a module's ``forward``? And how does it run without a Trainer?"""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.isolation import isolated_random_state
+from lightning_compress.modules.paths import device_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def bind_batch(model: nn.Module, batch: Any) -> list[Call]:
-    """The ways ``(args, kwargs)`` in which ``batch`` fits the signature of ``model.forward``, the likeliest first.
+    """Return the ways ``(args, kwargs)`` in which ``batch`` fits the signature of ``model.forward``, likeliest first.
 
     The entries of a mapping, the fields of a named tuple or of a dataclass are the arguments whose names they have; of
     a tuple or list the first element counts (by the same rule); anything else is the first argument.
@@ -34,15 +35,15 @@ def bind_batch(model: nn.Module, batch: Any) -> list[Call]:
         (torch.Size([3, 2]), {})
     """
     signature = _signature(model)
-    fitting, error = list[Call](), TypeError("it is empty")
+    calls, error = list[Call](), TypeError("it is empty")
     for args, kwargs in _bindings(batch, signature.parameters):
         try:
             signature.bind(*args, **kwargs)
-            fitting.append((args, kwargs))
+            calls.append((args, kwargs))
         except TypeError as misfit:
-            error = misfit if not fitting else error
-    if fitting:
-        return fitting
+            error = misfit if not calls else error
+    if calls:
+        return calls
     raise _misfit(model, str(error))
 
 
@@ -75,7 +76,7 @@ def _bindings(batch: Any, parameters: Mapping[str, inspect.Parameter]) -> Iterat
 
 
 def _fields(batch: Any) -> Mapping[Any, Any] | None:
-    """The named parts of a batch, if they have names."""
+    """Return the named parts of a batch, if they have names."""
     if isinstance(batch, Mapping):
         return batch
     if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
@@ -86,14 +87,14 @@ def _fields(batch: Any) -> Mapping[Any, Any] | None:
 
 
 def _matching(fields: Mapping[Any, Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """The entries that name parameters; all of them where ``forward`` takes ``**kwargs`` and nothing else matches."""
+    """Return the entries that name parameters; all where ``forward`` takes ``**kwargs`` and nothing else matches."""
     found = {key: value for key, value in fields.items() if key in parameters}
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return found or (dict(fields) if takes_any else {})
 
 
 def bind_example(example: Any, device: Any = None) -> Call:
-    """An `example_input_array` as Lightning reads it: a tuple is the arguments, a dict the keywords."""
+    """Read an `example_input_array` as Lightning does: a tuple is the arguments, a dict the keywords."""
     if device is not None:
         example = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example)
     if isinstance(example, dict):
@@ -103,7 +104,7 @@ def bind_example(example: Any, device: Any = None) -> Call:
 
 def run_example(model: nn.Module) -> Any:
     """Run ``forward`` on the ``example_input_array``: its shapes are right, its values may be anything."""
-    args, kwargs = bind_example(model.example_input_array, next((one.device for one in model.parameters()), None))
+    args, kwargs = bind_example(model.example_input_array, device_of(model))
     return model(*args, **kwargs)
 
 
@@ -129,7 +130,7 @@ class Forward:
             args, kwargs = calls[place]
             try:
                 output = model(*args, **kwargs)
-            except Exception as error:  # the next one may be what `forward` means
+            except Exception as error:  # the next way may be what `forward` means
                 reason = reason or f"{type(error).__name__}: {error}"
             else:
                 self._first = place
@@ -138,19 +139,19 @@ class Forward:
 
 
 def run_step(model: nn.Module, batch: Any) -> Any:
-    """How data go through a module without a Trainer: by its ``calibration_step(batch)``, else by ``forward``."""
+    """Run a batch through a module without a Trainer: by its ``calibration_step(batch)``, else by ``forward``."""
     return way_without_trainer(model)(model, batch)
 
 
 def way_without_trainer(model: Any) -> Callable[[Any, Any], Any]:
-    """`run_step` that remembers how a batch was bound."""
+    """Return a `run_step` that remembers how a batch was bound."""
     if getattr(model, "calibration_step", None) is None:
         return Forward()
     return lambda model, batch: model.calibration_step(batch)
 
 
 def take_examples(loader: Any, count: int = 2) -> Any | None:
-    """A small batch from a ``DataLoader`` over a map-style dataset, or a list of batches; or None.
+    """Take a small batch from a ``DataLoader`` over a map-style dataset, or from a list of batches; else return None.
 
     Its first items are collated by hand: no iterator, worker or sampler of the user's is started or moved on. A dataset
     that draws from a generator of its own does draw; ``example_input_array`` avoids that.
@@ -167,14 +168,14 @@ def take_examples(loader: Any, count: int = 2) -> Any | None:
         return None
     with isolated_random_state():
         first = list(range(min(count, len(dataset))))
-        if loader.batch_sampler is None:  # the dataset is asked for whole batches, by a list or one by one
+        if loader.batch_sampler is None:  # the dataset is asked for whole batches, by lists or by single indices
             by_lists = isinstance(loader.sampler, torch.utils.data.BatchSampler)
             return loader.collate_fn(dataset[first if by_lists else 0])
         return loader.collate_fn([dataset[index] for index in first])
 
 
 def to_device_of(inputs: Any, module: nn.Module) -> Any:
-    """Nested ``inputs`` on the device of ``module``, floating tensors in its dtype."""
+    """Move nested ``inputs`` to the device of ``module``, floating tensors to its dtype."""
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return inputs

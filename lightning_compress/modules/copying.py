@@ -1,4 +1,4 @@
-"""Copies of modules and of nests of tensors."""
+"""How is a module copied, or a nest of tensors?"""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copy_tensors(tree: Any) -> Any:
-    """The same nest with every tensor detached and cloned."""
+    """Copy a nest, every tensor in it detached and cloned."""
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def copy_module(module: Module, shared: Collection[nn.Parameter] = ()) -> Module:
-    """A deep copy to try things on; computed tensors that a module keeps as attributes are detached in it.
+    """Make a deep copy to try things on; computed tensors that a module keeps as attributes are detached in it.
 
     Args:
         module: the original.
@@ -29,8 +29,9 @@ def copy_module(module: Module, shared: Collection[nn.Parameter] = ()) -> Module
     Raises:
         CompressionError: the module can't be copied.
     """
-    kept = (leaf for inner in module.modules() for leaf in pytree.tree_leaves(vars(inner)) if isinstance(leaf, Tensor))
-    memo = {id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn is not None}
+    leaves = (leaf for inner in module.modules() for leaf in pytree.tree_leaves(vars(inner)))
+    tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None)
+    memo = {id(tensor): tensor.detach().clone() for tensor in tensors}
     memo |= {id(parameter): parameter for parameter in shared}
     try:
         twin = copy.deepcopy(module, memo)

@@ -1,4 +1,4 @@
-"""Keeps torch's own transformer layers from the fused path that reads weights and calls no layers."""
+"""How is torch kept from the fused path of its transformer layers, which reads weights and calls no layers?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_compress.modules.routing import CHILD
 
 _FAST_PATH = "_fast_path"
 _SWITCHES = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
-"""The attribute of each that is false where it can't take that path."""
+"""The layers that have such a path, with the attribute that is false where one can't take it."""
 
 
 def quiet_fast_path_(model: nn.Module) -> None:
@@ -35,7 +35,7 @@ def restore_fast_path_(model: nn.Module) -> None:
 
 @contextmanager
 def without_fast_path() -> Iterator[None]:
-    """Runs that are to call every layer."""
+    """Run the block without that path anywhere, so that every layer is called."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""What stands in the place of a float weight whose quantized form can't give its values back."""
+"""What stands in place of a float weight that is gone, as its quantized form can't give its values back?"""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def needs_values(func: Callable[..., Any], args: tuple[Any, ...], kind: type) ->
 
 @dataclass(frozen=True, eq=False)
 class GoneWeight:
-    """Has the shape, type and device of a weight, which forwards read to fit their inputs to it; no values.
+    """Stands for a weight: with its shape, type and device, to which forwards fit their inputs, but without values.
 
     Attributes:
         name: of the parameter.
@@ -85,7 +85,7 @@ class GoneWeight:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         arguments = (*args, *(kwargs or {}).values())
-        gone = next((each for each in arguments if isinstance(each, cls)), None)
+        gone = next((argument for argument in arguments if isinstance(argument, cls)), None)
         if gone is not None and not needs_values(func, args, cls):
             return args[0].to(gone.device, gone.dtype)
         why = "a float weight is gone, as its layer is quantized" if gone is None else gone._why()

@@ -1,4 +1,4 @@
-"""Times models in turns, so that a busy moment of the machine falls on all of them."""
+"""How long do models take? They are timed in turns, so that a busy moment of the machine falls on all of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def time_in_turns(
     max_rounds: int = 30,
     warm_up: int = 2,
 ) -> list[tuple[float, ...]]:
-    """The seconds that each of ``runs`` takes, one row for each round in which all of them had their turn.
+    """Time ``runs`` in turns: the seconds that they take, one row for each round in which all of them had their turn.
 
     Args:
         runs: what to time; they take turns.
@@ -54,7 +54,7 @@ def time_in_turns(
 def round_ratios(
     before: nn.Module, after: nn.Module, run: Callable[[nn.Module], Any], **limits: Any
 ) -> tuple[float, ...]:
-    """The time of ``run(after)`` over that of ``run(before)`` in each of several rounds, in evaluation.
+    """Return the time of ``run(after)`` over that of ``run(before)`` in each of several rounds, in evaluation.
 
     Args:
         before: any module; left as it was, and so are the global random states.
@@ -80,7 +80,7 @@ def round_ratios(
 
 
 def latency_ratio(before: nn.Module, after: nn.Module, run: Callable[[nn.Module], Any]) -> float:
-    """The median of `round_ratios`."""
+    """Return the median of `round_ratios`."""
     return statistics.median(round_ratios(before, after, run))
 
 

@@ -1,4 +1,4 @@
-"""Which parameters of one layer are its weights: by their names in torch's own layers, by their shapes in others."""
+"""Which parameters of a layer are its weights? Names say so in torch's own layers, shapes in others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of one layer itself, by their names in it.
+    """Yield the parameters of one layer itself, by their names in it.
 
     Those that a parametrization keeps, or a `nn.ParameterList` or `nn.ParameterDict` in it, count as the layer's.
     """
@@ -58,7 +58,7 @@ def holds_list_of(module: nn.Module, name: str, kinds: tuple[type[nn.Module], ..
 
 
 def named_weights(module: nn.Module) -> Iterator[str]:
-    """The names of the weights of one of torch's own layers."""
+    """Yield the names of the weights of one of torch's own layers."""
     for name, parameter in module.named_parameters(recurse=False):
         # weight_ih_l0, in_proj_weight, weight_v of the old weight norm; its magnitudes weight_g aren't weights.
         if "weight" in name and not name.endswith("_g") and (is_lazy(parameter) or parameter.dim() > 1):
@@ -73,7 +73,7 @@ def named_weights(module: nn.Module) -> Iterator[str]:
 
 
 def why_no_weight(module: nn.Module, name: str) -> str:
-    """Why a parameter of a layer of the user's own, of any name, is no weight by its shape; empty if it is one."""
+    """Say why a parameter of a user's own layer is no weight by its shape, whatever its name; empty if it is one."""
     parameters = dict(own_parameters(module))
     parameter = parameters[name]
     if isinstance(module, _NORMS):
@@ -95,7 +95,7 @@ def why_no_weight(module: nn.Module, name: str) -> str:
 
 
 def magnitude(module: nn.Module, full: str, name: str) -> tuple[str, nn.Parameter] | None:
-    """Of a weight norm's direction, the magnitudes: of its parametrization, or of the older hook."""
+    """Return the magnitudes that belong to a weight norm's direction: of its parametrization, or of the older hook."""
     for direction, scale in (("original1", "original0"), ("_v", "_g")):
         if name.endswith(direction):
             found = dict(own_parameters(module)).get(name[: -len(direction)] + scale)

@@ -1,4 +1,4 @@
-"""Outputs of a model as a flat list of tensors and a structure, whatever containers they came in; and back."""
+"""What does a model give back, in whatever containers? Flattened, rebuilt, caught as it is called, compared."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils import _pytree as pytree
@@ -20,23 +21,23 @@ _VARIABLE = (Tensor, Proxy, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 @dataclass(frozen=True)
 class Structure:
-    """Containers, with a place for each tensor. Two are equal if they have the same types, keys and constants.
+    """The containers of a nest, with a place for each tensor. Two are equal if types, keys and constants are the same.
 
     Attributes:
         kind: what the container is; of a leaf, None for a tensor and a tuple around any other value.
         children: the structures of what it holds.
-        like: what a container is made from that torch's pytrees don't know.
+        template: what a container is made from that torch's pytrees don't know.
     """
 
     kind: Any
     children: tuple[Structure, ...] = ()
-    like: Any = field(default=None, compare=False)
+    template: Any = field(default=None, compare=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Structure:
         return self
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
-        """The containers with ``tensors`` in their places."""
+        """Return the containers with ``tensors`` in their places."""
         return self._rebuild(iter(tensors))
 
     def _rebuild(self, tensors: Iterator[Any]) -> Any:
@@ -45,11 +46,11 @@ class Structure:
         if isinstance(self.kind, tuple):
             return self.kind[0]
         values = [child._rebuild(tensors) for child in self.children]
-        return _filled(self.like, values) if self.like is not None else pytree.tree_unflatten(values, self.kind)
+        return _filled(self.template, values) if self.template is not None else pytree.tree_unflatten(values, self.kind)
 
 
 def flatten(output: Any) -> tuple[list[Any], Structure]:
-    """The tensors of ``output``, in order, and the structure that `Structure.rebuild` puts them into.
+    """Return the tensors of ``output``, in order, and the `Structure` that puts them back in their places.
 
     It sees into what torch's pytrees know, any other mapping, and dataclasses.
 
@@ -69,11 +70,11 @@ def _structure(value: Any, tensors: list[Any]) -> Structure:
         return Structure(None)
     values, spec = pytree.tree_flatten(value, is_leaf=lambda inner: inner is not value)
     if not spec.is_leaf():
-        return Structure(spec, tuple(_structure(each, tensors) for each in values))
+        return Structure(spec, tuple(_structure(part, tensors) for part in values))
     if not isinstance(value, Mapping) and (not dataclasses.is_dataclass(value) or isinstance(value, type)):
         return Structure((value,))
     keys, names, values = _parts(value)
-    children = tuple(_structure(each, tensors) for each in values)
+    children = tuple(_structure(part, tensors) for part in values)
     return Structure(_Kind(type(value), keys, names), children, _filled(value, [None] * len(values)))
 
 
@@ -87,29 +88,29 @@ class _Kind:
 
 
 def _parts(value: Any) -> tuple[tuple[Any, ...], tuple[str, ...], list[Any]]:
-    """The keys of a mapping, the names of its attributes (some keep their items there too), and the values of both."""
+    """Return the keys of a mapping, the names of its attributes (some keep items there too), and the values of both."""
     keys = tuple(value) if isinstance(value, Mapping) else ()
     if not hasattr(value, "__dict__"):
-        names = tuple(each.name for each in dataclasses.fields(value)) if dataclasses.is_dataclass(value) else ()
+        names = tuple(part.name for part in dataclasses.fields(value)) if dataclasses.is_dataclass(value) else ()
     else:
         names = () if vars(value) is value else tuple(vars(value))
     return keys, names, [*(value[key] for key in keys), *(getattr(value, name) for name in names)]
 
 
-def _filled(like: Any, values: Sequence[Any]) -> Any:
-    """A copy of ``like`` with these values as its parts."""
-    made = copy.copy(like)
-    keys, names, _ = _parts(like)
+def _filled(template: Any, values: Sequence[Any]) -> Any:
+    """Copy ``template``, with these values as its parts."""
+    container = copy.copy(template)
+    keys, names, _ = _parts(template)
     for key, value in zip(keys, values, strict=False):
-        made[key] = value
+        container[key] = value
     for name, value in zip(names, values[len(keys) :], strict=True):
-        object.__setattr__(made, name, value)
-    return made
+        object.__setattr__(container, name, value)
+    return container
 
 
 @contextmanager
 def outer_outputs(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
-    """The calls into ``model`` that come from outside of all modules, such as a step's: what is called, and its output.
+    """List the calls into ``model`` from outside of all modules, such as a step's: what is called, and its output.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.ReLU())
@@ -139,3 +140,55 @@ def outer_outputs(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def cosine(expected: Any, got: Any) -> float:
+    """Return the cosine similarity of all floats in two nests of outputs; 1 without any, or with nothing but zeros."""
+    a, b = (
+        torch.cat([leaf.float().flatten() for leaf in floats] or [torch.zeros(1)])
+        for floats in (
+            [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            for tree in (expected, got)
+        )
+    )
+    if not a.isfinite().all() or not a.any():
+        return 1.0
+    return F.cosine_similarity(a, b, dim=0).nan_to_num(-1.0).item()
+
+
+def same_structure(expected: Any, got: Any) -> bool:
+    """Whether two nests of outputs have the same containers and shapes, and floats and integers in the same places."""
+    (tensors, structure), (others, other_structure) = flatten(expected), flatten(got)
+    return structure == other_structure and all(
+        tensor.shape == other.shape and tensor.is_floating_point() == other.is_floating_point()
+        for tensor, other in zip(tensors, others, strict=True)
+    )
+
+
+def same_outputs(expected: Any, got: Any, tolerance: float = 1e-3) -> bool:
+    """Whether two nests of outputs agree: integers exactly, floats to a ``tolerance`` (folded BatchNorm rounds)."""
+    return same_structure(expected, got) and all(
+        _close(leaf, other, tolerance) if leaf.is_floating_point() else torch.equal(leaf, other)
+        for leaf, other in zip(flatten(expected)[0], flatten(got)[0], strict=True)
+    )
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    a, b = a.float(), b.float()
+    scale = a.abs().nan_to_num(0.0, 0.0, 0.0).amax().item() if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * max(scale, 1e-3), equal_nan=True)
+
+
+def least_cosine(expected: Sequence[Any], got: Sequence[Any]) -> float:
+    """Return the least `cosine` of two runs' outputs, call by call; scalars such as losses have no direction.
+
+    Example:
+        >>> least_cosine([torch.ones(2), torch.ones(())], [torch.tensor([1.0, 0.0]), -torch.ones(())])
+        0.7071067690849304
+    """
+    pairs = [
+        (output, other)
+        for output, other in zip(expected, got, strict=False)
+        if any(tensor.numel() > 1 for tensor in flatten(output)[0])
+    ]
+    return min((cosine(*pair) for pair in pairs), default=1.0)

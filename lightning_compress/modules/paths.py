@@ -1,4 +1,4 @@
-"""Names of the modules of a model."""
+"""What is a module called, and which one has a path? Paths are dotted, as users write them in `Targets`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_compress.errors import CompressionError
 
 
 def clean_name(name: str) -> str:
-    """A dotted name without the ``_orig_mod`` parts that `torch.compile` inserts.
+    """Return a dotted name without the ``_orig_mod`` parts that `torch.compile` inserts.
 
     Example:
         >>> clean_name("net._orig_mod.conv.weight")
@@ -19,7 +19,7 @@ def clean_name(name: str) -> str:
 
 
 def compressible_modules(model: nn.Module, every_name: bool = False) -> dict[str, nn.Module]:
-    """The modules of ``model`` by clean path, without those that only help in training (``training_only``).
+    """Return the modules of ``model`` by clean path, without those that only help in training (``training_only``).
 
     The root's path is empty. A module with several names stands under the first, or under ``every_name``.
     """
@@ -49,16 +49,16 @@ def is_at_or_below(inner: str, path: str) -> bool:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a clean path.
+    """Return the module at a clean path.
 
     Raises:
         CompressionError: there is none.
     """
-    # The last one: a compiled module and the one inside it have the same path.
-    found: list[nn.Module] = [module for name, module in model.named_modules() if clean_name(name) == path]
-    if found:
-        return found[-1]
-    raise CompressionError(f"The model must have the module {path!r} that was quantized. Received: no such module.")
+    # A compiled module and the one inside it have the same path; that one counts.
+    modules: dict[str, nn.Module] = {clean_name(name): module for name, module in model.named_modules()}
+    if path in modules:
+        return modules[path]
+    raise CompressionError(f"The model must have a module at {path!r}. Received: no such module.")
 
 
 def device_of(model: nn.Module) -> torch.device:

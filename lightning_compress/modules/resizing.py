@@ -1,4 +1,4 @@
-"""Resizes a parameter and all that rides on it, and says which state of an optimizer can follow a change of it."""
+"""How does a parameter change its size, and with it what an optimizer remembers of it?"""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-Kept = Mapping[int, Tensor]
+KeptIndices = Mapping[int, Tensor]
 """What stays of a tensor: dimension to the indices along it, in ascending order."""
 
 
-def take(tensor: Tensor, kept: Kept) -> Tensor:
-    """The slices of a tensor that stay, in its memory format.
+def take(tensor: Tensor, kept_indices: KeptIndices) -> Tensor:
+    """Return the slices of a tensor that stay, in its memory format.
 
     Example:
         >>> take(torch.arange(6).view(2, 3), {1: torch.tensor([0, 2])}).tolist()
         [[0, 2], [3, 5]]
     """
     taken = tensor.detach()
-    for dim, indices in kept.items():
+    for dim, indices in kept_indices.items():
         taken = taken.index_select(dim, indices.to(tensor.device))
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
     if layout is not None and tensor.is_contiguous(memory_format=layout):
@@ -33,28 +33,30 @@ def take(tensor: Tensor, kept: Kept) -> Tensor:
 
 @dataclass(frozen=True)
 class Cut:
-    """A removal of channels, for all that rides on a module's tensors.
+    """A removal of channels, for all that follows a module's tensors.
 
     Attributes:
-        kept: name of each tensor that shrank to what stayed of it.
-        numbers: ``path.name`` of other numbers that follow, with their new values.
+        kept_indices: name of each tensor that shrank to what stayed of it.
+        attributes: ``path.name`` of numbers that follow, such as ``out_channels``, with their new values.
         changes: each parameter that shrank, with its shape before and what stayed.
     """
 
-    kept: Mapping[str, Kept]
-    numbers: Mapping[str, int]
-    changes: Mapping[Tensor, tuple[torch.Size, Kept]]
+    kept_indices: Mapping[str, KeptIndices]
+    attributes: Mapping[str, int]
+    changes: Mapping[Tensor, tuple[torch.Size, KeptIndices]]
 
     def below(self, path: str) -> Cut:
-        """What of it concerns the module at ``path``, by the names that things have in that."""
+        """Return what of it concerns the module at ``path``, by the names that things have in that."""
         prefix = f"{path}." if path else ""
-        kept = {name.removeprefix(prefix): dims for name, dims in self.kept.items() if name.startswith(prefix)}
-        numbers = {name.removeprefix(prefix): value for name, value in self.numbers.items() if name.startswith(prefix)}
-        return Cut(kept, numbers, self.changes)
+
+        def inside(named: Mapping[str, Any]) -> dict[str, Any]:
+            return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+        return Cut(inside(self.kept_indices), inside(self.attributes), self.changes)
 
     def of(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor that lies along the one called ``name``, cut like it."""
-        return take(tensor, self.kept[name]) if name in self.kept else tensor
+        """Cut a tensor that lies along the one called ``name`` like that."""
+        return take(tensor, self.kept_indices[name]) if name in self.kept_indices else tensor
 
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def assign_(tensor: Tensor, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def resize_(tensor: Tensor, kept: Kept) -> None:
+def resize_(tensor: Tensor, kept_indices: KeptIndices) -> None:
     """Keep only some slices of a parameter or buffer, and of its gradient.
 
     Example:
@@ -83,14 +85,14 @@ def resize_(tensor: Tensor, kept: Kept) -> None:
         >>> weight.shape
         torch.Size([2, 2])
     """
-    gradient = take(tensor.grad, kept) if tensor.is_leaf and tensor.grad is not None else None
-    assign_(tensor, take(tensor, kept))
+    gradient = take(tensor.grad, kept_indices) if tensor.is_leaf and tensor.grad is not None else None
+    assign_(tensor, take(tensor, kept_indices))
     if gradient is not None:
         tensor.grad = gradient
 
 
 def with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-    """Optimizers, and those that they step in turn (as SAM and Lookahead do), each state once.
+    """List optimizers, and those that they step in turn (as SAM and Lookahead do), each state once.
 
     Example:
         >>> outer, inner = (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]) for _ in range(2))
@@ -105,7 +107,7 @@ def with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
         if found.setdefault(id(optimizer.state), optimizer) is optimizer:
             held = list(vars(optimizer).values())
             held += [part for parts in held if isinstance(parts, list | tuple) for part in parts]
-            ahead += [one for one in held if isinstance(one, Optimizer) and id(one.state) not in found]
+            ahead += [part for part in held if isinstance(part, Optimizer) and id(part.state) not in found]
     return list(found.values())
 
 
@@ -138,10 +140,10 @@ def forget_(
     anew = set()
     for optimizer in with_inner(optimizers):
         groups = [group["params"] for group in optimizer.param_groups]
-        shapes = {one: stale.get(one, one.shape) for params in groups for one in params}
+        shapes = {parameter: stale.get(parameter, parameter.shape) for params in groups for parameter in params}
         if not stale.keys() & shapes.keys() or lies_along(optimizer, shapes, means_follow):
             continue
-        totals = {sum(shapes[one].numel() for one in params) for params in [*groups, list(shapes)] if len(params) > 1}
+        totals = {sum(shapes[key].numel() for key in params) for params in [*groups, list(shapes)] if len(params) > 1}
         for key, state in list(optimizer.state.items()):
             if key not in shapes or any(_is_vector(leaf, totals) for leaf in pytree.tree_leaves(state)):
                 optimizer.state.clear()
@@ -164,9 +166,9 @@ def lies_along(
         means_follow: see `forget_`.
     """
     if shapes is None:
-        shapes = {one: one.shape for group in optimizer.param_groups for one in group["params"]}
+        shapes = {parameter: parameter.shape for group in optimizer.param_groups for parameter in group["params"]}
     return all(
-        _rides(leaf, shapes[key], means_follow) if key in shapes else not isinstance(leaf, Tensor) or leaf.numel() <= 1
+        _follows(leaf, shapes.get(key, torch.Size()), means_follow)  # of no parameter: numbers alone
         for key, state in optimizer.state.items()
         for leaf in pytree.tree_leaves(state)
     )
@@ -176,7 +178,9 @@ def _is_vector(leaf: Any, sizes: Collection[int]) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() == 1 and leaf.numel() in sizes
 
 
-def resize_state_(optimizers: Iterable[Optimizer], changes: Mapping[Tensor, tuple[torch.Size, Kept]]) -> list[str]:
+def resize_state_(
+    optimizers: Iterable[Optimizer], changes: Mapping[Tensor, tuple[torch.Size, KeptIndices]]
+) -> list[str]:
     """Cut what optimizers remember of parameters with the same indices.
 
     State of the parameter's shape, or of a shape that broadcasts to it (Adafactor's rows and columns), goes on; numbers
@@ -194,9 +198,9 @@ def resize_state_(optimizers: Iterable[Optimizer], changes: Mapping[Tensor, tupl
         >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
         >>> weight.sum().backward()
         >>> optimizer.step()
-        >>> kept = {0: torch.tensor([1])}
-        >>> resize_(weight, kept)
-        >>> resize_state_([optimizer], {weight: (torch.Size([3]), kept)})
+        >>> kept_indices = {0: torch.tensor([1])}
+        >>> resize_(weight, kept_indices)
+        >>> resize_state_([optimizer], {weight: (torch.Size([3]), kept_indices)})
         []
         >>> optimizer.state[weight]["momentum_buffer"]
         tensor([1.])
@@ -206,32 +210,32 @@ def resize_state_(optimizers: Iterable[Optimizer], changes: Mapping[Tensor, tupl
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             optimizer._numel_cache = None
-        for parameter, (before, kept) in changes.items():
+        for parameter, (before, kept_indices) in changes.items():
             if state := optimizer.state.get(parameter):
-                optimizer.state[parameter] = cut_state(dict(state), before, kept) or {}
+                optimizer.state[parameter] = cut_state(dict(state), before, kept_indices) or {}
     return anew
 
 
-def cut_state(state: dict[str, Any], before: torch.Size, kept: Kept) -> dict[str, Any] | None:
-    """What an optimizer remembers of one parameter, cut with it; None if its layout isn't known."""
-    if not all(_rides(leaf, before) for leaf in pytree.tree_leaves(state)):
+def cut_state(state: dict[str, Any], before: torch.Size, kept_indices: KeptIndices) -> dict[str, Any] | None:
+    """Cut what an optimizer remembers of one parameter like it; return None if its layout isn't known."""
+    if not all(_follows(leaf, before) for leaf in pytree.tree_leaves(state)):
         return None
-    cut: dict[str, Any] = pytree.tree_map(lambda leaf: _cut(leaf, before, kept), state)
+    cut: dict[str, Any] = pytree.tree_map(lambda leaf: _cut(leaf, before, kept_indices), state)
     return cut
 
 
-def _rides(leaf: Any, shape: torch.Size, means: bool = False) -> bool:
-    """Whether a piece of state is a number, or lies along the parameter."""
+def _follows(leaf: Any, shape: torch.Size, means: bool = False) -> bool:
+    """Whether a piece of state is a number, or lies along a parameter of this shape."""
     if not isinstance(leaf, Tensor) or leaf.numel() <= 1:
         return True
     # Codes of few bits, and what a subclass of tensors holds, can't be multiplied or cut as they are.
     plain = type(leaf) in (Tensor, nn.Parameter) and leaf.is_floating_point() and leaf.layout == torch.strided
-    along = leaf.dim() == len(shape) and all(mine in (1, size) for mine, size in zip(leaf.shape, shape, strict=True))
+    along = leaf.dim() == len(shape) and all(have in (1, size) for have, size in zip(leaf.shape, shape, strict=True))
     means = means and any(leaf.shape == shape[:dim] + shape[dim + 1 :] for dim in range(len(shape)))
     return plain and (along or means)
 
 
-def _cut(leaf: Any, shape: torch.Size, kept: Kept) -> Any:
+def _cut(leaf: Any, shape: torch.Size, kept_indices: KeptIndices) -> Any:
     if not isinstance(leaf, Tensor) or leaf.dim() != len(shape):
         return leaf
-    return take(leaf, {dim: indices for dim, indices in kept.items() if leaf.shape[dim] == shape[dim]})
+    return take(leaf, {dim: indices for dim, indices in kept_indices.items() if leaf.shape[dim] == shape[dim]})

@@ -1,4 +1,4 @@
-"""One module's forward, routed into a form that lives beside its own parameters.
+"""How does a module compute in another form and stay the object that it is? Its forward is routed into a child.
 
 The module object, its children, names and attributes stay; only its ``forward`` is routed into a child that holds the
 other form. So the keys and the order of the user's parameters never change, and going back is removing one child.
@@ -17,16 +17,16 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.modules.gone_weight import GoneWeight
 
 CHILD = "_traced_forward"
-"""Name of the child that holds a module's traced form; in a checkpoint no key has it but in a converted one."""
+"""The name of the child that holds the other form; no key of a checkpoint has it but in a converted one."""
 
 _ASIDE = "_aside"
 
 
 class RoutedForm(nn.Module):
-    """A form that says itself how it takes the arguments of the module whose forward it computes."""
+    """A form that decides itself how it takes the arguments of the module whose forward it computes."""
 
     def serve(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call of ``module`` gives."""
+        """Return what a call of ``module`` gives."""
         raise NotImplementedError
 
 
@@ -45,13 +45,13 @@ def route_(module: nn.Module, child: nn.Module) -> None:
 
 
 def unroute_(module: nn.Module) -> None:
-    """Take the traced form away again; the module computes as it was written."""
+    """Take the other form away again; the module computes as it was written."""
     restore_aside_(module)
     module.__dict__.pop("forward", None)
 
 
 def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | None) -> None:
-    """Take what the traced form replaces (``used``) out of the module's tree: the module is as small as it looks.
+    """Take what the other form replaces (``used``) out of the module's tree, which then is no larger than that form.
 
     It is kept aside, with the form that was ``prepared``, for `restore_aside_`.
     """
@@ -73,7 +73,7 @@ def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | No
 
 
 def restore_aside_(module: nn.Module) -> nn.Module | None:
-    """Put back what `set_aside_` took, without any traced form; returns the form that was prepared before."""
+    """Put back what `set_aside_` took, without the other form; return the form that was prepared before."""
     if _ASIDE not in vars(module):
         return module._modules.pop(CHILD, None)
     aside = module.__dict__[_ASIDE]
@@ -100,7 +100,7 @@ def restore_aside_(module: nn.Module) -> nn.Module | None:
 
 
 def all_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules of the tree, and those that were set aside."""
+    """Yield the modules of the tree, and those that were set aside."""
     for inner in module.modules():
         yield inner
         for child in children_aside(inner).values():
@@ -108,13 +108,13 @@ def all_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def children_aside(module: nn.Module) -> dict[str, nn.Module]:
-    """The children of a module that were set aside, by name."""
+    """Return the children of a module that were set aside, by name."""
     held: dict[str, nn.Module | None] = (set_aside_of(module) or {}).get("_modules", {})
     return {name: child for name, child in held.items() if child is not None and name not in module._modules}
 
 
 def set_aside_of(module: nn.Module) -> dict[str, Any] | None:
-    """What `set_aside_` kept of a module, if it hasn't been forgotten."""
+    """Return what `set_aside_` kept of a module, if it hasn't been forgotten."""
     aside: dict[str, Any] | None = vars(module).get(_ASIDE)
     return aside
 
@@ -130,7 +130,7 @@ def has_forgotten(module: nn.Module) -> bool:
 
 
 def parameters_aside(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters that were set aside, of the module and of its children aside."""
+    """List the parameters that were set aside, of the module and of its children aside."""
     aside = set_aside_of(module) or {}
     held = [*aside.get("_parameters", {}).values()]
     held += [found for child in children_aside(module).values() for found in child.parameters()]
@@ -138,7 +138,7 @@ def parameters_aside(module: nn.Module) -> list[nn.Parameter]:
 
 
 def drop_aside_(module: nn.Module) -> bool:
-    """Whether a module knows what it was; if it has forgotten, it is ready to be given its tensors anew."""
+    """Return whether a module knows what it was; if it has forgotten, make it ready to be given its tensors anew."""
     if module.__dict__[_ASIDE] is None:
         del module.__dict__[_ASIDE]
         return False

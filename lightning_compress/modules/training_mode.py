@@ -1,4 +1,4 @@
-"""What is handed over in evaluation mode trains in training mode, unless it is frozen on purpose.
+"""Which modules train in training mode? Those that aren't frozen on purpose, whatever mode they are given in.
 
 Lightning trains a module in the mode in which it is given, and pretrained networks are loaded in evaluation mode.
 """
@@ -18,7 +18,7 @@ _GIVEN = "_given_in_eval"
 
 @dataclass
 class _Given:
-    """What a model looked like when a fit began."""
+    """What a model was like when a fit began."""
 
     switched: list[nn.Module] = field(default_factory=list)
     frozen: dict[str, nn.Module] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def has_frozen(model: nn.Module) -> bool:
 def _given_in_eval(
     path: str, module: nn.Module, trained: Collection[int], frozen: dict[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """The largest modules in evaluation mode that are to train; notes in ``frozen`` those that may be later."""
+    """Return the largest modules in evaluation mode that are to train; note in ``frozen`` those that may be later."""
     if module.training:
         found = dict[str, nn.Module]()
         for name, child in module.named_children():
@@ -86,7 +86,7 @@ def _given_in_eval(
         frozen[path] = module
         return {}
     # A norm, a dropout, or a block of such: someone has reached into a module that trains.
-    return {path: module} if any(is_lazy(one) or one.dim() > 1 for one in parameters) else {}
+    return {path: module} if any(is_lazy(parameter) or parameter.dim() > 1 for parameter in parameters) else {}
 
 
 def _switch_(model: nn.Module, roots: dict[str, nn.Module], trained: Collection[int], given: _Given) -> list[str]:
@@ -103,7 +103,7 @@ def _switch_(model: nn.Module, roots: dict[str, nn.Module], trained: Collection[
 
 
 def _unfrozen(path: str, module: nn.Module, trained: Collection[int], frozen: dict[str, nn.Module]) -> list[nn.Module]:
-    """The module and those below it, but for parts none of whose parameters are trained."""
+    """List the module and those below it, but for parts none of whose parameters are trained."""
     found = [module]
     for name, child in module.named_children():
         inner = f"{path}.{name}".lstrip(".")

@@ -17,10 +17,9 @@ from torch.fx import GraphModule
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.calls import run_example, run_step, way_without_trainer
-from lightning_compress.modules.compare_outputs import least_cosine
 from lightning_compress.modules.copying import copy_module, copy_tensors
 from lightning_compress.modules.isolation import evaluation_mode, isolated_evaluation, isolated_random_state
-from lightning_compress.modules.outputs import outer_outputs
+from lightning_compress.modules.outputs import least_cosine, outer_outputs
 from lightning_compress.modules.paths import clean_name, compressible_modules, device_of, is_at_or_below
 from lightning_compress.quantization.convert import (
     convert_,

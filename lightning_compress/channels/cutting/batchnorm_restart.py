@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_compress.channels.tracing.deterministic import deterministic
 from lightning_compress.modules.paths import clean_name
-from lightning_compress.modules.resizing import Kept
+from lightning_compress.modules.resizing import KeptIndices
 
 _LAST = 100
 _PASSES = 10
@@ -61,7 +61,7 @@ class BatchNormRestart:
         probe: nn.Module,
         run: Callable[[nn.Module], Any],
         before: Mapping[str, Tensor],
-        kept: Mapping[str, Kept],
+        kept: Mapping[str, KeptIndices],
     ) -> None:
         """Channels have left: estimate at once on the batch at hand what reaches the norms behind them.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.modules.paths import clean_name
-from lightning_compress.modules.resizing import Kept
+from lightning_compress.modules.resizing import KeptIndices
 
 MARK = ":"
 """Before the attribute in such a tensor's name, as in ``encoder.:cache['cpu']``, which no parameter can have."""
@@ -81,7 +81,7 @@ def is_cached(name: str) -> bool:
     return name.rpartition(".")[2].startswith(MARK)
 
 
-def kept_of(model: nn.Module, kept: Mapping[str, Kept]) -> dict[str, Kept]:
+def kept_of(model: nn.Module, kept: Mapping[str, KeptIndices]) -> dict[str, KeptIndices]:
     """What stays of the tensors that a model keeps now, by name.
 
     Args:

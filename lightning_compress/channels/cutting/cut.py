@@ -14,7 +14,7 @@ from lightning_compress.channels.cutting.layers import keep_scales_, settle_, we
 from lightning_compress.channels.cutting.written import WRITTEN, set_written_
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name
-from lightning_compress.modules.resizing import Cut, Kept, resize_
+from lightning_compress.modules.resizing import Cut, KeptIndices, resize_
 
 RECORD = "_removed_channels"
 """Where a cut layer keeps what a checkpoint must say of it: plain data, carried by deep copies and pickles."""
@@ -49,13 +49,13 @@ def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**named_tensors(model), **cached_tensors(model)}
 
 
-def _present(model: nn.Module, kept: Mapping[str, Kept]) -> dict[str, Kept]:
+def _present(model: nn.Module, kept: Mapping[str, KeptIndices]) -> dict[str, KeptIndices]:
     """What stays, of the tensors that a model keeps beside its own as they are now: caches come and go."""
     return {**{name: dims for name, dims in kept.items() if not is_cached(name)}, **kept_of(model, kept)}
 
 
 @torch.no_grad()
-def cut_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, Any]) -> Cut:
+def cut_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[str, Any]) -> Cut:
     """Keep only the slices that stay, and bring the layers' numbers in line. Parameters stay the same objects.
 
     Args:
@@ -98,7 +98,7 @@ def set_numbers_(model: nn.Module, numbers: Mapping[str, Any]) -> None:
             setattr(modules[path], name, value)
 
 
-def _note_(model: nn.Module, kept: Mapping[str, Kept], numbers: Mapping[str, Any]) -> None:
+def _note_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[str, Any]) -> None:
     """Write down what tensors and numbers were before the first cut, and what they are after this one.
 
     On the module that owns them, so that a part that is taken out knows of itself, and on the whole, as an int8 form
@@ -142,7 +142,7 @@ def _record(module: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def zero_(model: nn.Module, kept: Mapping[str, Kept]) -> None:
+def zero_(model: nn.Module, kept: Mapping[str, KeptIndices]) -> None:
     """Zero what `cut_` would take out: what remains computes the same."""
     tensors, kept = _all_tensors(model), _present(model, kept)
     normed = weight_norms(model)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_compress.messages import by_reason, named
-from lightning_compress.modules.resizing import Kept
+from lightning_compress.modules.resizing import KeptIndices
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RemovalPlan:
     after: Totals
     missed: str
     latency: float | None
-    kept: Mapping[str, Kept]
+    kept: Mapping[str, KeptIndices]
     numbers: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
 

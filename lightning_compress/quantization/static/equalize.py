@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from lightning_compress.modules.compare_outputs import cosine, same_outputs
+from lightning_compress.modules.outputs import cosine, same_outputs
 from lightning_compress.quantization.static.flows.graphs import value_read
 
 ALPHA = 0.5

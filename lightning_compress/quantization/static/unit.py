@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils import _pytree as pytree
 
-from lightning_compress.modules.compare_outputs import same_outputs, same_structure
 from lightning_compress.modules.copying import copy_module, copy_tensors
 from lightning_compress.modules.fast_path import without_fast_path
 from lightning_compress.modules.isolation import isolated_random_state
+from lightning_compress.modules.outputs import same_outputs, same_structure
 from lightning_compress.modules.paths import clean_name, is_at_or_below
 from lightning_compress.quantization.schemes import Scheme, StaticInt8
 from lightning_compress.quantization.static import flows

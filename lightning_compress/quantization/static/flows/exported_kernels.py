@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from lightning_compress.modules.compare_outputs import same_structure
+from lightning_compress.modules.outputs import same_structure
 from lightning_compress.quantization.static.flows.kernels import steps_apart
 
 _CODES = 255  # steps in the range of an output that isn't rounded itself
