@@ -1,4 +1,4 @@
-"""The program's entry: answers ``--help`` at once, and leaves the rest to `lightning_compress.cli`."""
+"""The entry of the program: answers ``--help`` at once, and leaves the rest to `lightning_compress.cli`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ More:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run ``lightning-compress``; importing Lightning takes seconds, so a question for help is answered before that.
+    """Run ``lightning-compress``. ``--help`` is answered before Lightning is imported, which takes seconds.
 
     Args:
         args: the arguments; None takes those of the process.

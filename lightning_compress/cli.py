@@ -17,10 +17,10 @@ _PROG = "lightning-compress"
 
 
 class _Parser(LightningArgumentParser):
-    """A parser whose errors stand by themselves."""
+    """A parser that prints errors without its usage."""
 
     def print_usage(self, file: Any = None) -> None:
-        """Print nothing: only errors ask for it, and sixty lines of options would bury them; ``--help`` has those."""
+        """Print nothing: sixty lines of options would bury the error. ``--help`` prints them."""
 
 
 class CompressCLI(LightningCLI):
@@ -29,7 +29,7 @@ class CompressCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``, or the command line where they are None.
 
-        LightningCLI warns when a process that has a command line of its own passes ``args``; `main` is made for that.
+        LightningCLI warns if ``args`` are passed in a process that has a command line of its own, which `main` allows.
         """
         self.config = parser.parse_args(cast("list[str] | None", args))
 
@@ -37,15 +37,15 @@ class CompressCLI(LightningCLI):
     def configure_optimizers(
         lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
     ) -> Any:
-        """Add the parameters that were born after the optimizer, then do as LightningCLI does.
+        """Add the parameters that were made after the optimizer, then do as LightningCLI does.
 
         ``--optimizer`` is built together with the model. Parameters that ``setup`` makes, such as the regressors of a
         feature loss, come later and would stay untrained without a word.
         """
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        born = [parameter for parameter in lightning_module.parameters() if id(parameter) not in held]
+        added = [parameter for parameter in lightning_module.parameters() if id(parameter) not in held]
         # Into the first group: a scheduler holds one base rate for each group and would not know of another one.
-        optimizer.param_groups[0]["params"].extend(born)
+        optimizer.param_groups[0]["params"].extend(added)
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
 
 
@@ -77,10 +77,10 @@ def main(args: list[str] | None = None) -> None:
             parser_kwargs={"prog": _PROG, "description": "Train and compress with Lightning."},
         )
     except ValueError as error:
-        ours = _cause(error)
-        if ours is None:
+        cause = _cause(error)
+        if cause is None:
             raise
-        sys.stderr.write(f"{_PROG}: error: {ours}\n")
+        sys.stderr.write(f"{_PROG}: error: {cause}\n")
         raise SystemExit(2) from error
 
 

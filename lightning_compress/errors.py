@@ -1,6 +1,6 @@
-"""The package's errors, and the one grammar that all of them follow.
+"""The errors of the package, and the grammar that all of them follow.
 
-Grammar: what the argument must be, what was received, then the remedy::
+An error says what the argument must be, what was received, and then the remedy::
 
     `sparsity` must lie in [0, 1). Received: sparsity=1.5. Give a fraction, not a percentage.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 
 class CompressionError(ValueError):
-    """Raised for user input that can't be honoured, before anything is changed."""
+    """Raised for input that can't be honoured, before anything is changed."""
 
 
 class MissingExtraError(CompressionError, ImportError):
@@ -26,11 +26,11 @@ class MissingExtraError(CompressionError, ImportError):
 
 
 class NoEffectWarning(UserWarning):
-    """Something was asked for that made nothing smaller, faster or sparser."""
+    """Warns that what was asked for made nothing smaller, faster or sparser."""
 
 
 def invalid(name: str, must: str, received: object, remedy: str = "") -> CompressionError:
-    """Build the error for argument ``name``, which ``must`` be something else than what was ``received``.
+    """Build the error of an argument: what ``name`` ``must`` do, and what was ``received``.
 
     Example:
         >>> str(invalid("sparsity", "lie in [0, 1)", 1.5))
@@ -41,7 +41,7 @@ def invalid(name: str, must: str, received: object, remedy: str = "") -> Compres
 
 
 def in_a_line(error: BaseException, longest: int = 160) -> str:
-    """Say an error of somebody else's in a line, with its type; one of ours speaks for itself.
+    """Say an error in a line: with its type if it isn't a CompressionError, whose message is enough.
 
     Example:
         >>> in_a_line(KeyError("a")), in_a_line(CompressionError("it is empty"))
@@ -49,13 +49,13 @@ def in_a_line(error: BaseException, longest: int = 160) -> str:
     """
     text = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, CompressionError):
-        return text  # whole, for its remedy stands at the end
+        return text  # in full, since the remedy stands at the end
     text = text[:longest]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Name the ``known`` names that are nearest to a mistyped ``name``, as the remedy of an error.
+    """Build the remedy for a mistyped ``name``: the ``known`` names that are nearest to it.
 
     Example:
         >>> nearest("int8_statik", ["int8_static", "int8_dynamic", "nf4"])

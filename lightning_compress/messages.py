@@ -1,4 +1,4 @@
-"""Many layers in few words: paths that differ in an index are merged, and layers with one reason share a line."""
+"""Sentences about many layers: paths that differ in an index are merged, and layers with one reason share a line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Row = tuple[str | frozenset[int], ...]
 
 
 def merged(paths: Iterable[str]) -> list[str]:
-    """Paths in their order, those that differ in one index as one: ``h.{0-3,7}.attn`` stands for exactly five.
+    """Merge paths that differ in one index, and keep the order: ``h.{0-3,7}.attn`` stands for exactly five.
 
     Example:
         >>> merged(["h.0.fc1", "h.0.fc2", "h.1.fc1", "h.1.fc2", "h.3.fc1", "head"])
@@ -49,7 +49,7 @@ def _ranges(indices: frozenset[int]) -> str:
 
 
 def named(paths: Iterable[str]) -> str:
-    """Paths for a sentence, the root as "the module"; of very many only the first.
+    """List paths for a sentence, the root as "the module"; of very many only the first.
 
     Example:
         >>> named(["h.0.fc1", "h.1.fc1", ""])
@@ -60,18 +60,18 @@ def named(paths: Iterable[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def they(paths: Sequence[str], one: str, many: str) -> str:
-    """The start of a sentence on paths, with its verb.
+def they(paths: Sequence[str], singular: str, plural: str) -> str:
+    """Begin a sentence about paths, with its verb.
 
     Example:
         >>> they(["a"], "stays", "stay"), they(["a", "b"], "stays", "stay")
         ('`a` stays', '`a`, `b` stay')
     """
-    return f"{named(paths)} {one if len(paths) == 1 else many}"
+    return f"{named(paths)} {singular if len(paths) == 1 else plural}"
 
 
 def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    """Each reason with the paths that it holds for; reasons that differ in numbers alone are one, with ``*`` for them.
+    """Group paths by reason. Reasons that differ in numbers alone become one, with ``*`` for the numbers.
 
     Example:
         >>> by_reason({"a": "no kernel", "b": "size 3 of 4", "c": "no kernel", "d": "size 5 of 4"})
@@ -84,14 +84,14 @@ def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _in_common(reasons: Sequence[str]) -> str:
-    """Texts that differ in numbers alone as one text."""
+    """Merge texts that differ in numbers alone."""
     texts, numbers = _NUMBER.split(reasons[0]), zip(*map(_NUMBER.findall, reasons), strict=True)
     shown = [found[0] if len(set(found)) == 1 else "*" for found in numbers]
     return "".join(text + number for text, number in zip(texts, [*shown, ""], strict=True))
 
 
 def in_short(lines: Sequence[str], most: int = MOST_LINES) -> list[str]:
-    """The first of ``lines``, as a log can take them; the last one says how many are missing."""
+    """Cut ``lines`` to ``most``; the last one then says how many are missing."""
     if len(lines) <= most:
         return list(lines)
     return [*lines[: most - 1], f"... and {len(lines) - most + 1} more lines, which a CompressionReport has"]

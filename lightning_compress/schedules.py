@@ -1,7 +1,7 @@
-"""HOW MUCH: schedules, pure functions from progress in [0, 1] to a value.
+"""How much: schedules are pure functions from progress in [0, 1] to a value.
 
-A schedule knows neither Trainer nor steps: a `Window` turns the Trainer's position into progress, and
-what the value means (a sparsity, a weight) is the caller's.
+A schedule knows neither Trainer nor steps: a `Window` turns the Trainer's position into progress, and the caller
+decides what the value means (a sparsity, a weight).
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from lightning_compress.errors import invalid
 
 
 class Schedule(ABC):
-    """Base of all schedules: `value` at progress ``p``, as a fraction of the way to the final value.
+    """Base of all schedules: tells which value holds at which progress.
 
-    A subclass implements `fraction`, which must map 0 to its start and 1 to 1, so that every schedule
-    ends at exactly the final value.
+    A subclass implements `fraction`, which must map 1 to 1, so that every schedule ends at exactly the final value.
     """
 
     @abstractmethod
     def fraction(self, progress: float) -> float:
-        """The fraction of the final value that is reached at ``progress`` in [0, 1]."""
+        """Return the fraction of the way to the final value that is done at ``progress`` in [0, 1]."""
 
     def value(self, progress: float, final: float, initial: float = 0.0) -> float:
-        """The scheduled value: ``initial + (final - initial) * fraction(progress)``; exactly ``final`` at 1.
+        """Return ``initial + (final - initial) * fraction(progress)``, at the end exactly ``final``.
+
+        Args:
+            progress: how much of the window is over; below 0 counts as 0, above 1 as 1.
+            final: the value at progress 1.
+            initial: the value where the fraction is 0.
 
         Example:
             >>> Linear().value(0.25, final=0.8)
@@ -38,7 +42,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class OneShot(Schedule):
-    """The final value at once, when the window starts: ``f(p) = 1``.
+    """Reaches the final value at once, when the window starts: ``f(p) = 1``.
 
     Example:
         >>> OneShot().fraction(0.0)
@@ -51,7 +55,7 @@ class OneShot(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """At constant speed: ``f(p) = p``.
+    """Moves at constant speed: ``f(p) = p``.
 
     Example:
         >>> Linear().fraction(0.5)
@@ -64,7 +68,7 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Slow, fast, slow: ``f(p) = (1 - cos(pi p)) / 2`` (half a cosine wave).
+    """Moves slowly at both ends, along half a cosine wave: ``f(p) = (1 - cos(pi p)) / 2``.
 
     Example:
         >>> round(Cosine().fraction(0.5), 6)
@@ -77,10 +81,13 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class Exponential(Schedule):
-    """Fast first, saturating: ``f(p) = (1 - exp(-rate p)) / (1 - exp(-rate))``.
+    """Moves fast first and then saturates: ``f(p) = (1 - exp(-rate p)) / (1 - exp(-rate))``.
 
     Args:
         rate: how sharply it saturates, above 0; 0 would be `Linear`.
+
+    Raises:
+        CompressionError: ``rate`` isn't a finite number above 0.
 
     Example:
         >>> round(Exponential(rate=3.0).fraction(0.5), 3)
@@ -99,10 +106,13 @@ class Exponential(Schedule):
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
-    """Fast first, slow at the end: ``f(p) = 1 - (1 - p)^power``; power 3 is the usual gradual pruning.
+    """Moves fast first and slowly at the end: ``f(p) = 1 - (1 - p)^power``.
 
     Args:
-        power: above 0.
+        power: above 0; 3 is usual for gradual pruning.
+
+    Raises:
+        CompressionError: ``power`` isn't a finite number above 0.
 
     Example:
         >>> Polynomial(power=3.0).fraction(0.5)
@@ -124,11 +134,15 @@ class Polynomial(Schedule):
 
 @dataclass(frozen=True)
 class Steps(Schedule):
-    """A staircase: at each of ``points`` (progress) the fraction of ``fractions`` with the same index holds.
+    """Moves in steps: from each of ``points`` on, the value of ``fractions`` with the same index holds.
 
     Args:
-        points: rising progress values in [0, 1].
-        fractions: as many values; the last must be 1, so that the final value is reached.
+        points: progress at each step, rising, in [0, 1].
+        fractions: the fraction of the way that is done from each point on; the last must be 1.
+
+    Raises:
+        CompressionError: ``points`` don't rise or leave [0, 1], ``fractions`` leave [0, 1], are more or fewer than
+            ``points``, or don't end with 1.
 
     Example:
         >>> Steps(points=[0.0, 0.5], fractions=[0.5, 1.0]).fraction(0.3)

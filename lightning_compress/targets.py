@@ -1,6 +1,6 @@
-"""WHICH: selects the tensors of a model that a technique works on, by name pattern and module type.
+"""Which: selects the tensors of a model that a technique works on, by name pattern and module type.
 
-Names are dotted module paths from the root (``_orig_mod``, which `torch.compile` puts in, is left out).
+Names are dotted module paths from the root, without the ``_orig_mod`` that `torch.compile` puts in.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from lightning_compress.modules.layer_weights import (
 from lightning_compress.modules.paths import compressible_modules
 
 Scope = Literal["global", "layer"]
-"""Whether the elements of all targets are ranked together, or those of each layer by themselves."""
+"""``global`` ranks the elements of all targets together, ``layer`` those of each layer by themselves."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One targeted tensor.
+    """Holds one targeted tensor.
 
     Attributes:
         name: dotted name of the parameter, by its first owner.
         layer: the owning layer's dotted path.
         parameter: the parameter itself.
-        magnitude: name and parameter of a weight norm's magnitudes, if this is its direction.
+        magnitude: name and parameter of the magnitudes of a weight norm, if this tensor is its direction.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """What `Targets.select` found.
+    """Holds what `Targets.select` found.
 
     Attributes:
-        targets: what is targeted.
-        skipped: the names of what isn't, each with the reason.
-        missed: what was named by ``include`` or ``types`` and has nothing that is targeted, each with the reason.
+        targets: the targeted tensors.
+        skipped: the names of the other weights, with the reasons.
+        missed: the patterns of ``include``, and the ``types``, that select nothing, with the reasons.
     """
 
     targets: tuple[Target, ...]
@@ -65,19 +65,19 @@ class Selection:
 
     @property
     def warning(self) -> str:
-        """What was named and isn't targeted, as a sentence; empty if nothing."""
+        """Says what was named and isn't targeted; empty if there is nothing."""
         reasons = by_reason(self.missed)
         missed = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
         return f"`targets` names what isn't targeted. {missed}." if missed else ""
 
     @property
     def numel(self) -> int:
-        """How many elements are targeted, each tensor counted once."""
+        """Counts the targeted elements, each tensor once."""
         return sum(target.parameter.numel() for target in self.targets)
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a module path, or a container that it lies in, matches an `fnmatch` pattern.
+    """Tell whether a module path, or a container that it lies in, matches an `fnmatch` pattern.
 
     Example:
         >>> matches("backbone.conv1", "backbone"), matches("head", "backbone*")
@@ -88,7 +88,7 @@ def matches(path: str, pattern: str) -> bool:
 
 
 def names_itself(pattern: str, path: str) -> bool:
-    """Whether a pattern means just this module or parameter, by its last part, and not as one of many below another.
+    """Tell whether the last part of a pattern names this module or parameter, and not all that lies in a container.
 
     Example:
         >>> names_itself("*.experts", "net.experts"), names_itself("net.*", "net.experts")
@@ -115,7 +115,7 @@ class Targets:
         types: module classes whose weights are targeted in place of the default ones.
 
     Raises:
-        CompressionError: on `select`, if a pattern matches neither module nor parameter, or nothing is left to target.
+        CompressionError: ``include`` or ``exclude`` is a single string.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -133,10 +133,11 @@ class Targets:
                 raise invalid(name, "be a list of patterns", getattr(self, name), f'Write {name}=["..."].')
 
     def select(self, model: nn.Module) -> Selection:
-        """The targeted tensors of ``model``, each once, in the order of its modules. Changes nothing.
+        """Find the targeted tensors of ``model``, each once, in the order of its modules. Changes nothing.
 
         Raises:
-            CompressionError: a pattern matched nothing, everything was excluded, or a layer is still lazy.
+            CompressionError: a pattern matches neither module nor parameter, nothing is left to target, or a layer is
+                still lazy.
         """
         layers = compressible_modules(model, every_name=True)
         modules = {path: module for path, module in layers.items() if not lies_in_a_list(path, layers)}
@@ -165,20 +166,19 @@ class Targets:
         missed = dict(self._missed(modules, targets, skipped))
         skipped = {full: reason for full, reason in skipped.items() if reason not in NO_WEIGHT}
         if not targets:
-            left = [f"{named}: {why}" for named, why in missed.items()]
-            left += [] if left else [f"{name} ({reason})" for name, reason in list(skipped.items())[:5]]
+            left = [f"{name}: {why}" for name, why in missed.items()] or [_shown(skipped)]
             kinds = ", ".join(sorted({type(module).__name__ for module in modules.values()})[:8])
             raise CompressionError(
                 f"`targets` must select at least one trainable weight. Received: {self}. "
-                + (f"Left out: {'; '.join(left)}." if left else f"The model's layers are of type {kinds}.")
+                + (f"Left out: {'; '.join(left)}." if any(left) else f"The model's layers are of type {kinds}.")
             )
         return Selection(tuple(targets), skipped, missed)
 
     def check_patterns(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules of ``model`` by clean path, once every pattern has matched one.
+        """Return the modules of ``model`` by path, after a check that every pattern matches one.
 
         Raises:
-            CompressionError: a pattern matches nothing; the nearest paths are named.
+            CompressionError: a pattern matches no module; the error names the nearest paths.
         """
         layers = compressible_modules(model, every_name=True)
         self._check_patterns(list(filter(None, layers)))
@@ -189,17 +189,17 @@ class Targets:
             if not any(matches(path, pattern) for path in (*paths, *parameters)):
                 raise CompressionError(
                     f"`targets` pattern {pattern!r} must match a module. Received: a model without such a path. "
-                    + nearest(pattern, [*paths, *(one for one in parameters if not one.endswith(_USUAL))])
+                    + nearest(pattern, [*paths, *(name for name in parameters if not name.endswith(_USUAL))])
                 )
 
     def leaves_out(self, path: str) -> str:
-        """Why the module at ``path`` is left out by the patterns; empty if it isn't."""
+        """Say why the patterns leave out the module at ``path``; empty if they don't."""
         if self.include is not None and not any(matches(path, pattern) for pattern in self.include):
             return "not included"
         return "excluded" if any(matches(path, pattern) for pattern in self.exclude) else ""
 
     def _refusal(self, path: str, name: str, parameter: nn.Parameter, modules: Mapping[str, nn.Module]) -> str:
-        """Why this parameter isn't targeted; empty if it is."""
+        """Say why this parameter isn't targeted; empty if it is."""
         full, module = _join(path, name), modules[path]
         include = [pattern for pattern in self.include or () if _reaches(pattern, path, full, modules)]
         direct = [pattern for pattern in include if not matches(path, pattern)]
@@ -219,32 +219,34 @@ class Targets:
         return ""
 
     def _kind(self, path: str, name: str, direct: bool, modules: Mapping[str, nn.Module]) -> str:
-        """Why a parameter is no weight, or its layer none that is targeted; empty if it is one of such a layer."""
+        """Say why a parameter is no weight, or its layer not targeted; empty if it is a weight of a targeted layer."""
         module = modules[path]
         types = (*PRUNABLE, nn.Embedding, nn.EmbeddingBag) if self.types is None else tuple(self.types)
-        theirs = tuple(one for one in types if one.__module__.startswith("torch.nn.modules.") and one is not nn.Module)
-        ours = tuple(kind for kind in types if kind not in theirs)
-        if direct or isinstance(module, ours) or holds_list_of(module, name, types):
+        of_torch = tuple(
+            kind for kind in types if kind.__module__.startswith("torch.nn.modules.") and kind is not nn.Module
+        )
+        of_user = tuple(kind for kind in types if kind not in of_torch)
+        if direct or isinstance(module, of_user) or holds_list_of(module, name, types):
             return why_no_weight(module, name)
-        if isinstance(module, theirs) and name in named_weights(module):
+        if isinstance(module, of_torch) and name in named_weights(module):
             return ""
         reason = why_no_weight(module, name)
         named = any(names_itself(pattern, path) for pattern in self.include or ())
         if self.types is None and named and self._is_leaf(path, modules):
             return reason
-        if isinstance(module, theirs) or (reason and not reason.startswith(UNSURE)):
+        if isinstance(module, of_torch) or (reason and not reason.startswith(UNSURE)):
             return reason or NO_WEIGHT[1]
         return f"{type(module).__name__} {_OTHER_TYPE} (name it in `types`, or this in `include`)"
 
     def _is_leaf(self, path: str, modules: Mapping[str, nn.Module]) -> bool:
-        """Whether no layer of a targeted type lies below a module."""
+        """Tell whether no layer of a targeted type lies below a module."""
         types = tuple(self.types or PRUNABLE)
         return not any(inner.startswith(f"{path}.") and isinstance(modules[inner], types) for inner in modules)
 
     def _missed(
         self, modules: Mapping[str, nn.Module], targets: Collection[Target], skipped: Mapping[str, str]
     ) -> Iterator[tuple[str, str]]:
-        """What was named and has nothing that is targeted, and single tensors of it that may be no weights; and why."""
+        """Yield, with reasons, what was named and has nothing that is targeted, and tensors that may be no weights."""
         none = "it has no parameter of two dimensions or more; name one in `include` to target it"
         for pattern in self.include or ():
             if not any(_reaches(pattern, target.layer, target.name, modules) for target in targets):
@@ -253,7 +255,7 @@ class Targets:
         for kind in self.types or ():
             paths = [path for path, module in modules.items() if isinstance(module, kind)]
             lists = [
-                path for path, module in modules.items() if any(isinstance(one, kind) for one in module.children())
+                path for path, module in modules.items() if any(isinstance(child, kind) for child in module.children())
             ]
             if not any(target.layer in (*paths, *lists) for target in targets):
                 under = {full: why for full, why in skipped.items() if full.rpartition(".")[0] in paths}
@@ -261,20 +263,20 @@ class Targets:
                 known = nearest(kind.__name__, {type(module).__name__ for module in modules.values()})
                 yield kind.__name__, (_shown(under) or none) if paths else f"the model has no such layer. {known}"
         for full, why in skipped.items():
-            named = any(names_itself(one, full[:end]) for one in self.include or () for end in _ends(full))
+            named = any(names_itself(pattern, full[:end]) for pattern in self.include or () for end in _ends(full))
             path = max((path for path in modules if f"{full}.".startswith(f"{path}.")), key=len, default="")
             if why.startswith(UNSURE) or (named and _OTHER_TYPE in why and self._is_leaf(path, modules)):
                 yield f"`{full}`", why
 
 
 def _ends(path: str) -> list[int]:
-    """Where the parts of a dotted path end."""
+    """Return the places where the parts of a dotted path end."""
     return [place for place, letter in enumerate(path) if letter == "."] + [len(path)]
 
 
 _OTHER_TYPE = "isn't among the targeted types"
 _USUAL = ("weight", "bias")
-"""Names of parameters that go without saying beside their layers'."""
+"""Ends of parameter names that an error doesn't suggest, as it suggests their layers."""
 
 
 def _join(path: str, name: str) -> str:
@@ -286,7 +288,7 @@ def _shown(skipped: Mapping[str, str]) -> str:
 
 
 def _reaches(pattern: str, path: str, full: str, modules: Collection[str]) -> bool:
-    """Whether a pattern means the layer at ``path``, or its parameter ``full`` itself."""
+    """Tell whether a pattern means the layer at ``path``, or its parameter ``full`` itself."""
     if matches(path, pattern) or not matches(full, pattern):
         return matches(path, pattern)
     literal = not set("*?[") & set(pattern.rpartition(".")[2])

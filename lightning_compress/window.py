@@ -1,7 +1,7 @@
-"""WHEN: turns a Trainer's position into a window's progress.
+"""When: turns a Trainer's position into the progress of a window.
 
-Position is counted in training batches that made an optimizer step, never in ``global_step``, which counts
-several optimizers several times.
+The position is the number of training batches that made an optimizer step, never ``global_step``, which counts the
+steps of several optimizers several times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Unit = Literal["fit", "epoch", "step"]
 
 @dataclass(frozen=True)
 class Window:
-    """The part of a fit in which a technique acts.
+    """Says in which part of a fit a technique acts.
 
     Args:
         start: where it begins, in ``unit``.
@@ -29,8 +29,7 @@ class Window:
         every_n_steps: within the window, act at every n-th optimizer step; the end always acts.
 
     Raises:
-        CompressionError: the window is empty or leaves its unit's range; in `bounds`, the fit's length isn't known
-            but the unit needs it.
+        CompressionError: the window is empty or leaves the range of its unit.
 
     Example:
         >>> Window(start=0.1, end=0.75).bounds(total=200, per_epoch=20)
@@ -61,11 +60,14 @@ class Window:
             raise invalid("every_n_steps", "be at least 1", self.every_n_steps)
 
     def bounds(self, total: float, per_epoch: float) -> Bounds:
-        """The window in optimizer steps: ``floor(start)`` to ``ceil(end)``, so it is never empty.
+        """Return the window in optimizer steps: ``floor(start)`` to ``ceil(end)``, so it is never empty.
 
         Args:
             total: optimizer steps of the whole fit; inf if unknown.
             per_epoch: optimizer steps of one epoch; inf if unknown.
+
+        Raises:
+            CompressionError: the unit needs a length that is unknown, or the fit ends before the window begins.
         """
         scale = {"fit": total, "epoch": per_epoch, "step": 1.0}[self.unit]
         if math.isinf(scale):
@@ -91,13 +93,13 @@ class Window:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A window's absolute bounds in optimizer steps; fixed once when the fit starts."""
+    """Holds a window's absolute bounds in optimizer steps, which are fixed once, when the fit starts."""
 
     start: int
     end: int
 
     def progress(self, step: int) -> float | None:
-        """Progress in [0, 1] after ``step`` optimizer steps; None before the window.
+        """Return the progress in [0, 1] after ``step`` optimizer steps; None before the window.
 
         Example:
             >>> bounds = Bounds(20, 150)
@@ -109,16 +111,19 @@ class Bounds:
         return min((step - self.start) / (self.end - self.start), 1.0)
 
     def is_due(self, step: int, every_n_steps: int) -> bool:
-        """Whether to act after ``step`` optimizer steps: at the start, at every n-th step and at the end."""
+        """Tell whether to act after ``step`` optimizer steps: at the start, at every n-th step and at the end."""
         inside = self.start <= step <= self.end
         return inside and ((step - self.start) % every_n_steps == 0 or step == self.end)
 
 
 def fit_length(trainer: pl.Trainer) -> tuple[float, float]:
-    """Optimizer steps that lie ahead in this fit, and those of one epoch, in batches that make one; inf where unknown.
+    """Count the batches that will make an optimizer step, in the rest of this fit and in an epoch; inf where unknown.
 
-    All of them, unless the Trainer goes on from an earlier fit or from a checkpoint that knew nothing of the window.
-    The extra epoch in which stochastic weight averaging renews BatchNorm statistics makes no steps and isn't counted.
+    The rest is the whole fit, unless the Trainer goes on from an earlier fit or from a checkpoint that knew nothing of
+    the window. The extra epoch in which stochastic weight averaging renews BatchNorm statistics makes no steps.
+
+    Returns:
+        The number for the rest of the fit, and that for one epoch.
     """
     batches = trainer.num_training_batches
     epochs = _epochs(trainer)
@@ -140,7 +145,7 @@ def _steps(batches: float, accumulate: int) -> float:
 
 
 def _accumulation(trainer: pl.Trainer) -> Callable[[int], int]:
-    """How many batches an epoch's optimizer steps accumulate."""
+    """Return the function from an epoch to the number of batches that its optimizer steps accumulate."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hasattr(callback, "get_accumulate_grad_batches"):  # GradientAccumulationScheduler, of either package
             return callback.get_accumulate_grad_batches  # type: ignore[no-any-return]
