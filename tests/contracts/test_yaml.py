@@ -43,8 +43,8 @@ PRUNING = {
     "window": {"start": 0.1, "end": 0.75},
 }
 DISTILLATION = {
-    "student": {"class_path": "tests.test_yaml.Net", "init_args": {"width": 8}},
-    "teacher": {"class_path": "tests.test_yaml.Net", "init_args": {"width": 32}},
+    "student": {"class_path": "tests.contracts.test_yaml.Net", "init_args": {"width": 8}},
+    "teacher": {"class_path": "tests.contracts.test_yaml.Net", "init_args": {"width": 32}},
     "task_weight": 0.5,
     "losses": [
         {"class_path": "SoftTarget", "init_args": {"temperature": 4.0, "weight": 0.5}},
@@ -82,7 +82,7 @@ def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def configure(callbacks: list[Any], model: dict[str, Any] = CLASSIFIER) -> list[str]:
     """Write config.yaml into the current folder and give the arguments that read it."""
-    trainer = {**TRAINER, "callbacks": [*callbacks, {"class_path": "tests.test_yaml.Seen"}]}
+    trainer = {**TRAINER, "callbacks": [*callbacks, {"class_path": "tests.contracts.test_yaml.Seen"}]}
     Path("config.yaml").write_text(yaml.safe_dump({"trainer": trainer, "model": model, "data": DATA}))
     return ["--config=config.yaml"]
 

@@ -1,4 +1,4 @@
-"""`structure`: what a checkpoint says of a module's form, and how modules are wrapped for it."""
+"""What a checkpoint says about the structure of a module, and how modules are wrapped for it."""
 
 from __future__ import annotations
 
