@@ -322,9 +322,9 @@ def test_distillation_page_has_every_loss_and_its_default() -> None:
     page = (ROOT / "docs/distillation.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\d.]+)[^|]*\|$", page, flags=re.MULTILINE))
     public = [getattr(lightning_compress, name) for name in lightning_compress.__all__]
-    losses = [each for each in public if isinstance(each, type) and issubclass(each, DistillationLoss)]
-    losses = [each for each in losses if not inspect.isabstract(each)]
-    assert rows == {each.__name__: f"{each.weight:g}" for each in losses}
+    losses = [loss for loss in public if isinstance(loss, type) and issubclass(loss, DistillationLoss)]
+    losses = [loss for loss in losses if not inspect.isabstract(loss)]
+    assert rows == {loss.__name__: f"{loss.weight:g}" for loss in losses}
 
 
 def test_distillation_page_files() -> None:

@@ -201,6 +201,12 @@ def test_every_room_has_its_floor() -> None:
     assert {room(file) for file in FILES} | {"deployable", "export", "choosing"} == set(FLOOR)
 
 
+def test_contributing_has_every_room_on_its_floor() -> None:
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    told = {name: int(floor) for floor, names in rows for name in re.findall(r"`(\w+)/?`", names)}
+    assert told == {name: FLOOR[name] for name in map(room, FILES)}
+
+
 def test_no_arrow_goes_up_and_none_goes_in_a_circle() -> None:
     assert faults(own_imports()) == NOT_YET
 

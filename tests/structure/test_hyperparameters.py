@@ -62,7 +62,7 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "distillation": distillation,
 }
 slow = {"ptq pt2e": pytest.mark.slow}  # it is compiled
-each = pytest.mark.parametrize("name", [pytest.param(name, marks=slow.get(name, ())) for name in CALLBACKS])
+every_callback = pytest.mark.parametrize("name", [pytest.param(name, marks=slow.get(name, ())) for name in CALLBACKS])
 
 
 def fit(name: str, folder: Path, ckpt_path: Path | None = None) -> tuple[Any, LitTemplate]:
@@ -94,7 +94,7 @@ def outputs(module: Any) -> torch.Tensor:
     return found
 
 
-@each
+@every_callback
 def test_a_fit_saves_the_network_plain_and_resumes(name: str, tmp_path: Path) -> None:
     _, module = fit(name, tmp_path / "whole")
     fit(name, tmp_path / "resumed", tmp_path / "whole" / "epoch=0.ckpt")
@@ -114,7 +114,7 @@ def test_a_fit_saves_the_network_plain_and_resumes(name: str, tmp_path: Path) ->
     assert hooks == [] and "forward" not in vars(loaded.net)
 
 
-@each
+@every_callback
 def test_the_compressed_model_is_tested_saved_and_loaded(name: str, tmp_path: Path) -> None:
     trainer, module = fit(name, tmp_path)
     trainer.test(module, TinyData(), verbose=False)

@@ -150,7 +150,7 @@ def test_no_opcode_leads_out(name: str, tmp_path: Path) -> None:
         load_compressed(str(tmp_path / "a.ckpt"), Classifier())
     assert not RAN.exists()
     known = (torch.Tensor, torch.UntypedStorage, torch._utils._rebuild_tensor_v2)
-    assert not any(hasattr(one, "hacked") for one in known)
+    assert not any(hasattr(value, "hacked") for value in known)
 
 
 def test_the_hostile_files_would_run_code() -> None:
