@@ -1,4 +1,4 @@
-"""How many architectures lose half of their multiply-accumulates, and whether what is left computes the same.
+"""Counts the architectures that lose half of their multiply-accumulates, and checks what is left of them.
 
 Each is planned and cut in a process of its own, within 90 s of CPU time. What comes out is measured:
 multiply-accumulates by torch's counter; outputs against a copy whose channels are zeroed here, by the plan's indices; a
@@ -60,11 +60,11 @@ def macs(model: nn.Module, args: Any, kwargs: Any) -> int:
 
 
 @torch.no_grad()
-def zero_(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+def zero_(model: nn.Module, indices_by_name: Mapping[str, Mapping[int, Tensor]]) -> None:
     """Zero all but what a plan keeps."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in kept.keys() & tensors.keys():  # caches of this copy are empty
-        for dim, indices in kept[name].items():
+    for name in indices_by_name.keys() & tensors.keys():  # caches of this copy are empty
+        for dim, indices in indices_by_name[name].items():
             gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
             gone[indices] = False
             tensors[name].index_fill_(dim, gone.nonzero().flatten(), 0)
@@ -82,12 +82,12 @@ def difference(cut: nn.Module, zeroed: nn.Module, args: Any, kwargs: Any) -> flo
             outputs = [call(model.double(), *pytree.tree_map(double, (args, kwargs))) for model in pair]
         except Exception:
             outputs = [call(model, args, kwargs) for model in (cut.eval(), zeroed.eval())]
-    if [one.shape for one in outputs[0]] != [one.shape for one in outputs[1]]:
+    if [output.shape for output in outputs[0]] != [output.shape for output in outputs[1]]:
         return float("inf")
     found = [
-        float((one.double() - other.double()).abs().max() / other.double().abs().max().clamp(min=1e-30))
-        for one, other in zip(*outputs, strict=True)
-        if one.numel() and one.is_floating_point()
+        float((output.double() - other.double()).abs().max() / other.double().abs().max().clamp(min=1e-30))
+        for output, other in zip(*outputs, strict=True)
+        if output.numel() and output.is_floating_point()
     ]
     return max(found, default=0.0)
 
@@ -96,7 +96,7 @@ def trains(model: nn.Module, args: Any, kwargs: Any) -> str:
     """What goes wrong in a forward and a backward pass; empty if nothing does."""
     try:
         outputs = call(model.train(), args, kwargs)
-        sum(one.float().pow(2).mean() for one in outputs if one.is_floating_point()).backward()  # type: ignore[union-attr]
+        sum(output.float().pow(2).mean() for output in outputs if output.is_floating_point()).backward()  # type: ignore[union-attr]
     except Exception as error:
         return line(error)
     return ""
@@ -228,8 +228,8 @@ def table(paths: list[Path]) -> None:
     print()
     for path, column in zip(paths, columns, strict=True):
         found = [verdict(result) for result in column.values()]
-        reached = sum(one[0].isdigit() and "differs" not in one and float(one) <= REACHED for one in found)
-        words = {word: sum(word in one for one in found) for word in ("refused", "slow", "fails", "differs")}
+        reached = sum(text[0].isdigit() and "differs" not in text and float(text) <= REACHED for text in found)
+        words = {word: sum(word in text for text in found) for word in ("refused", "slow", "fails", "differs")}
         rest = ", ".join(f"{count} {word}" for word, count in words.items())
         print(f"{path.stem}: {reached} of {len(found)} keep at most {REACHED} of their multiply-accumulates; {rest}.")
 

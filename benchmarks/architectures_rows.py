@@ -1,4 +1,4 @@
-"""The architectures of `architectures.py`: one of each family, small members, random weights.
+"""Lists the architectures of `architectures.py`: one of each family, small members, random weights.
 
 Each row says how a network is built and what it is called with; its package is imported only then.
 """
@@ -323,7 +323,7 @@ def _tests() -> Iterator[Row]:
 def rows() -> Iterator[Row]:
     """All architectures, by package."""
     yield from _tests()
-    yield from (_timm(*one) for one in _TIMM)
+    yield from (_timm(*row) for row in _TIMM)
     yield from _torchvision()
     yield from _transformers()
     yield from _pytorchcv()

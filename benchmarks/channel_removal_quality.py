@@ -1,4 +1,4 @@
-"""Accuracy and latency of networks that lost channels, over five folds: `ChannelPruning` and torch-pruning by hand.
+"""Measures accuracy and latency of narrowed networks over five folds: `ChannelPruning` and torch-pruning by hand.
 
 Every row sees the same images in the same order; rows that start from a trained network start from the same one, and
 all are trained for as many epochs as the full network, so differences are taken fold by fold. The folds' training sets
@@ -43,7 +43,7 @@ SPARSE_REG = 5e-4
 """What torch-pruning's own examples take for their sparse training on CIFAR."""
 
 LEAST = 0.1
-"""No layer keeps less of its channels: `min_layer_channels` of ours by default, so `max_pruning_ratio` of theirs."""
+"""The least fraction of its channels that a layer keeps: the default of `min_layer_channels`, for torch-pruning too."""
 
 FULL = "full network, trained as long"
 TRAINED = '`ChannelPruning`, scope="global", fit of the trained network'
@@ -186,8 +186,8 @@ def interval(differences: list[float]) -> str:
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
-def less(results: Results, one: Key, other: Key) -> str:
-    return interval([a - b for a, b in zip(results.accuracy[one], results.accuracy[other], strict=True)])
+def less(results: Results, key: Key, other: Key) -> str:
+    return interval([a - b for a, b in zip(results.accuracy[key], results.accuracy[other], strict=True)])
 
 
 def accuracy_table(results: Results) -> str:
@@ -196,11 +196,13 @@ def accuracy_table(results: Results) -> str:
         "| Keep | Row | Accuracy (%) | To the full network (points) | To torch-pruning by hand | Parameters | MACs |",
         "|--:|:--|--:|--:|--:|--:|--:|",
     ]
-    for (keep, row), values in sorted(results.accuracy.items(), key=lambda one: -one[0][0]):
+    for (keep, row), values in sorted(results.accuracy.items(), key=lambda entry: -entry[0][0]):
         to_full = "" if row == FULL else less(results, (keep, row), (1.0, FULL))
         to_hand = "" if row in (FULL, BY_HAND) else less(results, (keep, row), (keep, BY_HAND))
         networks = results.networks[keep, row]
-        parameters = round(statistics.fmean(sum(one.numel() for one in network.parameters()) for network in networks))
+        parameters = round(
+            statistics.fmean(sum(parameter.numel() for parameter in network.parameters()) for network in networks)
+        )
         share = statistics.fmean(macs(network) for network in networks) / full
         lines.append(
             f"| {keep:.0%} | {row} | {100 * statistics.fmean(values):.2f} | {to_full} | {to_hand} "
@@ -226,8 +228,8 @@ def time_in_turns(networks: dict[Key, list[nn.Module]], batch: int, rounds: int)
     times: dict[Key, list[list[float]]] = {key: [] for key in networks}
     with torch.inference_mode():
         for _ in range(rounds):
-            for key, mine in networks.items():
-                times[key].append([time_calls(one.eval(), images, 20 if batch == 1 else 5) for one in mine])
+            for key, models in networks.items():
+                times[key].append([time_calls(model.eval(), images, 20 if batch == 1 else 5) for model in models])
     return times
 
 
@@ -242,13 +244,13 @@ def latency_table(networks: dict[Key, list[nn.Module]], rounds: int) -> str:
             if key[1] == FULL:
                 cells[key].append(f"{statistics.median(full):.2f} ms")
                 continue
-            ratios = [whole / one for whole, turn in zip(full, turns, strict=True) for one in turn]
+            ratios = [whole / seconds for whole, turn in zip(full, turns, strict=True) for seconds in turn]
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
             cells[key].append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
     torch.set_num_threads(1)
     names = [f"{threads} thread{'s' * (threads > 1)}, batch {batch}" for threads, batch in columns]
     lines = [f"| Keep | Row | {' | '.join(names)} |", f"|--:|:--|{'--:|' * len(columns)}"]
-    for (keep, row), values in sorted(cells.items(), key=lambda one: -one[0][0]):
+    for (keep, row), values in sorted(cells.items(), key=lambda entry: -entry[0][0]):
         lines.append(f"| {keep:.0%} | {row} | {' | '.join(values)} |")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What removing channels takes, costs and gains: the plan, the cut, a training step afterwards, latency.
+"""Times the removal of channels and its gain: the plan, the cut, a training step afterwards, latency.
 
 Networks of three kinds in usual sizes, with random weights: a ResNet-50 and a vision transformer of 12 layers and width
 384 on pictures of 224x224, and an LSTM. What is compared takes turns, and each ratio is taken within a turn: a busy
@@ -155,7 +155,9 @@ def plan_table(names: list[str], threads: int, rounds: int) -> str:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
-            cuts.append(clocked(lambda model=model, plan=plan, one=optimizer: remove_channels_(model, plan, [one]))[1])
+            cuts.append(
+                clocked(lambda model=model, plan=plan, used=optimizer: remove_channels_(model, plan, [used]))[1]
+            )
         weights, macs = sum(parameter.numel() for parameter in whole.parameters()), plan.before.macs
         lines.append(f"| {name} | {weights / 1e6:.1f} | {macs / 1e9:.2f} | {spans(plans, 2)} | {spans(cuts, 3)} |")
     torch.set_num_threads(1)
@@ -174,9 +176,10 @@ def clocked(run: Callable[[], RemovalPlan | None]) -> tuple[RemovalPlan | None, 
 
 
 def spans(taken: list[tuple[float, float]], digits: int) -> str:
-    clocks = ([each[clock] for each in taken] for clock in (0, 1))
+    clocks = ([pair[clock] for pair in taken] for clock in (0, 1))
     return " | ".join(
-        f"{statistics.median(mine):.{digits}f} ({min(mine):.{digits}f} to {max(mine):.{digits}f})" for mine in clocks
+        f"{statistics.median(seconds):.{digits}f} ({min(seconds):.{digits}f} to {max(seconds):.{digits}f})"
+        for seconds in clocks
     )
 
 
@@ -313,11 +316,11 @@ def latency_table(name: str, models: dict[str, nn.Module], batch_size: int, thre
         f"| {clock} | Of its time | Middle half | Faster |",
         "|:--|--:|--:|--:|--:|--:|--:|",
     ]
-    one = inputs_of(name, 1)
-    base_macs, base_weights = size(models["whole"], one)
+    inputs = inputs_of(name, 1)
+    base_macs, base_weights = size(models["whole"], inputs)
     for row, values in times.items():
-        low, middle, high = quartiles([mine / base for mine, base in zip(values, times["whole"], strict=True)])
-        macs, weights = size(models[row], one)
+        low, middle, high = quartiles([value / base for value, base in zip(values, times["whole"], strict=True)])
+        macs, weights = size(models[row], inputs)
         lines.append(
             f"| {row} | {macs / base_macs:.3f} | {weights / base_weights:.3f} | {1e3 * statistics.median(values):.1f} "
             f"| {middle:.3f} | {low:.3f} to {high:.3f} | {1 / middle:.2f}x |"
@@ -357,9 +360,9 @@ def ratios_by_both_clocks(whole: nn.Module, model: nn.Module, x: Tensor, rounds:
     with torch.inference_mode():
         for turn in range(10 * rounds + 2):
             taken = []
-            for each in (whole, model):
+            for network in (whole, model):
                 cpu, wall = time.thread_time(), time.perf_counter()
-                each(x)
+                network(x)
                 taken.append((time.thread_time() - cpu, time.perf_counter() - wall))
             if turn >= 2:  # warm by then
                 for clock, ratios in enumerate(found):

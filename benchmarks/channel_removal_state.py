@@ -1,4 +1,4 @@
-"""Whether what the optimizer remembers is worth carrying over: channels leave in rounds, with its state cut or dropped.
+"""Measures whether an optimizer's state is worth keeping when channels are removed in rounds.
 
 A ResNet that was trained on one of five folds (360 images; the folds are disjoint, so the intervals are honest) loses
 channels during a fine-tuning, at once or in ten rounds, and is tested on the other four folds. Carried:
@@ -64,9 +64,9 @@ def fold_data(fold: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     data = Digits(fold)
     data.setup("fit")
     pixels, labels = data.test_set.dataset.tensors
-    mine = torch.zeros(len(labels), dtype=torch.bool)
-    mine[data.test_set.indices] = True
-    return (pixels[mine], labels[mine]), (pixels[~mine], labels[~mine])
+    in_fold = torch.zeros(len(labels), dtype=torch.bool)
+    in_fold[data.test_set.indices] = True
+    return (pixels[in_fold], labels[in_fold]), (pixels[~in_fold], labels[~in_fold])
 
 
 def batches(images: Tensor, labels: Tensor, epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -137,7 +137,9 @@ def run_fold(fold: int) -> Iterator[tuple[str, str, str, Outcome]]:
                     steps = list(batches(*train, EPOCHS_AFTER, 10 * fold + 1 + seed))
                     after = tune(network, steps, optimizer, schedule, state)
                     outcomes.append(Outcome(*test(network, *held_out), after))
-                means = (statistics.fmean(getattr(one, name) for one in outcomes) for name in Outcome.__annotations__)
+                means = (
+                    statistics.fmean(getattr(outcome, name) for outcome in outcomes) for name in Outcome.__annotations__
+                )
                 yield optimizer, schedule, state, Outcome(*means)
 
 
@@ -149,10 +151,10 @@ def table(results: dict[tuple[str, str, str], list[Outcome]]) -> str:
     ]
     for optimizer in OPTIMIZERS:
         for schedule in SCHEDULES:
-            one, other = (results[optimizer, schedule, state] for state in (CARRIED, DROPPED))
-            accuracy = [f"{100 * statistics.fmean(fit.accuracy for fit in fits):.2f}" for fits in (one, other)]
+            carried, dropped = (results[optimizer, schedule, state] for state in (CARRIED, DROPPED))
+            accuracy = [f"{100 * statistics.fmean(fit.accuracy for fit in fits):.2f}" for fits in (carried, dropped)]
             differences = [
-                interval([getattr(a, name) - getattr(b, name) for a, b in zip(one, other, strict=True)])
+                interval([getattr(a, name) - getattr(b, name) for a, b in zip(carried, dropped, strict=True)])
                 for name in ("accuracy", "loss", "after_removal")
             ]
             lines.append(f"| {optimizer} | {schedule} | {' | '.join([*accuracy, *differences])} |")

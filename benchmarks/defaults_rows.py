@@ -1,4 +1,4 @@
-"""The networks, data and fits of `defaults.py`."""
+"""Lists the networks, data and fits of `defaults.py`."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Module(L.LightningModule):
         self.log("score", self.task.score(self(batch[0]), batch[1]), batch_size=len(batch[0]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer | dict:
-        optimizer = torch.optim.Adam([one for one in self.parameters() if one.requires_grad], self.lr)
+        optimizer = torch.optim.Adam([parameter for parameter in self.parameters() if parameter.requires_grad], self.lr)
         if not self.cosine:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
@@ -221,12 +221,12 @@ def build(name: str, fit: Fit, seed: int) -> Module:
 def uneven_(network: nn.Module) -> None:
     """Scale the channels between two layers by 0.1 to 10, and three of a LayerNorm's by 30; the function stays."""
     generator = torch.Generator().manual_seed(5)
-    for first, second in itertools.pairwise(one for one in network.modules() if isinstance(one, nn.Conv2d)):
+    for first, second in itertools.pairwise(module for module in network.modules() if isinstance(module, nn.Conv2d)):
         scales = 10 ** (2 * torch.rand(len(first.weight), generator=generator) - 1)
         first.weight *= scales.view(-1, 1, 1, 1)
         first.bias *= scales
         second.weight /= scales.view(1, -1, 1, 1)
-    for layer in (one for one in network.modules() if isinstance(one, Layer)):
+    for layer in (module for module in network.modules() if isinstance(module, Layer)):
         for norm, readers in ((layer.norm1, (layer.query, layer.key, layer.value)), (layer.norm2, (layer.up,))):
             scales = torch.ones(len(norm.weight))
             scales[torch.randperm(len(scales), generator=generator)[:3]] = 30.0

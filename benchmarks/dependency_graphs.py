@@ -1,8 +1,8 @@
-"""Which layers can lose channels on the networks of the test suite: torch-pruning's dependency graph and our tracer.
+"""Compares which layers can lose channels by torch-pruning's dependency graph and by our tracer.
 
 On every network of `tests.support.zoo` and `tests.support.wide` every group of channels that a tool finds is tried on a
-copy, in evaluation: every other unit goes, the network must run, its outputs must keep their shapes and be those of
-the network with zeros in the place of what went. What went is read off the tensors, not asked of the tool: a second
+copy, in evaluation: every other unit is removed, the network must run, its outputs must keep their shapes and equal
+those of the network with zeros in the same places. The places are read off the tensors, not asked of the tool: a second
 copy, whose tensors hold the numbers of their elements, is cut in the same way. Neither tool is given hints, but
 torch-pruning is told which layers make the outputs, as its users do. Where a norm spans the channels (LayerNorm,
 GroupNorm), the outputs need not be the same.
@@ -75,7 +75,11 @@ def time_limit() -> Iterator[None]:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: one for name, one in model.named_parameters(remove_duplicate=False) if one.is_floating_point()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.is_floating_point()
+    }
 
 
 @torch.no_grad()
@@ -83,20 +87,20 @@ def zeroed(row: Row, cut: Cut) -> nn.Module:
     """A copy with zeros where `cut` takes something out, by what it leaves of tensors that hold element numbers."""
     numbered, zeros = row.build().eval(), row.build().eval()
     apply = cut(numbered)
-    for one in tensors(numbered).values():
-        one.copy_(torch.arange(one.numel()).view(one.shape))
+    for tensor in tensors(numbered).values():
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
     apply()
     for layer in list(zeros.modules()):  # zeros are put into the weight that is computed, whatever its norm becomes
         for name in list(getattr(layer, "parametrizations", ())):
             with torch.enable_grad():  # else it becomes no parameter
                 parametrize.remove_parametrizations(layer, name)
     values = tensors(zeros)
-    for name, one in tensors(numbered).items():
+    for name, tensor in tensors(numbered).items():
         if ".original0" in name:
             continue
         value = values[name.replace("parametrizations.", "").replace(".original1", "")]
         mask = torch.zeros(value.numel(), dtype=value.dtype)
-        mask[one.flatten().long()] = 1
+        mask[tensor.flatten().long()] = 1
         value.mul_(mask.view(value.shape))
     return zeros
 
@@ -105,30 +109,30 @@ def zeroed(row: Row, cut: Cut) -> nn.Module:
 def fault(row: Row, model: nn.Module, cut: Cut, exact: bool) -> str:
     """What is wrong with a cut; empty if nothing is."""
     args, kwargs = row.inputs()
-    shapes = [one.shape for one in tensors_in(model(*args, **kwargs))]
+    shapes = [tensor.shape for tensor in tensors_in(model(*args, **kwargs))]
     narrow = copy.deepcopy(model)
-    shared = {name for name, one in tensors(model).items() if one is not dict(model.named_parameters()).get(name)}
+    shared = {name for name, tensor in tensors(model).items() if tensor is not dict(model.named_parameters()).get(name)}
     try:
         with time_limit():
             cut(narrow)()
         if any(name in dict(narrow.named_parameters()) for name in shared):
             return "tied weights come apart"
-        if all(one.shape == tensors(narrow)[name].shape for name, one in tensors(model).items()):
+        if all(tensor.shape == tensors(narrow)[name].shape for name, tensor in tensors(model).items()):
             return "nothing goes"
         outs = list(tensors_in(narrow(*args, **kwargs)))
     except Exception as error:
         return f"{type(error).__name__}"
-    if [one.shape for one in outs] != shapes:
+    if [output.shape for output in outs] != shapes:
         return "another output shape"
     if exact:
-        for one, other in zip(outs, tensors_in(zeroed(row, cut)(*args, **kwargs)), strict=True):
+        for output, other in zip(outs, tensors_in(zeroed(row, cut)(*args, **kwargs)), strict=True):
             scale = float(other.abs().max().clamp(min=1e-6)) if other.is_floating_point() else 1.0
-            if one.is_floating_point() and not torch.allclose(one, other, rtol=0, atol=TOLERANCE * scale):
+            if output.is_floating_point() and not torch.allclose(output, other, rtol=0, atol=TOLERANCE * scale):
                 return "another output"
     return ""
 
 
-def ours(row: Row, model: nn.Module) -> tuple[Found, DependencyGroups | None]:
+def by_tracer(row: Row, model: nn.Module) -> tuple[Found, DependencyGroups | None]:
     args, kwargs = row.inputs()
     found = Found()
     try:
@@ -137,10 +141,10 @@ def ours(row: Row, model: nn.Module) -> tuple[Found, DependencyGroups | None]:
         found.wrong["(the trace)"] = type(error).__name__
         return found, None
     for number, group in enumerate(structure.groups):
-        keep = [torch.ones(one.size, dtype=torch.bool) for one in structure.groups]
+        keep = [torch.ones(group.size, dtype=torch.bool) for group in structure.groups]
         keep[number][::2] = False
-        kept, numbers = kept_slices(structure, keep), followed(structure, keep)
-        wrong = fault(row, model, lambda twin: partial(cut_, twin, kept, numbers), not group.spanned)  # noqa: B023
+        kept_indices, attributes = kept_slices(structure, keep), followed(structure, keep)
+        wrong = fault(row, model, lambda twin: partial(cut_, twin, kept_indices, attributes), not group.spanned)  # noqa: B023
         note(found, model, group.layers, wrong)
     return found, structure
 
@@ -162,12 +166,12 @@ def graph(row: Row, model: nn.Module) -> torch_pruning.DependencyGraph:
             model,
             (args, kwargs),
             forward_fn=lambda twin, both: twin(*both[0], **both[1]),
-            output_transform=lambda out: [one for one in tensors_in(out) if one.requires_grad],
+            output_transform=lambda out: [output for output in tensors_in(out) if output.requires_grad],
             verbose=False,
         )
 
 
-def theirs(row: Row, model: nn.Module, spanned: set[str], outputs: set[str]) -> Found:
+def by_torch_pruning(row: Row, model: nn.Module, spanned: set[str], outputs: set[str]) -> Found:
     found = Found()
     try:
         with time_limit():
@@ -231,20 +235,20 @@ def main() -> None:
     whole = [0, 0]
     for row in (*ZOO, *WIDE):
         model = row.build().eval()
-        mine, structure = ours(row, model)
+        traced, structure = by_tracer(row, model)
         spanned = (
             {layer for group in structure.groups if group.spanned for layer in group.layers} if structure else set()
         )
         outputs = {layer for layer, reason in structure.fixed.items() if reason == "an output"} if structure else set()
-        other = theirs(row, model, spanned, outputs)
-        every = mine.right | other.right
-        for place, found in enumerate((every, other.right, mine.right)):
+        other = by_torch_pruning(row, model, spanned, outputs)
+        every = traced.right | other.right
+        for place, found in enumerate((every, other.right, traced.right)):
             totals[place] += len(found)
         whole[0] += other.right == every
-        whole[1] += mine.right == every
-        (one, faults), (two, own) = cell(other, every), cell(mine, every)
-        print(f"| {row.name} | {len(every)} | {one} | {faults} | {two} | {own} |", flush=True)
-        if missing := sorted(other.right - mine.right):
+        whole[1] += traced.right == every
+        (first, faults), (second, own) = cell(other, every), cell(traced, every)
+        print(f"| {row.name} | {len(every)} | {first} | {faults} | {second} | {own} |", flush=True)
+        if missing := sorted(other.right - traced.right):
             print(f"{row.name}: only torch-pruning narrows {missing}", file=sys.stderr)
     print(f"| **all {len(ZOO) + len(WIDE)}** | {totals[0]} | **{totals[1] / totals[0]:.0%}** | whole on {whole[0]} "
           f"| **{totals[2] / totals[0]:.0%}** | whole on {whole[1]} |")  # fmt: skip

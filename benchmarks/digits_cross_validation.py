@@ -1,4 +1,4 @@
-"""Accuracy of the demo's models over five folds, with paired differences and their 95 % t-intervals.
+"""Measures the accuracy of the demo's models over five folds, with paired differences and their 95 % t-intervals.
 
 Every image is tested once: by the models that were trained without its fold. Differences are taken fold by fold,
 between models that saw the same images. The folds' training sets overlap, so the intervals are somewhat too narrow.
@@ -72,14 +72,14 @@ def table(folds: list[dict[str, float]], sizes: dict[str, int]) -> str:
     ]
     for name in folds[0]:
         values = [fold[name] for fold in folds]
-        each = " ".join(f"{100 * value:.1f}" for value in values)
+        by_fold = " ".join(f"{100 * value:.1f}" for value in values)
         against = [
             "" if name == other else interval([value - fold[other] for value, fold in zip(values, folds, strict=True)])
             for other in (TEACHER, ALONE)
         ]
         size = sizes[name] / 1e3
         lines.append(
-            f"| {name} | {each} | {100 * statistics.fmean(values):.2f} | {' | '.join(against)} | {size:,.1f} |"
+            f"| {name} | {by_fold} | {100 * statistics.fmean(values):.2f} | {' | '.join(against)} | {size:,.1f} |"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What distillation gains over five folds of real digits: the experiment of PyTorch's tutorial, with intervals.
+"""Measures what distillation gains on five folds of real digits: the experiment of PyTorch's tutorial, with intervals.
 
 A deep CNN learns from all training images of a fold. A light one learns from 200, 1,000 or all of them, alone or taught
 by the deep one, always in the same number of steps. All students of a fold start from the same weights and see the
@@ -232,10 +232,10 @@ def table(results: Results) -> str:
     for row in ROWS:
         cells = []
         for labels in RUNS:
-            ours, alone = folds.get((labels, row), []), folds[labels, ALONE]
-            cell = f"{100 * statistics.fmean(ours):.2f}" if ours else ""
-            if ours and row != ALONE:
-                cell += f", {interval([one - other for one, other in zip(ours, alone, strict=True)])}"
+            values, alone = folds.get((labels, row), []), folds[labels, ALONE]
+            cell = f"{100 * statistics.fmean(values):.2f}" if values else ""
+            if values and row != ALONE:
+                cell += f", {interval([value - other for value, other in zip(values, alone, strict=True)])}"
             cells.append(cell)
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)

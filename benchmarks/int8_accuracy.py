@@ -1,4 +1,4 @@
-"""Accuracy of int8 networks over five folds: ranges, adjustments, flows, training, and what other tools make of them.
+"""Measures the accuracy of int8 networks over five folds: ranges, adjustments, flows, training, and other tools.
 
 In a fold every row starts from the same float weights and training images and gives true int8 outputs of the same test
 images, so differences are paired by fold. Two of the five networks are easy ones with channels re-scaled to be hard for
@@ -215,8 +215,8 @@ class Scores(NamedTuple):
 
 
 def score(outputs: Tensor, truth: Tensor, labels: Tensor) -> Scores:
-    logs, answers = [one.detach().double().log_softmax(1) for one in (outputs, truth)], outputs.argmax(1)
-    shares = [100 * one.double().mean().item() for one in (answers == labels, answers != truth.argmax(1))]
+    logs, answers = [logits.detach().double().log_softmax(1) for logits in (outputs, truth)], outputs.argmax(1)
+    shares = [100 * answer.double().mean().item() for answer in (answers == labels, answers != truth.argmax(1))]
     return Scores(*shares, functional.kl_div(*logs, log_target=True, reduction="batchmean").item())
 
 
@@ -249,28 +249,31 @@ def estimate(values: list[float]) -> list[float]:
 
 def text(value: list[float], form: str = "+.2f", neutral: float = 0.0) -> str:
     """Bold where the interval excludes ``neutral``."""
-    mean, low, high = (f"{round(one, 2) + 0.0:{form}}" for one in value)  # no -0.00
+    mean, low, high = (f"{round(number, 2) + 0.0:{form}}" for number in value)  # no -0.00
     bold = "**" if value[1] > neutral + 1e-9 or value[2] < neutral - 1e-9 else ""
     return f"{bold}{mean} [{low}, {high}]{bold}"
 
 
 def table(kind: Kind, results: dict[str, list[Scores]]) -> str:
-    accuracies = {row: [one.accuracy for one in scores] for row, scores in results.items()}
+    accuracies = {row: [score.accuracy for score in scores] for row, scores in results.items()}
 
     def points(row: str, base: str) -> str:
-        return text(estimate([one - two for one, two in zip(accuracies[row], accuracies[base], strict=True)]))
+        return text(estimate([first - second for first, second in zip(accuracies[row], accuracies[base], strict=True)]))
 
-    by_fold = " ".join(f"{one:.1f}" for one in accuracies[FLOAT])
+    by_fold = " ".join(f"{accuracy:.1f}" for accuracy in accuracies[FLOAT])
     lines = [
         f"## {kind.title}: float32 {statistics.fmean(accuracies[FLOAT]):.2f} % (by fold {by_fold})\n",
         "| Row | To float32 (points) | To the defaults (points) | KL (1e-3 nats) | Times the defaults' | Others (%) |",
         "|:--|--:|--:|--:|--:|--:|",
     ]
     for row in list(results)[1:]:
-        logs = [[math.log(1e3 * one.divergence) for one in results[name]] for name in (row, PTQ)]
-        factor = [math.exp(one) for one in estimate([one - two for one, two in zip(*logs, strict=True)])]
+        logs = [[math.log(1e3 * score.divergence) for score in results[name]] for name in (row, PTQ)]
+        factor = [math.exp(value) for value in estimate([first - second for first, second in zip(*logs, strict=True)])]
         ratio = "" if row in (PTQ, QAT, TUNED, TUNED_FLOAT) else text(factor, ".2f", 1.0)
-        to_defaults, other = "" if row == PTQ else points(row, PTQ), statistics.fmean(one.other for one in results[row])
+        to_defaults, other = (
+            "" if row == PTQ else points(row, PTQ),
+            statistics.fmean(score.other for score in results[row]),
+        )
         cells = [points(row, FLOAT), to_defaults, f"{math.exp(statistics.fmean(logs[0])):.3g}", ratio, f"{other:.2f}"]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join([*lines, f"\n{TUNED} to {TUNED_FLOAT}: {points(TUNED, TUNED_FLOAT)} points."])

@@ -1,4 +1,4 @@
-"""What int8 gains and costs: latency beside OpenVINO and ONNX Runtime, a step of QAT, and calibration.
+"""Times int8: latency beside OpenVINO and ONNX Runtime, a step of QAT, and calibration.
 
 Networks have the shapes of well-known ones and random weights; their BatchNorm has seen data. What is compared takes
 turns in one process, and each ratio is taken within a round. Other processes distort more than noise: two OpenMP

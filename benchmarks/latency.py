@@ -1,8 +1,8 @@
-"""Latency of teacher, student and their int8 forms, timed in turns in one process, as ratios to the teacher's.
+"""Times teacher, student and their int8 forms alternately in one process, as ratios to the teacher.
 
 The models take turns, round after round, and each ratio is taken within a round: a busy moment of the machine falls
-on all of them. Weights are untrained, since no kernel here looks at them; the pruned student, whose zeros are as slow
-as any number, is there to show it.
+on all of them. Weights are untrained, since no kernel here depends on their values: the pruned student shows that
+zeros are as slow as other numbers.
 
 Run it with `python benchmarks/latency.py` (about half a minute; `--rounds 2` for a quick look).
 """

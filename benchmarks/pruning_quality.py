@@ -1,4 +1,4 @@
-"""Accuracy of pruned networks over five folds: how and when they are pruned, at four sparsities, on two networks.
+"""Measures the accuracy of pruned networks over five folds: several ways to prune, four sparsities, two networks.
 
 Every model sees the same images in the same order from the same initial weights as its dense twin, so differences
 are taken fold by fold. The folds' training sets overlap, so the 95 % t-intervals are somewhat too narrow.
@@ -131,10 +131,12 @@ def model_pruning_by_default(model: Classifier, goal: float, epochs: int) -> L.C
 def model_pruning_at_its_best(model: Classifier, goal: float, epochs: int) -> L.Callback:
     """No lottery ticket; the weights, the cubic schedule and the window of `ScheduledPruning`."""
     selected = Targets().select(model)
-    weights = [(model.get_submodule(one.layer), one.name.removeprefix(f"{one.layer}.")) for one in selected.targets]
+    weights = [
+        (model.get_submodule(target.layer), target.name.removeprefix(f"{target.layer}.")) for target in selected.targets
+    ]
     bounds = ScheduledPruning(sparsity=goal).window.bounds(epochs, 1)  # it prunes between epochs only
     progress = [bounds.progress(epoch) or 0.0 for epoch in range(epochs + 1)]
-    zeros = [round(selected.numel * Polynomial().value(one, goal)) for one in progress]
+    zeros = [round(selected.numel * Polynomial().value(done, goal)) for done in progress]
     return ModelPruning(
         "l1_unstructured",
         parameters_to_prune=weights,
@@ -240,7 +242,7 @@ def table(results: Results, levels: list[int], cell: Callable[[int, str], str], 
 
 def tables(name: str, results: Results, levels: list[int]) -> str:
     def less(level: int, row: str, other: str) -> list[float]:
-        return [one - two for one, two in zip(results[level, row], results[level, other], strict=True)]
+        return [first - second for first, second in zip(results[level, row], results[level, other], strict=True)]
 
     def to_dense(level: int, row: str) -> str:
         return f"{100 * statistics.fmean(results[level, row]):.2f}, {interval(less(level, row, DENSE))}"

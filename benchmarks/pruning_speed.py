@@ -1,4 +1,4 @@
-"""What pruning costs: a training step with masks on, one mask update, memory over many updates.
+"""Times pruning: a training step with masks on, one mask update, memory over many updates.
 
 Step: short fits take turns, round after round. Timed are the steps from the window on, mask updates included, and each
 ratio is taken within a round. Update: all arms select on the same scores, in turns; peak memory is the process's own,
@@ -157,15 +157,15 @@ def lightnings(network: nn.Module) -> Callback:
     )
 
 
-def ours(every_n_steps: int) -> Callable[[nn.Module], Callback]:
+def scheduled(every_n_steps: int) -> Callable[[nn.Module], Callback]:
     window = Window(SKIPPED - 1, STEPS - 1, unit="step", every_n_steps=every_n_steps)
     return lambda network: ScheduledPruning("magnitude", 0.9, window=window)
 
 
 ARMS: dict[str, Callable[[nn.Module], Callback] | None] = {
     "dense": None,
-    "ScheduledPruning, masks grow every 10 steps": ours(10),
-    "ScheduledPruning, masks grow every step": ours(1),
+    "ScheduledPruning, masks grow every 10 steps": scheduled(10),
+    "ScheduledPruning, masks grow every step": scheduled(1),
     "Lightning's ModelPruning": lightnings,
 }
 
@@ -195,9 +195,9 @@ def step_table(name: str, build: Callable[[], nn.Module], batch_size: int, round
     hooks: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for _ in range(rounds):
         for arm in ARMS:
-            step, ours = step_seconds(build, arm, batch_size)
+            step, in_hooks = step_seconds(build, arm, batch_size)
             times[arm].append(step)
-            hooks[arm].append(ours)
+            hooks[arm].append(in_hooks)
     weights = sum(parameter.numel() for parameter in build().parameters())
     lines = [
         f"| Training step of {name}, {weights / 1e6:.2f} M weights, batch {batch_size} | Median (ms) | To dense "
