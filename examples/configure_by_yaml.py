@@ -1,4 +1,4 @@
-"""Everything can be said in YAML. This runs configure_by_yaml.yaml; the command line does the same:
+"""Configure everything in YAML. This runs configure_by_yaml.yaml; the command line does the same:
 
     lightning-compress fit --config examples/configure_by_yaml.yaml
 

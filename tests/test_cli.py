@@ -108,7 +108,7 @@ def test_optimizer_callable_from_yaml(own_folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`Grows.configure_optimizers` will be overridden:UserWarning")
-def test_optimizer_argument_reaches_parameters_born_in_setup() -> None:
+def test_optimizer_argument_reaches_parameters_made_in_setup() -> None:
     scheduler = ["--lr_scheduler=StepLR", "--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.5"]
     trainer, module = fit("--optimizer=SGD", "--optimizer.lr=0.1", *scheduler, model="tests.test_cli.Grows")
     (group,) = trainer.optimizers[0].param_groups

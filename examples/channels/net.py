@@ -1,4 +1,4 @@
-"""What the scripts beside it share: an ordinary LightningModule, which knows nothing of compression, and its data."""
+"""Defines what the scripts of this folder share: an ordinary LightningModule, without compression, and its data."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Remove channels, prune and distil in one fit; the teacher is what the network was before.
+"""Remove channels, prune and distil in one fit; the teacher is the network before the fit.
 
 Run it with `python examples/channels/prune_cut_distil.py`.
 """

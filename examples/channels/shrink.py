@@ -1,4 +1,4 @@
-"""Make a trained CNN a quarter of its work: one callback in the fit that trains it on.
+"""Reduce the arithmetic of a trained CNN to a quarter: one callback in a second fit.
 
 Run it with `python examples/channels/shrink.py`.
 """
@@ -20,7 +20,7 @@ print(plan_removal(model, images[:64], macs=0.25), end="\n\n")
 channels = ChannelPruning(macs=0.25)  # a quarter of the multiply-accumulates remains; the rest leaves in rounds
 trainer = fit(model, epochs, CompressionReport("demo_output/channels", threads=1), channels)
 trainer.save_checkpoint("demo_output/channels/small.ckpt", weights_only=True)
-again = load_compressed("demo_output/channels/small.ckpt", Net())  # built at full size, it takes the file's widths
+again = load_compressed("demo_output/channels/small.ckpt", Net())  # built at full size, it gets the sizes of the file
 
 print(f"\nThe last of {len(channels.plans)} rounds:\n{channels.plans[-1]}\n")
 print("Accuracy on 597 images")

@@ -1,4 +1,4 @@
-"""Handwritten digits: 1797 grey images of 8x8 pixels that come with scikit-learn, so nothing is downloaded."""
+"""Loads handwritten digits: 1797 grey images of 8x8 pixels that come with scikit-learn, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ class Digits(L.LightningDataModule):
         return DataLoader(self.test_set, batch_size=360)
 
     def calibration_dataloader(self) -> DataLoader:
-        """What `PostTrainingQuantization` looks at to choose its ranges: training images, never test images."""
+        """Yields the training images by which `PostTrainingQuantization` chooses its ranges."""
         return DataLoader(self.train_set, batch_size=64)

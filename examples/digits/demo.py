@@ -1,4 +1,4 @@
-"""The whole package in one script: a teacher, a student that learns from it, and what came of it, measured.
+"""Show the whole package in one script: a teacher, a student that learns from it, and a report that measures both.
 
 Four models are made on scikit-learn's handwritten digits:
 

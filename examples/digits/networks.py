@@ -1,4 +1,4 @@
-"""A large teacher, a small student, and the plain LightningModule that trains either of them."""
+"""Defines a large teacher, a small student, and the plain LightningModule that trains either of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distil a LightningModule that exists: one callback, and nothing of the module changes.
+"""Distil any LightningModule: add one callback, and leave the module as it is.
 
 Run it with `python examples/distillation/callback.py`.
 """

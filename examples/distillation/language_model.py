@@ -22,7 +22,7 @@ LENGTH, PADDING = 48, 0
 
 
 class Net(nn.Module):
-    """Convolutions that look back only; 31 bytes far."""
+    """Predicts by causal convolutions, from the last 31 bytes."""
 
     def __init__(self, width):
         super().__init__()

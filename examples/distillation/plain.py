@@ -1,4 +1,4 @@
-"""What the examples beside it share: training without a teacher, which is what distillation has to beat."""
+"""Trains without a teacher, which is what distillation has to beat, for the examples of this folder."""
 
 from __future__ import annotations
 

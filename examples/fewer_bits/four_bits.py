@@ -1,4 +1,4 @@
-"""Few bits without training: a classifier of digits, its weights rounded, with NF4 and with GPTQ.
+"""Quantize to few bits without training: a classifier of digits, with rounded weights, NF4 and GPTQ.
 
 Run it with `python examples/fewer_bits/four_bits.py`; it takes some seconds.
 """

@@ -1,4 +1,4 @@
-"""The data and the network of these examples: a classifier of handwritten digits."""
+"""Defines the data and the network of these examples: a classifier of handwritten digits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QLoRA: a classifier of digits learns digits that lie on their side, with its own weights frozen in 4 bits.
+"""Fine-tune by QLoRA: a classifier learns digits that lie on their side, with its own weights frozen in 4 bits.
 
 Run it with `python examples/fewer_bits/qlora.py`; it takes some seconds.
 """
