@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_compress.errors import CompressionError, invalid, nearest
-from lightning_compress.pruning.methods import Masks, Rule, pruned
+from lightning_compress.pruning.methods import Masks, PruningMethod, pruned
 from lightning_compress.targets import Scope, Target, matches
 
 
 @dataclass(frozen=True)
-class Budget:
+class SparsityBudget:
     """How much is pruned at the end, as fractions of the original weights.
 
     Args:
@@ -66,13 +66,13 @@ class Budget:
             found.update(dict.fromkeys(names, fraction))
         return found
 
-    def check(self, weights: Mapping[str, Tensor], own: Mapping[str, float]) -> None:
+    def check(self, weights: Mapping[str, Tensor], fractions: Mapping[str, float]) -> None:
         """Raise if what overrides and cap leave can't hold the whole budget."""
         if self.sparsity is None or self.scope == "layer":
             return
         total = round(self.sparsity * sum(weight.numel() for weight in weights.values()))
-        left = total - sum(round(own[name] * weights[name].numel()) for name in own)
-        room = sum(self._most(weight) for name, weight in weights.items() if name not in own)
+        left = total - sum(round(fractions[name] * weights[name].numel()) for name in fractions)
+        room = sum(self._most(weight) for name, weight in weights.items() if name not in fractions)
         if not 0 <= left <= room:
             raise CompressionError(
                 f"`sparsity` must be within reach of the layers that share it. Received: sparsity={self.sparsity}, "
@@ -80,11 +80,11 @@ class Budget:
                 "Change one of the three."
             )
 
-    def is_met(self, rule: Rule, masks: Masks, own: Mapping[str, float]) -> bool:
+    def is_met(self, rule: PruningMethod, masks: Masks, fractions: Mapping[str, float]) -> bool:
         """Whether ``masks`` hold the whole budget, to the nearest unit."""
         if self.sparsity is None:
             return True
-        alone = {**dict.fromkeys(masks, self.sparsity), **own} if self.scope == "layer" else own
+        alone = {**dict.fromkeys(masks, self.sparsity), **fractions} if self.scope == "layer" else fractions
         pairs = [(fraction * masks[name].numel(), [masks[name]]) for name, fraction in alone.items()]
         if self.scope == "global":
             pairs.append((self.sparsity * sum(mask.numel() for mask in masks.values()), [*masks.values()]))
@@ -95,7 +95,12 @@ class Budget:
         return math.floor(round(self.max_layer_sparsity * weight.numel(), 6)) // unit * unit
 
     def grow(
-        self, rule: Rule, weights: Mapping[str, Tensor], masks: Masks, own: Mapping[str, float], fraction: float = 1.0
+        self,
+        rule: PruningMethod,
+        weights: Mapping[str, Tensor],
+        masks: Masks,
+        fractions: Mapping[str, float],
+        fraction: float = 1.0,
     ) -> Masks:
         """Masks at ``fraction`` of the budget in which everything that ``masks`` prune stays pruned.
 
@@ -107,12 +112,12 @@ class Budget:
             rule: decides which go.
             weights: name to weight tensor.
             masks: name to bool mask.
-            own: name to its own fraction, where it has one.
+            fractions: by weight, of those that have one of their own.
             fraction: how much of the budget is due, in [0, 1].
         """
         if self.sparsity is None or rule.fixes_sparsity:
             return rule.grow(weights, masks, 0)
-        alone = {**dict.fromkeys(weights, self.sparsity), **own} if self.scope == "layer" else own
+        alone = {**dict.fromkeys(weights, self.sparsity), **fractions} if self.scope == "layer" else fractions
         grown: Masks = {}
         for name, goal in alone.items():
             grown |= rule.grow({name: weights[name]}, masks, fraction * goal * weights[name].numel())

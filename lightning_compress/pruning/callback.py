@@ -20,9 +20,9 @@ from lightning_compress.modules.resizing import Cut
 from lightning_compress.probe import look
 from lightning_compress.pruning import rewind as rewinding
 from lightning_compress.pruning.checkpoint_scores import forget_scores
-from lightning_compress.pruning.history import Snapshot, remember_
+from lightning_compress.pruning.history import SparsityPoint, add_point_
 from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
-from lightning_compress.pruning.methods import CRITERIA, Masks, Smallest, pruned
+from lightning_compress.pruning.methods import CRITERIA, LowestScores, Masks, pruned
 from lightning_compress.pruning.pruner import Pruner
 from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.pruning.rewind import Rewind
@@ -121,7 +121,7 @@ class ScheduledPruning(WindowedCallback):
         self.overrides = overrides
         self.targets = targets
         self.n_m = n_m
-        if regrow and not isinstance(self.recipe.rule, Smallest):
+        if regrow and not isinstance(self.recipe.rule, LowestScores):
             raise invalid("regrow", f"be False with method={method!r}; it goes with {', '.join(CRITERIA)}", regrow)
         if regrow and rewind is not None:
             raise invalid("rewind", "be left out with regrow=True", rewind)
@@ -132,18 +132,18 @@ class ScheduledPruning(WindowedCallback):
         self.best_is_sparse = best_is_sparse
         self.progress_bar = progress_bar
         self.seed = seed
-        self.sparsity_history: list[Snapshot] = []
+        self.sparsity_history: list[SparsityPoint] = []
         self._masks: Masks = {}
         self._given: Masks | None = None
         self._skipped: dict[str, str] = {}
         self._first = True
         self._awaits_score = False
         self._masked_gradients = False
-        self._told = False
-        self._heard: set[str] = set()
+        self._announced = False
+        self._warned_of: set[str] = set()
         self._pruner: Pruner | None = None
-        self._carried: dict[str, dict[str, Tensor]] = {"scores": {}, "aside": {}}
-        self._kept: rewinding.Kept | None = None
+        self._criterion_state: dict[str, dict[str, Tensor]] = {"scores": {}, "aside": {}}
+        self._rewind_point: rewinding.RewindPoint | None = None
         self._rewind_step = 0
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -156,9 +156,9 @@ class ScheduledPruning(WindowedCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self.sparsity_history, self._kept, self._carried = [], None, {"scores": {}, "aside": {}}
-        self._awaits_score = self._told = False
-        self._heard = set()
+        self.sparsity_history, self._rewind_point, self._criterion_state = [], None, {"scores": {}, "aside": {}}
+        self._awaits_score = self._announced = False
+        self._warned_of = set()
         if self._model is None or self._model() is not pl_module:
             self._masks, self._model = {}, weakref.ref(pl_module)
             restored = restored_state(pl_module, self.state_key)
@@ -169,7 +169,7 @@ class ScheduledPruning(WindowedCallback):
         pruner = Pruner(self.recipe, pl_module, self._masks)
         if self.regrow and any(target.magnitude is not None for target in pruner.targets):
             raise invalid("regrow", "be False where a weight norm is pruned", True, "Exclude its layer.")
-        pruner.resume(**self._carried)
+        pruner.resume(**self._criterion_state)
         if self.mask_file is not None:
             self._given = check_masks(read_masks(self.mask_file), pruner.weights)
             if not pruned(self._given.values()):
@@ -193,13 +193,13 @@ class ScheduledPruning(WindowedCallback):
             length = fit_length(trainer)
             self._rewind_step = self.rewind.step(*length)
             rewinding.check_rounds(self._rewind_step, self.window.bounds(*length), self.window, self.schedule)
-        self._keep_if_due(trainer, pl_module)
+        self._record_if_due(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
-    def _keep_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _record_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         rewinds = self.rewind is not None and not _is_dry(trainer)
-        if rewinds and self._kept is None and self._step == self._rewind_step:
-            self._kept = rewinding.keep(pl_module, trainer.optimizers)
+        if rewinds and self._rewind_point is None and self._step == self._rewind_step:
+            self._rewind_point = rewinding.record_point(pl_module, trainer.optimizers)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -216,8 +216,8 @@ class ScheduledPruning(WindowedCallback):
             if trainer.world_size > 1:
                 seen = trainer.strategy.broadcast(seen)  # what is heard may depend on the batch
             self.pruner.follow(pl_module, seen)
-            new = {name: place for name, place in self.pruner.speaking.items() if name not in self._heard}
-            self._heard |= set(new)
+            new = {name: place for name, place in self.pruner.unmasked_norms.items() if name not in self._warned_of}
+            self._warned_of |= set(new)
             if new:
                 rank_zero_warn(f"ScheduledPruning: {warning(new)}")
             self.sync_(trainer, pl_module)
@@ -226,7 +226,7 @@ class ScheduledPruning(WindowedCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         if self._step < self.bounds.end:
-            self.pruner.see_gradients(optimizer)
+            self.pruner.update_scores(optimizer)
         self.pruner.apply_to_gradients_(optimizer)
         self._masked_gradients = True
 
@@ -235,10 +235,10 @@ class ScheduledPruning(WindowedCallback):
     ) -> None:
         self._masked_gradients = False  # only here: an optimizer that calls another's step is seen twice
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._keep_if_due(trainer, pl_module)
+        self._record_if_due(trainer, pl_module)
 
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
-        self._keep_if_due(trainer, pl_module)
+        self._record_if_due(trainer, pl_module)
         pruner, before = self.pruner, self.masks
         if self._given is not None:
             pruner.masks = {name: mask & self._given[name] for name, mask in pruner.masks.items()}
@@ -247,10 +247,10 @@ class ScheduledPruning(WindowedCallback):
         if trainer.world_size > 1:
             # All ranks hold the same weights and seed; a user's own rule may still draw from elsewhere.
             pruner.masks = trainer.strategy.broadcast(pruner.masks)
-        if self._kept is not None and pruned(pruner.masks.values()) > pruned(before.values()):
-            rewinding.put_back_(self._kept, pl_module, trainer.optimizers)
+        if self._rewind_point is not None and pruned(pruner.masks.values()) > pruned(before.values()):
+            rewinding.rewind_(self._rewind_point, pl_module, trainer.optimizers)
             for copy in averaged_copies(trainer):
-                rewinding.put_tensors_back_(self._kept, copy)
+                rewinding.rewind_tensors_(self._rewind_point, copy)
             for other in compression_callbacks(trainer):
                 other.sync_(trainer, pl_module)
             rank_zero_info(
@@ -259,16 +259,16 @@ class ScheduledPruning(WindowedCallback):
             )
         self._follow_masks(trainer, before)
         self.sync_(trainer, pl_module)
-        remember_(self.sparsity_history, self._step, pruner.masks, at_end=progress >= 1.0)
+        add_point_(self.sparsity_history, self._step, pruner.masks, at_end=progress >= 1.0)
         if progress >= 1.0:
             self._finish(trainer)
         if self._step:
             pl_module.log(self._logged_name(trainer), sparsity_of(pruner.masks), prog_bar=self.progress_bar)
 
     def _finish(self, trainer: pl.Trainer) -> None:
-        """What the window's end brings: masks are frozen, and nothing is carried any more."""
+        """What the window's end brings: masks are frozen, and no criterion has a state any more."""
         self.pruner.resume(scores={}, aside={})
-        self._kept = None
+        self._rewind_point = None
         if self.best_is_sparse:
             forget_scores(trainer)
             # Until the next validation, what is monitored is the score of other weights.
@@ -318,8 +318,8 @@ class ScheduledPruning(WindowedCallback):
         if self.regrow:
             self.pruner.bring_back_(trainer.optimizers, before)
         anew = self.pruner.forget_(trainer.optimizers, before)
-        if anew and not self._told:
-            self._told = True
+        if anew and not self._announced:
+            self._announced = True
             rank_zero_info(
                 f"ScheduledPruning: {', '.join(anew)} keeps state of no known layout, and starts anew for what is "
                 "pruned whenever masks grow."
@@ -336,19 +336,20 @@ class ScheduledPruning(WindowedCallback):
         if self._pruner is None:
             return
         masks = {name: cut.of(name, mask) for name, mask in self._pruner.masks.items()}
-        carried = {
-            kind: {name: cut.of(name, one) for name, one in held.items()} for kind, held in self._pruner.carried.items()
+        criterion_state = {
+            kind: {name: cut.of(name, tensor) for name, tensor in held.items()}
+            for kind, held in self._pruner.criterion_state.items()
         }
         if self._given is not None:
             self._given = {name: cut.of(name, mask) for name, mask in self._given.items()}  # a mask file's
-        if self._kept is not None:
-            self._kept = rewinding.cut_kept(self._kept, trainer.optimizers, cut)
+        if self._rewind_point is not None:
+            self._rewind_point = rewinding.cut_point(self._rewind_point, trainer.optimizers, cut)
         self._pruner = Pruner(self.recipe, pl_module, {})
         lost = [name for name in masks if name not in self._pruner.weights]
         if lost:
             rank_zero_warn(f"ScheduledPruning: without its channels, {', '.join(lost)} can't be pruned any more.")
         self._pruner.masks = check_masks(_without(masks, lost), self._pruner.weights)
-        self._pruner.resume(**{kind: _without(held, lost) for kind, held in carried.items()})
+        self._pruner.resume(**{kind: _without(held, lost) for kind, held in criterion_state.items()})
         self._first = True  # norms are to be looked for again
         progress = None if self._bounds is None else self._bounds.progress(self._step)
         if progress is not None and self._given is None:
@@ -361,7 +362,7 @@ class ScheduledPruning(WindowedCallback):
         super().close(pl_module)
         if self._pruner is not None:
             # Kept, as the fit may be saved now, and resumed later.
-            self._masks, self._carried = self._pruner.masks, self._pruner.carried
+            self._masks, self._criterion_state = self._pruner.masks, self._pruner.criterion_state
             self._pruner = None
 
     def unfinished(self) -> str:
@@ -392,14 +393,14 @@ class ScheduledPruning(WindowedCallback):
 
     def state_dict(self) -> dict[str, Any]:
         history = [[point.step, point.sparsity, point.by_layer] for point in self.sparsity_history]
-        carried = self._carried if self._pruner is None else self._pruner.carried
-        rewind = {"rewind_step": self._rewind_step, "kept": self._kept}
+        criterion_state = self._criterion_state if self._pruner is None else self._pruner.criterion_state
+        rewind = {"rewind_step": self._rewind_step, "kept": self._rewind_point}
         return {
             **super().state_dict(),
             "masks": pack(self.masks),
             "history": history,
             "settings": self._settings,
-            **carried,
+            **criterion_state,
             **rewind,
         }
 
@@ -408,9 +409,9 @@ class ScheduledPruning(WindowedCallback):
         self._masks = unpack(state_dict["masks"])
         saved = state_dict.get("settings", {})
         warn_of_other_settings("ScheduledPruning", saved, self._settings, goes_on="window, step and masks")
-        self.sparsity_history = [Snapshot(*point) for point in state_dict.get("history", [])]
-        self._carried = {name: state_dict.get(name, {}) for name in ("scores", "aside")}
-        self._rewind_step, self._kept = state_dict.get("rewind_step", 0), state_dict.get("kept")
+        self.sparsity_history = [SparsityPoint(*point) for point in state_dict.get("history", [])]
+        self._criterion_state = {name: state_dict.get(name, {}) for name in ("scores", "aside")}
+        self._rewind_step, self._rewind_point = state_dict.get("rewind_step", 0), state_dict.get("kept")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_model": None, "_masks": self.masks, "_pruner": None}

@@ -79,7 +79,7 @@ def taylor(weight: Tensor, gradient: Tensor, score: Tensor) -> Tensor:
 
     References:
         Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019 (arXiv:1906.10771), equation 8, there
-        squared, which ranks alike for one batch; the average with momentum 0.9 is theirs.
+        squared, which ranks alike for one batch; the average with momentum 0.9 is the paper's.
     """
     return torch.lerp(score, (weight * gradient).abs(), 0.1)
 

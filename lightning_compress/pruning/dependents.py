@@ -32,7 +32,7 @@ _OF_CHANNELS = (_NormBase, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
-class Leader:
+class Source:
     """A weight whose units some tensor has entries for.
 
     Attributes:
@@ -45,7 +45,7 @@ class Leader:
     layout: Layout
     units: Tensor
 
-    def kept(self, masks: Mapping[str, Tensor]) -> Tensor:
+    def stays(self, masks: Mapping[str, Tensor]) -> Tensor:
         """For each entry whether its unit is kept."""
         return self.layout.alive(masks[self.name])[self.units.clamp(min=0)] & (self.units >= 0)
 
@@ -57,21 +57,21 @@ class Dependent:
     Attributes:
         name: of the parameter.
         parameter: the tensor itself.
-        leaders: the weights.
+        sources: the weights.
         magnitude: whether it is a weight norm's. It then goes in place of the weight, which is a direction: its length
             is divided by, so it can't be zero.
     """
 
     name: str
     parameter: Tensor
-    leaders: tuple[Leader, ...]
+    sources: tuple[Source, ...]
     magnitude: bool = False
 
     def mask(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Where this tensor stays, of its own shape."""
-        kept = torch.stack([leader.kept(masks) for leader in self.leaders]).any(0)
-        led = torch.stack([leader.units >= 0 for leader in self.leaders]).any(0)
-        return (kept | ~led).view(self.parameter.shape)
+        stays = torch.stack([source.stays(masks) for source in self.sources]).any(0)
+        covered = torch.stack([source.units >= 0 for source in self.sources]).any(0)
+        return (stays | ~covered).view(self.parameter.shape)
 
 
 def reduce_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -88,8 +88,8 @@ def magnitudes(targets: Iterable[Target]) -> list[Dependent]:
         if target.magnitude is not None:
             name, parameter = target.magnitude
             layout = along(target.parameter.shape, [dim for dim, size in enumerate(parameter.shape) if size != 1])
-            leader = Leader(target.name, layout, _in_order(parameter))
-            found.append(Dependent(name, parameter, (leader,), magnitude=True))
+            source = Source(target.name, layout, _in_order(parameter))
+            found.append(Dependent(name, parameter, (source,), magnitude=True))
     return found
 
 
@@ -102,33 +102,34 @@ def biases(model: nn.Module, targets: Iterable[Target], layouts: Mapping[str, La
             continue  # which dimension its outputs are isn't known
         weights = [by_id[id(parameter)] for _, parameter in own_parameters(module) if id(parameter) in by_id]
         for name, bias in module.named_parameters(recurse=False):
-            if leaders := _leaders(module, name, bias, weights, layouts):
-                found.append(Dependent(f"{path}.{name}".lstrip("."), bias, leaders))
+            if sources := _sources(module, name, bias, weights, layouts):
+                found.append(Dependent(f"{path}.{name}".lstrip("."), bias, sources))
     return found
 
 
-def _leaders(
+def _sources(
     layer: nn.Module, name: str, bias: Tensor, weights: list[Target], layouts: Mapping[str, Layout]
-) -> tuple[Leader, ...]:
+) -> tuple[Source, ...]:
     """The weights whose units a bias has entries for: none if it isn't of this layer's outputs."""
     if "bias" not in name or not weights or bias.numel() < 2 or name in ("bias_k", "bias_v"):
         return ()
     units = {target.name: len(layouts[target.name].alive(torch.ones_like(target.parameter))) for target in weights}
     if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
         suffix = re.sub("bias_(ih|hh)", "", name)
-        weights = [one for one in weights if one.name.endswith((f"weight_ih{suffix}", f"weight_hh{suffix}"))]
+        ends = f"weight_ih{suffix}", f"weight_hh{suffix}"
+        names = [target.name for target in weights if target.name.endswith(ends)]
         gates = bias.numel() // layer.hidden_size
         order = torch.arange(layer.hidden_size, device=bias.device).repeat(gates)
-        return tuple(Leader(one.name, layouts[one.name], order) for one in weights) if len(weights) == 2 else ()
+        return tuple(Source(name, layouts[name], order) for name in names) if len(names) == 2 else ()
     if bias.numel() != sum(units.values()):
         return ()
     entry = _in_order(bias)
-    leaders, start = [], 0
+    sources, start = [], 0
     for target in weights:
         inside = (entry >= start) & (entry < start + units[target.name])
-        leaders.append(Leader(target.name, layouts[target.name], (entry - start).where(inside, -1)))
+        sources.append(Source(target.name, layouts[target.name], (entry - start).where(inside, -1)))
         start += units[target.name]
-    return tuple(leaders)
+    return tuple(sources)
 
 
 def _in_order(parameter: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def in_sequence(
                 layout = layouts[made.name]
                 for kind, parameter in child.named_parameters(recurse=False):
                     units = torch.arange(parameter.numel(), device=parameter.device)
-                    found.append(Dependent(f"{inner}.{kind}", parameter, (Leader(made.name, layout, units),)))
+                    found.append(Dependent(f"{inner}.{kind}", parameter, (Source(made.name, layout, units),)))
             elif not isinstance(child, _KEEP_ZERO):
                 if made is not None and not any(True for _ in child.parameters()) and not any(child.children()):
                     unknown.add(inner)

@@ -13,13 +13,13 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.layer_weights import PRUNABLE
 from lightning_compress.pruning.layout import Layout
-from lightning_compress.pruning.methods import Rule, Smallest
+from lightning_compress.pruning.methods import LowestScores, PruningMethod
 from lightning_compress.targets import Selection
 
 
 def in_groups(
-    rule: Smallest, size: int, selection: Selection, modules: Mapping[str, nn.Module]
-) -> tuple[Rule, Selection]:
+    rule: LowestScores, size: int, selection: Selection, modules: Mapping[str, nn.Module]
+) -> tuple[PruningMethod, Selection]:
     """The rule with each weight's input dimension, and the weights whose inputs divide into groups."""
     dims, targets, skipped = {}, [], dict(selection.skipped)
     for target in selection.targets:
@@ -42,7 +42,7 @@ def in_groups(
     return replace(rule, dims=dims), replace(selection, targets=tuple(targets), skipped=skipped)
 
 
-def check_weights(rule: Rule, weights: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> None:
+def check_weights(rule: PruningMethod, weights: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> None:
     """Raise if a weight can't be ranked or changed, or a structured rule's ``dim`` isn't a dimension of it."""
     dim: Any = getattr(rule, "dim", 0)
     for name, weight in weights.items():

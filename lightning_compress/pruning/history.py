@@ -11,7 +11,7 @@ HISTORY_POINTS = 100
 """How many points of time the history of a fit holds at most, about."""
 
 
-class Snapshot(NamedTuple):
+class SparsityPoint(NamedTuple):
     """Sparsity after some optimizer step: overall, and by parameter name."""
 
     step: int
@@ -19,10 +19,10 @@ class Snapshot(NamedTuple):
     by_layer: dict[str, float]
 
 
-def remember_(history: list[Snapshot], step: int, masks: Masks, at_end: bool) -> None:
+def add_point_(history: list[SparsityPoint], step: int, masks: Masks, at_end: bool) -> None:
     """Note the sparsity of every layer where it has moved on visibly, or ends."""
     now = sparsity_of(masks)
     last = history[-1].sparsity if history else None
     if last is None or now - last >= 1 / HISTORY_POINTS or (at_end and now > last):
         by_layer = {name: sparsity_of({name: mask}) for name, mask in masks.items()}
-        history.append(Snapshot(step, now, by_layer))
+        history.append(SparsityPoint(step, now, by_layer))

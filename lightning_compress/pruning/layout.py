@@ -130,7 +130,7 @@ class UnitView:
         """Tensors of the weights' shapes as they are ranked; as they are where no unit is asked for."""
         if not self.layouts:
             return dict(tensors)
-        seen = {name: self.layouts[name].outputs_first(one) for name, one in tensors.items()}
+        seen = {name: self.layouts[name].outputs_first(tensor) for name, tensor in tensors.items()}
         for first, *others in self.pairs:
             seen[first] = torch.cat([seen[first].flatten(1), *(seen.pop(name).flatten(1) for name in others)], dim=1)
         return seen

@@ -38,7 +38,7 @@ NAMED: dict[str, type[prune.BasePruningMethod]] = {
 CRITERIA = (*OF_WEIGHTS, *OF_GRADIENTS)
 
 
-class Rule(ABC):
+class PruningMethod(ABC):
     """Decides what goes next.
 
     Attributes:
@@ -71,7 +71,7 @@ class Rule(ABC):
 
 
 @dataclass(frozen=True)
-class Smallest(Rule):
+class LowestScores(PruningMethod):
     """The lowest scores of a criterion; if a pattern is given, only as far as it allows.
 
     Args:
@@ -117,7 +117,7 @@ class Smallest(Rule):
 
 
 @dataclass(frozen=True)
-class Given(Rule):
+class GivenMasks(PruningMethod):
     """The masks as they are given (``custom_from_mask``)."""
 
     fixes_sparsity = True
@@ -127,7 +127,7 @@ class Given(Rule):
 
 
 @dataclass(frozen=True)
-class TorchRule(Rule):
+class TorchMethod(PruningMethod):
     """A rule of torch, or a user's, that takes single elements or masks of its own.
 
     Args:
@@ -150,9 +150,9 @@ class TorchRule(Rule):
             [(name, weight)] = weights.items()
             return {name: self._mask(weight, masks[name], missing)}
         # One ranking over all that is still kept, as one long vector.
-        kept = torch.cat([weight[masks[name]] for name, weight in weights.items()])
-        keep = self._mask(kept, torch.ones_like(kept, dtype=torch.bool), missing)
-        parts = keep.split([int(torch.count_nonzero(masks[name])) for name in weights])
+        ranked = torch.cat([weight[masks[name]] for name, weight in weights.items()])
+        stays = self._mask(ranked, torch.ones_like(ranked, dtype=torch.bool), missing)
+        parts = stays.split([int(torch.count_nonzero(masks[name])) for name in weights])
         return {name: masks[name].masked_scatter(masks[name], part) for name, part in zip(weights, parts, strict=True)}
 
     def _mask(self, tensor: Tensor, mask: Tensor, amount: int, **settings: Any) -> Tensor:
@@ -168,7 +168,7 @@ class TorchRule(Rule):
 
 
 @dataclass(frozen=True)
-class Units(TorchRule):
+class UnitMethod(TorchMethod):
     """A structured rule: whole slices along ``dim`` go, the nearest number; every tensor keeps at least one.
 
     Args:
@@ -195,9 +195,9 @@ class Units(TorchRule):
         return {name: self._grow_alone(weight, masks[name], goal) for name, weight in weights.items()}
 
     def _grow_alone(self, weight: Tensor, mask: Tensor, goal: float) -> Tensor:
-        kept = self.alive(mask)
-        goal_units = min(round(goal / self.unit(weight)), len(kept) - 1)
-        amount = 0 if self.fixes_sparsity else goal_units - int((~kept).sum())
+        alive = self.alive(mask)
+        goal_units = min(round(goal / self.unit(weight)), len(alive) - 1)
+        amount = 0 if self.fixes_sparsity else goal_units - int((~alive).sum())
         if amount <= 0 and not self.fixes_sparsity:
             return mask
         return self._mask(weight, mask, amount, dim=self.dim, n=self.norm)
@@ -205,24 +205,24 @@ class Units(TorchRule):
     def _grow_together(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
         """Takes the lowest units of all layers until the masked elements are nearest to the goal."""
         names = list(weights)
-        kept = [self.alive(masks[name]).cpu() for name in names]
+        alive = [self.alive(masks[name]).cpu() for name in names]
         sizes = [self.unit(weights[name]) for name in names]
-        missing = round(goal) - sum(int((~units).sum()) * size for units, size in zip(kept, sizes, strict=True))
+        missing = round(goal) - sum(int((~units).sum()) * size for units, size in zip(alive, sizes, strict=True))
         ranked = sorted(
             (score, layer, unit)
             for layer, name in enumerate(names)
             for unit, score in enumerate(self._scores(weights[name]).tolist())
-            if kept[layer][unit]
+            if alive[layer][unit]
         )
-        left = [int(units.sum()) for units in kept]
+        left = [int(units.sum()) for units in alive]
         for _, layer, unit in ranked:
             if missing < sizes[layer] / 2:
                 break
             if left[layer] > 1:
-                kept[layer][unit] = False
+                alive[layer][unit] = False
                 left[layer] -= 1
                 missing -= sizes[layer]
-        return {name: masks[name] & self._spread(units, masks[name]) for name, units in zip(names, kept, strict=True)}
+        return {name: masks[name] & self._spread(units, masks[name]) for name, units in zip(names, alive, strict=True)}
 
     def alive(self, mask: Tensor) -> Tensor:
         """For each unit, whether anything of it is kept."""
@@ -249,7 +249,7 @@ def pruned(masks: Iterable[Tensor]) -> int:
     return sum(mask.numel() - int(torch.count_nonzero(mask)) for mask in masks)
 
 
-def resolve(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None) -> Rule:
+def resolve(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None) -> PruningMethod:
     """The rule of a name in `NAMED` or `CRITERIA`, or of the import path of a `BasePruningMethod` subclass.
 
     Raises:
@@ -262,12 +262,12 @@ def resolve(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None
     named = NAMED.get(method) if isinstance(method, str) else None  # a number isn't hashed as a name is
     cls = None if method in CRITERIA else named or _imported(method)
     if cls is None or cls is prune.L1Unstructured:
-        return Smallest("magnitude" if cls else method, None if n_m is None else Pattern.parse(n_m))
+        return LowestScores("magnitude" if cls else method, None if n_m is None else Pattern.parse(n_m))
     if n_m is not None:
         raise invalid("n_m", f"be left out with method={method!r}; N:M goes with {', '.join(CRITERIA)}", n_m)
     if cls is prune.CustomFromMask:
-        return Given()
-    return Units(cls, dim, norm) if cls.PRUNING_TYPE == "structured" else TorchRule(cls)  # type: ignore[attr-defined]
+        return GivenMasks()
+    return UnitMethod(cls, dim, norm) if cls.PRUNING_TYPE == "structured" else TorchMethod(cls)  # type: ignore[attr-defined]
 
 
 def _imported(method: object) -> type[prune.BasePruningMethod]:
@@ -311,4 +311,4 @@ def _accepts(cls: type[prune.BasePruningMethod], name: str) -> bool:
     if cls.__init__ is object.__init__:
         return False
     parameters = inspect.signature(cls.__init__).parameters
-    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -90,7 +90,7 @@ def prune_(
         warnings.warn(f"prune_: {pruner.warning}", NoEffectWarning, stacklevel=2)
     if pruner.units.outputs:
         _silence(pruner, model, inputs, seed)
-    pruner.see_gradients()
+    pruner.update_scores()
     pruner.grow_(1.0, seed)
     pruner.settle_()
     return pruner.masks
@@ -112,8 +112,8 @@ def _silence(pruner: Pruner, model: nn.Module, inputs: Any, seed: int) -> None:
     with own_random_state(seed):
         pruner.observe(probe, lambda: probe(*args, **kwargs), seen)
     pruner.follow(model, seen)
-    if pruner.speaking:
-        warnings.warn(f"prune_: {warning(pruner.speaking)}", stacklevel=3)
+    if pruner.unmasked_norms:
+        warnings.warn(f"prune_: {warning(pruner.unmasked_norms)}", stacklevel=3)
 
 
 def sparsity(model: nn.Module, targets: Targets | None = None) -> float:

@@ -19,8 +19,8 @@ from lightning_compress.pruning.dependents import reduce_mask
 from lightning_compress.pruning.fitting import check_weights, in_groups
 from lightning_compress.pruning.layout import UnitView
 from lightning_compress.pruning.masks import check_masks
-from lightning_compress.pruning.methods import Masks, Smallest, pruned
-from lightning_compress.pruning.recipe import Recipe
+from lightning_compress.pruning.methods import LowestScores, Masks, pruned
+from lightning_compress.pruning.recipe import PruningRecipe
 from lightning_compress.pruning.silence import Silence, observe
 
 
@@ -41,17 +41,17 @@ class Pruner:
         skipped: names of what isn't targeted, each with the reason.
         warning: what the targets name and don't reach, and why; empty if nothing.
         scores: what a criterion of gradients carries along.
-        aside: values that pruned weights take when they come back, zero elsewhere.
+        regrow_values: values that pruned weights take when they come back, zero elsewhere.
         units: how each weight lies.
-        speaking: weights whose pruned units are seen not to be silent, each with where that comes from.
+        unmasked_norms: weights whose pruned units are seen not to be silent, each with where that comes from.
         unknown: paths of what may keep units from being silent, which only a run can tell.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, recipe: PruningRecipe, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         selection = recipe.targets.select(model)
         self.rule = recipe.rule
         layers = compressible_modules(model)
-        if isinstance(self.rule, Smallest) and self.rule.pattern is not None:
+        if isinstance(self.rule, LowestScores) and self.rule.pattern is not None:
             self.rule, selection = in_groups(self.rule, self.rule.pattern.m, selection, layers)
         self.targets = selection.targets
         self.skipped = selection.skipped
@@ -62,15 +62,15 @@ class Pruner:
         self.budget = recipe.budget
         self._own = self.budget.of_layers(self.targets)
         self.budget.check(self.weights, self._own)
-        self._followers = dependents.magnitudes(self.targets)
+        self._dependents = dependents.magnitudes(self.targets)
         self.scores: dict[str, Tensor] = {}
-        self.aside: dict[str, Tensor] = {}
-        self.speaking: dict[str, str] = {}
+        self.regrow_values: dict[str, Tensor] = {}
+        self.unmasked_norms: dict[str, str] = {}
         self._applied: Masks = {}
         self._tensors: dict[str, Tensor] = {}
         self.masks = check_masks(masks, self.weights)
         known, self.unknown = dependents.in_sequence(model, self.units.outputs, self.units.numbered)
-        self._followers += dependents.biases(model, self.units.outputs, self.units.numbered) + known
+        self._dependents += dependents.biases(model, self.units.outputs, self.units.numbered) + known
         self.masks = self._masks
 
     def observe(self, copy: nn.Module, run: Callable[[], Any], seen: Silence) -> None:
@@ -79,22 +79,26 @@ class Pruner:
 
     def follow(self, model: nn.Module, seen: Silence) -> None:
         """Silence what was seen to shift pruned units."""
-        found = seen.followers(model, self.units.numbered)
+        found = seen.dependents(model, self.units.numbered)
         own = dependents.biases(model, self.units.outputs, self.units.numbered)
-        names = {follower.name for follower in found}
-        self._followers = [*dependents.magnitudes(self.targets), *(one for one in own if one.name not in names), *found]
-        self.speaking = seen.speaking(self._followers)
+        names = {dependent.name for dependent in found}
+        self._dependents = [
+            *dependents.magnitudes(self.targets),
+            *(bias for bias in own if bias.name not in names),
+            *found,
+        ]
+        self.unmasked_norms = seen.unmasked_norms(self._dependents)
         self.masks = self._masks
 
     def resume(self, scores: Mapping[str, Tensor], aside: Mapping[str, Tensor]) -> None:
         """Take over what another pruner carried along."""
-        self.scores = {name: one.to(self.weights[name].device) for name, one in scores.items()}
-        self.aside = {name: one.to(self.weights[name].device) for name, one in aside.items()}
+        self.scores = {name: score.to(self.weights[name].device) for name, score in scores.items()}
+        self.regrow_values = {name: value.to(self.weights[name].device) for name, value in aside.items()}
 
     @property
-    def carried(self) -> dict[str, dict[str, Tensor]]:
+    def criterion_state(self) -> dict[str, dict[str, Tensor]]:
         """What `resume` takes."""
-        return {"scores": self.scores, "aside": self.aside}
+        return {"scores": self.scores, "aside": self.regrow_values}
 
     @property
     def masks(self) -> Masks:
@@ -105,12 +109,12 @@ class Pruner:
         self._masks = masks
         whole = dict(masks)
         self._tensors = dict(self.weights)
-        for follower in self._followers:
-            kept = follower.mask(masks)
-            self._tensors[follower.name], whole[follower.name] = follower.parameter, kept
-            if follower.magnitude:
-                [leader] = follower.leaders
-                whole[leader.name] = whole[leader.name] | ~kept
+        for dependent in self._dependents:
+            mask = dependent.mask(masks)
+            self._tensors[dependent.name], whole[dependent.name] = dependent.parameter, mask
+            if dependent.magnitude:
+                [source] = dependent.sources
+                whole[source.name] = whole[source.name] | ~mask
         self._applied = {
             name: _factor(mask, self._tensors[name], self._applied.get(name))
             for name, mask in whole.items()
@@ -118,9 +122,9 @@ class Pruner:
         }
 
     @torch.no_grad()
-    def see_gradients(self, optimizer: Optimizer | None = None) -> None:
+    def update_scores(self, optimizer: Optimizer | None = None) -> None:
         """Carry the scores of a criterion of gradients one step further, of all weights or of an optimizer's."""
-        if not isinstance(self.rule, Smallest) or not self.rule.needs_gradients:
+        if not isinstance(self.rule, LowestScores) or not self.rule.needs_gradients:
             return
         for name, weight in self._stepped_by(optimizer).items():
             if name in self.weights and weight.grad is not None:
@@ -128,7 +132,7 @@ class Pruner:
                 self.scores[name] = self.rule.carry(self._value(name), gradient, self._score(name))
 
     def _value(self, name: str) -> Tensor:
-        return self.weights[name] + self.aside[name] if name in self.aside else self.weights[name]
+        return self.weights[name] + self.regrow_values[name] if name in self.regrow_values else self.weights[name]
 
     @torch.no_grad()
     def grow_(self, fraction: float, seed: int, regrow: bool = False) -> None:
@@ -153,7 +157,7 @@ class Pruner:
         }
         start = check_masks({}, self.weights) if regrow else self.masks
         # Not where nothing is drawn: setting torch's seeds takes longer than small masks do.
-        with nullcontext() if isinstance(self.rule, Smallest) else own_random_state(seed):
+        with nullcontext() if isinstance(self.rule, LowestScores) else own_random_state(seed):
             own = {name: share for name, share in self._own.items() if self.units.is_ranked(name)}
             grown = self.budget.grow(
                 self.rule, self.units.outputs_first(ranked), self.units.outputs_first(start), own, fraction
@@ -164,7 +168,7 @@ class Pruner:
         elif pruned(grown.values()) > pruned(self.masks.values()):
             for name, weight in self.weights.items():
                 value = self._value(name).clone()
-                self.aside[name] = value.masked_fill(grown[name], 0.0)
+                self.regrow_values[name] = value.masked_fill(grown[name], 0.0)
                 weight.copy_(value)
             self.masks = grown
 
@@ -184,11 +188,13 @@ class Pruner:
     def _effective(self, name: str) -> Tensor:
         """The weight that the layer computes with: a weight norm's direction at its magnitude."""
         value = self._value(name)
-        for follower in self._followers:
-            if follower.magnitude and follower.leaders[0].name == name:
-                shape = tuple(follower.parameter.shape) or (1,) * value.dim()
+        for dependent in self._dependents:
+            if dependent.magnitude and dependent.sources[0].name == name:
+                shape = tuple(dependent.parameter.shape) or (1,) * value.dim()
                 dims = [dim for dim, size in enumerate(shape) if size == 1]
-                scale: Tensor = follower.parameter.view(shape) / torch.linalg.vector_norm(value, dim=dims, keepdim=True)
+                scale: Tensor = dependent.parameter.view(shape) / torch.linalg.vector_norm(
+                    value, dim=dims, keepdim=True
+                )
                 return value * scale
         return value
 
@@ -216,8 +222,9 @@ class Pruner:
     def _stepped_by(self, optimizer: Optimizer | None) -> dict[str, Tensor]:
         if optimizer is None:
             return self._tensors
-        mine = {id(one) for inner in with_inner([optimizer]) for group in inner.param_groups for one in group["params"]}
-        return {name: one for name, one in self._tensors.items() if id(one) in mine}
+        groups = [group for inner in with_inner([optimizer]) for group in inner.param_groups]
+        stepped = {id(parameter) for group in groups for parameter in group["params"]}
+        return {name: tensor for name, tensor in self._tensors.items() if id(tensor) in stepped}
 
     def is_at_goal(self) -> bool:
         """Whether the masks hold what the budget asks for, to the nearest unit."""
@@ -226,13 +233,14 @@ class Pruner:
 
     def apply_to_gradients_(self, optimizer: Optimizer) -> None:
         """Zero the gradients of what is masked: they count in no norm, and moments of zero stay zero."""
-        gradients = {name: one.grad for name, one in self._stepped_by(optimizer).items() if name in self._applied}
-        multiply_(
-            {name: one for name, one in gradients.items() if one is not None and not one.is_sparse}, self._applied
-        )
-        for name, one in gradients.items():
-            if one is not None and one.is_sparse:
-                one._values().mul_(self._applied[name][tuple(one._indices())])
+        dense = {}
+        for name, tensor in self._stepped_by(optimizer).items():
+            gradient = tensor.grad if name in self._applied else None
+            if gradient is not None and gradient.is_sparse:
+                gradient._values().mul_(self._applied[name][tuple(gradient._indices())])
+            elif gradient is not None:
+                dense[name] = gradient
+        multiply_(dense, self._applied)
 
     def apply_to_moments_(self, optimizers: Iterable[Optimizer]) -> None:
         """Zero what optimizers remember of what is masked, entry by entry or slice by slice, where it lies along it."""
@@ -240,8 +248,8 @@ class Pruner:
             for name, factor in self._applied.items():
                 for moment in pytree.tree_leaves(optimizer.state.get(self._tensors[name], {})):
                     if isinstance(moment, Tensor) and moment.numel() > 1 and moment.dim() == factor.dim():
-                        kept = factor if moment.shape == factor.shape else reduce_mask(factor != 0, moment.shape)
-                        multiply_({name: moment}, {name: kept})
+                        same = moment.shape == factor.shape
+                        multiply_({name: moment}, {name: factor if same else reduce_mask(factor != 0, moment.shape)})
 
     @torch.no_grad()
     def bring_back_(self, optimizers: Iterable[Optimizer], before: Masks) -> None:
@@ -263,7 +271,7 @@ class Pruner:
     def forget_(self, optimizers: Iterable[Optimizer], before: Masks | None = None) -> list[str]:
         """Let optimizers start anew whose state can't follow what became of ``before``; returns their names."""
         changed = {name for name, mask in self.masks.items() if before is None or not torch.equal(mask, before[name])}
-        changed |= {one.name for one in self._followers if changed & {leader.name for leader in one.leaders}}
+        changed |= {tensor.name for tensor in self._dependents if changed & {source.name for source in tensor.sources}}
         stale = {self._tensors[name]: self._tensors[name].shape for name in changed}
         return forget_(optimizers, stale, means_follow=True)
 

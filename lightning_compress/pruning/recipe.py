@@ -1,4 +1,4 @@
-"""`Recipe`: what is pruned and how much of it, checked as far as that goes without a model."""
+"""`PruningRecipe`: what is pruned and how much of it, checked as far as that goes without a model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lightning_compress.errors import invalid
-from lightning_compress.pruning.budget import Budget
-from lightning_compress.pruning.methods import Rule, Smallest, resolve
+from lightning_compress.pruning.budget import SparsityBudget
+from lightning_compress.pruning.methods import LowestScores, PruningMethod, resolve
 from lightning_compress.targets import Scope, Targets
 
 METHOD = "lamp"
@@ -16,7 +16,7 @@ are emptied while others stay whole. ``benchmarks/defaults.md`` says what that c
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PruningRecipe:
     """What is pruned and how much of it, checked as far as that goes without a model.
 
     Attributes:
@@ -27,8 +27,8 @@ class Recipe:
     """
 
     method: str
-    rule: Rule
-    budget: Budget
+    rule: PruningMethod
+    budget: SparsityBudget
     targets: Targets
 
 
@@ -42,7 +42,7 @@ def make_recipe(
     n_m: str | None,
     dim: int,
     norm: float,
-) -> Recipe:
+) -> PruningRecipe:
     """The recipe of `prune_`'s arguments.
 
     Raises:
@@ -54,9 +54,9 @@ def make_recipe(
         raise invalid("sparsity", f"be left out: {fixed} fixes it itself", sparsity)
     if not fixed and sparsity is None:
         raise invalid("sparsity", f"be given for method={method!r}", sparsity, "0.9 zeroes nine weights of ten.")
-    budget = Budget(sparsity, scope, overrides, max_layer_sparsity)
-    if isinstance(rule, Smallest) and rule.pattern is not None:
+    budget = SparsityBudget(sparsity, scope, overrides, max_layer_sparsity)
+    if isinstance(rule, LowestScores) and rule.pattern is not None:
         budget = replace(budget, sparsity=1 - rule.pattern.n / rule.pattern.m)
     if scope == "global" and not rule.compares_layers:
         raise invalid("scope", f"be 'layer' for method={method!r}, whose units compare within a layer only", scope)
-    return Recipe(method, rule, budget, targets)
+    return PruningRecipe(method, rule, budget, targets)

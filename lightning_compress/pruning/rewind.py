@@ -98,11 +98,11 @@ def check_rounds(step: int, bounds: Bounds, window: Window, schedule: Schedule) 
             amount, last = value, now
 
 
-Kept = dict[str, Any]
-"""``{"tensors": {name: tensor}, "optimizers": [[state of each parameter]]}``, on the CPU; plain data."""
+RewindPoint = dict[str, Any]
+"""``{"tensors": {name: tensor}, "optimizers": [[state of each parameter]]}`` as they were, on the CPU; plain data."""
 
 
-def keep(model: nn.Module, optimizers: Sequence[Optimizer]) -> Kept:
+def record_point(model: nn.Module, optimizers: Sequence[Optimizer]) -> RewindPoint:
     """Copies of everything that training has changed so far.
 
     Args:
@@ -114,23 +114,23 @@ def keep(model: nn.Module, optimizers: Sequence[Optimizer]) -> Kept:
         name: copies.setdefault(id(tensor), tensor.detach().cpu().clone()) for name, tensor in _tensors(model).items()
     }
     states = [
-        [_copied(optimizer.state.get(one, {})) for one in _parameters(optimizer)]
+        [_copied(optimizer.state.get(parameter, {})) for parameter in _parameters(optimizer)]
         for optimizer in with_inner(optimizers)
     ]
     return {"tensors": tensors, "optimizers": states}
 
 
 @torch.no_grad()
-def put_back_(kept: Kept, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Bring model and optimizers back to what was kept; parameters stay the same objects.
+def rewind_(point: RewindPoint, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Bring model and optimizers back to a point; parameters stay the same objects.
 
     Args:
-        kept: what `keep` returned.
+        point: what `record_point` returned.
         model: the same model, on any device.
         optimizers: the same optimizers; their learning rates and other settings stay.
     """
-    put_tensors_back_(kept, model)
-    for optimizer, states in zip(with_inner(optimizers), kept["optimizers"], strict=True):
+    rewind_tensors_(point, model)
+    for optimizer, states in zip(with_inner(optimizers), point["optimizers"], strict=True):
         for parameter, state in zip(_parameters(optimizer), states, strict=False):
             current = optimizer.state.pop(parameter, {})
             if state:
@@ -140,24 +140,24 @@ def put_back_(kept: Kept, model: nn.Module, optimizers: Sequence[Optimizer]) -> 
 
 
 @torch.no_grad()
-def put_tensors_back_(kept: Kept, model: nn.Module) -> None:
-    """Bring a model, or a copy of it, back to what was kept."""
+def rewind_tensors_(point: RewindPoint, model: nn.Module) -> None:
+    """Bring a model, or a copy of it, back to a point."""
     now = _tensors(model)
-    for name, tensor in kept["tensors"].items():
+    for name, tensor in point["tensors"].items():
         if name in now:
             now[name].copy_(tensor)
 
 
-def cut_kept(kept: Kept, optimizers: Sequence[Optimizer], cut: Cut) -> Kept:
-    """What was kept, cut as the model was meanwhile."""
+def cut_point(point: RewindPoint, optimizers: Sequence[Optimizer], cut: Cut) -> RewindPoint:
+    """The point, cut as the model was meanwhile."""
     states = []
-    for optimizer, held in zip(with_inner(optimizers), kept["optimizers"], strict=True):
-        mine = []
+    for optimizer, held in zip(with_inner(optimizers), point["optimizers"], strict=True):
+        cut_states = []
         for parameter, state in zip(_parameters(optimizer), held, strict=False):
             change = cut.changes.get(parameter)
-            mine.append(state if change is None else cut_state(state, *change) or {})
-        states.append(mine)
-    return {"tensors": {name: cut.of(name, tensor) for name, tensor in kept["tensors"].items()}, "optimizers": states}
+            cut_states.append(state if change is None else cut_state(state, *change) or {})
+        states.append(cut_states)
+    return {"tensors": {name: cut.of(name, tensor) for name, tensor in point["tensors"].items()}, "optimizers": states}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

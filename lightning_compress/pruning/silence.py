@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_compress.messages import named
 from lightning_compress.modules.paths import clean_name, compressible_modules
-from lightning_compress.pruning.dependents import Dependent, Leader
+from lightning_compress.pruning.dependents import Dependent, Source
 from lightning_compress.pruning.layout import Layout
 from lightning_compress.pruning.watch import Heard, Watch
 from lightning_compress.targets import Target
@@ -25,9 +25,9 @@ from lightning_compress.targets import Target
 class Silence(Heard):
     """What was heard of pruned units, and what follows from it."""
 
-    def followers(self, model: nn.Module, layouts: Mapping[str, Layout]) -> list[Dependent]:
+    def dependents(self, model: nn.Module, layouts: Mapping[str, Layout]) -> list[Dependent]:
         """The parameters of ``model`` that go with units, where every call of theirs had such units."""
-        parameters = {clean_name(name): one for name, one in model.named_parameters()}
+        parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
         found = []
         for name in sorted(set[str]().union(*self.relied_on.values())):
             calls = self.calls[name]
@@ -35,23 +35,23 @@ class Silence(Heard):
             alone = torch.stack(covered).all(0)
             if not all(calls) or not alone.any():
                 continue
-            leaders = []
+            sources = []
             for weight in dict.fromkeys(weight for call in calls for weight in call):
                 units = torch.stack([call[weight] for call in calls if weight in call]).amax(0).where(alone, -1)
-                leaders.append(Leader(weight, layouts[weight], units.to(parameters[name].device)))
-            found.append(Dependent(name, parameters[name], tuple(leaders)))
+                sources.append(Source(weight, layouts[weight], units.to(parameters[name].device)))
+            found.append(Dependent(name, parameters[name], tuple(sources)))
         return found
 
-    def speaking(self, followers: Iterable[Dependent]) -> dict[str, str]:
+    def unmasked_norms(self, dependents: Iterable[Dependent]) -> dict[str, str]:
         """Weights whose pruned units aren't silent, each with where that comes from."""
-        follows = {(follower.name, leader.name) for follower in followers for leader in follower.leaders}
-        kept = {
+        follows = {(dependent.name, source.name) for dependent in dependents for source in dependent.sources}
+        shared = {
             weight: f"`{name}`, which others use too"
             for weight, names in self.relied_on.items()
             for name in sorted(names)
             if (name, weight) not in follows
         }
-        return dict(sorted({**kept, **self.loud}.items()))
+        return dict(sorted({**shared, **self.loud}.items()))
 
 
 def warning(loud: Mapping[str, str]) -> str:
@@ -77,18 +77,18 @@ def observe(
         seen: what was seen before.
     """
     modules = compressible_modules(model)
-    tensors = {clean_name(name): one for name, one in (*model.named_parameters(), *model.named_buffers())}
-    before = {name: one.clone() for name, one in tensors.items()}
+    tensors = {clean_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
     fast_path = torch.backends.mha.get_fastpath_enabled()  # one operator for a whole layer
     torch.backends.mha.set_fastpath_enabled(False)
     handles: list[Any] = []
     try:
         generator = torch.Generator().manual_seed(0)
-        for name, one in tensors.items():
-            if one.is_floating_point():
-                noise = 0.1 * torch.rand(one.shape, generator=generator).to(one.device, one.dtype) - 0.05
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                noise = 0.1 * torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype) - 0.05
                 noise = noise.abs() if "var" in name else noise  # a variance stays positive
-                one.add_(noise * one.abs().masked_fill(one == 0, 1.0))
+                tensor.add_(noise * tensor.abs().masked_fill(tensor == 0, 1.0))
         watch = Watch(model, [target for target in targets if target.name in tensors], layouts, seen)
         for path, module in modules.items():
             handles += watch.hooks(path, module)

@@ -52,9 +52,9 @@ def take_smallest(
         [tensor([ True, False,  True, False])]
     """
     free = masks if allowed is None else [mask & may for mask, may in zip(masks, allowed, strict=True)]
-    ranking = _Ranking([one.detach().reshape(-1) for one in tensors], [one.reshape(-1) for one in free], signed)
+    ranking = _Ranking([tensor.detach().reshape(-1) for tensor in tensors], [mask.reshape(-1) for mask in free], signed)
     threshold, left, ties = ranking.threshold(count)
-    kept = [mask.clone(memory_format=torch.contiguous_format) for mask in masks]
+    grown = [mask.clone(memory_format=torch.contiguous_format) for mask in masks]
     for places, keys, may in ranking.chunks():
         goes = (keys <= threshold) & may
         if left < ties:
@@ -62,8 +62,8 @@ def take_smallest(
             goes[tied[left:]] = False
             left, ties = max(left - len(tied), 0), ties - len(tied)
         for (index, part), gone in zip(places, goes.split([_length(part) for _, part in places]), strict=True):
-            kept[index].view(-1)[part] &= ~gone
-    return kept
+            grown[index].view(-1)[part] &= ~gone
+    return grown
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Call:
         try:
             ones = self._on(maps, torch.ones(count, device=device), contracted, others=1.0)
             first, second, negative = (
-                self._on(maps, each, contracted, others=float(contracted)) for each in (codes, shuffled, -codes)
+                self._on(maps, values, contracted, others=float(contracted)) for values in (codes, shuffled, -codes)
             )
         except Exception:  # an operator that takes no such values; nothing is known of its result
             return [None] * len(outs)
@@ -57,7 +57,7 @@ class Call:
             unit = ((first[number] / total - 1) * (count - 1)).nan_to_num(0).round().clamp(0, count - 1).long()
             near = 0.25 / max(count - 1, 2500)
             expected = ((first, codes[unit]), (second, shuffled[unit]), (negative, -codes[unit]))
-            same = torch.stack([(each[number] / total - code).abs() < near for each, code in expected]).all(0)
+            same = torch.stack([(result[number] / total - code).abs() < near for result, code in expected]).all(0)
             found = (unit + 1).where(same, 0)
             if len(found.shape) > 1 and torch.equal(found, found[:1].expand(found.shape)):
                 found = found[:1]  # most often, all samples are alike
@@ -66,8 +66,8 @@ class Call:
 
     def fills_all(self, weights: Mapping[int, Map]) -> bool:
         """Whether a unit of a weight goes into all results, as a unit of inputs does."""
-        one = next(iter(weights.values()))
-        first = torch.arange(int(one.max()), device=one.device) == 0
+        units = next(iter(weights.values()))
+        first = torch.arange(int(units.max()), device=units.device) == 0
         try:
             [out] = self._on(weights, first.float(), contracted=True, others=1.0)
         except Exception:  # as above
@@ -101,7 +101,7 @@ class Call:
 
 def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     """Whether a tensor of one shape takes another without the other's changing."""
-    return len(shape) <= len(to) and all(mine in (1, size) for mine, size in zip(shape[::-1], to[::-1], strict=False))
+    return len(shape) <= len(to) and all(own in (1, size) for own, size in zip(shape[::-1], to[::-1], strict=False))
 
 
 def units_of_entries(entries: Map, units: Map, name: str, count: int) -> Tensor | None:
@@ -115,7 +115,7 @@ def units_of_entries(entries: Map, units: Map, name: str, count: int) -> Tensor 
     if second and units.dim() > 1 and entries.dim() == 1 and len(entries) == units.shape[1]:
         ways.append(entries.view(-1, *[1] * (units.dim() - 2)))
     for way in ways:
-        places, values = (each.flatten() for each in torch.broadcast_tensors(way, units))
+        places, values = (tensor.flatten() for tensor in torch.broadcast_tensors(way, units))
         empty = torch.full((count + 1,), -1, dtype=values.dtype, device=values.device)
         most, least = (empty.scatter_reduce(0, places, values, how, include_self=False) for how in ("amax", "amin"))
         if torch.equal(most, least) and (most > 0).any():

@@ -68,7 +68,7 @@ class Watch(TorchDispatchMode):
         layers = compressible_modules(model)
         # A recurrent unit is silent by its arithmetic, and in one operator with all others: it begins at the outputs.
         recurrent = nn.RNNBase | nn.RNNCellBase
-        watched = {one.name: one for one in targets if not isinstance(layers.get(one.layer), recurrent)}
+        watched = {target.name: target for target in targets if not isinstance(layers.get(target.layer), recurrent)}
         for target in targets:
             if isinstance(layer := layers.get(target.layer), recurrent) and "weight_ih" in target.name:
                 self._choose(target.name, layer.hidden_size, target.parameter.device)
@@ -85,13 +85,13 @@ class Watch(TorchDispatchMode):
         """Zero half of a weight's units, or of the magnitudes that a weight norm has for them."""
         name, ordered = target.name, layout.outputs_first(weight)
         count = len(ordered)
-        numbers = torch.arange(1, count + 1, device=weight.device).view(-1, *[1] * (ordered.dim() - 1))
-        units = layout.undo(numbers.expand(ordered.shape))
+        rows = torch.arange(1, count + 1, device=weight.device).view(-1, *[1] * (ordered.dim() - 1))
+        units = layout.undo(rows.expand(ordered.shape))
         gone = self._choose(name, count, weight.device)[units]
-        for follower in magnitudes([target]):
-            kept = follower.mask({name: ~gone})
-            tensors[follower.name].masked_fill_(~kept, 0.0)
-            gone = gone & kept
+        for dependent in magnitudes([target]):
+            stays = dependent.mask({name: ~gone})
+            tensors[dependent.name].masked_fill_(~stays, 0.0)
+            gone = gone & stays
         weight.masked_fill_(gone, 0.0)
         self._maps[id(weight)] = (weight, {name: units})
 
@@ -109,14 +109,14 @@ class Watch(TorchDispatchMode):
         suffixes = [f"_l{number}{way}" for number in range(getattr(layer, "num_layers", 0)) for way in ways] or [""]
         names = [f"{path}.weight_ih{suffix}".lstrip(".") for suffix in suffixes]
         size, device = layer.hidden_size, next(layer.parameters()).device
-        numbers = torch.eye(len(names), dtype=torch.long, device=device)[:, :, None] * torch.arange(
+        rows_of = torch.eye(len(names), dtype=torch.long, device=device)[:, :, None] * torch.arange(
             1, size + 1, device=device
         )
         hidden, *states = output if isinstance(output, tuple) and not isinstance(layer, nn.RNNCellBase) else (output,)
         hidden = hidden.data if isinstance(hidden, PackedSequence) else hidden
         for tensor in pytree.tree_leaves([hidden, states]):
             maps: dict[str, Map | None] = {}
-            for name, rows in zip(names, numbers, strict=True):
+            for name, rows in zip(names, rows_of, strict=True):
                 last = rows[-len(ways) :].reshape(-1)
                 units = last if tensor is hidden or not states else rows.view(-1, *[1] * (tensor.dim() - 2), size)
                 if name in self._gone and units.any() and broadcasts(units.shape, tensor.shape):
@@ -151,8 +151,8 @@ class Watch(TorchDispatchMode):
                 first, second = args[0].chunk(2, args[1] if len(args) > 1 else -1)
                 return first * second.sigmoid()
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        static = all(id(one) in self._static for one in tensors)
-        targets = {target for one in tensors for target in self._of(one)} - self._ended(name, tensors)
+        static = all(id(tensor) in self._static for tensor in tensors)
+        targets = {target for tensor in tensors for target in self._of(tensor)} - self._ended(name, tensors)
         in_place = bool(tensors) and name.endswith("_") and not name.endswith("__")
         out = tensors[0] if in_place else func(*args, **kwargs)
         outs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -160,15 +160,15 @@ class Watch(TorchDispatchMode):
         maps = {target: self._carry(call, target, tensors, outs) for target in targets}
         silent = set[str]()
         if not static and outs:
-            silenced, silent = self._without_affine(tensors, None if in_place else outs[0], maps, name)
-            args, kwargs = pytree.tree_map(lambda leaf: silenced.get(id(leaf), leaf), (args, kwargs))
-            if silenced and not in_place:
+            masked_with, silent = self._without_affine(tensors, None if in_place else outs[0], maps, name)
+            args, kwargs = pytree.tree_map(lambda leaf: masked_with.get(id(leaf), leaf), (args, kwargs))
+            if masked_with and not in_place:
                 out = func(*args, **kwargs)
                 outs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         if in_place:
             out = func(*args, **kwargs)
         for number, tensor in enumerate(outs):
-            self._note(tensor, {target: each[number] for target, each in maps.items()}, tensors, name, silent)
+            self._note(tensor, {target: results[number] for target, results in maps.items()}, tensors, name, silent)
             if static:
                 self._static[id(tensor)] = (tensor, *self._entries(call, tensors, outs, number))
             else:
@@ -181,17 +181,17 @@ class Watch(TorchDispatchMode):
     def _ended(self, name: str, tensors: list[Tensor]) -> set[str]:
         """The targets whose units are read here, and must be silent."""
         ended = set()
-        for target in {target for one in tensors for target in self._of(one)}:
-            read = [one for one in tensors if target in self._of(one) and id(one) not in self._static]
-            weights = [one for one in tensors if target in self._of(one) and id(one) in self._static]
+        for target in {target for tensor in tensors for target in self._of(tensor)}:
+            read = [tensor for tensor in tensors if target in self._of(tensor) and id(tensor) not in self._static]
+            weights = [tensor for tensor in tensors if target in self._of(tensor) and id(tensor) in self._static]
             if name in CONTRACTIONS or name.startswith("_scaled_dot_product"):
                 ends = bool(read) and not weights
             else:
-                ends = name in _SUMS and bool(read) and any(self._is_other(one, target, read) for one in tensors)
+                ends = name in _SUMS and bool(read) and any(self._is_other(tensor, target, read) for tensor in tensors)
                 ends = ends or (name in _SUMS and self._differ(read, target))
             if ends or (read and weights and name in CONTRACTIONS):
-                for one in read:
-                    self._check(one, target)
+                for tensor in read:
+                    self._check(tensor, target)
             if ends:
                 ended.add(target)
         return ended
@@ -203,7 +203,7 @@ class Watch(TorchDispatchMode):
         _, parameter, entries = self._static.get(id(tensor), (tensor, "", None))
         if id(tensor) not in self._static or sum(size > 1 for size in tensor.shape) < 2:
             return id(tensor) not in self._static
-        maps = [units for one in beside if (units := self._of(one).get(target)) is not None]
+        maps = [units for other in beside if (units := self._of(other).get(target)) is not None]
         of_entries = (
             None if entries is None or not maps else units_of_entries(entries, maps[0], "", self._sizes[parameter])
         )
@@ -212,14 +212,14 @@ class Watch(TorchDispatchMode):
 
     def _differ(self, tensors: list[Tensor], target: str) -> bool:
         """Whether what is added are entries of different units."""
-        maps = [units for one in tensors if (units := self._of(one)[target]) is not None]
+        maps = [units for tensor in tensors if (units := self._of(tensor)[target]) is not None]
         return len(maps) > 1 and not torch.equal(maps[0], maps[1])
 
     def _carry(self, call: Call, target: str, tensors: list[Tensor], outs: list[Tensor]) -> list[Map | None]:
         """The map of each result."""
-        held = [(one, self._of(one)[target]) for one in tensors if target in self._of(one)]
+        held = [(tensor, self._of(tensor)[target]) for tensor in tensors if target in self._of(tensor)]
         held.sort(key=lambda pair: (id(pair[0]), target) not in self._places)  # of two factors the one that is heard
-        mapped = {id(one): units for one, units in held if units is not None}
+        mapped = {id(tensor): units for tensor, units in held if units is not None}
         if not mapped:
             return [None] * len(outs)
         weights = {key: units for key, units in mapped.items() if key in self._static}
@@ -227,7 +227,7 @@ class Watch(TorchDispatchMode):
         maps: list[Map | None] = []
         moved: list[Map | None] | None = None
         for number, out in enumerate(outs):
-            fitting = [mapped[id(one)] for one, _ in held if id(one) in mapped and broadcasts(one.shape, out.shape)]
+            fitting = [units for tensor, units in held if units is not None and broadcasts(tensor.shape, out.shape)]
             if fitting and not contracted and not call.moves:
                 maps.append(fitting[0])
                 continue
@@ -246,16 +246,16 @@ class Watch(TorchDispatchMode):
         Returns:
             The tensors by what they replace, and for which targets.
         """
-        silenced, silent = dict[int, Tensor](), set[str]()
-        for one in tensors:
-            _, parameter, entries = self._static.get(id(one), (one, "", None))
-            if entries is None or self._of(one):
+        masked_with, silent = dict[int, Tensor](), set[str]()
+        for tensor in tensors:
+            _, parameter, entries = self._static.get(id(tensor), (tensor, "", None))
+            if entries is None or self._of(tensor):
                 continue
             found: dict[str, Tensor] = {}
-            for target, each in maps.items():
-                units = each[0] if each else None
+            for target, results in maps.items():
+                units = results[0] if results else None
                 of_entries = None if units is None else units_of_entries(entries, units, name, self._sizes[parameter])
-                if units is None or of_entries is None or (name in _SUMS and self._is_other(one, target, tensors)):
+                if units is None or of_entries is None or (name in _SUMS and self._is_other(tensor, target, tensors)):
                     continue
                 found[target] = of_entries
                 hidden = any((id(held), target) in self._hidden for held in tensors)
@@ -263,9 +263,9 @@ class Watch(TorchDispatchMode):
                     silent.add(target)
                     self._seen.relied_on.setdefault(target, set()).add(parameter)
                     gone = self._gone[target][(of_entries + 1).clamp(min=0)][entries - 1]
-                    silenced[id(one)] = silenced.get(id(one), one).masked_fill(gone, 0.0)
+                    masked_with[id(tensor)] = masked_with.get(id(tensor), tensor).masked_fill(gone, 0.0)
             self._seen.calls.setdefault(parameter, []).append(found)
-        return silenced, silent
+        return masked_with, silent
 
     def _note(
         self, tensor: Tensor, maps: dict[str, Map | None], operands: list[Tensor], name: str, silent: set[str]
@@ -275,10 +275,11 @@ class Watch(TorchDispatchMode):
         if maps:
             self._maps[id(tensor)] = (tensor, maps)
         for target, units in maps.items():
-            heard = [one for one in operands if (id(one), target) in self._places]
-            places = [self._places[id(one), target] for one in heard]
+            places = [place for operand in operands if (place := self._places.get((id(operand), target)))]
             loud = units is not None and self._is_loud(tensor, units, target)
-            hidden = any((id(one), target) in self._hidden for one in operands) or (name in _CLAMPS and bool(heard))
+            hidden = any((id(operand), target) in self._hidden for operand in operands) or (
+                name in _CLAMPS and bool(places)
+            )
             silences = target in silent or (name in _PRODUCTS and self._has_silent_factor(operands, units, target))
             key = id(tensor), target
             self._places.pop(key, None)
@@ -290,8 +291,8 @@ class Watch(TorchDispatchMode):
                 self._hidden.add(key)
 
     def _has_silent_factor(self, operands: list[Tensor], units: Map | None, target: str) -> bool:
-        maps = [self._of(one).get(target) for one in operands if (id(one), target) not in self._places]
-        return any(one is not None and units is not None and torch.equal(one, units) for one in maps)
+        maps = [self._of(operand).get(target) for operand in operands if (id(operand), target) not in self._places]
+        return any(factor is not None and units is not None and torch.equal(factor, units) for factor in maps)
 
     def _check(self, tensor: Tensor, target: str) -> None:
         units = self._of(tensor).get(target)
@@ -305,7 +306,7 @@ class Watch(TorchDispatchMode):
 
     def _entries(self, call: Call, tensors: list[Tensor], outs: list[Tensor], number: int) -> tuple[str, Map | None]:
         """Of which parameter a result of parameters alone is a part or a copy, and of which entries."""
-        sources = [self._static[id(one)] for one in tensors if self._static[id(one)][2] is not None]
+        sources = [self._static[id(tensor)] for tensor in tensors if self._static[id(tensor)][2] is not None]
         if len(sources) != 1 or len(tensors) != 1 or not (call.moves or call.name in (*_COPIES, "expand")):
             return "", None
         source, name, entries = sources[0]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_compress import CompressionError, Linear, ScheduledPruning, Targets, Window, prune_
-from lightning_compress.pruning.budget import Budget
+from lightning_compress.pruning.budget import SparsityBudget
 from lightning_compress.pruning.methods import resolve
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
@@ -199,12 +199,15 @@ def test_bad_budgets_are_refused_in_the_constructor(name: str) -> None:
         ScheduledPruning(sparsity=0.5, **arguments)
 
 
+Case = tuple[dict[str, Tensor], SparsityBudget, dict[str, float]]
+
+
 def ones(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
 
 
 @st.composite
-def budgets(draw: st.DrawFn) -> tuple[dict[str, Tensor], Budget, dict[str, float]]:
+def budgets(draw: st.DrawFn) -> Case:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     shapes = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5))
     weights = {}
@@ -220,12 +223,12 @@ def budgets(draw: st.DrawFn) -> tuple[dict[str, Tensor], Budget, dict[str, float
     goal = draw(st.integers(taken, taken + room))
     sparsity = goal / total
     assume(sparsity < 1.0 and round(sparsity * total) == goal)
-    return weights, Budget(sparsity, overrides=own, max_layer_sparsity=cap), own
+    return weights, SparsityBudget(sparsity, overrides=own, max_layer_sparsity=cap), own
 
 
 @given(case=budgets())
 @settings(max_examples=150)
-def test_every_budget_that_can_be_met_is_met_exactly(case: tuple[dict[str, Tensor], Budget, dict[str, float]]) -> None:
+def test_every_budget_that_can_be_met_is_met_exactly(case: Case) -> None:
     weights, budget, own = case
     before = snapshot(weights)
     budget.check(weights, own)
@@ -242,9 +245,7 @@ def test_every_budget_that_can_be_met_is_met_exactly(case: tuple[dict[str, Tenso
 
 @given(case=budgets(), fractions=st.lists(st.floats(0, 1), min_size=1, max_size=6))
 @settings(max_examples=150)
-def test_growing_gradually_ends_at_the_same_counts(
-    case: tuple[dict[str, Tensor], Budget, dict[str, float]], fractions: list[float]
-) -> None:
+def test_growing_gradually_ends_at_the_same_counts(case: Case, fractions: list[float]) -> None:
     weights, budget, own = case
     masks = ones(weights)
     for fraction in [*sorted(fractions), 1.0]:
@@ -260,7 +261,7 @@ def test_rounding_on_the_way_takes_nothing_from_layers_that_share_no_budget() ->
     # Two overrides of 25 weights each are the whole budget of 50; halves round up for one and down for the sum.
     weights = {name: torch.randn(100) for name in ("a", "b", "c")}
     own = {"a": 0.25, "b": 0.25}
-    budget, masks = Budget(50 / 300, overrides=own), ones(weights)
+    budget, masks = SparsityBudget(50 / 300, overrides=own), ones(weights)
     for percent in range(101):
         masks = budget.grow(resolve("l1_unstructured"), weights, masks, own, percent / 100)
     assert [int((~mask).sum()) for mask in masks.values()] == [25, 25, 0]

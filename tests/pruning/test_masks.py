@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from lightning_compress import CompressionError
-from lightning_compress.pruning.budget import Budget
+from lightning_compress.pruning.budget import SparsityBudget
 from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
 from lightning_compress.pruning.methods import NAMED, resolve
 
@@ -53,7 +53,7 @@ def test_packing_a_mask_that_is_not_contiguous() -> None:
 
 
 def grow(weights: dict[str, Tensor], masks: dict[str, Tensor], sparsity: float, scope: Any) -> dict[str, Tensor]:
-    return Budget(sparsity, scope).grow(resolve("l1_unstructured"), weights, masks, {})
+    return SparsityBudget(sparsity, scope).grow(resolve("l1_unstructured"), weights, masks, {})
 
 
 @given(
