@@ -241,8 +241,8 @@ def update(
     dense = pruner.masks
 
     def run() -> Any:
-        ranked = {name: pruner.rule.scores(weight) for name, weight in pruner.weights.items()}
-        pruner.budget.grow(pruner.rule, ranked, dense, {}, 1.0)
+        ranked = {name: pruner.plan.method.scores(weight) for name, weight in pruner.weights.items()}
+        pruner.plan.grow(ranked, dense, 1.0)
 
     return run
 

@@ -18,7 +18,7 @@ class SparsityBudget:
     """How much is pruned at the end, as fractions of the original weights.
 
     Args:
-        sparsity: of all weights together (scope ``global``), or of each (scope ``layer``); None where the rule
+        sparsity: of all weights together (scope ``global``), or of each (scope ``layer``); None where the method
             fixes it.
         scope: whether the weights share one budget.
         overrides: pattern of a layer's path to its own fraction; the last match wins. With scope ``global`` the other
@@ -80,7 +80,7 @@ class SparsityBudget:
                 "Change one of the three."
             )
 
-    def is_met(self, rule: PruningMethod, masks: Masks, fractions: Mapping[str, float]) -> bool:
+    def is_met(self, method: PruningMethod, masks: Masks, fractions: Mapping[str, float]) -> bool:
         """Whether ``masks`` hold the whole budget, to the nearest unit."""
         if self.sparsity is None:
             return True
@@ -88,7 +88,7 @@ class SparsityBudget:
         pairs = [(fraction * masks[name].numel(), [masks[name]]) for name, fraction in alone.items()]
         if self.scope == "global":
             pairs.append((self.sparsity * sum(mask.numel() for mask in masks.values()), [*masks.values()]))
-        return all(abs(goal - pruned(held)) <= max(rule.unit(mask) for mask in held) / 2 for goal, held in pairs)
+        return all(abs(goal - pruned(held)) <= max(method.unit(mask) for mask in held) / 2 for goal, held in pairs)
 
     def _most(self, weight: Tensor, unit: int = 1) -> int:
         # Rounded first, as 0.29 * 200 is a hair below 58.
@@ -96,7 +96,7 @@ class SparsityBudget:
 
     def grow(
         self,
-        rule: PruningMethod,
+        method: PruningMethod,
         weights: Mapping[str, Tensor],
         masks: Masks,
         fractions: Mapping[str, float],
@@ -105,36 +105,36 @@ class SparsityBudget:
         """Masks at ``fraction`` of the budget in which everything that ``masks`` prune stays pruned.
 
         ``global`` prunes round(fraction * sparsity * N) of all N elements, ``layer`` the same of each tensor;
-        structured rules take the nearest number of whole units. Where ``masks`` already prune more, they stay as
+        structured methods take the nearest number of whole units. Where ``masks`` already prune more, they stay as
         they are.
 
         Args:
-            rule: decides which go.
+            method: decides which go.
             weights: name to weight tensor.
             masks: name to bool mask.
             fractions: by weight, of those that have one of their own.
             fraction: how much of the budget is due, in [0, 1].
         """
-        if self.sparsity is None or rule.fixes_sparsity:
-            return rule.grow(weights, masks, 0)
+        if self.sparsity is None or method.fixes_sparsity:
+            return method.grow(weights, masks, 0)
         alone = {**dict.fromkeys(weights, self.sparsity), **fractions} if self.scope == "layer" else fractions
         grown: Masks = {}
         for name, goal in alone.items():
-            grown |= rule.grow({name: weights[name]}, masks, fraction * goal * weights[name].numel())
+            grown |= method.grow({name: weights[name]}, masks, fraction * goal * weights[name].numel())
         shared = [name for name in weights if name not in alone]
         total = self.sparsity * sum(weight.numel() for weight in weights.values())
         left = round(fraction * total) - pruned(grown.values())
         # Rounding on the way must not take what the end would have to give back.
         left = min(left, round(total) - sum(round(goal * weights[name].numel()) for name, goal in alone.items()))
         while shared:
-            ranked = rule.grow({name: weights[name] for name in shared}, masks, left)
-            most = {name: self._most(weights[name], rule.unit(weights[name])) for name in shared}
+            ranked = method.grow({name: weights[name] for name in shared}, masks, left)
+            most = {name: self._most(weights[name], method.unit(weights[name])) for name in shared}
             over = [name for name in shared if pruned([ranked[name]]) > most[name]]
             grown |= ranked
             if self.max_layer_sparsity == 1.0 or not over:
                 break
             for name in over:
-                grown |= rule.grow({name: weights[name]}, masks, most[name])
+                grown |= method.grow({name: weights[name]}, masks, most[name])
                 left -= pruned([grown[name]])
             shared = [name for name in shared if name not in over]
         return {name: grown[name] for name in weights}

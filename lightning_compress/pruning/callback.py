@@ -15,14 +15,15 @@ from typing_extensions import override
 
 from lightning_compress.callback import compression_callbacks, warn_of_other_settings
 from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
-from lightning_compress.messages import by_reason, in_short, named, they
+from lightning_compress.messages import by_reason, they
 from lightning_compress.modules.resizing import Cut
 from lightning_compress.probe import look
 from lightning_compress.pruning import rewind as rewinding
 from lightning_compress.pruning.checkpoint_scores import forget_scores
+from lightning_compress.pruning.criteria import CRITERIA
 from lightning_compress.pruning.history import SparsityPoint, add_point_
 from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
-from lightning_compress.pruning.methods import CRITERIA, LowestScores, Masks, pruned
+from lightning_compress.pruning.methods import LowestScores, Masks, pruned
 from lightning_compress.pruning.pruner import Pruner
 from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.pruning.rewind import Rewind
@@ -47,7 +48,8 @@ class ScheduledPruning(WindowedCallback):
         method: ``lamp``, by which the weights of several layers compare, ``l1_unstructured`` (or ``magnitude``),
             ``taylor``, ``movement`` (see `criteria`), ``random_unstructured``, ``ln_structured``,
             ``random_structured``, ``custom_from_mask``, or the import path of a
-            `torch.nn.utils.prune.BasePruningMethod` subclass.
+            `torch.nn.utils.prune.BasePruningMethod` subclass, of a function that scores a layer's weights, or of a
+            `pruning.criteria.Criterion`.
         sparsity: the fraction of the original weights that is zero at the end, in [0, 1); left out where the method
             or ``n_m`` fixes it.
         scope: ``global`` ranks all targeted weights together, ``layer`` each tensor by itself.
@@ -116,12 +118,13 @@ class ScheduledPruning(WindowedCallback):
         self.recipe = make_recipe(method, sparsity, scope, targets, overrides, max_layer_sparsity, n_m, dim, norm)
         if (mask_file is not None) != (method == "custom_from_mask"):
             raise invalid("mask_file", "be given with method='custom_from_mask', and only then", mask_file)
+        self.method = method
         self.sparsity = sparsity
         self.scope = scope
         self.overrides = overrides
         self.targets = targets
         self.n_m = n_m
-        if regrow and not isinstance(self.recipe.rule, LowestScores):
+        if regrow and not isinstance(self.recipe.method, LowestScores):
             raise invalid("regrow", f"be False with method={method!r}; it goes with {', '.join(CRITERIA)}", regrow)
         if regrow and rewind is not None:
             raise invalid("rewind", "be left out with regrow=True", rewind)
@@ -167,20 +170,19 @@ class ScheduledPruning(WindowedCallback):
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pruner = Pruner(self.recipe, pl_module, self._masks)
-        if self.regrow and any(target.magnitude is not None for target in pruner.targets):
+        if self.regrow and any(target.magnitude is not None for target in pruner.plan.targets):
             raise invalid("regrow", "be False where a weight norm is pruned", True, "Exclude its layer.")
         pruner.resume(**self._criterion_state)
         if self.mask_file is not None:
             self._given = check_masks(read_masks(self.mask_file), pruner.weights)
             if not pruned(self._given.values()):
                 raise invalid("mask_file", "hold masks that prune something", self.mask_file)
-        self._pruner, self._skipped, self._first = pruner, pruner.skipped, True
-        if pruner.warning:
-            rank_zero_warn(f"ScheduledPruning: {pruner.warning}", category=NoEffectWarning)
-        if pruner.skipped:
-            head = f"ScheduledPruning prunes {len(pruner.weights)} tensors and leaves out:"
-            lines = [f"{named(names)}: {reason}" for reason, names in by_reason(pruner.skipped).items()]
-            rank_zero_info("\n  ".join(in_short([head, *lines])))
+        selection = pruner.plan.selection
+        self._pruner, self._skipped, self._first = pruner, selection.skipped, True
+        if selection.warning:
+            rank_zero_warn(f"ScheduledPruning: {selection.warning}", category=NoEffectWarning)
+        if selection.skipped:
+            rank_zero_info(f"ScheduledPruning: {pruner.plan}")
 
     @property
     def pruner(self) -> Pruner:
@@ -245,7 +247,7 @@ class ScheduledPruning(WindowedCallback):
         else:
             pruner.grow_(self.schedule.value(progress, 1.0), self.seed + self._step, self.regrow)
         if trainer.world_size > 1:
-            # All ranks hold the same weights and seed; a user's own rule may still draw from elsewhere.
+            # All ranks hold the same weights and seed; a user's own method may still draw from elsewhere.
             pruner.masks = trainer.strategy.broadcast(pruner.masks)
         if self._rewind_point is not None and pruned(pruner.masks.values()) > pruned(before.values()):
             rewinding.rewind_(self._rewind_point, pl_module, trainer.optimizers)
@@ -273,7 +275,7 @@ class ScheduledPruning(WindowedCallback):
             forget_scores(trainer)
             # Until the next validation, what is monitored is the score of other weights.
             self._awaits_score = True
-        if not self.pruner.is_at_goal():
+        if not self.pruner.plan.is_met(self.masks):
             rank_zero_warn(f"ScheduledPruning: at its window's end {self._reached()}")
 
     def _reached(self) -> str:
@@ -384,7 +386,7 @@ class ScheduledPruning(WindowedCallback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(method=self.recipe.method, targets=repr(self.recipe.targets), n_m=self.n_m)
+        return self._generate_state_key(method=self.method, targets=repr(self.recipe.targets), n_m=self.n_m)
 
     @property
     def _settings(self) -> dict[str, str]:

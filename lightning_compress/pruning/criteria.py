@@ -1,15 +1,29 @@
-"""Criteria: how much a single weight matters. Each is one pure function; the lowest scores go first.
-
-A criterion of weights alone is computed when masks grow. One of gradients is carried along, from step to step, and
-needs one more tensor of the weights' size.
-"""
+"""Criteria: how much a single weight matters. A criterion is one pure function and its line in the table `CRITERIA`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Scores single weights; the lowest scores are pruned first.
+
+    Args:
+        score: ``score(weight)`` gives the scores of one layer's weights when masks grow, a floating-point tensor of
+            their shape. With ``needs_gradients`` it is ``score(weight, gradient, last)``, called in float32 before each
+            optimizer step with its own ``last`` result, zeros at first.
+        signed: whether scores are ranked as they are, the most negative first, and not by their magnitude.
+        needs_gradients: whether scores are carried along from step to step, in one more tensor of the weights' size.
+    """
+
+    score: Callable[..., Tensor]
+    signed: bool = False
+    needs_gradients: bool = False
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -96,9 +110,10 @@ def movement(weight: Tensor, gradient: Tensor, score: Tensor) -> Tensor:
     return score - weight * gradient
 
 
-OF_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "l1_unstructured": magnitude,
-    "magnitude": magnitude,
-    "lamp": lamp,
+CRITERIA = {
+    "l1_unstructured": Criterion(magnitude),
+    "magnitude": Criterion(magnitude),
+    "lamp": Criterion(lamp),
+    "taylor": Criterion(taylor, needs_gradients=True),
+    "movement": Criterion(movement, signed=True, needs_gradients=True),
 }
-OF_GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"taylor": taylor, "movement": movement}

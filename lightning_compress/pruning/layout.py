@@ -89,7 +89,7 @@ def layout_of(layer: nn.Module, name: str, shape: torch.Size, outputs: bool = Tr
 
 @dataclass(frozen=True)
 class UnitView:
-    """Weights and masks as a structured rule ranks them: outputs first, and a recurrent layer's unit as one.
+    """Weights and masks as a structured method ranks them: outputs first, and a recurrent layer's unit as one.
 
     Attributes:
         layouts: of each weight that is pruned by units.

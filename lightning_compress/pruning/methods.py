@@ -1,16 +1,14 @@
-"""Pruning rules: a name or an import path becomes a rule that decides which elements or units go next.
+"""Pruning methods: each decides which elements or units of some weights go next.
 
-Magnitudes are ranked by our own exact selection. All other rules run through
-`torch.nn.utils.prune.BasePruningMethod.compute_mask`, so that a user's subclass is a rule like any other.
+Scores of a criterion are ranked by our own exact selection. All other methods run through
+`torch.nn.utils.prune.BasePruningMethod.compute_mask`, so that a user's subclass is a method like any other.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,24 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import prune
 
-from lightning_compress.errors import CompressionError, invalid, nearest
-from lightning_compress.pruning.criteria import OF_GRADIENTS, OF_WEIGHTS
+from lightning_compress.errors import CompressionError
+from lightning_compress.pruning.criteria import CRITERIA, Criterion
 from lightning_compress.pruning.n_m import Pattern
 from lightning_compress.pruning.smallest import take_smallest
 
 Masks = dict[str, Tensor]
 """Parameter name to a bool tensor of the parameter's shape; False is pruned."""
-
-NAMED: dict[str, type[prune.BasePruningMethod]] = {
-    "random_unstructured": prune.RandomUnstructured,
-    "l1_unstructured": prune.L1Unstructured,
-    "random_structured": prune.RandomStructured,
-    "ln_structured": prune.LnStructured,
-    "custom_from_mask": prune.CustomFromMask,
-}
-
-
-CRITERIA = (*OF_WEIGHTS, *OF_GRADIENTS)
 
 
 class PruningMethod(ABC):
@@ -46,12 +33,14 @@ class PruningMethod(ABC):
         fixes_sparsity: whether it decides itself how much goes.
         compares_layers: whether it can rank several tensors together.
         needs_gradients: whether its scores are carried along from step to step.
+        draws: whether it may draw random numbers.
     """
 
     structured = False
     fixes_sparsity = False
     compares_layers = True
     needs_gradients = False
+    draws = True
 
     @abstractmethod
     def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
@@ -72,47 +61,44 @@ class PruningMethod(ABC):
 
 @dataclass(frozen=True)
 class LowestScores(PruningMethod):
-    """The lowest scores of a criterion; if a pattern is given, only as far as it allows.
+    """Takes the lowest scores of a criterion; if a pattern is given, only as far as it allows.
 
     Args:
-        criterion: its name in `criteria`.
+        criterion: scores single weights.
         pattern: N:M.
         dims: with a pattern, the input dimension of each weight.
     """
 
-    criterion: str = "magnitude"
+    criterion: Criterion
     pattern: Pattern | None = None
     dims: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def signed(self) -> bool:
-        """Whether scores below zero are lower than zero, and not as high as their magnitude."""
-        return self.criterion == "movement"
+    def needs_gradients(self) -> bool:  # type: ignore[override]
+        return self.criterion.needs_gradients
 
     @property
-    def needs_gradients(self) -> bool:  # type: ignore[override]
-        return self.criterion in OF_GRADIENTS
+    def draws(self) -> bool:  # type: ignore[override]
+        return self.criterion not in CRITERIA.values()  # a user's own may
 
     def scores(self, weight: Tensor) -> Tensor:
-        return OF_WEIGHTS[self.criterion](weight)
+        return _checked(self.criterion.score(weight), weight)
 
-    def carry(self, weight: Tensor, gradient: Tensor, score: Tensor) -> Tensor:
-        """The next score of a criterion that is carried along from step to step."""
-        return OF_GRADIENTS[self.criterion](weight.float(), gradient.float().nan_to_num(0, 0, 0), score)
+    def next_scores(self, weight: Tensor, gradient: Tensor, scores: Tensor) -> Tensor:
+        """The scores after one more step, of a criterion that needs gradients."""
+        return _checked(self.criterion.score(weight.float(), gradient.float().nan_to_num(0, 0, 0), scores), weight)
 
     def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
         missing = round(goal) - pruned(masks[name] for name in weights)
         if missing <= 0:
             return {name: masks[name] for name in weights}
-        allowed = None
+        allowed, signed = None, self.criterion.signed
         if self.pattern is not None:
-            allowed = [
-                self.pattern.smallest(weights[name], masks[name], self.dims[name], self.signed) for name in weights
-            ]
+            allowed = [self.pattern.smallest(weights[name], masks[name], self.dims[name], signed) for name in weights]
             left = sum(int(torch.count_nonzero(masks[name] & may)) for name, may in zip(weights, allowed, strict=True))
             if missing >= left:
                 return {name: masks[name] & ~may for name, may in zip(weights, allowed, strict=True)}
-        grown = take_smallest([*weights.values()], [masks[name] for name in weights], missing, allowed, self.signed)
+        grown = take_smallest([*weights.values()], [masks[name] for name in weights], missing, allowed, signed)
         return dict(zip(weights, grown, strict=True))
 
 
@@ -128,7 +114,7 @@ class GivenMasks(PruningMethod):
 
 @dataclass(frozen=True)
 class TorchMethod(PruningMethod):
-    """A rule of torch, or a user's, that takes single elements or masks of its own.
+    """A method of torch, or a user's, that takes single elements or masks of its own.
 
     Args:
         cls: computes the masks.
@@ -138,7 +124,7 @@ class TorchMethod(PruningMethod):
 
     @property
     def fixes_sparsity(self) -> bool:  # type: ignore[override]
-        return not _accepts(self.cls, "amount")
+        return not accepts(self.cls, "amount")
 
     def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
         if self.fixes_sparsity:
@@ -158,8 +144,8 @@ class TorchMethod(PruningMethod):
     def _mask(self, tensor: Tensor, mask: Tensor, amount: int, **settings: Any) -> Tensor:
         """``mask`` with ``amount`` more taken out of what it still keeps."""
         given = {"amount": amount, **settings}
-        method = self.cls(**{name: value for name, value in given.items() if _accepts(self.cls, name)})
-        # The container hands the rule only what is still kept, so nothing is pruned twice.
+        method = self.cls(**{name: value for name, value in given.items() if accepts(self.cls, name)})
+        # The container hands the method only what is still kept, so nothing is pruned twice.
         container = prune.PruningContainer()
         container._tensor_name = method._tensor_name = "weight"
         container.add_pruning_method(method)
@@ -169,7 +155,7 @@ class TorchMethod(PruningMethod):
 
 @dataclass(frozen=True)
 class UnitMethod(TorchMethod):
-    """A structured rule: whole slices along ``dim`` go, the nearest number; every tensor keeps at least one.
+    """A structured method: whole slices along ``dim`` go, the nearest number; every tensor keeps at least one.
 
     Args:
         cls: computes the masks of one tensor.
@@ -243,71 +229,24 @@ class UnitMethod(TorchMethod):
         return norms / (size ** (1 / self.norm) if self.norm else size)
 
 
+def _checked(scores: Tensor, weight: Tensor) -> Tensor:
+    if not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
+        shape = f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
+        raise CompressionError(
+            f"`method` must be a criterion that gives a floating-point tensor of its weight's shape "
+            f"{tuple(weight.shape)}. Received: {shape}."
+        )
+    return scores
+
+
 def pruned(masks: Iterable[Tensor]) -> int:
     """How many elements ``masks`` prune."""
     # Not `mask.sum()`: that makes a copy of eight bytes an element first.
     return sum(mask.numel() - int(torch.count_nonzero(mask)) for mask in masks)
 
 
-def resolve(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None) -> PruningMethod:
-    """The rule of a name in `NAMED` or `CRITERIA`, or of the import path of a `BasePruningMethod` subclass.
-
-    Raises:
-        CompressionError: no such name, nothing at that path, it isn't a `BasePruningMethod`, or it can't follow N:M.
-
-    Example:
-        >>> resolve("ln_structured", dim=0, norm=1.0).structured
-        True
-    """
-    named = NAMED.get(method) if isinstance(method, str) else None  # a number isn't hashed as a name is
-    cls = None if method in CRITERIA else named or _imported(method)
-    if cls is None or cls is prune.L1Unstructured:
-        return LowestScores("magnitude" if cls else method, None if n_m is None else Pattern.parse(n_m))
-    if n_m is not None:
-        raise invalid("n_m", f"be left out with method={method!r}; N:M goes with {', '.join(CRITERIA)}", n_m)
-    if cls is prune.CustomFromMask:
-        return GivenMasks()
-    return UnitMethod(cls, dim, norm) if cls.PRUNING_TYPE == "structured" else TorchMethod(cls)  # type: ignore[attr-defined]
-
-
-def _imported(method: object) -> type[prune.BasePruningMethod]:
-    must = "be a pruning rule or the import path of one"
-    if isinstance(method, type | prune.BasePruningMethod):
-        kind = method if isinstance(method, type) else type(method)
-        raise invalid("method", must, method, f"Write method='{kind.__module__}.{kind.__qualname__}'.")
-    fraction: Any = None
-    with suppress(TypeError, ValueError):
-        fraction = float(method)  # type: ignore[arg-type]
-    if fraction is not None:
-        fraction = fraction / 100 if 1 < fraction < 100 else fraction
-        share = f"{fraction:g}" if 0 <= fraction < 1 else "..."
-        raise invalid("method", must, method, f"Is it the sparsity? Write sparsity={share}, a fraction in [0, 1).")
-    if not isinstance(method, str) or "." not in method:
-        raise invalid("method", must, method, nearest(str(method), [*NAMED, *CRITERIA]))
-    module, _, name = method.rpartition(".")
-    try:
-        cls: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise invalid("method", must, method, f"{error}.") from error
-    if not (isinstance(cls, type) and issubclass(cls, prune.BasePruningMethod)):
-        raise invalid("method", "name a subclass of torch.nn.utils.prune.BasePruningMethod", method)
-    if getattr(cls, "PRUNING_TYPE", None) not in ("unstructured", "structured", "global"):
-        raise CompressionError(
-            f"`method` must set PRUNING_TYPE to 'unstructured', 'structured' or 'global'. Received: {method}."
-        )
-    known = {"self", "amount", "dim", "n"}
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
-        if name not in known and parameter.default is parameter.empty and parameter.kind not in _VARIADIC:
-            raise invalid(
-                "method", "be a rule that needs no argument but amount, dim and n", method, f"It needs `{name}` too."
-            )
-    return cls
-
-
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-def _accepts(cls: type[prune.BasePruningMethod], name: str) -> bool:
+def accepts(cls: type[prune.BasePruningMethod], name: str) -> bool:
+    """Whether a method of torch's kind can be made with an argument of this name."""
     if cls.__init__ is object.__init__:
         return False
     parameters = inspect.signature(cls.__init__).parameters

@@ -47,7 +47,8 @@ def prune_(
         sparsity: the fraction to mask, in [0, 1); None for a method that fixes it itself, and with ``n_m``.
         method: ``lamp``, ``l1_unstructured`` (or ``magnitude``), ``taylor``, ``movement`` (these two need gradients:
             call ``loss.backward()`` before), ``random_unstructured``, ``ln_structured``, ``random_structured``,
-            ``custom_from_mask``, or the import path of a `torch.nn.utils.prune.BasePruningMethod` subclass.
+            ``custom_from_mask``, or the import path of a `torch.nn.utils.prune.BasePruningMethod` subclass, of a
+            function that scores a layer's weights, or of a `pruning.criteria.Criterion`.
         scope: rank all targeted weights together, or each tensor by itself.
         targets: which weights; by default those of all trainable conv, linear, recurrent and attention layers.
         overrides: pattern of a layer's path to a fraction of its own; the last match wins. With scope ``global`` the
@@ -86,8 +87,8 @@ def prune_(
         raise invalid("masks", "be given for method='custom_from_mask'", None, "Pass masks={name: mask}.")
     require_float(model, "train")
     pruner = Pruner(recipe, model, masks or {})
-    if pruner.warning:
-        warnings.warn(f"prune_: {pruner.warning}", NoEffectWarning, stacklevel=2)
+    if missed := pruner.plan.selection.warning:
+        warnings.warn(f"prune_: {missed}", NoEffectWarning, stacklevel=2)
     if pruner.units.outputs:
         _silence(pruner, model, inputs, seed)
     pruner.update_scores()

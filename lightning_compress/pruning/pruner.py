@@ -12,14 +12,13 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.paths import clean_name, compressible_modules
+from lightning_compress.modules.paths import clean_name
 from lightning_compress.modules.resizing import forget_, lies_along, with_inner
 from lightning_compress.pruning import dependents
 from lightning_compress.pruning.dependents import reduce_mask
-from lightning_compress.pruning.fitting import check_weights, in_groups
-from lightning_compress.pruning.layout import UnitView
 from lightning_compress.pruning.masks import check_masks
 from lightning_compress.pruning.methods import LowestScores, Masks, pruned
+from lightning_compress.pruning.plan import make_plan
 from lightning_compress.pruning.recipe import PruningRecipe
 from lightning_compress.pruning.silence import Silence, observe
 
@@ -36,42 +35,31 @@ class Pruner:
         CompressionError: no weight is targeted, or recipe and masks don't fit the weights.
 
     Attributes:
-        masks: parameter name to bool mask, False where pruned.
+        plan: which weights are pruned, and how.
         weights: the targeted parameters by name.
-        skipped: names of what isn't targeted, each with the reason.
-        warning: what the targets name and don't reach, and why; empty if nothing.
+        masks: parameter name to bool mask, False where pruned.
         scores: what a criterion of gradients carries along.
         regrow_values: values that pruned weights take when they come back, zero elsewhere.
-        units: how each weight lies.
         unmasked_norms: weights whose pruned units are seen not to be silent, each with where that comes from.
         unknown: paths of what may keep units from being silent, which only a run can tell.
     """
 
     def __init__(self, recipe: PruningRecipe, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        selection = recipe.targets.select(model)
-        self.rule = recipe.rule
-        layers = compressible_modules(model)
-        if isinstance(self.rule, LowestScores) and self.rule.pattern is not None:
-            self.rule, selection = in_groups(self.rule, self.rule.pattern.m, selection, layers)
-        self.targets = selection.targets
-        self.skipped = selection.skipped
-        self.warning = selection.warning
-        self.weights: dict[str, Tensor] = {target.name: target.parameter for target in self.targets}
-        self.units = UnitView.of(self.targets if self.rule.structured else (), layers, getattr(self.rule, "dim", 0))
-        check_weights(self.rule, self.weights, self.units.layouts)
-        self.budget = recipe.budget
-        self._own = self.budget.of_layers(self.targets)
-        self.budget.check(self.weights, self._own)
-        self._dependents = dependents.magnitudes(self.targets)
+        self.plan = make_plan(recipe, model)
+        self.method, self.units = self.plan.method, self.plan.units
+        self.weights: dict[str, Tensor] = {target.name: target.parameter for target in self.plan.targets}
         self.scores: dict[str, Tensor] = {}
         self.regrow_values: dict[str, Tensor] = {}
         self.unmasked_norms: dict[str, str] = {}
+        self.unknown: set[str] = set()
+        self._dependents = dependents.magnitudes(self.plan.targets)
         self._applied: Masks = {}
         self._tensors: dict[str, Tensor] = {}
         self.masks = check_masks(masks, self.weights)
-        known, self.unknown = dependents.in_sequence(model, self.units.outputs, self.units.numbered)
-        self._dependents += dependents.biases(model, self.units.outputs, self.units.numbered) + known
-        self.masks = self._masks
+        if self.units.outputs:
+            known, self.unknown = dependents.in_sequence(model, self.units.outputs, self.units.numbered)
+            self._dependents += dependents.biases(model, self.units.outputs, self.units.numbered) + known
+            self.masks = self._masks
 
     def observe(self, copy: nn.Module, run: Callable[[], Any], seen: Silence) -> None:
         """Note in ``seen`` what becomes of pruned units while ``run`` runs a copy of the model."""
@@ -83,7 +71,7 @@ class Pruner:
         own = dependents.biases(model, self.units.outputs, self.units.numbered)
         names = {dependent.name for dependent in found}
         self._dependents = [
-            *dependents.magnitudes(self.targets),
+            *dependents.magnitudes(self.plan.targets),
             *(bias for bias in own if bias.name not in names),
             *found,
         ]
@@ -123,13 +111,13 @@ class Pruner:
 
     @torch.no_grad()
     def update_scores(self, optimizer: Optimizer | None = None) -> None:
-        """Carry the scores of a criterion of gradients one step further, of all weights or of an optimizer's."""
-        if not isinstance(self.rule, LowestScores) or not self.rule.needs_gradients:
+        """Update the scores of a criterion that needs gradients, of all weights or of those that an optimizer steps."""
+        if not isinstance(self.method, LowestScores) or not self.method.needs_gradients:
             return
         for name, weight in self._stepped_by(optimizer).items():
             if name in self.weights and weight.grad is not None:
                 gradient = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
-                self.scores[name] = self.rule.carry(self._value(name), gradient, self._score(name))
+                self.scores[name] = self.method.next_scores(self._value(name), gradient, self._score(name))
 
     def _value(self, name: str) -> Tensor:
         return self.weights[name] + self.regrow_values[name] if name in self.regrow_values else self.weights[name]
@@ -146,23 +134,19 @@ class Pruner:
         Raises:
             CompressionError: the criterion needs gradients, and none were seen.
         """
-        if self.rule.needs_gradients and fraction > 0 and not self.scores:
+        if self.method.needs_gradients and fraction > 0 and not self.scores:
             raise CompressionError(
                 "`method` must have seen gradients before masks grow. Received: none. "
                 "Start the window later; step the optimizers of self.optimizers(); or call backward before prune_."
             )
-        ranked = {
-            name: self._score(name) if self.rule.needs_gradients else self.rule.scores(self._effective(name))
-            for name in self.weights
-        }
         start = check_masks({}, self.weights) if regrow else self.masks
         # Not where nothing is drawn: setting torch's seeds takes longer than small masks do.
-        with nullcontext() if isinstance(self.rule, LowestScores) else own_random_state(seed):
-            own = {name: share for name, share in self._own.items() if self.units.is_ranked(name)}
-            grown = self.budget.grow(
-                self.rule, self.units.outputs_first(ranked), self.units.outputs_first(start), own, fraction
-            )
-            grown = self.units.undo(grown)
+        with own_random_state(seed) if self.method.draws else nullcontext():
+            ranked = {
+                name: self._score(name) if self.method.needs_gradients else self.method.scores(self._effective(name))
+                for name in self.weights
+            }
+            grown = self.plan.grow(ranked, start, fraction)
         if not regrow:
             self.masks = grown
         elif pruned(grown.values()) > pruned(self.masks.values()):
@@ -175,10 +159,10 @@ class Pruner:
     @torch.no_grad()
     def refit_(self, fraction: float, seed: int) -> None:
         """Bring the masks to ``fraction`` of a budget that shrank with the weights: more of it, or less again."""
-        if self.rule.needs_gradients and not self.scores:
+        if self.method.needs_gradients and not self.scores:
             return
         before = pruned(self.masks.values())
-        if not self.rule.fixes_sparsity:
+        if not self.method.fixes_sparsity:
             grown, self.masks = self.masks, check_masks({}, self.weights)
             self.grow_(fraction, seed)
             if pruned(self.masks.values()) >= before:
@@ -225,11 +209,6 @@ class Pruner:
         groups = [group for inner in with_inner([optimizer]) for group in inner.param_groups]
         stepped = {id(parameter) for group in groups for parameter in group["params"]}
         return {name: tensor for name, tensor in self._tensors.items() if id(tensor) in stepped}
-
-    def is_at_goal(self) -> bool:
-        """Whether the masks hold what the budget asks for, to the nearest unit."""
-        own = {name: share for name, share in self._own.items() if self.units.is_ranked(name)}
-        return self.budget.is_met(self.rule, self.units.outputs_first(self.masks), own)
 
     def apply_to_gradients_(self, optimizer: Optimizer) -> None:
         """Zero the gradients of what is masked: they count in no norm, and moments of zero stay zero."""

@@ -1,10 +1,12 @@
-"""Pruning rules as a user would write them."""
+"""Pruning rules and criteria as a user would write them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn.utils import prune
+
+from lightning_compress.pruning.criteria import Criterion
 
 
 class LargestFirst(prune.BasePruningMethod):
@@ -77,3 +79,34 @@ class Fails(prune.BasePruningMethod):
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         raise RuntimeError("a rule of the user's fails")
+
+
+def squares(weight: Tensor) -> Tensor:
+    return weight.square()
+
+
+VALUES = Criterion(Tensor.clone, signed=True)
+
+
+def products(weight: Tensor, gradient: Tensor, last: Tensor) -> Tensor:
+    return last + (weight * gradient).abs()
+
+
+def noise(weight: Tensor, scale: float = 1.0) -> Tensor:
+    return scale * torch.rand_like(weight)
+
+
+def two(weight: Tensor, gradient: Tensor) -> Tensor:
+    return weight * gradient
+
+
+def total(weight: Tensor) -> Tensor:
+    return weight.sum()
+
+
+def signs(weight: Tensor) -> Tensor:
+    return weight > 0
+
+
+def nothing(weight: Tensor) -> None:
+    return None

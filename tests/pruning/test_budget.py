@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress import CompressionError, Linear, ScheduledPruning, Targets, Window, prune_
 from lightning_compress.pruning.budget import SparsityBudget
-from lightning_compress.pruning.methods import resolve
+from lightning_compress.pruning.recipe import find_method
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, count_zeros, hooks, snapshot
@@ -232,7 +232,7 @@ def test_every_budget_that_can_be_met_is_met_exactly(case: Case) -> None:
     weights, budget, own = case
     before = snapshot(weights)
     budget.check(weights, own)
-    masks = budget.grow(resolve("l1_unstructured"), weights, ones(weights), own)
+    masks = budget.grow(find_method("l1_unstructured"), weights, ones(weights), own)
     assert_same_state(before, snapshot(weights))
     pruned = {name: int((~mask).sum()) for name, mask in masks.items()}
     assert sum(pruned.values()) == round(budget.sparsity * sum(weight.numel() for weight in weights.values()))
@@ -249,7 +249,7 @@ def test_growing_gradually_ends_at_the_same_counts(case: Case, fractions: list[f
     weights, budget, own = case
     masks = ones(weights)
     for fraction in [*sorted(fractions), 1.0]:
-        grown = budget.grow(resolve("l1_unstructured"), weights, masks, own, fraction)
+        grown = budget.grow(find_method("l1_unstructured"), weights, masks, own, fraction)
         assert not any((grown[name] & ~masks[name]).any() for name in weights)
         masks = grown
     pruned = {name: int((~mask).sum()) for name, mask in masks.items()}
@@ -263,7 +263,7 @@ def test_rounding_on_the_way_takes_nothing_from_layers_that_share_no_budget() ->
     own = {"a": 0.25, "b": 0.25}
     budget, masks = SparsityBudget(50 / 300, overrides=own), ones(weights)
     for percent in range(101):
-        masks = budget.grow(resolve("l1_unstructured"), weights, masks, own, percent / 100)
+        masks = budget.grow(find_method("l1_unstructured"), weights, masks, own, percent / 100)
     assert [int((~mask).sum()) for mask in masks.values()] == [25, 25, 0]
 
 

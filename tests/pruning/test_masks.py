@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from lightning_compress import CompressionError
 from lightning_compress.pruning.budget import SparsityBudget
 from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
-from lightning_compress.pruning.methods import NAMED, resolve
+from lightning_compress.pruning.recipe import find_method
 
 SHAPES = st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)
 
@@ -53,7 +53,7 @@ def test_packing_a_mask_that_is_not_contiguous() -> None:
 
 
 def grow(weights: dict[str, Tensor], masks: dict[str, Tensor], sparsity: float, scope: Any) -> dict[str, Tensor]:
-    return SparsityBudget(sparsity, scope).grow(resolve("l1_unstructured"), weights, masks, {})
+    return SparsityBudget(sparsity, scope).grow(find_method("l1_unstructured"), weights, masks, {})
 
 
 @given(
@@ -134,35 +134,3 @@ def test_files_that_hold_no_masks(content: str, tmp_path: Path) -> None:
 def test_sparsity_of_nothing_is_zero() -> None:
     assert sparsity_of({}) == 0.0
     assert sparsity_of({"a": torch.tensor([True, False]), "b": torch.zeros(2, dtype=torch.bool)}) == 0.75
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ("l1_unstructurd", "`method` must be a pruning rule.*Nearest: l1_unstructured"),
-        ("no.such.module.Rule", "`method` must be a pruning rule or the import path.*No module named"),
-        ("torch.nn.utils.prune.NoSuch", "no attribute 'NoSuch'"),
-        ("torch.nn.Linear", "subclass of torch.nn.utils.prune.BasePruningMethod"),
-        ("torch.nn.utils.prune.global_unstructured", "subclass of"),
-        ("torch.nn.utils.prune.BasePruningMethod", "PRUNING_TYPE|abstract"),
-        ("", "`method` must be a pruning rule"),
-        (0.8, r"`method` must be a pruning rule.*Received: method=0\.8\. Is it the sparsity\? Write sparsity=0\.8,"),
-        ("0.8", r"Write sparsity=0\.8, a fraction"),
-        (80, r"Write sparsity=0\.8, a fraction"),
-        (True, r"Write sparsity=\.\.\., a fraction"),
-        (prune.L1Unstructured, r"Write method='torch\.nn\.utils\.prune\.L1Unstructured'\."),
-        (prune.LnStructured(0.5, 2), r"Write method='torch\.nn\.utils\.prune\.LnStructured'\."),
-    ],
-)
-def test_methods_that_are_none(method: Any, message: str) -> None:
-    # P10: messages name the real argument and list what is near.
-    with pytest.raises(CompressionError, match=message):
-        resolve(method)
-
-
-def test_all_five_rules_of_torch_have_names() -> None:
-    theirs = {
-        cls for cls in vars(prune).values() if isinstance(cls, type) and issubclass(cls, prune.BasePruningMethod)
-    } - {prune.BasePruningMethod, prune.PruningContainer, prune.Identity}
-    assert set(NAMED.values()) == theirs
-    assert len(theirs) == 5

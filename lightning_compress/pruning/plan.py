@@ -1,0 +1,135 @@
+"""`PruningPlan`: which weights of a model a recipe prunes, and how their masks grow; it changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.messages import by_reason, in_short, named
+from lightning_compress.modules.layer_weights import PRUNABLE
+from lightning_compress.modules.paths import compressible_modules
+from lightning_compress.pruning.budget import SparsityBudget
+from lightning_compress.pruning.layout import Layout, UnitView
+from lightning_compress.pruning.methods import LowestScores, Masks, PruningMethod
+from lightning_compress.pruning.recipe import PruningRecipe
+from lightning_compress.targets import Selection, Target
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which weights of a model are pruned, and how.
+
+    Attributes:
+        method: decides which go.
+        budget: how many.
+        selection: the targeted weights, and what is left out, with the reasons.
+        units: how each weight lies, for a method that takes whole units.
+        fractions: by weight, of those that have one of their own.
+    """
+
+    method: PruningMethod
+    budget: SparsityBudget
+    selection: Selection
+    units: UnitView
+    fractions: dict[str, float]
+
+    def __str__(self) -> str:
+        head = f"{len(self.targets)} tensors are pruned, and these are left out:"
+        lines = [f"{named(names)}: {reason}" for reason, names in by_reason(self.selection.skipped).items()]
+        return "\n  ".join(in_short([head, *lines]))
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.selection.targets
+
+    def grow(self, ranked: Mapping[str, Tensor], masks: Masks, fraction: float) -> Masks:
+        """Masks at ``fraction`` of the budget, in which everything that ``masks`` prune stays pruned.
+
+        Args:
+            ranked: by weight, what the method ranks: of the weight's shape.
+            masks: by weight.
+            fraction: in [0, 1].
+        """
+        view = self.units.outputs_first
+        return self.units.undo(self.budget.grow(self.method, view(ranked), view(masks), self._ranked(), fraction))
+
+    def is_met(self, masks: Masks) -> bool:
+        """Whether the masks hold what the budget asks for, to the nearest unit."""
+        return self.budget.is_met(self.method, self.units.outputs_first(masks), self._ranked())
+
+    def _ranked(self) -> dict[str, float]:
+        return {name: fraction for name, fraction in self.fractions.items() if self.units.is_ranked(name)}
+
+
+def make_plan(recipe: PruningRecipe, model: nn.Module) -> PruningPlan:
+    """The plan of a recipe for a model.
+
+    Raises:
+        CompressionError: no weight is targeted, the budget can't be met, or a weight can't be ranked or changed.
+    """
+    method, selection = recipe.method, recipe.targets.select(model)
+    layers = compressible_modules(model)
+    if isinstance(method, LowestScores) and method.pattern is not None:
+        method, selection = _in_groups(method, method.pattern.m, selection, layers)
+    dim: int = getattr(method, "dim", 0)
+    units = UnitView.of(selection.targets if method.structured else (), layers, dim)
+    weights = {target.name: target.parameter for target in selection.targets}
+    for name, weight in weights.items():
+        _check_weight(name, weight, method, dim, units.layouts)
+    fractions = recipe.budget.of_layers(selection.targets)
+    recipe.budget.check(weights, fractions)
+    return PruningPlan(method, recipe.budget, selection, units, fractions)
+
+
+def _in_groups(
+    method: LowestScores, size: int, selection: Selection, modules: Mapping[str, nn.Module]
+) -> tuple[PruningMethod, Selection]:
+    """The method with each weight's input dimension, and the weights whose inputs divide into groups."""
+    dims, targets, skipped = {}, [], dict(selection.skipped)
+    for target in selection.targets:
+        layer = modules[target.layer]
+        dim = 0 if isinstance(layer, _ConvTransposeNd) else 1
+        if target.parameter.dim() < 2:
+            skipped[target.name] = "it has no inputs"
+        elif not isinstance(layer, PRUNABLE):
+            skipped[target.name] = f"which dimension of a {type(layer).__name__}'s weight are its inputs isn't known"
+        elif target.parameter.shape[dim] % size:
+            skipped[target.name] = f"{target.parameter.shape[dim]} inputs are no multiple of {size}"
+        else:
+            dims[target.name] = dim
+            targets.append(target)
+    if not targets:
+        reasons = "; ".join(f"{name}: {skipped[name]}" for name in list(skipped)[:5])
+        raise CompressionError(
+            f"`n_m` must have layers whose inputs divide into groups of {size}. Received: {reasons}."
+        )
+    return replace(method, dims=dims), replace(selection, targets=tuple(targets), skipped=skipped)
+
+
+def _check_weight(name: str, weight: Tensor, method: PruningMethod, dim: int, layouts: Mapping[str, Layout]) -> None:
+    """Raise if a weight can't be ranked or changed, or a structured method's ``dim`` isn't a dimension of it."""
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise CompressionError(
+            f"`targets` must select real floating-point weights. Received: {name} of {weight.dtype}. Exclude it."
+        )
+    if weight.is_inference() or 0 in weight.stride():
+        kind = "made in inference mode" if weight.is_inference() else "expanded, with one value in many places"
+        raise CompressionError(
+            f"`targets` must select weights that can be changed in place. Received: {name}, {kind}. Clone it first."
+        )
+    if method.structured and weight.dim() < 2:
+        raise CompressionError(
+            f"`targets` must select weights of two dimensions and more for a method that takes whole units. "
+            f"Received: {name} of shape {tuple(weight.shape)}. Exclude it; a bias goes with its layer's units."
+        )
+    shape = layouts[name].outputs_first(weight).shape if name in layouts else weight.shape
+    if method.structured and not -len(shape) <= dim < len(shape):
+        raise CompressionError(
+            f"`dim` must be a dimension of every target. Received: dim={dim} for {name} of shape "
+            f"{tuple(shape)}. Exclude the layer, or choose another dim."
+        )
