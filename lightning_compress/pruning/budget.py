@@ -106,14 +106,7 @@ class SparsityBudget:
 
         ``global`` prunes round(fraction * sparsity * N) of all N elements, ``layer`` the same of each tensor;
         structured methods take the nearest number of whole units. Where ``masks`` already prune more, they stay as
-        they are.
-
-        Args:
-            method: decides which go.
-            weights: name to weight tensor.
-            masks: name to bool mask.
-            fractions: by weight, of those that have one of their own.
-            fraction: how much of the budget is due, in [0, 1].
+        they are. ``fractions`` are those of weights that have one of their own.
         """
         if self.sparsity is None or method.fixes_sparsity:
             return method.grow(weights, masks, 0)

@@ -21,13 +21,21 @@ from lightning_compress.probe import look
 from lightning_compress.pruning import rewind as rewinding
 from lightning_compress.pruning.checkpoint_scores import forget_scores
 from lightning_compress.pruning.criteria import CRITERIA
-from lightning_compress.pruning.history import SparsityPoint, add_point_
-from lightning_compress.pruning.masks import check_masks, pack, read_masks, sparsity_of, unpack
+from lightning_compress.pruning.dependents import Observations
+from lightning_compress.pruning.masks import (
+    SparsityPoint,
+    add_point_,
+    check_masks,
+    pack,
+    read_masks,
+    sparsity_of,
+    unpack,
+)
 from lightning_compress.pruning.methods import LowestScores, Masks, pruned
 from lightning_compress.pruning.pruner import Pruner
 from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.pruning.rewind import Rewind
-from lightning_compress.pruning.silence import Silence, warning
+from lightning_compress.pruning.silence import observe, warning
 from lightning_compress.schedules import Polynomial, Schedule
 from lightning_compress.structure.files import restored_state
 from lightning_compress.structure.listener import averaged_copies
@@ -209,9 +217,9 @@ class ScheduledPruning(WindowedCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         first, self._first = self._first, False
         if first and self.pruner.units.outputs:
-            seen = Silence()
+            seen = Observations()
             try:
-                look(trainer, pl_module, batch, batch_idx, partial(self.pruner.observe, seen=seen))
+                look(trainer, pl_module, batch, batch_idx, partial(observe, units=self.pruner.units, seen=seen))
             except CompressionError as error:
                 rank_zero_warn(f"ScheduledPruning: only norms in an nn.Sequential go with pruned units. {error}")
                 return

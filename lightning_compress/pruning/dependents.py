@@ -1,14 +1,15 @@
 """What goes with a weight: magnitudes of a weight norm, and biases and norm channels of units that are pruned whole.
 
 A filter whose weights are zero still puts out its bias, and a norm after it ``beta - gamma * mean / std``. Only where
-these are zero too is a removed unit silent. What is known without a run stands here, all else in `silence`.
+these are zero too is a removed unit silent. What is known without a run stands here, and what follows
+from a run; `silence` runs.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from lightning_compress.modules.layer_weights import PRUNABLE, own_parameters
 from lightning_compress.modules.paths import clean_name, compressible_modules
-from lightning_compress.pruning.layout import Layout, along
+from lightning_compress.pruning.layout import Layout, UnitView, along
 from lightning_compress.targets import Target
 
 _KEEP_ZERO = (
@@ -74,6 +75,50 @@ class Dependent:
         return (stays | ~covered).view(self.parameter.shape)
 
 
+@dataclass
+class Observations:
+    """What was seen of pruned units in runs of a copy of the model.
+
+    Attributes:
+        nonzero: targeted weights whose pruned units aren't silent, each with what shifts them.
+        calls: for each parameter, the units that its entries went with in each call: weight to unit numbers, -1 where
+            an entry has none, -2 where it didn't take part.
+        relied_on: for each weight the parameters that had to be zero.
+    """
+
+    nonzero: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
+    relied_on: dict[str, set[str]] = field(default_factory=dict)
+
+    def dependents(self, model: nn.Module, layouts: Mapping[str, Layout]) -> list[Dependent]:
+        """The parameters of ``model`` that go with units, where every call of theirs had such units."""
+        parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+        found = []
+        for name in sorted(set[str]().union(*self.relied_on.values())):
+            calls = self.calls[name]
+            covered = [torch.stack(list(call.values())).amax(0) != -1 for call in calls if call]
+            alone = torch.stack(covered).all(0)
+            if not all(calls) or not alone.any():
+                continue
+            sources = []
+            for weight in dict.fromkeys(weight for call in calls for weight in call):
+                units = torch.stack([call[weight] for call in calls if weight in call]).amax(0).where(alone, -1)
+                sources.append(Source(weight, layouts[weight], units.to(parameters[name].device)))
+            found.append(Dependent(name, parameters[name], tuple(sources)))
+        return found
+
+    def unmasked_norms(self, dependents: Iterable[Dependent]) -> dict[str, str]:
+        """Weights whose pruned units aren't silent, each with where that comes from."""
+        follows = {(dependent.name, source.name) for dependent in dependents for source in dependent.sources}
+        shared = {
+            weight: f"`{name}`, which others use too"
+            for weight, names in self.relied_on.items()
+            for name in sorted(names)
+            if (name, weight) not in follows
+        }
+        return dict(sorted({**shared, **self.nonzero}.items()))
+
+
 def reduce_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Whether anything is kept, along every dimension in which ``shape`` is 1."""
     for dim, size in enumerate(shape):
@@ -93,16 +138,16 @@ def magnitudes(targets: Iterable[Target]) -> list[Dependent]:
     return found
 
 
-def biases(model: nn.Module, targets: Iterable[Target], layouts: Mapping[str, Layout]) -> list[Dependent]:
+def biases(model: nn.Module, units: UnitView) -> list[Dependent]:
     """What a pruned unit's own layer adds to it."""
-    by_id = {id(target.parameter): target for target in targets}
+    by_id = {id(target.parameter): target for target in units.outputs}
     found = []
     for path, module in compressible_modules(model).items():
         if not isinstance(module, PRUNABLE):
             continue  # which dimension its outputs are isn't known
         weights = [by_id[id(parameter)] for _, parameter in own_parameters(module) if id(parameter) in by_id]
         for name, bias in module.named_parameters(recurse=False):
-            if sources := _sources(module, name, bias, weights, layouts):
+            if sources := _sources(module, name, bias, weights, units.numbered):
                 found.append(Dependent(f"{path}.{name}".lstrip("."), bias, sources))
     return found
 
@@ -142,16 +187,15 @@ def _has_entries(norm: nn.Module, target: Target, layouts: Mapping[str, Layout])
     return scale is not None and scale.numel() == len(layouts[target.name].outputs_first(target.parameter))
 
 
-def in_sequence(
-    model: nn.Module, targets: Iterable[Target], layouts: Mapping[str, Layout]
-) -> tuple[list[Dependent], set[str]]:
+def in_sequence(model: nn.Module, units: UnitView) -> tuple[list[Dependent], set[str]]:
     """What goes with units by their places in a `nn.Sequential`, which needs no run to know.
 
     Returns:
         Scale and shift of norms that follow a layer; and the paths of what may shift units, or let zero not be zero,
         where that can't be known without a run.
     """
-    owners = {target.layer: target for target in targets if target.parameter.dim() > 1}
+    layouts = units.numbered
+    owners = {target.layer: target for target in units.outputs if target.parameter.dim() > 1}
     found: list[Dependent] = []
     known: set[str] = set()
     unknown: set[str] = set()
@@ -164,8 +208,8 @@ def in_sequence(
                 known.add(inner)
                 layout = layouts[made.name]
                 for kind, parameter in child.named_parameters(recurse=False):
-                    units = torch.arange(parameter.numel(), device=parameter.device)
-                    found.append(Dependent(f"{inner}.{kind}", parameter, (Source(made.name, layout, units),)))
+                    source = Source(made.name, layout, _in_order(parameter))
+                    found.append(Dependent(f"{inner}.{kind}", parameter, (source,)))
             elif not isinstance(child, _KEEP_ZERO):
                 if made is not None and not any(True for _ in child.parameters()) and not any(child.children()):
                     unknown.add(inner)

@@ -51,11 +51,6 @@ class Layout:
         return self.outputs_first(mask).flatten(1).any(1)
 
 
-def as_it_is(shape: torch.Size) -> Layout:
-    """The layout of a weight whose first dimension numbers the outputs."""
-    return Layout(shape, tuple(shape), tuple(range(len(shape))))
-
-
 def along(shape: torch.Size, dims: Iterable[int]) -> Layout:
     """The layout whose units are numbered by ``dims`` of a weight."""
     dims = tuple(dims)
@@ -66,13 +61,8 @@ def layout_of(layer: nn.Module, name: str, shape: torch.Size, outputs: bool = Tr
     """The layout of a layer's weight.
 
     Outputs come second in transposed convolutions, group by group, and in embeddings; a recurrent unit has a row for
-    each gate. In a layer of the user's own they come first, in a stack of three dimensions after its first.
-
-    Args:
-        layer: that owns it.
-        name: of the weight in the layer.
-        shape: of the weight.
-        outputs: whether they are what is asked for; of recurrent layers any other dimension is as it is.
+    each gate, unless other dimensions than ``outputs`` are asked for. In a layer of the user's own they come first, in
+    a stack of three dimensions after its first.
     """
     if isinstance(layer, _ConvTransposeNd):
         groups, rest = layer.groups, tuple(shape[2:])
@@ -84,7 +74,7 @@ def layout_of(layer: nn.Module, name: str, shape: torch.Size, outputs: bool = Tr
         return Layout(shape, (shape[0] // layer.hidden_size, layer.hidden_size, shape[1]), (1, 2, 0))
     if not isinstance(layer, PRUNABLE) and len(shape) == 3:
         return along(shape, [0, 1])
-    return as_it_is(shape)
+    return along(shape, [0])
 
 
 @dataclass(frozen=True)

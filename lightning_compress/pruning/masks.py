@@ -1,9 +1,9 @@
-"""Masks as data: counted, checked, read from a file, packed into bits for a checkpoint."""
+"""Masks as data: counted, also over a fit, checked, read from a file, packed into bits for a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,27 @@ def sparsity_of(masks: Mapping[str, Tensor]) -> float:
     """
     total = sum(mask.numel() for mask in masks.values())
     return pruned(masks.values()) / total if total else 0.0
+
+
+HISTORY_POINTS = 100
+"""How many points of time the history of a fit holds at most, about."""
+
+
+class SparsityPoint(NamedTuple):
+    """Sparsity after some optimizer step: overall, and by parameter name."""
+
+    step: int
+    sparsity: float
+    by_layer: dict[str, float]
+
+
+def add_point_(history: list[SparsityPoint], step: int, masks: Masks, at_end: bool) -> None:
+    """Note the sparsity of every layer where it has moved on visibly, or ends."""
+    now = sparsity_of(masks)
+    last = history[-1].sparsity if history else None
+    if last is None or now - last >= 1 / HISTORY_POINTS or (at_end and now > last):
+        by_layer = {name: sparsity_of({name: mask}) for name, mask in masks.items()}
+        history.append(SparsityPoint(step, now, by_layer))
 
 
 def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Masks:

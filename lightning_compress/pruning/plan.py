@@ -48,13 +48,7 @@ class PruningPlan:
         return self.selection.targets
 
     def grow(self, ranked: Mapping[str, Tensor], masks: Masks, fraction: float) -> Masks:
-        """Masks at ``fraction`` of the budget, in which everything that ``masks`` prune stays pruned.
-
-        Args:
-            ranked: by weight, what the method ranks: of the weight's shape.
-            masks: by weight.
-            fraction: in [0, 1].
-        """
+        """Masks at ``fraction`` of the budget, by what ``ranked`` has for each weight; ``masks`` only grow."""
         view = self.units.outputs_first
         return self.units.undo(self.budget.grow(self.method, view(ranked), view(masks), self._ranked(), fraction))
 

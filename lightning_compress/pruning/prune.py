@@ -12,10 +12,11 @@ from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.messages import named
 from lightning_compress.modules.calls import bind_example
 from lightning_compress.modules.copying import copy_module
+from lightning_compress.pruning.dependents import Observations
 from lightning_compress.pruning.methods import Masks
 from lightning_compress.pruning.pruner import Pruner, own_random_state
 from lightning_compress.pruning.recipe import METHOD, make_recipe
-from lightning_compress.pruning.silence import Silence, warning
+from lightning_compress.pruning.silence import observe, warning
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Scope, Targets
 
@@ -108,21 +109,29 @@ def _silence(pruner: Pruner, model: nn.Module, inputs: Any, seed: int) -> None:
                 stacklevel=3,
             )
         return
-    probe, seen = copy_module(model).eval(), Silence()
+    probe, seen = copy_module(model).eval(), Observations()
     args, kwargs = bind_example(example, next(model.parameters()).device)
     with own_random_state(seed):
-        pruner.observe(probe, lambda: probe(*args, **kwargs), seen)
+        observe(probe, lambda: probe(*args, **kwargs), pruner.units, seen)
     pruner.follow(model, seen)
     if pruner.unmasked_norms:
         warnings.warn(f"prune_: {warning(pruner.unmasked_norms)}", stacklevel=3)
 
 
 def sparsity(model: nn.Module, targets: Targets | None = None) -> float:
-    """The fraction of the targeted weights that is zero, each tensor counted once.
+    """Count the fraction of the targeted weights that is zero, each tensor once.
+
+    Of a layer with a weight norm, zeros of the weight itself count: of its direction times its magnitude.
 
     Args:
         model: any module.
         targets: which weights; by default those of all trainable conv, linear, recurrent and attention layers.
+
+    Returns:
+        Zeros over all targeted elements, in [0, 1].
+
+    Raises:
+        CompressionError: nothing is targeted.
 
     Example:
         >>> import torch
@@ -131,16 +140,8 @@ def sparsity(model: nn.Module, targets: Targets | None = None) -> float:
         >>> sparsity(layer)
         0.75
     """
-    by_layer = layer_sparsities(model, targets)
-    return sum(zeros for zeros, _ in by_layer.values()) / sum(total for _, total in by_layer.values())
-
-
-def layer_sparsities(model: nn.Module, targets: Targets | None = None) -> dict[str, tuple[int, int]]:
-    """Name of each targeted weight to its zeros and its elements; with a weight norm, zeros of the weight itself."""
-    counts = {}
+    zeros = total = 0
     for target in (targets or Targets()).select(model).targets:
-        weight: Tensor = target.parameter
-        if target.magnitude is not None:
-            weight = weight * target.magnitude[1]
-        counts[target.name] = int((weight == 0).sum()), weight.numel()
-    return counts
+        weight = target.parameter if target.magnitude is None else target.parameter * target.magnitude[1]
+        zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
+    return zeros / total

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,11 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name
 from lightning_compress.modules.resizing import forget_, lies_along, with_inner
 from lightning_compress.pruning import dependents
-from lightning_compress.pruning.dependents import reduce_mask
+from lightning_compress.pruning.dependents import Dependent, Observations, reduce_mask
 from lightning_compress.pruning.masks import check_masks
 from lightning_compress.pruning.methods import LowestScores, Masks, pruned
 from lightning_compress.pruning.plan import make_plan
 from lightning_compress.pruning.recipe import PruningRecipe
-from lightning_compress.pruning.silence import Silence, observe
 
 
 class Pruner:
@@ -57,25 +55,18 @@ class Pruner:
         self._tensors: dict[str, Tensor] = {}
         self.masks = check_masks(masks, self.weights)
         if self.units.outputs:
-            known, self.unknown = dependents.in_sequence(model, self.units.outputs, self.units.numbered)
-            self._dependents += dependents.biases(model, self.units.outputs, self.units.numbered) + known
-            self.masks = self._masks
+            known, self.unknown = dependents.in_sequence(model, self.units)
+            self._depend(model, known)
 
-    def observe(self, copy: nn.Module, run: Callable[[], Any], seen: Silence) -> None:
-        """Note in ``seen`` what becomes of pruned units while ``run`` runs a copy of the model."""
-        observe(copy, run, self.units.outputs, self.units.numbered, seen)
-
-    def follow(self, model: nn.Module, seen: Silence) -> None:
-        """Silence what was seen to shift pruned units."""
-        found = seen.dependents(model, self.units.numbered)
-        own = dependents.biases(model, self.units.outputs, self.units.numbered)
-        names = {dependent.name for dependent in found}
-        self._dependents = [
-            *dependents.magnitudes(self.plan.targets),
-            *(bias for bias in own if bias.name not in names),
-            *found,
-        ]
+    def follow(self, model: nn.Module, seen: Observations) -> None:
+        """Mask what was seen to shift pruned units too."""
+        self._depend(model, seen.dependents(model, self.units.numbered))
         self.unmasked_norms = seen.unmasked_norms(self._dependents)
+
+    def _depend(self, model: nn.Module, found: list[Dependent]) -> None:
+        names = {dependent.name for dependent in found}
+        own = [bias for bias in dependents.biases(model, self.units) if bias.name not in names]
+        self._dependents = [*dependents.magnitudes(self.plan.targets), *own, *found]
         self.masks = self._masks
 
     def resume(self, scores: Mapping[str, Tensor], aside: Mapping[str, Tensor]) -> None:

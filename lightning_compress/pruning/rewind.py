@@ -58,12 +58,7 @@ class Rewind:
         Window(self.to, unit=self.unit)
 
     def step(self, total: float, per_epoch: float) -> int:
-        """The optimizer step to go back to.
-
-        Args:
-            total: optimizer steps of the whole fit; inf if unknown.
-            per_epoch: optimizer steps of one epoch; inf if unknown.
-        """
+        """The optimizer step to go back to, in a fit of ``total`` optimizer steps; inf if unknown."""
         scale = {"fit": total, "epoch": per_epoch, "step": 1.0}[self.unit]
         if self.to and math.isinf(scale):
             raise CompressionError(
@@ -73,14 +68,7 @@ class Rewind:
 
 
 def check_rounds(step: int, bounds: Bounds, window: Window, schedule: Schedule) -> None:
-    """Raise if the point to go back to lies in the window, or nothing is trained between two prunings.
-
-    Args:
-        step: the optimizer step to go back to.
-        bounds: of the window.
-        window: says at which steps masks grow.
-        schedule: says how much.
-    """
+    """Raise if the step to go back to lies in the window, or nothing is trained between two prunings."""
     if step > bounds.start:
         raise CompressionError(
             f"`rewind` must go back to a point before the window. Received: optimizer step {step}, and a window that "
@@ -103,12 +91,7 @@ RewindPoint = dict[str, Any]
 
 
 def record_point(model: nn.Module, optimizers: Sequence[Optimizer]) -> RewindPoint:
-    """Copies of everything that training has changed so far.
-
-    Args:
-        model: its parameters and persistent buffers are kept, each once.
-        optimizers: the state of each parameter of each.
-    """
+    """Copy everything that training has changed so far: parameters, persistent buffers, the optimizers' state."""
     copies: dict[int, Tensor] = {}
     tensors = {
         name: copies.setdefault(id(tensor), tensor.detach().cpu().clone()) for name, tensor in _tensors(model).items()
@@ -122,13 +105,7 @@ def record_point(model: nn.Module, optimizers: Sequence[Optimizer]) -> RewindPoi
 
 @torch.no_grad()
 def rewind_(point: RewindPoint, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Bring model and optimizers back to a point; parameters stay the same objects.
-
-    Args:
-        point: what `record_point` returned.
-        model: the same model, on any device.
-        optimizers: the same optimizers; their learning rates and other settings stay.
-    """
+    """Bring model and optimizers back to a point; parameters stay the same objects, learning rates as they are."""
     rewind_tensors_(point, model)
     for optimizer, states in zip(with_inner(optimizers), point["optimizers"], strict=True):
         for parameter, state in zip(_parameters(optimizer), states, strict=False):

@@ -1,10 +1,9 @@
-"""`Watch`: runs a module and carries maps of units beside its tensors, to hear where pruned ones aren't silent."""
+"""`Watch`: carries maps of units beside the tensors of a run, to find out where pruned ones aren't silent."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_compress.modules.paths import clean_name, compressible_modules
-from lightning_compress.pruning.dependents import magnitudes
-from lightning_compress.pruning.layout import Layout
+from lightning_compress.pruning.dependents import Observations, magnitudes
+from lightning_compress.pruning.layout import Layout, UnitView
 from lightning_compress.pruning.unit_maps import CONTRACTIONS, Call, Map, broadcasts, units_of_entries
 from lightning_compress.targets import Target
 
@@ -30,32 +29,16 @@ _LARGEST = 1 << 16
 """Entries of a parameter that may have one for each unit."""
 
 
-@dataclass
-class Heard:
-    """What was heard of pruned units.
-
-    Attributes:
-        loud: targeted weights whose pruned units aren't silent, each with what shifts them.
-        calls: for each parameter, the units that its entries went with in each call: weight to unit numbers, -1 where
-            an entry has none, -2 where it didn't take part.
-        relied_on: for each weight the parameters that had to be zero.
-    """
-
-    loud: dict[str, str] = field(default_factory=dict)
-    calls: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
-    relied_on: dict[str, set[str]] = field(default_factory=dict)
-
-
 class Watch(TorchDispatchMode):
     """Carries maps of units beside tensors.
 
-    ``_places`` says where units began to be heard, ``_hidden`` where only the sign of what is heard has hidden it.
+    ``_places`` says where units began to be nonzero, ``_hidden`` where a nonzero value is hidden by its sign alone.
     ``_maps`` has a map for each target; None where a tensor was computed from units and has no entries of single ones.
     ``_static`` has what was computed from parameters and buffers alone: the name of the parameter that it is a part or
     a copy of, and a map of that one's entries. Tensors are held with it, so that no other gets their id.
     """
 
-    def __init__(self, model: nn.Module, targets: Iterable[Target], layouts: Mapping[str, Layout], seen: Heard) -> None:
+    def __init__(self, model: nn.Module, units: UnitView, seen: Observations) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._seen = seen
         self._maps: dict[int, tuple[Tensor, dict[str, Map | None]]] = {}
@@ -66,17 +49,18 @@ class Watch(TorchDispatchMode):
         self._sizes: dict[str, int] = {}
         self._paths = [""]
         layers = compressible_modules(model)
-        # A recurrent unit is silent by its arithmetic, and in one operator with all others: it begins at the outputs.
-        recurrent = nn.RNNBase | nn.RNNCellBase
-        watched = {target.name: target for target in targets if not isinstance(layers.get(target.layer), recurrent)}
-        for target in targets:
-            if isinstance(layer := layers.get(target.layer), recurrent) and "weight_ih" in target.name:
-                self._choose(target.name, layer.hidden_size, target.parameter.device)
         tensors = {clean_name(name): tensor for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+        watched: dict[str, Target] = {}
+        for target in units.outputs:
+            # A recurrent unit is silent by its arithmetic, in one operator with all others: it begins at the outputs.
+            if not isinstance(layer := layers.get(target.layer), nn.RNNBase | nn.RNNCellBase):
+                watched[target.name] = target
+            elif "weight_ih" in target.name and target.name in tensors:
+                self._choose(target.name, layer.hidden_size, target.parameter.device)
         for name, tensor in tensors.items():
             entries, self._sizes[name] = None, tensor.numel()
             if name in watched:
-                self._begin(watched[name], tensor, layouts[name], tensors)
+                self._begin(watched[name], tensor, units.numbered[name], tensors)
             elif isinstance(tensor, nn.Parameter) and 1 < tensor.numel() <= _LARGEST:
                 entries = torch.arange(1, tensor.numel() + 1, device=tensor.device).view(tensor.shape)
             self._static[id(tensor)] = (tensor, name, entries)
@@ -109,9 +93,8 @@ class Watch(TorchDispatchMode):
         suffixes = [f"_l{number}{way}" for number in range(getattr(layer, "num_layers", 0)) for way in ways] or [""]
         names = [f"{path}.weight_ih{suffix}".lstrip(".") for suffix in suffixes]
         size, device = layer.hidden_size, next(layer.parameters()).device
-        rows_of = torch.eye(len(names), dtype=torch.long, device=device)[:, :, None] * torch.arange(
-            1, size + 1, device=device
-        )
+        codes = torch.arange(1, size + 1, device=device)
+        rows_of = torch.eye(len(names), dtype=torch.long, device=device)[:, :, None] * codes
         hidden, *states = output if isinstance(output, tuple) and not isinstance(layer, nn.RNNCellBase) else (output,)
         hidden = hidden.data if isinstance(hidden, PackedSequence) else hidden
         for tensor in pytree.tree_leaves([hidden, states]):
@@ -218,7 +201,7 @@ class Watch(TorchDispatchMode):
     def _carry(self, call: Call, target: str, tensors: list[Tensor], outs: list[Tensor]) -> list[Map | None]:
         """The map of each result."""
         held = [(tensor, self._of(tensor)[target]) for tensor in tensors if target in self._of(tensor)]
-        held.sort(key=lambda pair: (id(pair[0]), target) not in self._places)  # of two factors the one that is heard
+        held.sort(key=lambda pair: (id(pair[0]), target) not in self._places)  # of two factors the nonzero one
         mapped = {id(tensor): units for tensor, units in held if units is not None}
         if not mapped:
             return [None] * len(outs)
@@ -234,7 +217,7 @@ class Watch(TorchDispatchMode):
             if moved is None:
                 moved = call.carried(weights if contracted else mapped, len(self._gone[target]) - 1, contracted, outs)
                 if contracted and not call.static and moved[number] is None and call.fills_all(weights):
-                    self._seen.loud[target] = f"its layer, whose outputs aren't along `dim` ({call.name})"
+                    self._seen.nonzero[target] = f"its layer, whose outputs aren't along `dim` ({call.name})"
             maps.append(moved[number])
         return maps
 
@@ -259,7 +242,7 @@ class Watch(TorchDispatchMode):
                     continue
                 found[target] = of_entries
                 hidden = any((id(held), target) in self._hidden for held in tensors)
-                if out is None or hidden or self._is_loud(out, units, target):
+                if out is None or hidden or self._is_nonzero(out, units, target):
                     silent.add(target)
                     self._seen.relied_on.setdefault(target, set()).add(parameter)
                     gone = self._gone[target][(of_entries + 1).clamp(min=0)][entries - 1]
@@ -270,13 +253,13 @@ class Watch(TorchDispatchMode):
     def _note(
         self, tensor: Tensor, maps: dict[str, Map | None], operands: list[Tensor], name: str, silent: set[str]
     ) -> None:
-        """Keep a result's maps, and where its units began to be heard."""
+        """Keep a result's maps, and where its units began to be nonzero."""
         self._maps.pop(id(tensor), None)
         if maps:
             self._maps[id(tensor)] = (tensor, maps)
         for target, units in maps.items():
             places = [place for operand in operands if (place := self._places.get((id(operand), target)))]
-            loud = units is not None and self._is_loud(tensor, units, target)
+            nonzero = units is not None and self._is_nonzero(tensor, units, target)
             hidden = any((id(operand), target) in self._hidden for operand in operands) or (
                 name in _CLAMPS and bool(places)
             )
@@ -284,7 +267,7 @@ class Watch(TorchDispatchMode):
             key = id(tensor), target
             self._places.pop(key, None)
             self._hidden.discard(key)
-            if loud or (hidden and not silences):
+            if nonzero or (hidden and not silences):
                 here = f"`{self._paths[-1]}`" if self._paths[-1] else "the module's own"
                 self._places[key] = places[0] if places else f"{here} ({name.strip('_')})"
             if hidden and not silences:
@@ -296,10 +279,10 @@ class Watch(TorchDispatchMode):
 
     def _check(self, tensor: Tensor, target: str) -> None:
         units = self._of(tensor).get(target)
-        if units is not None and ((id(tensor), target) in self._places or self._is_loud(tensor, units, target)):
-            self._seen.loud.setdefault(target, self._places.get((id(tensor), target), f"`{self._paths[-1]}`"))
+        if units is not None and ((id(tensor), target) in self._places or self._is_nonzero(tensor, units, target)):
+            self._seen.nonzero.setdefault(target, self._places.get((id(tensor), target), f"`{self._paths[-1]}`"))
 
-    def _is_loud(self, tensor: Tensor, units: Map, target: str) -> bool:
+    def _is_nonzero(self, tensor: Tensor, units: Map, target: str) -> bool:
         if not tensor.is_floating_point():
             return False
         return not bool(((tensor.abs() <= _SILENT) | ~self._gone[target][units]).all())

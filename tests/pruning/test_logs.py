@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_compress import Linear, OneShot, ScheduledPruning, Targets, Window, sparsity
-from lightning_compress.pruning.history import HISTORY_POINTS
+from lightning_compress.pruning.masks import HISTORY_POINTS
 from tests.support.architectures import TiedLanguageModel
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, ManualClassifier, quiet_trainer
