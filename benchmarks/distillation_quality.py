@@ -49,7 +49,7 @@ from lightning_compress import (
     SimilarityPreserving,
     SoftTarget,
 )
-from lightning_compress.distillation import DistillationLoss
+from lightning_compress.distillation.losses.base import DistillationLoss
 
 RUNS = {200: 2, 1000: 1, None: 1}
 """Runs of every fit by the number of labels; the fewer images, the more it matters which. None: all images."""

@@ -2,26 +2,17 @@
 
 from .channels import RemovalPlan, plan_removal, remove_channels_
 from .channels.callback import ChannelPruning
-from .distillation import (
-    DIST,
-    DKD,
-    AttentionTransfer,
-    Distillation,
-    DistillationModule,
-    EMATeacher,
-    FeatureCosine,
-    FeatureLoss,
-    FeatureMSE,
-    HardTarget,
-    LogitLoss,
-    LogitMSE,
-    Ramp,
-    RelationalAngle,
-    RelationalDistance,
-    SimilarityPreserving,
-    Snapshot,
-    SoftTarget,
-)
+from .distillation import Distillation, DistillationModule, EMATeacher, Ramp, Snapshot
+from .distillation.losses.attention_transfer import AttentionTransfer
+from .distillation.losses.base import FeatureLoss, LogitLoss
+from .distillation.losses.dist import DIST
+from .distillation.losses.dkd import DKD
+from .distillation.losses.feature_cosine import FeatureCosine
+from .distillation.losses.feature_mse import FeatureMSE
+from .distillation.losses.hard_target import HardTarget
+from .distillation.losses.logit_mse import LogitMSE
+from .distillation.losses.relations import RelationalAngle, RelationalDistance, SimilarityPreserving
+from .distillation.losses.soft_target import SoftTarget
 from .errors import CompressionError, MissingExtraError, NoEffectWarning
 from .pruning import Rewind, ScheduledPruning, prune_, sparsity
 from .quantization import GPTQ, NF4, DynamicInt8, StaticInt8, WeightOnly, quantize

@@ -17,7 +17,7 @@ from torch import nn
 
 import lightning_compress
 from lightning_compress.cli import main
-from lightning_compress.distillation.losses import DistillationLoss
+from lightning_compress.distillation.losses.base import DistillationLoss
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 

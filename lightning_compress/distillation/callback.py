@@ -22,7 +22,8 @@ from lightning_compress.distillation.callback_base import (
 )
 from lightning_compress.distillation.dry_run import make_taps
 from lightning_compress.distillation.features import drop_taps_, find_layer
-from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, SoftTarget
+from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss
+from lightning_compress.distillation.losses.soft_target import SoftTarget
 from lightning_compress.distillation.masks import mask_of, positions_of
 from lightning_compress.distillation.objective import Objective, sum_terms
 from lightning_compress.distillation.outputs import find_logits
@@ -74,7 +75,7 @@ class Distillation(Teaching):
     loss compares classes, ``val_agreement`` (same first choice as the teacher) and ``val_kl``.
 
     Example:
-        >>> from lightning_compress.distillation import FeatureMSE
+        >>> from lightning_compress import FeatureMSE
         >>> callback = Distillation(nn.Linear(4, 3), [SoftTarget(temperature=4.0)], task_weight=0.25)
         >>> # L.Trainer(callbacks=[callback]).fit(model, data)
 

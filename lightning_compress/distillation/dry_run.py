@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import make_adapter
 from lightning_compress.distillation.features import Taps, is_compiled
-from lightning_compress.distillation.functional.precision import check_shapes
-from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
+from lightning_compress.distillation.losses.arithmetic import check_shapes
+from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss, LogitLoss
 from lightning_compress.distillation.outputs import find_logits, find_tensors
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import named
@@ -244,7 +244,7 @@ def name_losses(losses: Iterable[DistillationLoss]) -> dict[str, DistillationLos
     """The losses by name; a name that comes again is numbered.
 
     Example:
-        >>> from lightning_compress.distillation import SoftTarget
+        >>> from lightning_compress import SoftTarget
         >>> list(name_losses([SoftTarget(), SoftTarget(temperature=8.0)]))
         ['soft_target', 'soft_target_2']
     """

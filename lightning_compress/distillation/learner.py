@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_compress.distillation.dry_run import Plan
 from lightning_compress.distillation.features import drop_taps_
-from lightning_compress.distillation.losses import DistillationLoss, SoftTarget
+from lightning_compress.distillation.losses.base import DistillationLoss
+from lightning_compress.distillation.losses.soft_target import SoftTarget
 from lightning_compress.distillation.objective import Objective, sum_terms
 from lightning_compress.distillation.outputs import find_logits
 from lightning_compress.distillation.ramps import TASK, Ramp

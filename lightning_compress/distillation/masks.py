@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_compress.distillation.losses import DistillationLoss, LogitLoss
+from lightning_compress.distillation.losses.base import DistillationLoss, LogitLoss
 
 
 def positions_of(logits: Tensor, class_dim: int) -> torch.Size:

@@ -26,7 +26,7 @@ from lightning_compress.distillation.callback_base import (
     step_values,
 )
 from lightning_compress.distillation.learner import Learner
-from lightning_compress.distillation.losses import DistillationLoss
+from lightning_compress.distillation.losses.base import DistillationLoss
 from lightning_compress.distillation.masks import mask_of, positions_of
 from lightning_compress.distillation.ramps import Ramp
 from lightning_compress.distillation.teacher import TeacherDtype, call
@@ -240,7 +240,7 @@ class DistillationModule(DistillationSteps, L.LightningModule):
     choice as the teacher) and ``val_kl``, if a loss compares logits.
 
     Example:
-        >>> from lightning_compress.distillation import SoftTarget
+        >>> from lightning_compress import SoftTarget
         >>> module = DistillationModule(
         ...     student=nn.Linear(4, 3),
         ...     teacher=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.distillation.adapters import Adapters, adapt, make_adapter
 from lightning_compress.distillation.dry_run import Plan, Run, make_taps, name_losses, rehearse
 from lightning_compress.distillation.features import Taps
-from lightning_compress.distillation.losses import DistillationLoss, FeatureLoss, LogitLoss
-from lightning_compress.distillation.losses.base import check_weight
+from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss, LogitLoss, check_weight
 from lightning_compress.distillation.masks import fit_masks, mask_of, positions_of
 from lightning_compress.distillation.ramps import TASK, Clock, Ramp, check_ramps
 from lightning_compress.distillation.teacher import Teacher

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lightning_compress.distillation.losses import DistillationLoss
+from lightning_compress.distillation.losses.base import DistillationLoss
 from lightning_compress.errors import invalid, nearest
 from lightning_compress.schedules import Linear, Schedule
 from lightning_compress.window import Bounds, Window

@@ -23,7 +23,7 @@ class Snapshot(nn.Module):
     student that was built and initialised as the first time; a warning says if it isn't the same.
 
     Example:
-        >>> from lightning_compress.distillation import DistillationModule, SoftTarget
+        >>> from lightning_compress import DistillationModule, SoftTarget
         >>> module = DistillationModule(nn.Linear(4, 3), teacher=Snapshot(), losses=[SoftTarget()])
         >>> module.prepare_()
         >>> torch.equal(module.teacher.model.weight, module.student.weight)

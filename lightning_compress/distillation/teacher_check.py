@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from lightning_compress.distillation.functional import soft_target
+from lightning_compress.distillation.losses.soft_target import soft_target
 
 
 @dataclass(frozen=True)

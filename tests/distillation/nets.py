@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress.distillation import DistillationModule, FeatureCosine, FeatureMSE, SoftTarget
+from lightning_compress import FeatureCosine, FeatureMSE, SoftTarget
+from lightning_compress.distillation import DistillationModule
 
 
 class ConvNet(nn.Module):

@@ -19,15 +19,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_compress import QuantizationAwareTraining, ScheduledPruning
-from lightning_compress.distillation import (
-    Distillation,
-    DistillationModule,
-    FeatureMSE,
-    Ramp,
-    Snapshot,
-    SoftTarget,
-)
+from lightning_compress import FeatureMSE, QuantizationAwareTraining, ScheduledPruning, SoftTarget
+from lightning_compress.distillation import Distillation, DistillationModule, Ramp, Snapshot
 from tests.distillation.nets import ConvNet, assert_same_bits, bits, dataset, loader, trainer
 from tests.distillation.own import Own, assert_close, kd, large
 from tests.support.oracles import hooks, same_random_state

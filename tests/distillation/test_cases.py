@@ -20,8 +20,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_compress import FeatureMSE, HardTarget, SoftTarget
 from lightning_compress.callback import refuse_strategy
-from lightning_compress.distillation import DistillationModule, FeatureMSE, HardTarget, SoftTarget, soft_target
+from lightning_compress.distillation import DistillationModule
+from lightning_compress.distillation.losses.soft_target import soft_target
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import (
     ConvNet,

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import Distillation, LogitMSE, SoftTarget
-from lightning_compress.distillation import DistillationModule, FeatureMSE
-from lightning_compress.distillation.losses import DistillationLoss
+from lightning_compress import Distillation, FeatureMSE, LogitMSE, SoftTarget
+from lightning_compress.distillation import DistillationModule
+from lightning_compress.distillation.losses.base import DistillationLoss
 from tests.distillation.nets import trainer
 
 DATA = TensorDataset(

@@ -11,13 +11,14 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_compress.distillation import DistillationModule, FeatureCosine, FeatureMSE, SoftTarget
+from lightning_compress import FeatureCosine, FeatureMSE, SoftTarget
+from lightning_compress.distillation import DistillationModule
 from tests.distillation.nets import bits, loader
 
 # The module can validate; these runs have nothing to validate on.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
 
-ROOM = "lightning_compress.distillation"
+ROOM = "lightning_compress"
 CONFIG = {
     "trainer": {
         "accelerator": "cpu",

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_compress.distillation import Distillation, EMATeacher, FeatureCosine, FeatureMSE, Ramp, SoftTarget
+from lightning_compress import FeatureCosine, FeatureMSE, SoftTarget
+from lightning_compress.distillation import Distillation, EMATeacher, Ramp
 from tests.distillation.nets import bits, dataset, trainer
 from tests.distillation.own import Own
 

@@ -13,16 +13,9 @@ import yaml
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_compress import QuantizationAwareTraining, ScheduledPruning, Window
+from lightning_compress import FeatureMSE, QuantizationAwareTraining, ScheduledPruning, SoftTarget, Window
 from lightning_compress.cli import main
-from lightning_compress.distillation import (
-    Distillation,
-    DistillationModule,
-    EMATeacher,
-    FeatureMSE,
-    Snapshot,
-    SoftTarget,
-)
+from lightning_compress.distillation import Distillation, DistillationModule, EMATeacher, Snapshot
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import ConvNet, assert_same_bits, bits, loader, trainer
 from tests.distillation.own import Own, assert_close, kd

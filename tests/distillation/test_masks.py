@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress.distillation import Distillation, DistillationModule, FeatureMSE, SoftTarget
-from lightning_compress.distillation.losses import DistillationLoss
+from lightning_compress import FeatureMSE, SoftTarget
+from lightning_compress.distillation import Distillation, DistillationModule
+from lightning_compress.distillation.losses.base import DistillationLoss
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import trainer
 

@@ -18,14 +18,17 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_compress import CompressionReport, QuantizationAwareTraining, load_compressed, save_compressed
-from lightning_compress.distillation import (
-    DistillationModule,
+from lightning_compress import (
+    CompressionReport,
     FeatureCosine,
     FeatureMSE,
     HardTarget,
+    QuantizationAwareTraining,
     SoftTarget,
+    load_compressed,
+    save_compressed,
 )
+from lightning_compress.distillation import DistillationModule
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import (
     ConvNet,

@@ -13,16 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from lightning_compress import NoEffectWarning
-from lightning_compress.distillation import (
-    AttentionTransfer,
-    Distillation,
-    DistillationModule,
-    FeatureCosine,
-    FeatureMSE,
-    HardTarget,
-    SoftTarget,
-)
+from lightning_compress import AttentionTransfer, FeatureCosine, FeatureMSE, HardTarget, NoEffectWarning, SoftTarget
+from lightning_compress.distillation import Distillation, DistillationModule
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import take_examples
 from tests.distillation.nets import ConvNet, assert_same_bits, bits, dataset, loader, trainer

@@ -12,14 +12,8 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_compress import Cosine, OneShot, Window
-from lightning_compress.distillation import (
-    Distillation,
-    DistillationModule,
-    FeatureMSE,
-    Ramp,
-    SoftTarget,
-)
+from lightning_compress import Cosine, FeatureMSE, OneShot, SoftTarget, Window
+from lightning_compress.distillation import Distillation, DistillationModule, Ramp
 from lightning_compress.distillation.ramps import Clock
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import ConvNet, assert_same_bits, bits, loader, trainer

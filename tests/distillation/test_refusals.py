@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_compress.distillation import DistillationModule, FeatureMSE, SoftTarget
+from lightning_compress import FeatureMSE, SoftTarget
+from lightning_compress.distillation import DistillationModule
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import (
     ConvNet,

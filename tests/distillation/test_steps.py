@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_compress.distillation import (
-    Distillation,
-    FeatureMSE,
-    SoftTarget,
-)
+from lightning_compress import FeatureMSE, SoftTarget
+from lightning_compress.distillation import Distillation
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import ConvNet, assert_same_bits, bits, dataset, loader, trainer
 from tests.distillation.own import Own, assert_close, by_hand, kd, large, own_step, taught

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.distillation import DistillationModule, FeatureMSE, Taps
+from lightning_compress import FeatureMSE
+from lightning_compress.distillation import DistillationModule, Taps
 from lightning_compress.distillation.features import Spot, parse
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import ConvNet, loader, trainer

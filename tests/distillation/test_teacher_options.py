@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_compress.distillation import Distillation, DistillationModule, EMATeacher, FeatureMSE, SoftTarget
+from lightning_compress import FeatureMSE, SoftTarget
+from lightning_compress.distillation import Distillation, DistillationModule, EMATeacher
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import ConvNet, assert_same_bits, bits, dataset, loader, soft_only, trainer
 from tests.distillation.own import Own, assert_close, by_hand, large

@@ -13,16 +13,9 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_compress import load_compressed
-from lightning_compress.distillation import (
-    Distillation,
-    DistillationLoss,
-    DistillationModule,
-    FeatureCosine,
-    FeatureMSE,
-    Snapshot,
-    SoftTarget,
-)
+from lightning_compress import FeatureCosine, FeatureMSE, SoftTarget, load_compressed
+from lightning_compress.distillation import Distillation, DistillationModule, Snapshot
+from lightning_compress.distillation.losses.base import DistillationLoss
 from tests.distillation.nets import assert_same_bits, bits, loader, trainer
 
 # The module can validate; these runs have nothing to validate on.

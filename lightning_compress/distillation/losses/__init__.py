@@ -1,29 +1,5 @@
-"""What a student is asked to imitate: each loss is a small frozen class around a pure function, with its weight."""
+"""What a student is asked to imitate, one file for each loss: its formula as a function, and a small frozen class.
 
-from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss, LogitLoss
-from lightning_compress.distillation.losses.features import (
-    AttentionTransfer,
-    FeatureCosine,
-    FeatureMSE,
-    RelationalAngle,
-    RelationalDistance,
-    SimilarityPreserving,
-)
-from lightning_compress.distillation.losses.logits import DIST, DKD, HardTarget, LogitMSE, SoftTarget
-
-__all__ = [
-    "DIST",
-    "DKD",
-    "AttentionTransfer",
-    "DistillationLoss",
-    "FeatureCosine",
-    "FeatureLoss",
-    "FeatureMSE",
-    "HardTarget",
-    "LogitLoss",
-    "LogitMSE",
-    "RelationalAngle",
-    "RelationalDistance",
-    "SimilarityPreserving",
-    "SoftTarget",
-]
+All arithmetic is in float32 (float64 stays) with autocast off; logits are compared in log space. Values *and*
+gradients are finite for extreme and for masked (-inf) logits, for zero features and for a batch of one.
+"""

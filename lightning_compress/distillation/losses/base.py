@@ -22,7 +22,7 @@ class DistillationLoss(ABC):  # noqa: B024 - what it is called with, its two kin
         """The loss's name in the log: its class name in lower case.
 
         Example:
-            >>> from lightning_compress.distillation.losses import SoftTarget
+            >>> from lightning_compress import SoftTarget
             >>> SoftTarget().name
             'soft_target'
         """
@@ -93,10 +93,10 @@ class FeatureLoss(DistillationLoss):
         """
 
 
-def check_number(name: str, value: float, above: float = 0.0, remedy: str = "") -> None:
-    """Raise unless ``value`` is a finite number above ``above``."""
-    if not (_is_number(value) and value > above):
-        raise invalid(name, f"be a finite number above {above:g}", value, remedy)
+def check_temperature(value: float) -> None:
+    """Raise unless ``value`` is a finite number above 0."""
+    if not (_is_number(value) and value > 0):
+        raise invalid("temperature", "be a finite number above 0", value, "Usual values: 1 to 10.")
 
 
 def check_weight(name: str, value: float) -> None:

@@ -1,222 +1,141 @@
-"""Losses between logits; the formulas stand in `functional.logits`."""
+"""Both sides of a loss of logits, of any shape with the classes along one dimension.
+
+A *position* is what is left of the shape without the classes: a sample, a token, a pixel. Classes that the student
+masks (-inf) leave the teacher's distribution, which is normalised over the rest (the divergence would be infinite); a
+position where nothing is left to compare doesn't count.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_compress.distillation import functional
-from lightning_compress.distillation.losses.base import LogitLoss, check_dim, check_number, check_weight
+from lightning_compress.distillation.losses.arithmetic import check_shapes, full
 from lightning_compress.errors import invalid
 
-_USUAL = "Usual values: 1 to 10."
+_EPSILON = 1e-8
+"""Added to a variance, so that equal logits have a gradient; a ten-thousandth of their scale."""
 
 
 @dataclass(frozen=True)
-class SoftTarget(LogitLoss):
-    """Soft targets: see :func:`~.functional.soft_target` for the formula.
+class Comparison:
+    """Both logits in full precision, classes last, over the same classes.
 
-    For classes that exclude each other. Labels that don't (multi-label) have no softmax: use :class:`LogitMSE`.
-
-    Args:
-        temperature: T > 0; higher values show the student more of what the teacher finds similar.
-        weight: Factor in the sum of all terms.
-        class_dim: Where the classes stand in the logits: -1 for (B, C) and (B, T, C), 1 for (B, C, H, W).
-        standardize: Compare standardised logits (Sun et al., 2024), whose usual temperature is 2 and weight 9.
-
-    Raises:
-        CompressionError: If a value is out of range.
-
-    Example:
-        >>> loss = SoftTarget(temperature=4.0)
-        >>> import torch
-        >>> f"{loss(torch.zeros(1, 3), torch.zeros(1, 3)):.1f}"
-        '0.0'
+    Attributes:
+        student: (..., C); where a position doesn't count, zeros.
+        teacher: (..., C); where a position doesn't count, zeros.
+        unmasked: (..., C), which classes are masked on neither side.
+        counts: (...), which positions count.
+        whole: Whether everything is known to count.
     """
 
-    temperature: float = 2.0
-    weight: float = 0.75
-    class_dim: int = -1
-    standardize: bool = False
+    student: Tensor
+    teacher: Tensor
+    unmasked: Tensor
+    counts: Tensor
+    whole: bool = False
 
-    def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, remedy=_USUAL)
-        check_weight("weight", self.weight)
-        check_dim("class_dim", self.class_dim)
 
-    def __call__(
-        self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
-    ) -> Tensor:
-        return functional.soft_target(
-            student, teacher, self.temperature, self.class_dim, valid, standardize=self.standardize
+def compare(
+    student: Tensor,
+    teacher: Tensor,
+    class_dim: int,
+    valid: Tensor | None,
+    standardize: bool = False,
+    least_classes: int = 2,
+) -> Comparison:
+    """Bring both logits to one form, or raise where they can't be compared.
+
+    Args:
+        student: Logits, any shape with the classes along ``class_dim``.
+        teacher: Logits of the same shape.
+        class_dim: Where the classes stand.
+        valid: Which positions count; None: all.
+        standardize: Whether to standardize both.
+        least_classes: How many classes there must be.
+    """
+    check_shapes(student, teacher)
+    rank = student.dim()
+    if not -rank <= class_dim < rank or (rank > 1 and class_dim % rank == 0):
+        remedy = "Usual: -1, or 1 for (B, C, H, W)."
+        raise invalid(
+            "class_dim", f"be a dimension of the logits {tuple(student.shape)}, not the batch", class_dim, remedy
         )
-
-
-@dataclass(frozen=True)
-class HardTarget(LogitLoss):
-    """Hard targets, the teacher's own choice as the label: see :func:`~.functional.hard_target` for the formula.
-
-    Args:
-        weight: Factor in the sum of all terms.
-        class_dim: Where the classes stand in the logits: -1 for (B, C) and (B, T, C), 1 for (B, C, H, W).
-
-    Raises:
-        CompressionError: If a value is out of range.
-
-    Example:
-        >>> import torch
-        >>> f"{HardTarget()(torch.tensor([[9.0, 0.0]]), torch.tensor([[1.0, 0.0]])):.4f}"
-        '0.0001'
-    """
-
-    weight: float = 0.5
-    class_dim: int = -1
-
-    def __post_init__(self) -> None:
-        check_weight("weight", self.weight)
-        check_dim("class_dim", self.class_dim)
-
-    def __call__(
-        self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
-    ) -> Tensor:
-        return functional.hard_target(student, teacher, self.class_dim, valid)
-
-
-@dataclass(frozen=True)
-class LogitMSE(LogitLoss):
-    """Mean squared error of logits, or of the outputs of a regression: see :func:`~.functional.logit_mse`.
-
-    Args:
-        weight: Factor in the sum of all terms.
-        class_dim: Where the classes stand in the logits: -1 for (B, C) and (B, T, C), 1 for (B, C, H, W).
-        standardize: Compare standardised logits; twice one minus Pearson's correlation.
-
-    Raises:
-        CompressionError: If a value is out of range.
-
-    Example:
-        >>> import torch
-        >>> f"{LogitMSE()(torch.zeros(1, 3), torch.full((1, 3), 2.0)):.1f}"
-        '4.0'
-    """
-
-    weight: float = 0.5
-    class_dim: int = -1
-    standardize: bool = False
-
-    of_classes: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_weight("weight", self.weight)
-        check_dim("class_dim", self.class_dim)
-
-    def __call__(
-        self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
-    ) -> Tensor:
-        return functional.logit_mse(student, teacher, self.class_dim, valid, standardize=self.standardize)
-
-
-@dataclass(frozen=True)
-class DKD(LogitLoss):
-    """Decoupled knowledge distillation: see :func:`~.functional.dkd` for the formula.
-
-    The batch's targets must be classes. The authors let its weight grow over the first twenty of 240 epochs, which
-    ``Ramp("dkd", window=Window(0.0, 0.08))`` does.
-
-    Args:
-        temperature: T > 0.
-        alpha: Weight of the divergence on the target class, within the loss.
-        beta: Weight of the divergence over the other classes, within the loss.
-        weight: Factor in the sum of all terms.
-        class_dim: Where the classes stand in the logits: -1 for (B, C) and (B, T, C), 1 for (B, C, H, W).
-        standardize: Compare standardised logits.
-
-    Raises:
-        CompressionError: If a value is out of range; when called, if there are no targets.
-
-    Example:
-        >>> import torch
-        >>> f"{DKD()(torch.zeros(2, 3), torch.zeros(2, 3), targets=torch.tensor([0, 2])):.1f}"
-        '0.0'
-    """
-
-    temperature: float = 4.0
-    alpha: float = 1.0
-    beta: float = 8.0
-    weight: float = 1.0
-    class_dim: int = -1
-    standardize: bool = False
-
-    def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, remedy=_USUAL)
-        for name in ("alpha", "beta", "weight"):
-            check_weight(name, getattr(self, name))
-        check_dim("class_dim", self.class_dim)
-
-    def __call__(
-        self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
-    ) -> Tensor:
-        if not isinstance(targets, Tensor):
-            raise invalid("targets", "be a tensor of classes for DKD", type(targets).__name__, "Use SoftTarget.")
-        return functional.dkd(
-            student,
-            teacher,
-            targets,
-            self.temperature,
-            self.alpha,
-            self.beta,
-            self.class_dim,
-            valid,
-            standardize=self.standardize,
+    if student.shape[class_dim] < least_classes:
+        raise invalid(
+            "class_dim",
+            "be a dimension of two classes or more",
+            class_dim,
+            f"The logits have shape {tuple(student.shape)}. Override `logits` to give a single logit z of a binary "
+            "task as [0, z]; for a regression use LogitMSE.",
         )
+    student, teacher = full(student).movedim(class_dim, -1), full(teacher).movedim(class_dim, -1)
+    # Only where reading a value doesn't wait for a device.
+    readable = valid is None and student.device.type == "cpu" and student.numel() > 0
+    if readable and min(student.min().item(), teacher.min().item()) > -math.inf:
+        unmasked = torch.ones((), dtype=torch.bool).expand(student.shape)
+        if standardize:
+            student, teacher = standardize_logits(student), standardize_logits(teacher)
+        return Comparison(student, teacher, unmasked, unmasked[..., 0], whole=True)
+    teacher = teacher.masked_fill(student == -math.inf, -math.inf)
+    unmasked = teacher != -math.inf
+    counts = unmasked.any(-1)
+    if valid is not None:
+        if valid.shape != counts.shape:
+            raise invalid("valid", f"have the positions' shape {tuple(counts.shape)}", tuple(valid.shape))
+        counts = counts & valid.bool()
+    # Positions that don't count are filled before anything is computed: a NaN times a mask of 0 would still be NaN.
+    left_out = ~counts.unsqueeze(-1)
+    student, teacher = student.masked_fill(left_out, 0.0), teacher.masked_fill(left_out, 0.0)
+    unmasked = unmasked | left_out
+    if standardize:
+        # A class that the teacher alone masks still has the student's probability, and isn't standardized with.
+        student, teacher = standardize_logits(student, student != -math.inf), standardize_logits(teacher, unmasked)
+    return Comparison(student, teacher, unmasked, counts)
 
 
-@dataclass(frozen=True)
-class DIST(LogitLoss):
-    """Correlations of the predictions, for teachers much stronger than the student: see :func:`~.functional.dist`.
+def standardize_logits(logits: Tensor, unmasked: Tensor | None = None) -> Tensor:
+    """Logits with mean 0 and standard deviation 1 over the last dimension.
+
+    ``(z - mean(z)) / sqrt(var(z) + 1e-8)``: the student needs to match the teacher's shape, not its scale. The
+    variance is that of the whole, as in the paper (its code divides by C - 1).
 
     Args:
-        temperature: T > 0; the authors use 1 on ImageNet and 4 on CIFAR-100.
-        beta: Weight of the correlation over classes, within the loss.
-        gamma: Weight of the correlation over the batch, within the loss.
-        weight: Factor in the sum of all terms.
-        class_dim: Where the classes stand in the logits: -1 for (B, C) and (B, T, C), 1 for (B, C, H, W).
-        standardize: Compare standardised logits.
+        logits: Any shape with the classes last.
+        unmasked: Optional, which classes count, a boolean tensor of that shape; the others become -inf.
 
-    Raises:
-        CompressionError: If a value is out of range.
+    Returns:
+        Logits of the same shape.
 
     Example:
-        >>> import torch
-        >>> abs(float(DIST()(torch.eye(3), 2 * torch.eye(3)))) < 1e-6
-        True
+        >>> standardize_logits(torch.tensor([[1.0, 3.0]]))
+        tensor([[-1.,  1.]])
+
+    References:
+        Sun et al., "Logit Standardization in Knowledge Distillation" (2024), algorithm 1.
     """
+    unmasked = torch.ones_like(logits, dtype=torch.bool) if unmasked is None else unmasked
+    centred = centre(logits.where(unmasked, 0.0), unmasked, -1)
+    variance = centred.square().sum(-1, keepdim=True) / unmasked.sum(-1, keepdim=True).clamp(min=1)
+    return (centred / (variance + _EPSILON).sqrt()).where(unmasked, -math.inf)
 
-    temperature: float = 1.0
-    beta: float = 1.0
-    gamma: float = 1.0
-    weight: float = 2.0
-    class_dim: int = -1
-    standardize: bool = False
 
-    def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, remedy=_USUAL)
-        for name in ("beta", "gamma", "weight"):
-            check_weight(name, getattr(self, name))
-        check_dim("class_dim", self.class_dim)
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """``Σ_c p_c (log p_c - log q_c)`` over the last dimension; the teacher masks what the student masks."""
+    log_q, log_p = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    # A masked class has p = 0 and adds nothing; left in, it would be 0 · inf in the value or in the gradient.
+    unmasked = log_p != -math.inf
+    log_q, log_p = log_q.where(unmasked, 0.0), log_p.where(unmasked, 0.0)
+    return (log_p.exp() * unmasked * (log_p - log_q)).sum(-1)
 
-    def __call__(
-        self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
-    ) -> Tensor:
-        return functional.dist(
-            student,
-            teacher,
-            self.temperature,
-            self.beta,
-            self.gamma,
-            self.class_dim,
-            valid,
-            standardize=self.standardize,
-        )
+
+def centre(x: Tensor, unmasked: Tensor, dim: int) -> Tensor:
+    """``x``, 0 where it is masked, minus its mean over the rest; 0 where it is masked, and where all is equal."""
+    centred = (x - x.sum(dim, keepdim=True) / unmasked.sum(dim, keepdim=True).clamp(min=1)).where(unmasked, 0.0)
+    # Of equal values the rounding of their mean would be left, and be taken for a direction.
+    rounding = 8 * torch.finfo(x.dtype).eps * x.detach().abs().amax(dim, keepdim=True)
+    return centred.where(centred.detach().abs().amax(dim, keepdim=True) > rounding, 0.0)
