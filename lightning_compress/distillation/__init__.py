@@ -2,10 +2,10 @@
 
 from lightning_compress.distillation.adapters import adapt, make_adapter
 from lightning_compress.distillation.callback import Distillation
-from lightning_compress.distillation.features import Taps, find_layer
 from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.distillation.ramps import Ramp
 from lightning_compress.distillation.student_teachers import EMATeacher, Snapshot
+from lightning_compress.distillation.taps import Taps, find_layer
 from lightning_compress.distillation.weights import load_weights_
 
 __all__ = [

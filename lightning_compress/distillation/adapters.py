@@ -15,7 +15,7 @@ _CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {3: nn.Conv1
 
 
 def make_adapter(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Module | None:
-    """The layer that brings features of ``student_shape`` to the channels of ``teacher_shape``.
+    """Make the layer that brings features of ``student_shape`` to the channels of ``teacher_shape``.
 
     ========================  =====================================================================
     Shape                     Adapter
@@ -88,9 +88,9 @@ def adapt(features: Tensor, teacher_shape: Sequence[int], adapter: nn.Module | N
 
 
 class Adapters(nn.ModuleDict):
-    """The adapters of a module by loss name; a state dict that holds some which aren't there yet makes them.
+    """The adapters of a module by loss name; loading a state dict makes those that are missing.
 
-    So a checkpoint loads into a module that never saw the teacher: the shape of ``weight`` says which layer it was.
+    So a checkpoint loads into a module that never saw the teacher: the shape of ``weight`` says what layer to make.
 
     Example:
         >>> source, target = Adapters({"feature_mse": nn.Linear(4, 8)}), Adapters()
@@ -99,7 +99,7 @@ class Adapters(nn.ModuleDict):
     """
 
     training_only = True
-    """No part of the compressed model: neither pruned nor quantized."""
+    """Adapters are no part of the compressed model: they are neither pruned nor quantized."""
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for key, weight in state_dict.items():

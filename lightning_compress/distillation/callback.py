@@ -20,19 +20,16 @@ from lightning_compress.distillation.callback_base import (
     share_values,
     step_values,
 )
-from lightning_compress.distillation.dry_run import make_taps
-from lightning_compress.distillation.features import drop_taps_, find_layer
+from lightning_compress.distillation.calling import find_logits, mask_of, positions_of
 from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss
 from lightning_compress.distillation.losses.soft_target import SoftTarget
-from lightning_compress.distillation.masks import mask_of, positions_of
 from lightning_compress.distillation.objective import Objective, sum_terms
-from lightning_compress.distillation.outputs import find_logits
 from lightning_compress.distillation.ramps import TASK, Ramp
-from lightning_compress.distillation.student_call import StudentCall
 from lightning_compress.distillation.student_teachers import EMATeacher
+from lightning_compress.distillation.taps import drop_taps_, find_layer, make_taps
 from lightning_compress.distillation.teacher import TeacherDtype, shared_with
 from lightning_compress.distillation.teacher_check import closeness
-from lightning_compress.distillation.wrapped_step import unwrap_step_, wrap_step_
+from lightning_compress.distillation.wrapped_step import StudentCall, unwrap_step_, wrap_step_
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.probe import make_probe
@@ -123,7 +120,7 @@ class Distillation(Teaching):
     # What a subclass may override.
 
     def logits(self, outputs: Any) -> Tensor:
-        """The logits within the outputs of student or teacher: see :func:`~.outputs.find_logits`."""
+        """The logits within the outputs of student or teacher: see :func:`~.calling.find_logits`."""
         return find_logits(outputs)
 
     def targets(self, batch: Any) -> Any:
@@ -292,7 +289,7 @@ class Distillation(Teaching):
             terms |= self.objective.terms(ours, theirs, valid, targets)
         weights = self.objective.weights()
         loss = sum_terms(terms, weights)
-        self.objective.look(ours, theirs, targets, valid, self.objective.compares_classes)
+        self.objective.check_once(ours, theirs, targets, valid, self.objective.compares_classes)
         values = step_values(terms, weights)
         if self.log_gradient_share and logs_now(module.trainer):
             values |= share_values(terms, weights, student)
@@ -331,7 +328,7 @@ class Distillation(Teaching):
             call.detach()
         live = self._scope(pl_module)
         before = set(self.objective.taps)
-        self.objective.follow_(plan, live)
+        self.objective.apply_(plan, live)
         if set(self.objective.taps) - before and self._restored is None and convert.form_of(pl_module) == "prepared":
             raise invalid(
                 "callbacks",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_compress.callback import CompressionCallback, check_version
-from lightning_compress.distillation.dry_run import Plan
+from lightning_compress.distillation.dry_run import DistillationPlan
 from lightning_compress.distillation.objective import Objective, gradient_shares
 from lightning_compress.distillation.student_teachers import EMATeacher
 from lightning_compress.errors import CompressionError, NoEffectWarning
@@ -61,7 +61,7 @@ class Teaching(CompressionCallback):
                 teacher.given.take_widths_(student)
                 teacher.given.restore_(restored["average"])
         teacher.place(student)
-        teacher.seal()
+        teacher.take_fingerprint()
         known, now = {} if restored is None else restored["teacher"], teacher.reference()
         comparable = known.get("dtype") == now["dtype"] and not isinstance(teacher.given, EMATeacher)
         if comparable and known["fingerprint"] != now["fingerprint"]:
@@ -111,7 +111,7 @@ class Teaching(CompressionCallback):
 
     def finish(self, objective: Objective, close: Callable[[], None]) -> None:
         """At the end: close, then raise if the teacher has moved."""
-        moved = objective.teacher.moved()
+        moved = objective.teacher.changed()
         close()
         if moved:
             raise CompressionError(
@@ -149,7 +149,7 @@ def join_optimizer_(adapters: nn.Module, trainer: pl.Trainer) -> None:
         group["params"].extend(each for each in adapters.parameters() if id(each) not in held)
 
 
-def announce(plan: Plan, name: str, teacher: nn.Module | None) -> None:
+def announce(plan: DistillationPlan, name: str, teacher: nn.Module | None) -> None:
     """Tell what was planned, and warn of what has no effect."""
     head = f"{name}: the student learns from {type(teacher).__name__}."
     rank_zero_info("\n".join(in_short([head, *f"  {plan}".splitlines()])))

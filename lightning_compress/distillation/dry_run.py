@@ -1,9 +1,9 @@
-"""The dry run: what is paired with what, which adapters that takes, and what will get no gradient."""
+"""The dry run: what each loss compares, which adapters that takes, and which parameters will get no gradient."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import make_adapter
-from lightning_compress.distillation.features import Taps, is_compiled
+from lightning_compress.distillation.calling import find_logits, find_tensors
 from lightning_compress.distillation.losses.arithmetic import check_shapes
-from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss, LogitLoss
-from lightning_compress.distillation.outputs import find_logits, find_tensors
+from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss, LogitLoss, name_losses
+from lightning_compress.distillation.taps import Taps, is_compiled, make_taps
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import named
 from lightning_compress.modules.paths import clean_name
 
-Run = Callable[[], tuple[Any, Tensor | None, Tensor | None]]
-"""Runs student and teacher; gives what the task's loss is made of, and the logits of both if they are compared."""
+RunBoth = Callable[[], tuple[Any, Tensor | None, Tensor | None]]
+"""Runs student and teacher; returns what the task loss is made of, and the logits of both if they are compared."""
 
 Shapes = Mapping[str, torch.Size]
 
@@ -34,7 +34,7 @@ class Pair:
         loss: Its name in the log.
         student: Path and shape of the student's side; the path of logits is empty.
         teacher: The same of the teacher's side.
-        adapter: What brings the one to the other; None where nothing is needed.
+        adapter: What brings the student's features to the teacher's shape; None where nothing is needed.
     """
 
     loss: str
@@ -53,19 +53,19 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DistillationPlan:
     """What a student will learn from, before anything has changed.
 
     Attributes:
-        losses: By name; those that asked for pairs stand for each pair.
-        asked: For each name the one under which it was asked for, which differs for pairs.
-        pairs: What each compares.
+        losses: By name; a loss with ``pairs`` stands here once for each pair.
+        requested_as: For each name the name of the loss that was requested, which differs for pairs.
+        pairs: What each loss compares.
         without_gradient: Trainable parameters of the student that no loss reaches.
         idle: Losses that reach no parameter of the student.
     """
 
     losses: Mapping[str, DistillationLoss]
-    asked: Mapping[str, str]
+    requested_as: Mapping[str, str]
     pairs: tuple[Pair, ...]
     without_gradient: tuple[str, ...]
     idle: tuple[str, ...]
@@ -86,7 +86,7 @@ class Plan:
         return "\n  ".join(lines)
 
     def warnings(self) -> list[str]:
-        """What has no effect."""
+        """What to warn of: losses that have no effect."""
         return [
             f"{name} can't teach the student: no gradient leads from there to it. Layers are frozen, called under "
             "no_grad, or recomputed by checkpointing, which hides them with use_reentrant=True."
@@ -94,18 +94,18 @@ class Plan:
         ]
 
 
-def rehearse(
+def dry_run(
     losses: Mapping[str, DistillationLoss],
     models: tuple[nn.Module, nn.Module],
-    run: Run,
+    run: RunBoth,
     task: bool,
-) -> Plan:
-    """Run student and teacher once, and tell what will happen; the random state is the caller's to keep.
+) -> DistillationPlan:
+    """Run student and teacher once, and plan the fit from that; the caller keeps the random state.
 
     Args:
         losses: By name.
         models: Student and teacher; the student is a copy, whose state may change.
-        run: See :data:`Run`.
+        run: See :data:`RunBoth`.
         task: Whether a task loss learns from the student's outputs too.
 
     Raises:
@@ -113,34 +113,25 @@ def rehearse(
     """
     # Eager, or the compiled code would be that of this run.
     eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, models)) else nullcontext()
-    asked = {name: name for name in losses}
+    requested_as = {name: name for name in losses}
     with eager:
         if any(isinstance(loss, FeatureLoss) and loss.pairs for loss in losses.values()):
             whole = not (task or any(isinstance(loss, LogitLoss) for loss in losses.values()))
-            with torch.no_grad(), _resolutions(models[0], whole) as ours, _resolutions(models[1], whole) as theirs:
+            with torch.no_grad(), _resolutions(models[0], whole) as student, _resolutions(models[1], whole) as teacher:
                 run()
-            losses, asked = _expanded(losses, _matching(ours, theirs))
+            losses, requested_as = _expanded(losses, _matching(student, teacher))
         taps = make_taps(losses)
         with _attached(taps, models), taps[0].listen(), taps[1].listen(), torch.enable_grad():
             outputs, *logits = run()
             pairs = [_pair(name, loss, taps, logits) for name, loss in losses.items()]
-            roots = [taps[0][path] for path in taps[0]] + [each for each in logits[:1] if each is not None]
+            roots = [taps[0][path] for path in taps[0]] + [tensor for tensor in logits[:1] if tensor is not None]
             missed = _missed(models[0], roots + (find_tensors(outputs) if task else []))
             compared = {
                 name: taps[0][str(loss.student_layer)] if isinstance(loss, FeatureLoss) else logits[0]
                 for name, loss in losses.items()
             }
-            idle = [name for name, each in compared.items() if each is not None and not each.requires_grad]
-    return Plan(losses, asked, tuple(pairs), missed, tuple(idle))
-
-
-def make_taps(losses: Mapping[str, DistillationLoss]) -> tuple[Taps, Taps]:
-    """Taps of student and teacher for the layers that feature losses name."""
-    named = [loss for loss in losses.values() if isinstance(loss, FeatureLoss) and not loss.pairs]
-    return (
-        Taps([str(loss.student_layer) for loss in named], "student_layer"),
-        Taps([str(loss.teacher_layer) for loss in named], "teacher_layer"),
-    )
+            idle = [name for name, tensor in compared.items() if tensor is not None and not tensor.requires_grad]
+    return DistillationPlan(losses, requested_as, tuple(pairs), missed, tuple(idle))
 
 
 def _pair(name: str, loss: DistillationLoss, taps: tuple[Taps, Taps], logits: list[Any]) -> Pair:
@@ -148,30 +139,31 @@ def _pair(name: str, loss: DistillationLoss, taps: tuple[Taps, Taps], logits: li
         check_shapes(*logits)
         return Pair(name, ("", tuple(logits[0].shape)), ("", tuple(logits[1].shape)))
     paths = (str(loss.student_layer), str(loss.teacher_layer))
-    shapes = [tuple(each[path].shape) for each, path in zip(taps, paths, strict=True)]
+    features = [side[path].detach() for side, path in zip(taps, paths, strict=True)]
+    shapes = [tuple(tensor.shape) for tensor in features]
     adapter = make_adapter(*shapes) if loss.adapts else None
     if not loss.adapts:  # its own demands on the shapes, before training
-        loss(*(each[path].detach() for each, path in zip(taps, paths, strict=True)))
+        loss(*features)
     return Pair(name, (paths[0], shapes[0]), (paths[1], shapes[1]), adapter)
 
 
 @contextmanager
 def _attached(taps: tuple[Taps, Taps], models: tuple[nn.Module, nn.Module]) -> Iterator[None]:
-    """Taps on both models inside the block."""
+    """Attach the taps to both models inside the block."""
     try:
-        for each, model in zip(taps, models, strict=True):
-            each.attach(model)
+        for side, model in zip(taps, models, strict=True):
+            side.attach(model)
         yield
     finally:
-        for each, model in zip(taps, models, strict=True):
-            each.detach(model)
+        for side, model in zip(taps, models, strict=True):
+            side.detach(model)
 
 
 @contextmanager
 def _resolutions(model: nn.Module, whole: bool) -> Iterator[dict[str, torch.Size]]:
-    """The shape that each inner layer put out, in the order in which they finished, at the end of the block.
+    """Give at the end of the block the shape that each inner layer put out, in the order in which they finished.
 
-    Without those that put out the model's own logits, unless the ``whole`` is asked for.
+    Layers that put out the model's own logits are left out, unless the ``whole`` model is to be included.
     """
     tensors: dict[str, Tensor] = {}
     last: list[Any] = []
@@ -194,7 +186,7 @@ def _resolutions(model: nn.Module, whole: bool) -> Iterator[dict[str, torch.Size
     finally:
         for handle in handles:
             handle.remove()
-        shapes |= {path: each.shape for path, each in tensors.items() if whole or not _is_logits(each, last)}
+        shapes |= {path: out.shape for path, out in tensors.items() if whole or not _is_logits(out, last)}
 
 
 def _is_logits(tensor: Tensor, outputs: list[Any]) -> bool:
@@ -205,12 +197,12 @@ def _is_logits(tensor: Tensor, outputs: list[Any]) -> bool:
     return tensor.shape == logits.shape and tensor.data_ptr() == logits.data_ptr()
 
 
-def _matching(ours: Shapes, theirs: Shapes) -> list[tuple[str, str]]:
-    """The deepest layers of each resolution that both have: the sizes of maps, or the lengths of sequences."""
+def _matching(student: Shapes, teacher: Shapes) -> list[tuple[str, str]]:
+    """Pair the deepest layers of each resolution that both have: the sizes of maps, or the lengths of sequences."""
     for length in (1, 2):  # where the length of features of rank 3 stands: (B, L, D), or else (B, C, L)
         deepest = [
             {(len(shape), *_size(shape, length)): path for path, shape in shapes.items() if len(shape) > 2}
-            for shapes in (ours, theirs)
+            for shapes in (student, teacher)
         ]
         found = [(path, deepest[1][size]) for size, path in deepest[0].items() if size in deepest[1]]
         if found:
@@ -228,37 +220,20 @@ def _size(shape: torch.Size, length: int) -> tuple[int, ...]:
 def _expanded(
     losses: Mapping[str, DistillationLoss], pairs: list[tuple[str, str]]
 ) -> tuple[dict[str, DistillationLoss], dict[str, str]]:
-    """The losses, those with ``pairs`` once for each pair; and for each name the one it was asked for with."""
+    """Repeat the losses with ``pairs`` for each pair; and tell for each name that of the loss that was requested."""
     expanded: list[DistillationLoss] = []
-    asked: list[str] = []
+    requested: list[str] = []
     for name, loss in losses.items():
-        for ours, theirs in pairs if isinstance(loss, FeatureLoss) and loss.pairs else [("", "")]:
-            layers = {"student_layer": ours, "teacher_layer": theirs, "pairs": None} if ours else {}
+        for student, teacher in pairs if isinstance(loss, FeatureLoss) and loss.pairs else [("", "")]:
+            layers = {"student_layer": student, "teacher_layer": teacher, "pairs": None} if student else {}
             expanded.append(dataclasses.replace(loss, **layers) if layers else loss)  # type: ignore[type-var]
-            asked.append(name)
+            requested.append(name)
     named = name_losses(expanded)
-    return named, dict(zip(named, asked, strict=True))
-
-
-def name_losses(losses: Iterable[DistillationLoss]) -> dict[str, DistillationLoss]:
-    """The losses by name; a name that comes again is numbered.
-
-    Example:
-        >>> from lightning_compress import SoftTarget
-        >>> list(name_losses([SoftTarget(), SoftTarget(temperature=8.0)]))
-        ['soft_target', 'soft_target_2']
-    """
-    named: dict[str, DistillationLoss] = {}
-    for loss in losses:
-        name, count = loss.name, 2
-        while name in named:
-            name, count = f"{loss.name}_{count}", count + 1
-        named[name] = loss
-    return named
+    return named, dict(zip(named, requested, strict=True))
 
 
 def _missed(student: nn.Module, roots: list[Tensor]) -> tuple[str, ...]:
-    """The student's trainable parameters that no graph of ``roots`` leads to; none where that can't be seen."""
+    """Find the student's trainable parameters that no graph of ``roots`` leads to; none where that can't be seen."""
     seen: set[Any] = set()
     ahead = [root.grad_fn for root in roots]
     while ahead:

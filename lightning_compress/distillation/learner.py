@@ -1,4 +1,4 @@
-"""`Learner`: student, adapters and a frozen teacher as one `nn.Module` that computes the loss; it needs no Trainer."""
+"""`Learner`: an `nn.Module` of student and adapters that computes the loss against a teacher, without a Trainer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.distillation.dry_run import Plan
-from lightning_compress.distillation.features import drop_taps_
+from lightning_compress.distillation.calling import call, find_logits
+from lightning_compress.distillation.dry_run import DistillationPlan
 from lightning_compress.distillation.losses.base import DistillationLoss
 from lightning_compress.distillation.losses.soft_target import SoftTarget
 from lightning_compress.distillation.objective import Objective, sum_terms
-from lightning_compress.distillation.outputs import find_logits
 from lightning_compress.distillation.ramps import TASK, Ramp
-from lightning_compress.distillation.teacher import TeacherDtype, call, check_is_module, shared_with
+from lightning_compress.distillation.taps import drop_taps_
+from lightning_compress.distillation.teacher import TeacherDtype, check_is_module, shared_with
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.calls import to_device_of
 from lightning_compress.modules.copying import copy_module, copy_tensors
@@ -25,7 +25,7 @@ from lightning_compress.structure.change import to_float_
 
 
 class Learner(nn.Module):
-    """What :class:`DistillationModule` is without Lightning; its arguments are explained there."""
+    """What :class:`DistillationModule` is without Lightning; that class explains the arguments."""
 
     def __init__(
         self,
@@ -72,27 +72,27 @@ class Learner(nn.Module):
         raise invalid("batch", "be a pair (inputs, targets)", received, "Override `split_batch`.")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The student's outputs."""
+        """Return the student's outputs."""
         return self.student(*args, **kwargs)
 
     def student_inputs(self, inputs: Any) -> Any:
-        """What the student gets of the ``inputs``, where the two models get different ones."""
+        """Return what the student gets of the ``inputs``, where the two models get different ones."""
         return inputs
 
     def teacher_inputs(self, inputs: Any) -> Any:
-        """What the teacher gets of the ``inputs``, before its ``teacher_adapter``."""
+        """Return what the teacher gets of the ``inputs``, before its ``teacher_adapter``."""
         return inputs
 
     def logits(self, outputs: Any) -> Tensor:
-        """The logits within the outputs of student or teacher: see :func:`~.outputs.find_logits`."""
+        """Find the logits within the outputs of student or teacher: see :func:`~.calling.find_logits`."""
         return find_logits(outputs)
 
     def valid_positions(self, batch: Any) -> Tensor | None:
-        """Which positions of the logits the losses count, as a boolean tensor; None: all."""
+        """Return which positions of the logits the losses count, as a boolean tensor; None: all."""
         return None
 
     def compute_task_loss(self, outputs: Any, targets: Any) -> Tensor:
-        """The student's own loss: ``task_loss(logits, targets)``."""
+        """Compute the student's own loss: ``task_loss(logits, targets)``."""
         loss: Tensor = self.task_loss(self.logits(outputs), targets)
         return loss
 
@@ -127,11 +127,11 @@ class Learner(nn.Module):
 
     @property
     def task_weight(self) -> float:
-        """Factor of the task loss, where its ramp ends."""
+        """Factor of the task loss, at the end of its ramp."""
         return self.objective.task_weight
 
     def teacher_outputs(self, inputs: Any) -> Any:
-        """The teacher's outputs for ``inputs``, without a graph."""
+        """Return the teacher's outputs for ``inputs``, without a graph."""
         return self.objective.teacher(self.teacher_inputs(inputs), like=self.student)
 
     @property
@@ -145,17 +145,17 @@ class Learner(nn.Module):
     # The work ---------------------------------------------------------------------------------------------------
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer trains: student, adapters and task loss, as far as they ask for gradients."""
+        """Return the parameters that the optimizer trains: those of student, adapters and task loss with gradients."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def prepare_(self, inputs: Any = None) -> Plan | None:
+    def prepare_(self, inputs: Any = None) -> DistillationPlan | None:
         """Check teacher, layers and shapes, and make the adapters. ``fit`` calls it; a hand-written loop does so first.
 
         Args:
             inputs: An example of the models' inputs; needed where a loss compares features.
 
         Returns:
-            What was planned, to be printed; None without an example.
+            The plan, which can be printed; None without an example.
 
         Raises:
             CompressionError: If something doesn't fit; the module is as it was.
@@ -179,35 +179,39 @@ class Learner(nn.Module):
                 plan = objective.plan(twin.student, lambda: twin._try(to_device_of(inputs, self.student)))
             objective.teacher.load_once()
         if plan is not None:
-            objective.follow_(plan, self.student)
+            objective.apply_(plan, self.student)
         self._prepared, self._checked = True, plan is not None
         return plan
 
     def distill(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
-        """One step on ``batch``: the total loss, each raw term by name, and the student's outputs."""
+        """Run one step on ``batch``.
+
+        Returns:
+            The total loss, each raw term by name, and the student's outputs.
+        """
         terms, outputs = self.compute_terms(batch)
         return sum_terms(terms, self.objective.weights()), terms, outputs
 
     def compute_terms(self, batch: Any) -> tuple[dict[str, Tensor], Any]:
-        """The raw terms by name, the task's first, and the student's outputs."""
+        """Compute the raw terms by name, the task's first, and the student's outputs."""
         inputs, targets = self.split_batch(batch)
         self.objective.attach(self.student)
         # The first step may still find that something doesn't fit; BatchNorm must not have moved then.
         first = nullcontext() if self._checked else restored_on_error(self.student)
         with self.objective.listening(), first:
-            outputs, ours, theirs = self._ask(inputs)
+            outputs, student, teacher = self._ask(inputs)
             valid = self.valid_positions(batch)
-            terms = self.objective.terms(ours, theirs, valid, targets)
+            terms = self.objective.terms(student, teacher, valid, targets)
             if self.objective.task_weight > 0 or self.objective.clock.weight(TASK, 0.0) > 0:
                 terms = {TASK: self._task(outputs, targets), **terms}
-            self.objective.look(ours, theirs, targets, valid, self.compares_classes)
+            self.objective.check_once(student, teacher, targets, valid, self.compares_classes)
         self._checked = True
         return terms, outputs
 
     def export_student(self) -> nn.Module:
-        """The plain student: a copy without hooks of ours, adapters or teacher, in the form that it has now.
+        """Copy the plain student, without hooks of ours, adapters or teacher, in the form that it has now.
 
-        An int8 student runs and, with :func:`save_compressed`, can be saved as it is.
+        A student in int8 stays in int8; :func:`save_compressed` saves it as it is.
 
         Example:
             >>> Learner(nn.Linear(4, 3), nn.Linear(4, 3)).export_student()
@@ -219,16 +223,15 @@ class Learner(nn.Module):
         return student
 
     def close(self) -> None:
-        """Take the taps off and send the teacher home; safe to call at any time."""
+        """Take the taps off and give the teacher its own tensors back; safe to call at any time."""
         self.objective.detach(self.student)
         self._prepared = self._checked = False
 
     def _ask(self, inputs: Any) -> tuple[Any, Tensor | None, Tensor | None]:
-        """The student's outputs, and the logits of both if a loss looks at them."""
-        # A copy, as a student may change its inputs in place.
-        theirs = copy_tensors(inputs)
+        """Return the student's outputs, and the logits of both if a loss looks at them."""
+        teacher_inputs = copy_tensors(inputs)  # a student may change its inputs in place
         outputs = call(self, self.student_inputs(inputs))
-        answers = self.teacher_outputs(theirs) if self.objective.losses else None
+        answers = self.teacher_outputs(teacher_inputs) if self.objective.losses else None
         if not self.objective.compares_logits:
             return outputs, None, None
         return outputs, self.logits(outputs), self.logits(answers)
@@ -239,7 +242,7 @@ class Learner(nn.Module):
         return self.compute_task_loss(outputs, targets)
 
     def _try(self, inputs: Any) -> tuple[Any, Tensor | None, Tensor | None]:
-        """What :meth:`_ask` gives; in evaluation, if a batch so small fails in training (BatchNorm of one value)."""
+        """Do as :meth:`_ask`; in evaluation mode, if a batch so small fails in training (BatchNorm of one value)."""
         try:
             return self._ask(inputs)
         except ValueError as error:

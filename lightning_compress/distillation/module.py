@@ -25,11 +25,11 @@ from lightning_compress.distillation.callback_base import (
     share_values,
     step_values,
 )
+from lightning_compress.distillation.calling import call, mask_of, positions_of
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses.base import DistillationLoss
-from lightning_compress.distillation.masks import mask_of, positions_of
 from lightning_compress.distillation.ramps import Ramp
-from lightning_compress.distillation.teacher import TeacherDtype, call
+from lightning_compress.distillation.teacher import TeacherDtype
 from lightning_compress.distillation.teacher_check import accuracy, closeness
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import take_examples
@@ -145,7 +145,7 @@ class DistillationSteps(Learner, _Base):
             values[f"{stage}_acc"], size = found
         if self.trainer.state.fn == TrainerFn.FITTING and self.objective.compares_logits and class_dim is not None:
             theirs = self.logits(self.teacher_outputs(inputs))
-            self.objective.look(logits, theirs, targets, valid, classes=True)
+            self.objective.check_once(logits, theirs, targets, valid, classes=True)
             close, size = closeness(logits, theirs, class_dim, valid)
             values |= {f"{stage}_{name}": value for name, value in close.items()}
         return max(size, 1)

@@ -1,4 +1,4 @@
-"""What a distillation step computes: losses, taps, adapters and the teacher, of a student that stands elsewhere."""
+"""What a distillation step computes: the terms of the loss, from taps, adapters and the teacher."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import Adapters, adapt, make_adapter
-from lightning_compress.distillation.dry_run import Plan, Run, make_taps, name_losses, rehearse
-from lightning_compress.distillation.features import Taps
-from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss, LogitLoss, check_weight
-from lightning_compress.distillation.masks import fit_masks, mask_of, positions_of
+from lightning_compress.distillation.calling import fit_masks, mask_of, positions_of
+from lightning_compress.distillation.dry_run import DistillationPlan, RunBoth, dry_run
+from lightning_compress.distillation.losses.base import (
+    DistillationLoss,
+    FeatureLoss,
+    LogitLoss,
+    check_weight,
+    name_losses,
+)
 from lightning_compress.distillation.ramps import TASK, Clock, Ramp, check_ramps
+from lightning_compress.distillation.taps import Taps, make_taps
 from lightning_compress.distillation.teacher import Teacher
 from lightning_compress.distillation.teacher_check import TeacherCheck, check_teacher, find_class_dim, is_classes
 from lightning_compress.errors import invalid
@@ -23,22 +29,22 @@ from lightning_compress.modules.isolation import isolated_random_state
 
 
 class Objective:
-    """The losses of one student against one teacher.
+    """The losses of a student against a teacher; the student is held by whoever holds the objective.
 
     Args:
-        losses: What is compared.
+        losses: What student and teacher are compared on.
         task_weight: Factor of the student's own loss.
         ramps: Numbers of the losses that change.
         teacher: Arguments of :class:`Teacher` beside its module and taps.
 
     Attributes:
-        losses: By name in the log; those with ``pairs`` stand for each pair once that is known.
+        losses: By name in the log; a loss with ``pairs`` stands here once for each pair, as soon as these are known.
         adapters: By loss name.
-        clock: Where the ramps stand.
-        teacher: The box that answers.
-        taps: Of the student.
-        check: What the first batch said of the teacher; None before it.
-        notes: Which terms don't take the mask of valid positions as it is, and what they take.
+        clock: How far the ramps are.
+        teacher: The teacher in its box.
+        taps: Taps of the student.
+        check: What the first batch says of the teacher; None before it.
+        notes: For each term that can't take the mask of valid positions as it is, what it takes.
     """
 
     def __init__(
@@ -56,21 +62,21 @@ class Objective:
             raise invalid("losses", "name something to learn", losses, "`task_weight` is 0 too.")
         self.clock = Clock(ramps)
         self.adapters = Adapters()
-        self._asked = self.losses
+        self._requested = self.losses
         self._teacher_options = teacher
         self.check: TeacherCheck | None = None
         self.notes: dict[str, str] = {}
         self.set_teacher(None)
 
     def set_teacher(self, module: nn.Module | None) -> None:
-        """Put another teacher in the place of this one."""
+        """Replace the teacher."""
         self.teacher = Teacher(module, Taps([]), **self._teacher_options)
         self.reset()
 
     def reset(self) -> None:
-        """Go back to what was asked for: no pairs, no progress. No tap may be on."""
-        self.losses = self._asked
-        self._asked_as = {name: name for name in self.losses}
+        """Go back to the losses that were requested, without pairs or progress. No tap may be attached."""
+        self.losses = self._requested
+        self._requested_as = {name: name for name in self.losses}
         self.taps, self.teacher.taps = make_taps(self.losses)
         self.clock.reset()
 
@@ -87,10 +93,10 @@ class Objective:
     @property
     def needs_example(self) -> bool:
         """Whether shapes have to be known before an optimizer is made."""
-        return any(isinstance(loss, FeatureLoss) for loss in self._asked.values())
+        return any(isinstance(loss, FeatureLoss) for loss in self._requested.values())
 
     def class_dim(self, logits: Tensor, targets: Any) -> int | None:
-        """Where the logits' classes stand; None if neither a loss nor the targets say that there are any.
+        """Find where the logits' classes stand; None if neither a loss nor the targets say that there are any.
 
         Raises:
             CompressionError: If the targets say something else than a loss.
@@ -109,17 +115,17 @@ class Objective:
                 return loss.class_dim
         return found
 
-    def look(
+    def check_once(
         self, student: Tensor | None, teacher: Tensor | None, targets: Any, valid: Tensor | None, classes: bool
     ) -> None:
-        """Compare the logits of both, the first time that there are any.
+        """Check the teacher on the first logits that there are.
 
         Args:
             student: Logits.
             teacher: Logits of the same shape.
             targets: The batch's targets.
             valid: Which positions count; None: all.
-            classes: Whether the logits are known to be of classes; integers beside them alone don't say so.
+            classes: Whether the logits are known to be of classes; integer targets alone don't say so.
         """
         if self.check is None and student is not None and teacher is not None and classes:
             class_dim = self.class_dim(student, targets)
@@ -127,29 +133,29 @@ class Objective:
                 counts = mask_of(valid, positions_of(student, class_dim))
                 self.check = check_teacher(student.detach(), teacher, targets, class_dim, counts)
 
-    def plan(self, student: nn.Module, run: Run) -> Plan:
-        """The dry run: see :func:`~.rehearsal.rehearse`. Nothing is changed yet.
+    def plan(self, student: nn.Module, run: RunBoth) -> DistillationPlan:
+        """Plan the fit by :func:`~.dry_run.dry_run`. Nothing is changed yet.
 
-        Adapters are in the device and dtype of ``student``; their initial weights depend on ``torch.initial_seed()``
-        alone and take nothing from the global generator.
+        Adapters have the device and dtype of ``student``. Their initial weights depend on ``torch.initial_seed()``
+        alone, and draw nothing from the global generator.
         """
         models = (student, self.teacher.require())
         with isolated_random_state():
             torch.manual_seed(torch.initial_seed())
-            plan = rehearse(self._asked, models, run, self.task_weight > 0)
+            plan = dry_run(self._requested, models, run, self.task_weight > 0)
         parameter = next((p for p in student.parameters() if p.is_floating_point()), None)
         if parameter is not None:
             for adapter in plan.adapters.values():
                 adapter.to(parameter.device, parameter.dtype)
         return plan
 
-    def follow_(self, plan: Plan, student: nn.Module) -> None:
-        """Do as planned; adapters that are there, trained and of the right shape stay."""
+    def apply_(self, plan: DistillationPlan, student: nn.Module) -> None:
+        """Do what the plan says; adapters of the right shape stay, with what they have learnt."""
         if plan.losses != self.losses:
             attached = self.taps.attached
             self.taps.detach(student)
             self.teacher.taps.detach(self.teacher.require())
-            self.losses, self._asked_as = plan.losses, dict(plan.asked)
+            self.losses, self._requested_as = plan.losses, dict(plan.requested_as)
             self.taps, self.teacher.taps = make_taps(plan.losses)
             if attached:
                 self.attach(student)
@@ -160,7 +166,7 @@ class Objective:
                 self.adapters[name] = adapter
 
     def attach(self, student: nn.Module) -> None:
-        """Put the taps on student and teacher, where they aren't."""
+        """Attach the taps to student and teacher, unless they are attached."""
         if not self.losses:
             return
         teacher = self.teacher.require()
@@ -171,28 +177,28 @@ class Objective:
             self.teacher.taps.attach(teacher)
 
     def detach(self, student: nn.Module) -> None:
-        """Take the taps off and send the teacher home; safe to call at any time."""
+        """Take the taps off and give the teacher its own tensors back; safe to call at any time."""
         self.check, self.notes = None, {}
         self.taps.detach(student)
         if self.teacher.module is not None:
             self.teacher.taps.detach(self.teacher.module)
-            self.teacher.return_home()
+            self.teacher.restore_tensors()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Keep tapped tensors inside the block."""
+        """Hold tapped tensors inside the block."""
         with self.taps.listen(), self.teacher.taps.listen():
             yield
 
     def terms(
         self, student: Tensor | None, teacher: Tensor | None, valid: Tensor | None = None, targets: Any = None
     ) -> dict[str, Tensor]:
-        """The raw value of each loss by name, from the logits of both and what the taps kept.
+        """Compute the raw value of each loss by name, from the logits of both and from the tapped tensors.
 
         Args:
             student: Logits; None where no loss looks at them.
             teacher: Logits of the same shape.
-            valid: Which positions count; None: all. Each term takes it as it fits that.
+            valid: Which positions count; None: all. It is fitted to each term.
             targets: The batch's targets.
 
         Raises:
@@ -214,30 +220,30 @@ class Objective:
         return values
 
     def weights(self) -> dict[str, float]:
-        """The weight that each term has now, that of several pairs divided among them."""
-        pairs = Counter(self._asked_as.values())
-        weights = {name: loss.weight / pairs[self._asked_as[name]] for name, loss in self._losses_now().items()}
+        """Return the weight that each term has now; the weight of a loss with several pairs is divided among them."""
+        pairs = Counter(self._requested_as.values())
+        weights = {name: loss.weight / pairs[self._requested_as[name]] for name, loss in self._losses_now().items()}
         return {TASK: self.clock.weight(TASK, self.task_weight), **weights}
 
     def _losses_now(self) -> dict[str, DistillationLoss]:
-        return {name: self.clock.loss(self._asked_as[name], loss) for name, loss in self.losses.items()}
+        return {name: self.clock.loss(self._requested_as[name], loss) for name, loss in self.losses.items()}
 
     def _features(self, name: str, loss: FeatureLoss) -> tuple[Tensor, Tensor]:
         if loss.pairs:
             raise invalid("pairs", "be found before a step", loss.pairs, "Call `prepare_` with an example input.")
-        ours, theirs = self.taps[str(loss.student_layer)], self.teacher.taps[str(loss.teacher_layer)]
+        student, teacher = self.taps[str(loss.student_layer)], self.teacher.taps[str(loss.teacher_layer)]
         if loss.adapts:
             adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401 - a ModuleDict has no get
-            ours = adapt(ours, theirs.shape, adapter)
-            if ours.shape != theirs.shape:
-                make_adapter(ours.shape, theirs.shape)  # its error names the shapes, if there is no adapter at all
+            student = adapt(student, teacher.shape, adapter)
+            if student.shape != teacher.shape:
+                make_adapter(student.shape, teacher.shape)  # its error names the shapes, if there is no adapter at all
                 remedy = "Call `prepare_` with an example input of this shape before the optimizer is made."
-                raise invalid("student_layer", f"have an adapter for {name}", tuple(ours.shape), remedy)
-        return ours, theirs
+                raise invalid("student_layer", f"have an adapter for {name}", tuple(student.shape), remedy)
+        return student, teacher
 
 
 def sum_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The weighted sum, in the order of the terms.
+    """Sum the weighted terms, in their order.
 
     Example:
         >>> float(sum_terms({"task": torch.tensor(2.0), "kd": torch.tensor(1.0)}, {"task": 0.25, "kd": 0.5}))
@@ -250,9 +256,9 @@ def sum_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tens
 def gradient_shares(
     terms: Mapping[str, Tensor], weights: Mapping[str, float], parameters: Sequence[nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Each term's share of the gradient: the norm of its own gradient over the sum of all terms' norms.
+    """Compute each term's share of the gradient: the norm of its own gradient over the sum of all terms' norms.
 
-    It takes a backward pass for each term.
+    That takes a backward pass for each term.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(2))

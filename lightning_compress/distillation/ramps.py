@@ -18,7 +18,7 @@ TASK = "task"
 
 @dataclass(frozen=True)
 class Ramp:
-    """Moves one number of a loss over a window: from ``initial`` to what the loss itself says.
+    """Moves one number of a loss over a window, from ``initial`` to the value that the loss itself has.
 
     Before the window ``initial`` holds, after it the loss's own value. To stop distilling at 80 % of the fit:
     ``SoftTarget(weight=0.0)`` with ``Ramp("soft_target", initial=0.75, schedule=OneShot(), window=Window(0.8))``.
@@ -27,8 +27,8 @@ class Ramp:
         loss: Name of the loss as in the log, an `fnmatch` pattern; ``task`` is the task loss, which has a ``weight``.
         number: Which of its numbers: ``weight``, ``temperature``, ...
         initial: The value before the window.
-        schedule: How it goes from there; None: `Linear`.
-        window: When.
+        schedule: The curve from there to the loss's own value; None: `Linear`.
+        window: When the number moves.
 
     Raises:
         CompressionError: In the module or callback, if no loss has that name or number, or the value is out of range.
@@ -46,17 +46,17 @@ class Ramp:
     window: Window = field(default_factory=Window)
 
     def value(self, final: float, progress: float | None) -> float:
-        """The number at ``progress`` in the window; None is before it."""
+        """Return the number at ``progress`` in the window; a progress of None is before the window."""
         if progress is None:
             return self.initial
         return (self.schedule or Linear()).value(progress, final, self.initial)
 
 
 class Clock:
-    """Where in their windows the ramps stand: optimizer steps, and bounds that are fixed when training starts.
+    """How far the ramps are in their windows: counts optimizer steps; bounds are fixed when training starts.
 
     Args:
-        ramps: What it keeps the time for.
+        ramps: The ramps whose progress it tells.
 
     Example:
         >>> clock = Clock([Ramp("task", window=Window(0.0, 0.5))])
@@ -81,17 +81,17 @@ class Clock:
             self.bounds = [ramp.window.bounds(total, per_epoch) for ramp in self.ramps]
 
     def loss(self, name: str, loss: DistillationLoss) -> DistillationLoss:
-        """The loss with the numbers that it has now; those that it says while no fit has started.
+        """Return the loss with the numbers that it has now; before a fit these are its own.
 
         Args:
-            name: The name that it was asked for with.
-            loss: As it was asked for.
+            name: The name under which the loss was requested.
+            loss: The loss as it was requested.
         """
         now = {ramp.number: ramp.value(getattr(loss, ramp.number), progress) for ramp, progress in self._now(name)}
         return dataclasses.replace(loss, **now) if now else loss  # type: ignore[type-var]
 
     def weight(self, name: str, final: float) -> float:
-        """A weight that belongs to no loss."""
+        """Return the weight that a term without a loss has now."""
         for ramp, progress in self._now(name):
             final = ramp.value(final, progress)
         return final
@@ -101,16 +101,16 @@ class Clock:
         return [(ramp, at.progress(self.step)) for ramp, at in pairs if fnmatchcase(name, ramp.loss)]
 
     def state_dict(self) -> dict[str, Any]:
-        bounds = None if self.bounds is None else [[each.start, each.end] for each in self.bounds]
+        bounds = None if self.bounds is None else [[bounds.start, bounds.end] for bounds in self.bounds]
         return {"step": self.step, "bounds": bounds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
-        self.bounds = None if state["bounds"] is None else [Bounds(*each) for each in state["bounds"]]
+        self.bounds = None if state["bounds"] is None else [Bounds(*pair) for pair in state["bounds"]]
 
 
 def check_ramps(ramps: Sequence[Ramp], losses: Mapping[str, DistillationLoss]) -> None:
-    """Raise if a ramp moves nothing, or to where a loss can't be."""
+    """Raise if a ramp moves no number, or moves one out of its range."""
     for index, ramp in enumerate(ramps):
         if not isinstance(ramp, Ramp):
             raise invalid("ramps", "be a list of Ramp", ramp, 'Such as [Ramp("soft_target", initial=0.0)].')
@@ -121,13 +121,13 @@ def check_ramps(ramps: Sequence[Ramp], losses: Mapping[str, DistillationLoss]) -
             raise invalid("loss", "name a loss for a ramp", ramp.loss, nearest(ramp.loss, [*losses, TASK]))
         for loss in hit.values():
             fields: tuple[Any, ...] = dataclasses.fields(loss) if dataclasses.is_dataclass(loss) else ()
-            known = [each.name for each in fields if each.type in ("float", float)]
+            known = [field.name for field in fields if field.type in ("float", float)]
             if ramp.number not in known:
                 raise invalid("number", f"name a number of {ramp.loss}", ramp.number, nearest(ramp.number, known))
             dataclasses.replace(loss, **{ramp.number: ramp.initial})  # type: ignore[type-var]
-        earlier = [each for each in ramps[:index] if each.number == ramp.number]
-        both = next((name for name in moved if any(fnmatchcase(name, each.loss) for each in earlier)), None)
+        earlier = [other for other in ramps[:index] if other.number == ramp.number]
+        both = next((name for name in moved if any(fnmatchcase(name, other.loss) for other in earlier)), None)
         if both is not None:
-            raise invalid("ramps", f"move the {ramp.number} of {both} once", [each.loss for each in (*earlier, ramp)])
+            raise invalid("ramps", f"move the {ramp.number} of {both} once", [other.loss for other in (*earlier, ramp)])
         if task and ramp.number != "weight":
             raise invalid("number", "be 'weight' for the task", ramp.number)

@@ -1,4 +1,4 @@
-"""Teachers that are made in the run, from the student itself; modules like any other."""
+"""Teachers that are made of the student in a fit: a snapshot, and a moving average of its weights."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.cutting import record as channel_record
 from lightning_compress.channels.cutting.cut import cut_
-from lightning_compress.distillation.features import drop_taps_
+from lightning_compress.distillation.taps import drop_taps_
 from lightning_compress.errors import invalid
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.resizing import Cut
 
 
 class Snapshot(nn.Module):
-    """A frozen copy of the student as it is when a fit begins: before it is pruned, shrunk or quantized in it.
+    """A frozen copy of the student as it is when a fit begins: before the fit prunes, narrows or quantizes it.
 
     Layers are named as in the student. A fit that resumes takes its copy before the checkpoint is loaded, from a
-    student that was built and initialised as the first time; a warning says if it isn't the same.
+    student that was built and initialised as for the first fit; a warning says if the copy isn't the same.
 
     Example:
         >>> from lightning_compress import DistillationModule, SoftTarget
@@ -50,8 +50,8 @@ class EMATeacher(Snapshot):
     """A mean teacher: the exponential moving average of the student's weights, after each optimizer step.
 
     ``θ' ← decay · θ' + (1 - decay) · θ`` for parameters; buffers (BatchNorm's statistics) are the student's own. It
-    begins as a copy of the student. As nothing else could bring it back, a whole checkpoint holds it, apart from the
-    model's weights.
+    begins as a copy of the student. A whole checkpoint holds it beside the model's weights, as nothing else could bring
+    it back.
 
     Args:
         decay: In [0, 1); 0.999 remembers about the last thousand steps.
@@ -86,7 +86,7 @@ class EMATeacher(Snapshot):
 
     @torch.no_grad()
     def follow_(self, student: nn.Module) -> None:
-        """Move towards the student's weights; its form may be prepared for int8 meanwhile."""
+        """Move towards the student's weights; the student may be prepared for int8 meanwhile."""
         if self.model is None:
             return
         parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
@@ -110,17 +110,17 @@ class EMATeacher(Snapshot):
             self._exact = {name: cut.of(name, exact) for name, exact in self._exact.items()}
 
     def take_widths_(self, student: nn.Module) -> None:
-        """Be as wide as the student, which may have lost channels since it was built."""
+        """Become as narrow as the student, which may have lost channels since it was built."""
         removed = channel_record.record_of(student)
         if self.model is not None and not channel_record.fits(self.model, removed):
             channel_record.take_widths_(self.model, removed)
 
     def average(self) -> dict[str, Any]:
-        """The average in full precision, for a checkpoint."""
+        """Return the average in full precision, for a checkpoint."""
         return {} if self.model is None else {**self.model.state_dict(), **self._exact}
 
     def restore_(self, average: dict[str, Any]) -> None:
-        """Go on from what :meth:`average` gave."""
+        """Go on from an average that :meth:`average` returned."""
         if self.model is not None:
             self.model.load_state_dict(average)
             parameters = dict(self.model.named_parameters())

@@ -1,37 +1,28 @@
-"""The teacher: frozen, in evaluation mode, without gradients, and outside the module tree."""
+"""The teacher, held outside the module tree: frozen, in evaluation mode, without gradients."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from lightning_compress.distillation.features import Taps, find_layer
+from lightning_compress.distillation.calling import call, cast
 from lightning_compress.distillation.student_teachers import EMATeacher, Snapshot
+from lightning_compress.distillation.taps import Taps, find_layer
 from lightning_compress.distillation.weights import load_weights_
 from lightning_compress.errors import CompressionError, invalid
 
 TeacherDtype = Literal["float32", "bfloat16", "float16"]
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Positional and keyword arguments together."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class Teacher:
     """A plain box around the teacher, so that no module tree, checkpoint, optimizer or averaged copy sees it.
 
     A deep copy of what holds the box holds the same box; a pickle holds the teacher. The teacher is moved when it is
-    placed or asked, and :meth:`return_home` gives it the very tensors back that it came with.
+    placed or called, and :meth:`restore_tensors` gives it back the very tensors that it came with.
 
     Args:
         given: Any module, frozen when it is placed; a LightningModule serves as a plain module. None: to be set later.
@@ -39,7 +30,7 @@ class Teacher:
         checkpoint: File with its weights.
         adapter: Called with what the student gets; gives what the teacher gets.
         dtype: Its floating dtype; None: the student's.
-        compile: Ask it through `torch.compile`.
+        compile: Call it through `torch.compile`.
 
     Example:
         >>> teacher = Teacher(nn.Linear(2, 2), Taps([]))
@@ -72,20 +63,20 @@ class Teacher:
         self._answering: Callable[..., Any] | None = None
         self._children: list[nn.Module] = []
         self._placed: tuple[torch.device, torch.dtype] | None = None
-        self._home_parameters: list[tuple[nn.Parameter, Tensor]] = []
-        self._home_buffers: list[tuple[nn.Module, str, Tensor]] = []
-        self._sealed: dict[str, str] | None = None
+        self._own_parameters: list[tuple[nn.Parameter, Tensor]] = []
+        self._own_buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self._fingerprint: dict[str, str] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
 
     @property
     def module(self) -> nn.Module | None:
-        """What answers: the module itself, or the copy that a `Snapshot` holds."""
+        """The module that is called: the given one, or the copy that a `Snapshot` holds."""
         return self.given.model if isinstance(self.given, Snapshot) else self.given
 
     def __call__(self, inputs: Any, like: nn.Module) -> Any:
-        """Ask the teacher: the one place where that happens.
+        """Call the teacher; nothing else calls it.
 
         Args:
             inputs: A tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
@@ -110,7 +101,7 @@ class Teacher:
             return call(self._answering, inputs)
 
     def require(self) -> nn.Module:
-        """The teacher's module.
+        """Return the teacher's module.
 
         Raises:
             CompressionError: If there is none, or it can't be called.
@@ -122,13 +113,13 @@ class Teacher:
         return self.module
 
     def freeze_(self) -> None:
-        """Put it into evaluation mode, without gradients, as it is whenever it is asked."""
+        """Put it into evaluation mode, without gradients, as it is whenever it is called."""
         for module in (self.given, self.adapter):
             if module is not None:
                 module.requires_grad_(False).eval()
 
     def take_(self, student: nn.Module) -> None:
-        """Let a teacher that is made in the run take its copy of the student."""
+        """Let a `Snapshot` take its copy of the student."""
         if isinstance(self.given, Snapshot):
             self.given.take_(student)
             self.enter("")
@@ -138,7 +129,7 @@ class Teacher:
         self._entry, self._answering = path, None
 
     def follow_(self, student: nn.Module) -> None:
-        """Let a teacher that follows the student move, after an optimizer step."""
+        """Let an `EMATeacher` follow the student's weights, after an optimizer step."""
         if isinstance(self.given, EMATeacher):
             self.given.follow_(student)
 
@@ -150,7 +141,7 @@ class Teacher:
 
     def place(self, like: nn.Module) -> None:
         """Move the teacher to the device and floating dtype of ``like``; its own dtype, if it has one, wins."""
-        device, dtype = _whereabouts(like)
+        device, dtype = _device_and_dtype(like)
         target = (device, self._dtype or dtype)
         if self._placed == target:
             return
@@ -158,10 +149,10 @@ class Teacher:
         modules = [module for module in (self.require(), self.adapter) if module is not None]
         if self._placed is None and not isinstance(self.given, Snapshot):
             children = [child for module in modules for child in module.modules()]
-            self._home_parameters = [
+            self._own_parameters = [
                 (p, p.data) for child in children for p in child._parameters.values() if p is not None
             ]
-            self._home_buffers = [
+            self._own_buffers = [
                 (child, name, buffer)
                 for child in children
                 for name, buffer in child._buffers.items()
@@ -174,40 +165,40 @@ class Teacher:
         self._placed = target
         self._children = [child for module in modules for child in module.modules()]
 
-    def return_home(self) -> None:
-        """Give the teacher its own tensors back: device, dtype and every bit."""
-        for parameter, data in self._home_parameters:
+    def restore_tensors(self) -> None:
+        """Give the teacher its own tensors back, with their device, dtype and every bit."""
+        for parameter, data in self._own_parameters:
             parameter.data = data
-        for module, name, buffer in self._home_buffers:
+        for module, name, buffer in self._own_buffers:
             module._buffers[name] = buffer
         if self._placed is not None and isinstance(self.given, Snapshot):
             self.given.to("cpu")
         if self.compile and self._answering is not None:
             torch.compiler.reset()  # compiled code has the taps of its first call built in
-        self._home_parameters, self._home_buffers, self._children = [], [], []
-        self._placed, self._sealed = None, None
+        self._own_parameters, self._own_buffers, self._children = [], [], []
+        self._placed, self._fingerprint = None, None
         self._answering = None
 
-    def seal(self) -> None:
-        """Remember what the teacher is now, for :meth:`moved`."""
-        self._sealed = fingerprint(self.require())
+    def take_fingerprint(self) -> None:
+        """Remember a hash of each of the teacher's tensors, for :meth:`changed`."""
+        self._fingerprint = fingerprint(self.require())
 
-    def moved(self) -> list[str]:
-        """The names of parameters and buffers that changed since :meth:`seal`; none, if it follows the student."""
-        if self._sealed is None or self.module is None or isinstance(self.given, EMATeacher):
+    def changed(self) -> list[str]:
+        """Name the parameters and buffers that changed since :meth:`take_fingerprint`; none of an `EMATeacher`."""
+        if self._fingerprint is None or self.module is None or isinstance(self.given, EMATeacher):
             return []
         now = fingerprint(self.module)
-        return [name for name in sorted({*now, *self._sealed}) if now.get(name) != self._sealed.get(name)]
+        return [name for name in sorted({*now, *self._fingerprint}) if now.get(name) != self._fingerprint.get(name)]
 
     def reference(self) -> dict[str, Any]:
-        """What a checkpoint says of the teacher: its class, its file, and one hash of what was sealed."""
+        """What a checkpoint says of the teacher: its class, its file, its dtype, and one hash of the fingerprint."""
         kind = type(self.given)
-        sealed = sorted((self._sealed or {}).items())
+        hashes = sorted((self._fingerprint or {}).items())
         return {
             "class": f"{kind.__module__}.{kind.__qualname__}",
             "checkpoint": self.checkpoint,
             "dtype": str(self._placed[1]) if self._placed else None,
-            "fingerprint": hashlib.blake2b(repr(sealed).encode(), digest_size=16).hexdigest() if sealed else None,
+            "fingerprint": hashlib.blake2b(repr(hashes).encode(), digest_size=16).hexdigest() if hashes else None,
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -215,15 +206,15 @@ class Teacher:
             **self.__dict__,
             "_children": [],
             "_placed": None,
-            "_home_parameters": [],
-            "_home_buffers": [],
-            "_sealed": None,
+            "_own_parameters": [],
+            "_own_buffers": [],
+            "_fingerprint": None,
             "_answering": None,
         }
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether a module says what it computes; a LightningModule needs to for none of its steps.
+    """Whether a module has a ``forward``, which a LightningModule may do without.
 
     Example:
         >>> has_forward(nn.Linear(1, 1)), has_forward(nn.ModuleList())
@@ -240,42 +231,23 @@ def has_forward(module: nn.Module) -> bool:
 
 
 def without_forward(module: nn.Module) -> CompressionError:
-    """The error for a teacher that can't be called, which names the children that can."""
-    able = [
+    """Make the error for a teacher that can't be called, which names the children that can."""
+    callable_children = [
         f"`{name}` ({type(child).__name__})"
         for name, child in module.named_children()
         if has_forward(child) and any(True for _ in child.parameters())
     ]
     whole = "give it a `forward` that does all of it"
-    remedy = f"Pass the one of its children that computes the outputs: {', '.join(able)}; or {whole}." if able else ""
+    remedy = (
+        f"Pass the one of its children that computes the outputs: {', '.join(callable_children)}; or {whole}."
+        if callable_children
+        else ""
+    )
     return invalid("teacher", "have a `forward`", type(module).__name__, remedy or f"{whole[0].upper()}{whole[1:]}.")
 
 
-def call(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call ``model``: a tuple or list gives positional, a dict keyword arguments, anything else is the only argument.
-
-    Example:
-        >>> call(nn.Bilinear(2, 3, 4), (torch.ones(1, 2), torch.ones(1, 3))).shape
-        torch.Size([1, 4])
-    """
-    if isinstance(inputs, Arguments):
-        return model(*inputs.args, **inputs.kwargs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
-
-
-def cast(inputs: Any, dtype: torch.dtype) -> Any:
-    """Nested ``inputs`` with floating tensors in ``dtype``."""
-    if isinstance(inputs, Arguments):
-        return Arguments(cast(inputs.args, dtype), cast(inputs.kwargs, dtype))
-    return pytree.tree_map(
-        lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, inputs
-    )
-
-
 def fingerprint(module: nn.Module) -> dict[str, str]:
-    """A hash of every parameter and buffer by name; equal only if all bits are.
+    """Hash every parameter and buffer by name; two hashes are equal only if all bits are.
 
     Example:
         >>> sorted(fingerprint(nn.Linear(1, 1)))
@@ -285,7 +257,7 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
     return {name: _digest(tensor) for name, tensor in tensors.items()}
 
 
-def _whereabouts(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     device, dtype = torch.device("cpu"), torch.float32
     for parameter in module.parameters():
         device = parameter.device
@@ -301,14 +273,14 @@ def _digest(tensor: Tensor) -> str:
 
 
 def check_is_module(teacher: Any) -> None:
-    """Raise for a teacher that is none: a class of one, or its name."""
+    """Raise for a teacher that is no module, such as a class or its name."""
     if teacher is not None and not isinstance(teacher, nn.Module):
         name = teacher.__name__ if isinstance(teacher, type) else "Large"
         raise invalid("teacher", "be a module", teacher, f"Make one: teacher={name}(...).")
 
 
 def shared_with(teacher: nn.Module, student: nn.Module) -> CompressionError | None:
-    """The error for a teacher that shares parameters with the student, which freezing it would freeze too.
+    """Make the error for a teacher that shares parameters with the student: freezing it would freeze these too.
 
     Example:
         >>> model = nn.Linear(1, 1)

@@ -1,4 +1,4 @@
-"""How teacher and student compare on a batch: what a start of training should know before hours are spent."""
+"""How teacher and student compare on a batch: what to know of a teacher before hours of training are spent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TeacherCheck:
     """What one batch says of a teacher.
 
     Attributes:
-        positions: How many predictions it rests on.
+        positions: How many predictions there are.
         classes: How many classes there are.
         entropy: Of the teacher's predictions, mean in nats; at most log(classes).
         agreement: Fraction of positions where teacher and student choose the same class.
@@ -42,7 +42,7 @@ class TeacherCheck:
         )
 
     def warnings(self) -> list[str]:
-        """What looks wrong, beyond what so few predictions leave to luck."""
+        """What looks wrong with the teacher, beyond what so few predictions leave to chance."""
         if self.probabilities:
             return [
                 "The teacher puts out probabilities, where logits are compared: after another softmax they say almost "
@@ -75,7 +75,7 @@ class TeacherCheck:
 def check_teacher(
     student: Tensor, teacher: Tensor, targets: object, class_dim: int, valid: Tensor | None = None
 ) -> TeacherCheck | None:
-    """Compare the logits of student and teacher on one batch; None where nothing counts.
+    """Compare the logits of student and teacher on one batch; None where no position counts.
 
     Args:
         student: Logits.
@@ -90,23 +90,24 @@ def check_teacher(
         >>> check.teacher, round(check.agreement, 3), round(check.entropy, 3)
         (1.0, 0.333, 0.002)
     """
-    ours, theirs = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
-    counts = torch.ones(ours.shape[:-1], dtype=torch.bool, device=ours.device) if valid is None else valid.bool()
+    student, teacher = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
+    counts = torch.ones_like(student[..., 0], dtype=torch.bool) if valid is None else valid.bool()
     labels = targets if isinstance(targets, Tensor) and is_classes(targets, counts.shape) else None
     if labels is not None:
-        counts = counts & (labels >= 0) & (labels < ours.shape[-1])
-    ours, theirs = ours[counts].float(), theirs[counts].float()
-    if not len(ours):
+        counts = counts & (labels >= 0) & (labels < student.shape[-1])
+    student, teacher = student[counts].float(), teacher[counts].float()
+    if not len(student):
         return None
     accuracies = [
-        None if labels is None else (each.argmax(-1) == labels[counts]).float().mean().item() for each in (ours, theirs)
+        None if labels is None else (logits.argmax(-1) == labels[counts]).float().mean().item()
+        for logits in (student, teacher)
     ]
     return TeacherCheck(
-        positions=len(ours),
-        classes=ours.shape[-1],
-        entropy=torch.distributions.Categorical(logits=theirs, validate_args=False).entropy().mean().item(),
-        probabilities=bool(((theirs >= 0) & (theirs <= 1)).all() and (theirs.sum(-1) - 1).abs().max() < 1e-3),
-        agreement=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+        positions=len(student),
+        classes=student.shape[-1],
+        entropy=torch.distributions.Categorical(logits=teacher, validate_args=False).entropy().mean().item(),
+        probabilities=bool(((teacher >= 0) & (teacher <= 1)).all() and (teacher.sum(-1) - 1).abs().max() < 1e-3),
+        agreement=(student.argmax(-1) == teacher.argmax(-1)).float().mean().item(),
         teacher=accuracies[1],
         student=accuracies[0],
     )
@@ -116,7 +117,7 @@ def check_teacher(
 def closeness(
     student: Tensor, teacher: Tensor, class_dim: int, valid: Tensor | None = None
 ) -> tuple[dict[str, Tensor], int]:
-    """How close two predictions are, and over how many positions that is a mean.
+    """Compute how close two predictions are, and over how many positions that is a mean.
 
     Returns:
         ``agreement``, the fraction of positions with the same first choice, and ``kl``, the divergence at temperature
@@ -137,7 +138,7 @@ def closeness(
 def accuracy(
     logits: Tensor, targets: object, class_dim: int | None, valid: Tensor | None, ignore_index: int | None
 ) -> tuple[Tensor, int] | None:
-    """Accuracy, and over how many positions; None unless the targets are classes along ``class_dim``.
+    """Compute the accuracy, and over how many positions; None unless the targets are classes along ``class_dim``.
 
     Example:
         >>> value, count = accuracy(torch.eye(3), torch.tensor([0, 1, -100]), -1, None, ignore_index=-100)
@@ -159,7 +160,7 @@ def accuracy(
 
 
 def find_class_dim(logits: Tensor, targets: object) -> int | None:
-    """The dimension of the classes, if ``targets`` are classes of ``logits``: 1 or the last.
+    """Find the dimension of the classes, 1 or the last; None unless ``targets`` are classes of ``logits``.
 
     Example:
         >>> find_class_dim(torch.zeros(2, 5, 7), torch.zeros(2, 5, dtype=torch.long))

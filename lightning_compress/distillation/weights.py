@@ -1,4 +1,4 @@
-"""The weights of a teacher, found in a Lightning checkpoint or a plain state dict by one rule."""
+"""How a teacher's weights are found in a Lightning checkpoint or a plain state dict."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def load_weights_(module: nn.Module, path: str) -> None:
 
 
 def _read(path: str) -> tuple[Any, dict[str, Any]]:
-    """What the file holds, and the weights in it by the rule."""
+    """Read the file's content, and the weights in it by the rule."""
     remedy = "Save the teacher's weights alone: torch.save(teacher.state_dict(), path)."
     try:
         content, _ = read_inert(os.fspath(path), "teacher_checkpoint")
@@ -108,7 +108,7 @@ def _prefixes(stored: Iterable[str], wanted: Collection[str]) -> Iterator[str]:
 
 
 def _holders(content: Any, wanted: Collection[str], keys: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The keys that lead to mappings, deeper than the file itself, with all ``wanted`` weights under some prefix."""
+    """Find the keys that lead to mappings, inside the file's own, with all ``wanted`` weights under some prefix."""
     if not isinstance(content, Mapping) or len(keys) > _DEEPEST:
         return
     named = {_uncompiled(key) for key in content if isinstance(key, str)}

@@ -6,13 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_compress.distillation import Distillation
+from lightning_compress import SoftTarget
+from lightning_compress.distillation import Distillation, DistillationModule
 from tests.distillation.nets import ConvNet, bits, loader, trainer
 from tests.support.oracles import hooks
+
+WAYS = pytest.mark.parametrize("way", ["module", "callback"])
 
 
 class Own(L.LightningModule):
@@ -44,8 +49,8 @@ def large() -> ConvNet:
     return ConvNet(8, dropout=0.5)
 
 
-def kd(ours: Tensor, theirs: Tensor, temperature: float = 2.0) -> Tensor:
-    p, q = (theirs / temperature).softmax(-1), (ours / temperature).softmax(-1)
+def kd(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
     return (p * (p.log() - q.log())).sum(-1).mean() * temperature**2
 
 
@@ -59,9 +64,9 @@ def by_hand(module: Any, teacher: nn.Module, step: Step, data: Any = None) -> di
     for index, batch in enumerate(loader() if data is None else data):
         found = step(module, batch, index)
         if found is not None:
-            own, ours, theirs = found
+            task, student, target = found
             optimizer.zero_grad()
-            (0.5 * own + 0.75 * kd(ours, theirs.detach())).backward()
+            (0.5 * task + 0.75 * kd(student, target.detach())).backward()
             optimizer.step()
     return bits(module)
 
@@ -80,3 +85,12 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def own_step(module: Any, batch: Any, teacher: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     logits = module.net(batch[0])
     return F.cross_entropy(logits, batch[1]), logits, teacher(batch[0])
+
+
+def build(way: str, teacher: nn.Module | None = None, **kwargs: Any) -> tuple[Any, list[Callback]]:
+    arguments = {"teacher": teacher or large(), "losses": [SoftTarget()], "task_weight": 0.5, **kwargs}
+    if way == "module":
+        torch.manual_seed(5)
+        sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)  # noqa: E731
+        return DistillationModule(ConvNet(), optimizer=sgd, **arguments), []
+    return Own(), [Distillation(**arguments)]

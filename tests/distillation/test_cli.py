@@ -1,4 +1,4 @@
-"""YAML without code: teacher, student, adapters and three losses by `class_path`."""
+"""YAML without code: teacher, student, adapters, three losses and one of the user's own by `class_path`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_compress import FeatureCosine, FeatureMSE, SoftTarget
 from lightning_compress.distillation import DistillationModule
-from tests.distillation.nets import bits, loader
+from tests.distillation.nets import LogitL1, bits, loader
 
 # The module can validate; these runs have nothing to validate on.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
@@ -44,6 +44,7 @@ CONFIG = {
                     "class_path": f"{ROOM}.FeatureMSE",
                     "init_args": {"student_layer": "features.0", "teacher_layer": "features.0"},
                 },
+                {"class_path": "tests.distillation.nets.LogitL1", "init_args": {"weight": 0.1}},
             ],
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}},
             "scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}},
@@ -73,6 +74,7 @@ def test_a_yaml_file_trains_and_its_checkpoint_loads_again(
         SoftTarget(temperature=4.0),
         FeatureCosine("head", "head", weight=0.1),
         FeatureMSE("features.0", "features.0"),
+        LogitL1(weight=0.1),
     ]
     assert module.task_loss.label_smoothing == 0.1
     cli.trainer.fit(module, loader())

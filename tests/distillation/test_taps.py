@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress import FeatureMSE
 from lightning_compress.distillation import DistillationModule, Taps
-from lightning_compress.distillation.features import Spot, parse
+from lightning_compress.distillation.taps import Spot, parse
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import ConvNet, loader, trainer
 from tests.support.oracles import hooks

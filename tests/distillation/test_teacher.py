@@ -1,4 +1,4 @@
-"""The teacher: frozen, untouched, and its weights found by one rule."""
+"""The teacher: frozen, untouched, and what it may be told to be: its dtype, its inputs, its file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_compress import Distillation, Snapshot
-from lightning_compress.distillation import DistillationModule, Taps, load_weights_
+from lightning_compress import FeatureMSE, Snapshot, SoftTarget
+from lightning_compress.distillation import Distillation, DistillationModule, Taps
 from lightning_compress.distillation.teacher import Teacher
 from lightning_compress.errors import CompressionError
 from tests.distillation.nets import ConvNet, assert_same_bits, bits, loader, trainer
+from tests.distillation.own import WAYS, Own, assert_close, build, by_hand, large
+from tests.support.oracles import hooks
+
+pytestmark = pytest.mark.filterwarnings(
+    # The module can validate; these runs have nothing to validate on.
+    "ignore:You defined a `validation_step` but have no:UserWarning",
+    "ignore:The dirpath has changed",
+    "ignore:Be aware that when using `ckpt_path`",
+)
 
 
 def box(module: nn.Module) -> Teacher:
@@ -44,10 +55,10 @@ def test_the_teacher_follows_the_students_dtype_and_returns_bit_identical() -> N
         teacher(torch.ones(1, 1, 8, 8).bfloat16(), like=ConvNet().bfloat16())
     assert net.features[0].weight.dtype == torch.bfloat16
     assert not net.features[0].weight.is_inference() and not net.features[1].running_mean.is_inference()
-    teacher.return_home()
+    teacher.restore_tensors()
     assert_same_bits(before, bits(net))
     assert list(map(id, net.parameters())) == parameters
-    teacher.return_home()  # safe to repeat
+    teacher.restore_tensors()  # safe to repeat
 
 
 def test_a_deep_copy_shares_the_teacher_and_a_pickle_holds_it() -> None:
@@ -55,7 +66,7 @@ def test_a_deep_copy_shares_the_teacher_and_a_pickle_holds_it() -> None:
     assert copy.deepcopy({"teacher": teacher})["teacher"] is teacher
     teacher.place(ConvNet().bfloat16())
     again = pickle.loads(pickle.dumps(teacher))
-    again.return_home()
+    again.restore_tensors()
     assert_same_bits(bits(teacher.require()), bits(again.require()))
 
 
@@ -70,85 +81,10 @@ def test_a_deep_copy_shares_the_teacher_and_a_pickle_holds_it() -> None:
 def test_the_layer_that_moved_is_named(change: Any, name: str) -> None:
     net = ConvNet()
     teacher = box(net)
-    teacher.seal()
-    assert teacher.moved() == []
+    teacher.take_fingerprint()
+    assert teacher.changed() == []
     change(net)
-    assert teacher.moved() == [name]
-
-
-@pytest.mark.parametrize("prefix", ["", "model.", "student._orig_mod.", "a.b.net."])
-@pytest.mark.parametrize("lightning", [True, False])
-def test_weights_are_found_under_one_prefix(tmp_path: Path, prefix: str, lightning: bool) -> None:
-    source, target = ConvNet(), ConvNet()
-    weights: dict[str, Any] = {prefix + name: value for name, value in source.state_dict().items()}
-    weights["other.weight"] = torch.zeros(3)
-    path = str(tmp_path / "teacher.ckpt")
-    torch.save({"state_dict": weights, "epoch": 3} if lightning else weights, path)
-    load_weights_(target, path)
-    assert_same_bits(bits(source), bits(target))
-
-
-def test_a_compiled_teacher_loads_plain_weights(tmp_path: Path) -> None:
-    source, target = ConvNet(), torch.compile(ConvNet(), backend="eager")
-    torch.save(source.state_dict(), tmp_path / "t.pt")
-    load_weights_(target, str(tmp_path / "t.pt"))
-    assert torch.equal(source.head.weight, target.head.weight)
-
-
-def prefixed(*prefixes: str) -> dict[str, Tensor]:
-    state = ConvNet().state_dict()
-    return {prefix + name: value for prefix in prefixes for name, value in state.items()}
-
-
-def test_the_empty_prefix_wins(tmp_path: Path) -> None:
-    source, target = ConvNet(), ConvNet()
-    torch.save({**prefixed("ema."), **source.state_dict()}, tmp_path / "t.pt")
-    load_weights_(target, str(tmp_path / "t.pt"))
-    assert_same_bits(bits(source), bits(target))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "`teacher_checkpoint` must be an existing file"),
-        (b"not a checkpoint", "must be readable as a checkpoint"),
-        (torch.zeros(3), "must hold a state dict"),
-        ({k: v for k, v in prefixed("net.").items() if "bias" not in k}, r"Missing: net\.features\.0\.bias"),
-        ({"unrelated": torch.zeros(1)}, "Missing: features.0.weight.* and 4 more"),
-        (prefixed("student.", "teacher."), "All of these fit: student., teacher."),
-        (ConvNet(8).state_dict(), r"teacher's shape \(4, 1, 3, 3\).*The file has shape \(8, 1, 3, 3\)"),
-    ],
-)
-def test_bad_files_are_refused_and_change_nothing(tmp_path: Path, content: Any, message: str) -> None:
-    path, net = tmp_path / "t.ckpt", ConvNet()
-    before = bits(net)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    with pytest.raises(CompressionError, match=message):
-        load_weights_(net, str(path))
-    assert_same_bits(before, bits(net))
-
-
-@pytest.mark.parametrize(
-    ("wrap", "keys"),
-    [
-        (lambda state: {"model": state, "epoch": 3}, r"\['model'\]"),
-        (lambda state: {"model_state_dict": state, "optimizer_state_dict": {"state": {}}}, r"\['model_state_dict'\]"),
-        (lambda state: {"state": {"teacher": {f"net.{key}": value for key, value in state.items()}}},
-         r"\['state'\]\['teacher'\]"),
-        (lambda state: {"model": state, "model_ema": state}, r"\['model'\], \['model_ema'\]"),
-        (lambda state: {"state_dict": {}, "net": state}, r"\['net'\]"),
-    ],
-)  # fmt: skip
-def test_weights_under_another_key_are_named_by_it(tmp_path: Path, wrap: Any, keys: str) -> None:
-    source, target = ConvNet(), ConvNet()
-    torch.save(wrap(source.state_dict()), tmp_path / "teacher.pt")
-    before = bits(target)
-    with pytest.raises(CompressionError, match=rf"`teacher_checkpoint` must hold.*They stand under {keys}\. Save them"):
-        load_weights_(target, str(tmp_path / "teacher.pt"))
-    assert_same_bits(before, bits(target))
+    assert teacher.changed() == [name]
 
 
 class Steps(L.LightningModule):
@@ -196,3 +132,157 @@ def test_a_snapshot_of_a_student_without_forward_serves() -> None:
     fit = trainer(callbacks=[Distillation(Snapshot())])
     fit.fit(Steps(), loader())
     assert "train_soft_target" in fit.callback_metrics
+
+
+def learnt(way: str, **kwargs: Any) -> dict[str, Tensor]:
+    module, callbacks = build(way, **kwargs)
+    trainer(callbacks=callbacks).fit(module, loader())
+    return bits(module.student if way == "module" else module.net)
+
+
+def expected(teacher: nn.Module, ask: Any) -> dict[str, Tensor]:
+    def step(module: Any, batch: Any, index: int) -> Any:
+        logits = module.net(batch[0])
+        return F.cross_entropy(logits, batch[1]), logits, ask(teacher, batch[0]).float()
+
+    return {name.removeprefix("net."): value for name, value in by_hand(Own(), teacher, step).items()}
+
+
+@WAYS
+def test_a_teacher_in_bfloat16(way: str) -> None:
+    teacher = large()
+    before = bits(teacher)
+    ours = learnt(way, teacher=teacher, teacher_dtype="bfloat16")
+    assert_same_bits(before, bits(teacher))
+    assert_close(ours, expected(large().bfloat16(), lambda net, x: net(x.bfloat16())))
+    exact = expected(large(), lambda net, x: net(x))
+    assert not torch.equal(ours["head.weight"], exact["head.weight"])
+
+
+class Normalize(nn.Module):
+    """Another normalisation, with numbers that 16 bits can't hold, and weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(0.4855))
+        self.mix = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(F.avg_pool2d((x - self.mean) / 0.2291, 2))
+
+
+def normalize() -> Normalize:
+    torch.manual_seed(9)
+    return Normalize()
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_adapter_of_the_teachers_inputs(way: str, dtype: Any) -> None:
+    adapter, after = normalize(), normalize()
+    before = bits(adapter)
+    ours = learnt(way, teacher_adapter=adapter, teacher_dtype=dtype)
+    assert_same_bits(before, bits(adapter))
+    assert not any(parameter.requires_grad for parameter in adapter.parameters())
+    if dtype is None:
+        theirs = expected(large(), lambda net, x: net(after(x)))
+    else:
+        theirs = expected(large().bfloat16(), lambda net, x: net(after(x).bfloat16()))
+    assert_close(ours, theirs)
+
+
+class Split(nn.Module):
+    """Gives keyword arguments."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": x, "shift": x.mean()}
+
+
+class Shifted(ConvNet):
+    def forward(self, x: Tensor, *, shift: Tensor) -> Tensor:
+        return super().forward(x + shift)
+
+
+@WAYS
+def test_an_adapter_may_give_other_arguments(way: str) -> None:
+    torch.manual_seed(1)
+    teacher = Shifted(8)
+    ours = learnt(way, teacher=teacher, teacher_adapter=Split())
+    assert_close(ours, expected(teacher, lambda net, x: net(x, shift=x.mean())))
+
+
+@pytest.mark.slow
+# torch's own compiler imports what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@WAYS
+def test_a_compiled_teacher_is_tapped_and_left_as_it_was(way: str) -> None:
+    name = "features.0" if way == "module" else "net.features.0"
+    ends = []
+    for compiled in (False, True):
+        teacher = large()
+        losses = [SoftTarget(), FeatureMSE(name, "features.0")]
+        module, callbacks = build(way, teacher, losses=losses, teacher_compile=compiled)
+        for _ in range(2):
+            trainer(callbacks=callbacks).fit(module, loader(), loader())
+            assert hooks(teacher) == []
+        assert list(teacher.state_dict()) == list(large().state_dict())
+        ends.append(bits(module))
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
+
+
+# Its file, and what a checkpoint says of it.
+
+
+@WAYS
+def test_its_weights_come_from_a_file_once(way: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": {f"net.{name}": value for name, value in bits(large()).items()}}, tmp_path / "t.ckpt")
+    teacher = ConvNet(8, dropout=0.5)
+    module, callbacks = build(way, teacher, teacher_checkpoint=str(tmp_path / "t.ckpt"))
+    trainer(callbacks=callbacks).fit(module, loader())
+    assert_same_bits(bits(teacher), bits(large()))
+    (tmp_path / "t.ckpt").unlink()
+    trainer(callbacks=callbacks).fit(module, loader())
+
+
+@WAYS
+def test_the_checkpoint_refers_to_it_and_a_resume_with_another_warns(way: str, tmp_path: Path) -> None:
+    module, callbacks = build(way)
+    save = ModelCheckpoint(tmp_path, filename="last")
+    trainer(callbacks=[*callbacks, save], enable_checkpointing=True).fit(module, loader())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (state,) = (state for state in saved["callbacks"].values() if "clock" in state)
+    reference = state["teacher"]
+    assert reference["class"] == "tests.distillation.nets.ConvNet" and reference["checkpoint"] is None
+    assert len(reference["fingerprint"]) == 32 and set(reference) == {"class", "checkpoint", "dtype", "fingerprint"}
+
+    def resume(teacher: nn.Module, **kwargs: Any) -> None:
+        module, callbacks = build(way, teacher, **kwargs)
+        trainer(callbacks=callbacks, max_epochs=2).fit(module, loader(), ckpt_path=tmp_path / "last.ckpt")
+
+    resume(large())
+    other = large()
+    with torch.no_grad():
+        other.head.bias[0] += 1e-6
+    with pytest.warns(UserWarning, match=r"isn't the one.*tests\.distillation\.nets\.ConvNet, file None"):
+        resume(other)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", torch.bfloat16, 16])
+@WAYS
+def test_other_dtypes_are_refused(way: str, dtype: Any) -> None:
+    with pytest.raises(CompressionError, match="`teacher_dtype` must be float32, bfloat16, float16 or None"):
+        build(way, teacher_dtype=dtype)
+
+
+@WAYS
+def test_a_teacher_that_moves_is_named_and_still_goes_home(way: str) -> None:
+    class Moves(ConvNet):
+        def forward(self, x: Tensor) -> Tensor:
+            self.head.bias.data += 1e-6
+            return super().forward(x)
+
+    teacher = Moves(8)
+    module, callbacks = build(way, teacher, losses=[SoftTarget(), FeatureMSE(pairs="auto")])
+    with pytest.raises(CompressionError, match=r"The teacher must not change while it teaches. Changed: head\.bias\."):
+        trainer(callbacks=callbacks).fit(module, loader())
+    assert hooks(teacher) == hooks(module) == []

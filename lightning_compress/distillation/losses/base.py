@@ -1,10 +1,11 @@
-"""What all losses share: a weight, a name, and what they compare. Derive your own from these classes."""
+"""What all losses share: a weight, a name, and what they compare. A loss of your own derives from these classes."""
 
 from __future__ import annotations
 
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -13,13 +14,13 @@ from lightning_compress.errors import invalid
 
 
 class DistillationLoss(ABC):  # noqa: B024 - what it is called with, its two kinds say
-    """A loss with a ``weight`` in the sum of all terms and a ``name`` in the log."""
+    """Base of all losses: a ``weight`` in the sum of all terms, and a ``name`` in the log."""
 
     weight: float = 1.0
 
     @property
     def name(self) -> str:
-        """The loss's name in the log: its class name in lower case.
+        """The name in the log: the class name in lower case.
 
         Example:
             >>> from lightning_compress import SoftTarget
@@ -48,13 +49,13 @@ class LogitLoss(DistillationLoss):
     class_dim: int = -1
 
     of_classes: ClassVar[bool] = True
-    """Whether what it compares are classes; a regression's outputs may be too, for a loss that needs no softmax."""
+    """Whether the loss is for classes alone; False where it may compare the outputs of a regression too."""
 
     @abstractmethod
     def __call__(
         self, student: Tensor, teacher: Tensor, valid: Tensor | None = None, targets: Tensor | None = None
     ) -> Tensor:
-        """The unweighted loss, a scalar.
+        """Compute the unweighted loss, a scalar.
 
         Args:
             student: Logits.
@@ -65,7 +66,7 @@ class LogitLoss(DistillationLoss):
 
 
 class FeatureLoss(DistillationLoss):
-    """A loss between what two layers see or put out, named by path: see :mod:`~.distillation.features`.
+    """A loss between the inputs or outputs of two layers, named by path: see :func:`~.taps.parse`.
 
     ``pairs="auto"`` in place of the two layers pairs the deepest layers of each resolution that both models have, which
     suits models of one kind: what ends a resolution in a CNN may begin it in a transformer.
@@ -76,7 +77,7 @@ class FeatureLoss(DistillationLoss):
     pairs: Literal["auto"] | None = None
 
     adapts: ClassVar[bool] = True
-    """Whether an adapter has to bring the student's features to the teacher's shape."""
+    """Whether the loss needs an adapter where the student's features differ in shape from the teacher's."""
 
     def __post_init__(self) -> None:
         check_layers(self)
@@ -84,7 +85,7 @@ class FeatureLoss(DistillationLoss):
 
     @abstractmethod
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The unweighted loss, a scalar.
+        """Compute the unweighted loss, a scalar.
 
         Args:
             student: Features (B, ...), of the teacher's shape if ``adapts``.
@@ -127,3 +128,20 @@ def check_layers(loss: FeatureLoss) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def name_losses(losses: Iterable[DistillationLoss]) -> dict[str, DistillationLoss]:
+    """Name the losses as in the log; a name that comes again is numbered.
+
+    Example:
+        >>> from lightning_compress import SoftTarget
+        >>> list(name_losses([SoftTarget(), SoftTarget(temperature=8.0)]))
+        ['soft_target', 'soft_target_2']
+    """
+    named: dict[str, DistillationLoss] = {}
+    for loss in losses:
+        name, count = loss.name, 2
+        while name in named:
+            name, count = f"{loss.name}_{count}", count + 1
+        named[name] = loss
+    return named

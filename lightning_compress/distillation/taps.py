@@ -1,4 +1,4 @@
-"""Taps: what layers see or put out, by path, for the length of one step."""
+"""Taps: hooks that hold what layers get or put out in one step, by the layers' paths."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.modules.paths import clean_name
 
@@ -54,7 +55,7 @@ def parse(path: str, argument: str = "layer") -> Spot:
 
 
 def find_layer(model: nn.Module, layer: str, argument: str = "layer") -> nn.Module:
-    """The submodule of ``model`` at the dotted path ``layer``; ``_orig_mod`` (``torch.compile``) is left out of names.
+    """Find the submodule of ``model`` at the dotted path ``layer``, in which `torch.compile` leaves no ``_orig_mod``.
 
     Args:
         model: The model that is searched.
@@ -84,11 +85,11 @@ def find_layer(model: nn.Module, layer: str, argument: str = "layer") -> nn.Modu
 
 
 class Tap:
-    """A hook that keeps what its layer saw or put out last, while it listens.
+    """A hook that holds what its layer got or put out last, while it listens.
 
-    It may fire several times in a step: the last call wins, but one without gradients (a metric's, say) replaces none
-    that has them. It does nothing while a model is traced, and holds no reference to anything but the kept tensor. The
-    tensor is a copy: an in-place operation would rewrite the original.
+    A layer may be called several times in a step: the last call wins, but a call without gradients (a metric's, say)
+    doesn't replace a call with gradients. The tap does nothing while a model is traced, and refers to nothing but the
+    tensor. The tensor is a copy: an in-place operation would rewrite the original.
     """
 
     def __init__(self, path: str, argument: str = "layer") -> None:
@@ -120,7 +121,7 @@ class Tap:
         self.value, self._with_graph = found.clone(), torch.is_grad_enabled()
 
     def listen(self, listening: bool) -> None:
-        """Begin or end to listen; either forgets what was kept."""
+        """Begin or end to listen; both forget the tensor."""
         self.listening, self.value, self._with_graph = listening, None, False
 
     def _part(self, value: Any, key: str) -> Any:
@@ -188,7 +189,7 @@ class Taps:
         self.attached = True
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The tapped modules of ``model`` by path.
+        """Find the tapped modules of ``model`` by path.
 
         Raises:
             CompressionError: If a layer doesn't exist.
@@ -205,7 +206,7 @@ class Taps:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Keep tensors inside the block, and forget them at its end, so that no graph outlives its step."""
+        """Hold tensors inside the block, and forget them at its end, so that no graph outlives its step."""
         self._switch(listening=True)
         try:
             yield
@@ -235,13 +236,13 @@ class Taps:
         return len(self._taps)
 
 
-def drop_taps_(model: nn.Module, ours: Collection[int] | None = None) -> None:
-    """Take taps off a model: those with an `id` in ``ours``, or all."""
+def drop_taps_(model: nn.Module, ids: Collection[int] | None = None) -> None:
+    """Take taps off a model: those whose `id` is among ``ids``; None: all."""
     dropped = False
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, Tap) and (ours is None or id(hook) in ours):
+                if isinstance(hook, Tap) and (ids is None or id(hook) in ids):
                     del hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
                     dropped = True
@@ -264,3 +265,12 @@ def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{type(value).__name__} with {', '.join(map(str, value)) or 'nothing in it'}"
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
+
+
+def make_taps(losses: Mapping[str, DistillationLoss]) -> tuple[Taps, Taps]:
+    """Make taps of student and teacher for the layers that feature losses name."""
+    named = [loss for loss in losses.values() if isinstance(loss, FeatureLoss) and not loss.pairs]
+    return (
+        Taps([str(loss.student_layer) for loss in named], "student_layer"),
+        Taps([str(loss.teacher_layer) for loss in named], "teacher_layer"),
+    )
