@@ -17,13 +17,11 @@ from lightning_compress.distillation.callback_base import (
     announce,
     join_optimizer_,
     logs_now,
-    share_values,
-    step_values,
 )
 from lightning_compress.distillation.calling import find_logits, mask_of, positions_of
 from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss
 from lightning_compress.distillation.losses.soft_target import SoftTarget
-from lightning_compress.distillation.objective import Objective, sum_terms
+from lightning_compress.distillation.objective import Objective, step_values, sum_terms
 from lightning_compress.distillation.ramps import TASK, Ramp
 from lightning_compress.distillation.student_teachers import EMATeacher
 from lightning_compress.distillation.taps import drop_taps_, find_layer, make_taps
@@ -290,9 +288,8 @@ class Distillation(Teaching):
         weights = self.objective.weights()
         loss = sum_terms(terms, weights)
         self.objective.check_once(ours, theirs, targets, valid, self.objective.compares_classes)
-        values = step_values(terms, weights)
-        if self.log_gradient_share and logs_now(module.trainer):
-            values |= share_values(terms, weights, student)
+        shares = self.log_gradient_share and logs_now(module.trainer)
+        values = step_values(terms, weights, student if shares else None)
         module.log_dict(values, batch_size=None if ours is None else len(ours))
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 

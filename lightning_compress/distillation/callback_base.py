@@ -14,17 +14,17 @@ The order of a fit::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_compress.callback import CompressionCallback, check_version
 from lightning_compress.distillation.dry_run import DistillationPlan
-from lightning_compress.distillation.objective import Objective, gradient_shares
+from lightning_compress.distillation.objective import Objective
 from lightning_compress.distillation.student_teachers import EMATeacher
 from lightning_compress.errors import CompressionError, NoEffectWarning
 from lightning_compress.messages import in_short
@@ -155,19 +155,6 @@ def announce(plan: DistillationPlan, name: str, teacher: nn.Module | None) -> No
     rank_zero_info("\n".join(in_short([head, *f"  {plan}".splitlines()])))
     for warning in plan.warnings():
         rank_zero_warn(f"{name}: {warning}", category=NoEffectWarning)
-
-
-def step_values(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """What a training step logs: every term raw and weighted."""
-    raw = {name: value.detach() for name, value in terms.items()}
-    values = {f"train_{name}": value for name, value in raw.items()}
-    return values | {f"train_{name}_weighted": weights[name] * value for name, value in raw.items()}
-
-
-def share_values(terms: Mapping[str, Tensor], weights: Mapping[str, float], student: nn.Module) -> dict[str, Tensor]:
-    """Each term's share of the student's gradient, as it is logged."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    return {f"train_{name}_share": share for name, share in gradient_shares(terms, weights, trained).items()}
 
 
 def logs_now(trainer: pl.Trainer) -> bool:

@@ -22,12 +22,11 @@ from lightning_compress.distillation.callback_base import (
     announce,
     join_optimizer_,
     logs_now,
-    share_values,
-    step_values,
 )
 from lightning_compress.distillation.calling import call, mask_of, positions_of
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses.base import DistillationLoss
+from lightning_compress.distillation.objective import step_values
 from lightning_compress.distillation.ramps import Ramp
 from lightning_compress.distillation.teacher import TeacherDtype
 from lightning_compress.distillation.teacher_check import accuracy, closeness
@@ -94,9 +93,8 @@ class DistillationSteps(Learner, _Base):
         """One distillation step; logs every term raw and weighted."""
         loss, terms, outputs = self.distill(batch)
         weights = self.objective.weights()
-        values = step_values(terms, weights)
-        if self.log_gradient_share and logs_now(self.trainer):
-            values |= share_values(terms, weights, self.student)
+        shares = self.log_gradient_share and logs_now(self.trainer)
+        values = step_values(terms, weights, self.student if shares else None)
         size = len(self.logits(outputs)) if self.objective.compares_logits else None
         self.log_dict(values, batch_size=size)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size)

@@ -253,32 +253,35 @@ def sum_terms(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tens
     return sum(rest, first)
 
 
-def gradient_shares(
-    terms: Mapping[str, Tensor], weights: Mapping[str, float], parameters: Sequence[nn.Parameter]
+def step_values(
+    terms: Mapping[str, Tensor], weights: Mapping[str, float], student: nn.Module | None = None
 ) -> dict[str, Tensor]:
-    """Compute each term's share of the gradient: the norm of its own gradient over the sum of all terms' norms.
+    """Return what a training step logs: each term raw and weighted.
 
-    That takes a backward pass for each term.
+    Args:
+        terms: By name.
+        weights: Of the terms.
+        student: Log each term's share of this module's gradient too: the norm of the term's own gradient over the sum
+            of all terms' norms, which takes a backward pass for each term.
 
     Example:
-        >>> weight = nn.Parameter(torch.ones(2))
-        >>> shares = gradient_shares({"task": weight.sum(), "kd": weight.sum()}, {"task": 0.5, "kd": 1.5}, [weight])
-        >>> [round(float(share), 2) for share in shares.values()]
+        >>> student = nn.Linear(2, 1, bias=False)
+        >>> terms = {"task": student.weight.sum(), "kd": student.weight.sum()}
+        >>> values = step_values(terms, {"task": 0.5, "kd": 1.5}, student)
+        >>> [round(float(values[f"train_{name}_share"]), 2) for name in terms]
         [0.25, 0.75]
     """
-    norms = {}
+    values = {f"train_{name}": term.detach() for name, term in terms.items()}
+    values |= {f"train_{name}_weighted": weights[name] * term.detach() for name, term in terms.items()}
+    if student is None:
+        return values
+    trained, norms = [parameter for parameter in student.parameters() if parameter.requires_grad], {}
     for name, term in terms.items():
-        gradients = (
-            torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True) if term.requires_grad else ()
-        )
-        norms[name] = (
-            weights[name]
-            * torch.stack(
-                [term.new_zeros(()), *(g.detach().float().norm().to(term.dtype) for g in gradients if g is not None)]
-            ).norm()
-        )
+        found = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True) if term.requires_grad else ()
+        gradients = [gradient.detach().float().norm().to(term.dtype) for gradient in found if gradient is not None]
+        norms[name] = weights[name] * torch.stack([term.new_zeros(()), *gradients]).norm()
     total = torch.stack(list(norms.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return {name: norm / total for name, norm in norms.items()}
+    return values | {f"train_{name}_share": norm / total for name, norm in norms.items()}
 
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
