@@ -69,7 +69,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, channel_dim: int = 1, v
 
 @dataclass(frozen=True)
 class AttentionTransfer(FeatureLoss):
-    """Where student and teacher are active: see :func:`attention_transfer` for the formula.
+    """Where student and teacher are active, ``mean (a_s - a_t)²`` of attention maps: see :func:`attention_transfer`.
 
     Numbers of channels may differ; resolutions are pooled to the smaller. No adapter is trained. The usual weight is
     for maps of 8x8 and more; on tiny maps it is too much.

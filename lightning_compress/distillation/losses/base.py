@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_compress.errors import invalid
 
 
-class DistillationLoss(ABC):  # noqa: B024 - what it is called with, its two kinds say
+class DistillationLoss(ABC):  # noqa: B024 - its two kinds declare what they are called with
     """Base of all losses: a ``weight`` in the sum of all terms, and a ``name`` in the log."""
 
     weight: float = 1.0
@@ -70,6 +70,22 @@ class FeatureLoss(DistillationLoss):
 
     ``pairs="auto"`` in place of the two layers pairs the deepest layers of each resolution that both models have, which
     suits models of one kind: what ends a resolution in a CNN may begin it in a transformer.
+
+    Raises:
+        CompressionError: If not both layers or ``pairs`` are named, or the weight is out of range.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class FeatureL1(FeatureLoss):
+        ...     student_layer: str | None = None
+        ...     teacher_layer: str | None = None
+        ...     weight: float = 0.5
+        ...
+        ...     def __call__(self, student, teacher, valid=None):
+        ...         return (student - teacher).abs().mean()
+        >>> FeatureL1("features", "features").name
+        'feature_l1'
     """
 
     student_layer: str | None = None

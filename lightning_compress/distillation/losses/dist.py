@@ -67,7 +67,7 @@ def dist(
 
 @dataclass(frozen=True)
 class DIST(LogitLoss):
-    """Correlations of the predictions, for teachers much stronger than the student: see :func:`dist`.
+    """Correlations of predictions, ``T² · (β · inter + γ · intra)``, for much stronger teachers: see :func:`dist`.
 
     Args:
         temperature: T > 0; the authors use 1 on ImageNet and 4 on CIFAR-100.

@@ -77,7 +77,7 @@ def dkd(
 
 @dataclass(frozen=True)
 class DKD(LogitLoss):
-    """Decoupled knowledge distillation: see :func:`dkd` for the formula.
+    """Decoupled knowledge distillation, ``T² · (α · TCKD + β · NCKD)``: see :func:`dkd`.
 
     The batch's targets must be classes. The authors let its weight grow over the first twenty of 240 epochs, which
     ``Ramp("dkd", window=Window(0.0, 0.08))`` does.

@@ -41,7 +41,7 @@ def feature_cosine(student: Tensor, teacher: Tensor, valid: Tensor | None = None
 
 @dataclass(frozen=True)
 class FeatureCosine(FeatureLoss):
-    """Cosine similarity of hidden representations: see :func:`feature_cosine` for the formula.
+    """Cosine similarity of hidden representations, ``1 - cos(s, t)``: see :func:`feature_cosine`.
 
     Where the two layers' shapes differ, an adapter brings the student's features to the teacher's shape first.
 

@@ -46,7 +46,7 @@ def feature_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -
 
 @dataclass(frozen=True)
 class FeatureMSE(FeatureLoss):
-    """Mean squared error of feature maps, FitNets' hint: see :func:`feature_mse` for the formula.
+    """Mean squared error of feature maps, ``mean (s - t)²``, the hint of FitNets: see :func:`feature_mse`.
 
     Where the two layers' shapes differ, a regressor brings the student's features to the teacher's shape first.
 

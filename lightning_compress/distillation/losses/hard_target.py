@@ -45,7 +45,7 @@ def hard_target(student: Tensor, teacher: Tensor, class_dim: int = -1, valid: Te
 
 @dataclass(frozen=True)
 class HardTarget(LogitLoss):
-    """Hard targets, the teacher's own choice as the label: see :func:`hard_target` for the formula.
+    """Hard targets, the teacher's choice as label, ``-log softmax(student)[argmax teacher]``: see :func:`hard_target`.
 
     Args:
         weight: Factor in the sum of all terms.

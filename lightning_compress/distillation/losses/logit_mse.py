@@ -50,7 +50,7 @@ def logit_mse(
 
 @dataclass(frozen=True)
 class LogitMSE(LogitLoss):
-    """Mean squared error of logits, or of the outputs of a regression: see :func:`logit_mse`.
+    """Mean squared error of logits, or of the outputs of a regression, ``mean (s - t)²``: see :func:`logit_mse`.
 
     Args:
         weight: Factor in the sum of all terms.

@@ -47,7 +47,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor, valid: Tensor | None
 
 @dataclass(frozen=True)
 class SimilarityPreserving(FeatureLoss):
-    """Similarities between the samples of a batch: see :func:`similarity_preserving` for the formula.
+    """Similarities between the samples of a batch, ``|G_s - G_t|² / B²``: see :func:`similarity_preserving`.
 
     Shapes may differ beyond the batch. No adapter is trained.
 
@@ -111,7 +111,7 @@ def relational_distance(student: Tensor, teacher: Tensor, valid: Tensor | None =
 
 @dataclass(frozen=True)
 class RelationalDistance(FeatureLoss):
-    """Distances between the samples of a batch: see :func:`relational_distance` for the formula.
+    """Distances between the samples of a batch, ``mean huber(d_s - d_t)``: see :func:`relational_distance`.
 
     Shapes may differ beyond the batch. No adapter is trained.
 
@@ -175,7 +175,7 @@ def relational_angle(student: Tensor, teacher: Tensor, valid: Tensor | None = No
 
 @dataclass(frozen=True)
 class RelationalAngle(FeatureLoss):
-    """Angles between the samples of a batch: see :func:`relational_angle` for the formula.
+    """Angles between the samples of a batch, ``mean huber(cos_s - cos_t)``: see :func:`relational_angle`.
 
     Shapes may differ beyond the batch. No adapter is trained.
 

@@ -60,7 +60,7 @@ def soft_target(
 
 @dataclass(frozen=True)
 class SoftTarget(LogitLoss):
-    """Soft targets: see :func:`soft_target` for the formula.
+    """Soft targets, ``T² · KL(softmax(teacher / T), softmax(student / T))``: see :func:`soft_target`.
 
     For classes that exclude each other. Labels that don't (multi-label) have no softmax: use :class:`LogitMSE`.
 
