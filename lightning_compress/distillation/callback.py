@@ -1,41 +1,33 @@
-"""WHEN: `Distillation`, a callback for a LightningModule that exists. `teaching` draws the order of a fit."""
+"""`Distillation`, a callback that teaches a LightningModule as it is; `callback_base` has the order of a fit."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_compress.callback import begin_training_mode_, keep_training_mode_
-from lightning_compress.distillation.callback_base import (
-    Teaching,
-    announce,
-    join_optimizer_,
-    logs_now,
-)
+from lightning_compress.callback import begin_training_mode_
+from lightning_compress.distillation.callback_base import DistillationCallback, announce, join_fit_, logs_now
 from lightning_compress.distillation.calling import find_logits, mask_of, positions_of
-from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss
+from lightning_compress.distillation.losses.base import DistillationLoss
 from lightning_compress.distillation.losses.soft_target import SoftTarget
 from lightning_compress.distillation.objective import Objective, step_values, sum_terms
 from lightning_compress.distillation.ramps import TASK, Ramp
-from lightning_compress.distillation.student_teachers import EMATeacher
-from lightning_compress.distillation.taps import drop_taps_, find_layer, make_taps
-from lightning_compress.distillation.teacher import TeacherDtype, shared_with
+from lightning_compress.distillation.student_teachers import Snapshot
+from lightning_compress.distillation.taps import drop_taps_
+from lightning_compress.distillation.teacher import TeacherDtype, refuse_shared
 from lightning_compress.distillation.teacher_check import closeness
-from lightning_compress.distillation.wrapped_step import StudentCall, unwrap_step_, wrap_step_
+from lightning_compress.distillation.wrapped_step import StudentCall, run_own_step, unwrap_step_, wrap_step_
 from lightning_compress.errors import CompressionError, invalid
-from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.probe import make_probe
 from lightning_compress.quantization import convert
 from lightning_compress.structure.change import is_float, to_float_
 
 
-class Distillation(Teaching):
+class Distillation(DistillationCallback):
     """Adds distillation to a LightningModule that exists: its own ``training_step`` stays, and so does its class.
 
     ``loss = task_weight · (the module's own loss) + Σ weight · distillation loss``
@@ -110,6 +102,7 @@ class Distillation(Teaching):
         )
         self.objective.set_teacher(teacher)
         self.student = student
+        self.student_path = student or ""
         self.log_gradient_share = log_gradient_share
         self._call = StudentCall()
         self._entry: str | None = None
@@ -118,19 +111,20 @@ class Distillation(Teaching):
     # What a subclass may override.
 
     def logits(self, outputs: Any) -> Tensor:
-        """The logits within the outputs of student or teacher: see :func:`~.calling.find_logits`."""
+        """Find the logits within the outputs of student or teacher: see :func:`~.calling.find_logits`."""
         return find_logits(outputs)
 
     def targets(self, batch: Any) -> Any:
-        """The true classes of a batch, for losses that look at them; by default the second of a pair."""
+        """Return the true classes of a batch, for losses that look at them; by default the second of a pair."""
         return batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
 
     def valid_positions(self, batch: Any) -> Tensor | None:
-        """Which positions of the logits the losses count, as a boolean tensor; None: all."""
+        """Return which positions of the logits the losses count, as a boolean tensor; None: all."""
         return None
 
     # Lightning's hooks.
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
@@ -149,76 +143,62 @@ class Distillation(Teaching):
         if not is_float(pl_module):  # what makes it float again may come after this
             twin = make_probe(trainer, pl_module)
             to_float_(twin)
-        student = self._scope(twin)
+        student = self.student_of(twin)
         self.objective.teacher.take_(student)
         teacher = self.objective.teacher.require()
-        if (error := shared_with(teacher, self._scope(pl_module))) is not None:
-            raise error
+        refuse_shared(teacher, self.student_of(pl_module))
         self.objective.taps.find(student)
         self.objective.teacher.taps.find(teacher)
         self.objective.teacher.load_once()
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         begin_training_mode_(trainer, pl_module, type(self).__name__)
-        student = self._scope(pl_module)
+        student = self.student_of(pl_module)
         self.begin(self.objective, student)
         self.objective.attach(student)
         if self._restored is not None and self._restored["adapters"]:
             self.objective.adapters.load_state_dict(self._restored["adapters"])
-            self._join(trainer, student)
+            join_fit_(self.objective.adapters, trainer, student)
         wrap_step_(pl_module)
         self._serves = id(pl_module)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start_clock(trainer)
-
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        keep_training_mode_(trainer, pl_module, type(self).__name__, batch_idx)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._entry is None:
-            self._rehearse(trainer, pl_module, batch, batch_idx)
+            self._dry_run(trainer, pl_module, batch, batch_idx)
 
+    @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1:  # the DDP wrapper doesn't know the adapters
             for parameter in self.objective.adapters.parameters():
                 if parameter.grad is not None:
                     parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.count_step(trainer, self._scope(pl_module))
-        self.say(type(self).__name__)
-
+    @override
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if self._entry is not None:
             self._call.switch(listening=True)
 
+    @override
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
         if not (self._call.fired and self.objective.compares_logits):
             return
-        ours, theirs = self._answers(self._call, self._scope(pl_module))
+        student_logits, teacher_logits = self._answers(self._call, self.student_of(pl_module))
         self._call.switch(listening=False)
-        if ours is None or theirs is None or not self.objective.compares_classes:
+        if student_logits is None or teacher_logits is None or not self.objective.compares_classes:
             return
-        class_dim = self.objective.class_dim(ours, self.targets(batch))
+        class_dim = self.objective.class_dim(student_logits, self.targets(batch))
         if class_dim is not None:
-            valid = mask_of(self.valid_positions(batch), positions_of(ours, class_dim))
-            values, count = closeness(ours, theirs, class_dim, valid)
+            valid = mask_of(self.valid_positions(batch), positions_of(student_logits, class_dim))
+            values, count = closeness(student_logits, teacher_logits, class_dim, valid)
             logged = {f"val_{name}": value for name, value in values.items()}
             pl_module.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=max(count, 1))
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.finish(self.objective, partial(self.close, pl_module))
 
     @override
     def close(self, pl_module: pl.LightningModule) -> None:
@@ -228,6 +208,7 @@ class Distillation(Teaching):
         self.objective.detach(pl_module)
         self._serves = None
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         return {**state, "adapters": self.objective.adapters.state_dict()} if state else state
@@ -235,11 +216,7 @@ class Distillation(Teaching):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_serves": None}
 
-    # Channels that leave: see `ChannelPruning`.
-
-    @property
-    def student_path(self) -> str:  # type: ignore[override]
-        return self.student or ""
+    # What other callbacks ask, and the work.
 
     @property
     @override
@@ -247,70 +224,42 @@ class Distillation(Teaching):
         return self.objective.adapters
 
     @override
-    def compared(self, module: nn.Module, layers: nn.Module, step: Callable[[nn.Module], Any]) -> list[Tensor]:
-        student = self._scope(module)
-        drop_taps_(module)
-        taps, _ = make_taps(self.objective.losses)
-        taps.attach(student)
-        with taps.listen():
-            step(module)
-            features = {
-                name: taps[str(loss.student_layer)]
-                for name, loss in self.objective.losses.items()
-                if isinstance(loss, FeatureLoss) and loss.adapts and not loss.pairs and not self._shrinks_with(loss)
-            }
-        taps.detach(student)
-        known = dict(layers.named_children())
-        return [known[name](one) if name in known else one for name, one in features.items()]
-
-    def _shrinks_with(self, loss: FeatureLoss) -> bool:
-        """Whether the teacher loses the very channels that the student loses."""
-        return isinstance(self.objective.teacher.given, EMATeacher) and loss.student_layer == loss.teacher_layer
-
-    # The work.
-
-    @override
     def serves(self, module: nn.Module) -> bool:
         return self._serves == id(module) and self._entry is not None
 
     @override
     def teach(self, step: Callable[..., Any], module: pl.LightningModule, args: tuple[Any, ...]) -> Any:
-        """Run the module's own step, and add the terms to its loss."""
-        student, batch = self._scope(module), args[0]
+        student, batch = self.student_of(module), args[0]
         valid, targets = self.valid_positions(batch), self.targets(batch)  # before the step may change the batch
         with self.objective.listening(), self._call.listen():
             result = step(*args)
             if result is None:  # the module skips this batch
                 return None
             terms = {TASK: result["loss"] if isinstance(result, Mapping) else result}
-            ours, theirs = self._answers(self._call, student)
-            terms |= self.objective.terms(ours, theirs, valid, targets)
+            student_logits, teacher_logits = self._answers(self._call, student)
+            terms |= self.objective.terms(student_logits, teacher_logits, valid, targets)
         weights = self.objective.weights()
         loss = sum_terms(terms, weights)
-        self.objective.check_once(ours, theirs, targets, valid, self.objective.compares_classes)
+        self.objective.check_once(student_logits, teacher_logits, targets, valid, self.objective.compares_classes)
         shares = self.log_gradient_share and logs_now(module.trainer)
         values = step_values(terms, weights, student if shares else None)
-        module.log_dict(values, batch_size=None if ours is None else len(ours))
+        module.log_dict(values, batch_size=None if student_logits is None else len(student_logits))
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
-    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """The dry run on a copy of the module with the first batch; then adapters, taps and witness are in place."""
+    def _dry_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Run a copy of the module on the first batch; then adapters, taps and hooks on the student are in place."""
         probe = make_probe(trainer, pl_module)
         to_float_(probe)
         drop_taps_(probe)
-        student, call = self._scope(probe), StudentCall()
-        step = type(probe).training_step
-        names = list(inspect.signature(step).parameters.values())[1:]
-        takes_index = len(names) > 1 or any(name.kind is name.VAR_POSITIONAL for name in names)
+        student, call = self.student_of(probe), StudentCall()
 
         def run() -> tuple[Any, Tensor | None, Tensor | None]:
             with call.listen(), trainer.precision_plugin.train_step_context():
-                own = copy_tensors(batch)  # the step may change or empty what it is given
-                loss = step(probe, own, batch_idx) if takes_index else step(probe, own)
+                loss = run_own_step(probe, batch, batch_idx)
                 if loss is None and not call.fired:
                     raise _Skipped
                 self._entry = call.seen()[0]
-                self.objective.teacher.enter(self._entry if self._made() else "")
+                self.objective.teacher.enter(self._entry if isinstance(self.objective.teacher.given, Snapshot) else "")
                 return loss, *self._answers(call, student)
 
         call.attach(student)
@@ -323,7 +272,7 @@ class Distillation(Teaching):
             raise
         finally:
             call.detach()
-        live = self._scope(pl_module)
+        live = self.student_of(pl_module)
         before = set(self.objective.taps)
         self.objective.apply_(plan, live)
         if set(self.objective.taps) - before and self._restored is None and convert.form_of(pl_module) == "prepared":
@@ -333,30 +282,16 @@ class Distillation(Teaching):
                 [type(callback).__name__ for callback in trainer.callbacks],  # type: ignore[attr-defined]
             )
         self._call.attach(live, self._entry)
-        self._join(trainer, live)
+        join_fit_(self.objective.adapters, trainer, live)
         announce(plan, type(self).__name__, self.objective.teacher.given)
 
-    def _join(self, trainer: pl.Trainer, student: nn.Module) -> None:
-        """Bring the adapters where the student is, equal on all ranks, and into the optimizer."""
-        adapters = self.objective.adapters
-        adapters.to(next(student.parameters()).device)
-        if trainer.world_size > 1:
-            adapters.load_state_dict(trainer.strategy.broadcast(adapters.state_dict()))
-        join_optimizer_(adapters, trainer)
-
     def _answers(self, call: StudentCall, student: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-        """Ask the teacher what the student was asked; the logits of both, if a loss looks at them."""
+        """Call the teacher as the student was called, and return the logits of both, if a loss looks at them."""
         _, inputs, outputs = call.seen()
-        answers = self.objective.teacher(inputs, like=student)
+        teacher_outputs = self.objective.teacher(inputs, like=student)
         if not self.objective.compares_logits:
             return None, None
-        return self.logits(outputs), self.logits(answers)
-
-    def _scope(self, pl_module: nn.Module) -> nn.Module:
-        return pl_module if self.student is None else find_layer(pl_module, self.student, "student")
-
-    def _made(self) -> bool:
-        return self.objective.teacher.given is not self.objective.teacher.module
+        return self.logits(outputs), self.logits(teacher_outputs)
 
 
 class _Skipped(Exception):

@@ -15,7 +15,7 @@ from lightning_compress.distillation.losses.soft_target import SoftTarget
 from lightning_compress.distillation.objective import Objective, sum_terms
 from lightning_compress.distillation.ramps import TASK, Ramp
 from lightning_compress.distillation.taps import drop_taps_
-from lightning_compress.distillation.teacher import TeacherDtype, check_is_module, shared_with
+from lightning_compress.distillation.teacher import TeacherDtype, check_is_module, refuse_shared
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.calls import to_device_of
 from lightning_compress.modules.copying import copy_module, copy_tensors
@@ -113,8 +113,8 @@ class Learner(nn.Module):
     @teacher.setter
     def teacher(self, teacher: nn.Module | None) -> None:
         check_is_module(teacher)
-        if teacher is not None and (error := shared_with(teacher, self.student)) is not None:
-            raise error
+        if teacher is not None:
+            refuse_shared(teacher, self.student)
         self._prepared = False
         self.objective.detach(self.student)
         self.objective.set_teacher(teacher)
@@ -231,10 +231,10 @@ class Learner(nn.Module):
         """Return the student's outputs, and the logits of both if a loss looks at them."""
         teacher_inputs = copy_tensors(inputs)  # a student may change its inputs in place
         outputs = call(self, self.student_inputs(inputs))
-        answers = self.teacher_outputs(teacher_inputs) if self.objective.losses else None
+        teacher_outputs = self.teacher_outputs(teacher_inputs) if self.objective.losses else None
         if not self.objective.compares_logits:
             return outputs, None, None
-        return outputs, self.logits(outputs), self.logits(answers)
+        return outputs, self.logits(outputs), self.logits(teacher_outputs)
 
     def _task(self, outputs: Any, targets: Any) -> Tensor:
         if targets is None:

@@ -1,6 +1,6 @@
 """`DistillationModule`: a student that learns from a frozen teacher, as one LightningModule.
 
-The work is done by `Learner`; the hooks stand in `DistillationSteps`, apart from the base class.
+`Learner` computes; `DistillationSteps` has the hooks, for any base class.
 """
 
 from __future__ import annotations
@@ -8,21 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from typing_extensions import override
 
-from lightning_compress.callback import begin_training_mode_, keep_training_mode_, refuse_strategy
-from lightning_compress.distillation.callback_base import (
-    Teaching,
-    announce,
-    join_optimizer_,
-    logs_now,
-)
+from lightning_compress.callback import refuse_strategy
+from lightning_compress.distillation.callback_base import ModuleCallback, announce, logs_now
 from lightning_compress.distillation.calling import call, mask_of, positions_of
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses.base import DistillationLoss
@@ -33,17 +29,16 @@ from lightning_compress.distillation.teacher_check import accuracy, closeness
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import take_examples
 from lightning_compress.modules.isolation import isolated_random_state
-from lightning_compress.modules.training_mode import restore_given_
 from lightning_compress.structure.change import is_converted
 
 if TYPE_CHECKING:
-    _Base = L.LightningModule
+    _Base = pl.LightningModule
 else:
     _Base = object
 
 
 class DistillationSteps(Learner, _Base):
-    """Everything :class:`DistillationModule` does, for any base class with Lightning's hooks."""
+    """All that :class:`DistillationModule` does, for any base class with Lightning's hooks."""
 
     def __init__(
         self,
@@ -79,6 +74,7 @@ class DistillationSteps(Learner, _Base):
         if type(self).__init__ is DistillationSteps.__init__:  # a subclass decides for itself what it saves
             self.save_hyperparameters()
 
+    @override
     def configure_optimizers(self) -> Any:
         """``optimizer`` over the trainable parameters, and ``scheduler``, stepped each epoch."""
         # Not a default argument: LightningCLI would hand AdamW's settings on to the class that YAML names instead.
@@ -89,6 +85,7 @@ class DistillationSteps(Learner, _Base):
 
     # The steps --------------------------------------------------------------------------------------------------
 
+    @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One distillation step; logs every term raw and weighted."""
         loss, terms, outputs = self.distill(batch)
@@ -100,16 +97,19 @@ class DistillationSteps(Learner, _Base):
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size)
         return loss
 
+    @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the student's loss and accuracy."""
         self._evaluate(batch, "val")
 
+    @override
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the student's loss and accuracy."""
         self._evaluate(batch, "test")
 
+    @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """The student's outputs."""
+        """Return the student's outputs."""
         return call(self, self.split_batch(batch)[0])
 
     def _evaluate(self, batch: Any, stage: str) -> None:
@@ -133,7 +133,7 @@ class DistillationSteps(Learner, _Base):
     def _compare(
         self, inputs: Any, targets: Any, logits: Tensor, valid: Tensor | None, stage: str, values: dict[str, Tensor]
     ) -> int:
-        """Add accuracy and closeness to ``values``; how many positions they are means over."""
+        """Add accuracy and closeness to ``values``, and return over how many positions these are means."""
         class_dim, size = self.objective.class_dim(logits, targets), len(logits)
         if not self.compares_classes:
             return size
@@ -142,25 +142,27 @@ class DistillationSteps(Learner, _Base):
         if found is not None:
             values[f"{stage}_acc"], size = found
         if self.trainer.state.fn == TrainerFn.FITTING and self.objective.compares_logits and class_dim is not None:
-            theirs = self.logits(self.teacher_outputs(inputs))
-            self.objective.check_once(logits, theirs, targets, valid, classes=True)
-            close, size = closeness(logits, theirs, class_dim, valid)
+            teacher_logits = self.logits(self.teacher_outputs(inputs))
+            self.objective.check_once(logits, teacher_logits, targets, valid, classes=True)
+            close, size = closeness(logits, teacher_logits, class_dim, valid)
             values |= {f"{stage}_{name}": value for name, value in close.items()}
         return max(size, 1)
 
-    # When: see also `_ModuleTeaching` ------------------------------------------------------------------------------
+    # When: see also `ModuleCallback` ------------------------------------------------------------------------------
 
+    @override
     def setup(self, stage: str) -> None:
         if stage == TrainerFn.FITTING:
             refuse_strategy(self.trainer, "DistillationModule")
 
+    @override
     def configure_model(self) -> None:
         """Make the adapters before the optimizer, and before averaging callbacks copy the module."""
         trainer = self._trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._prepared:
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, _ModuleTeaching) for callback in callbacks):
+        if not any(isinstance(callback, ModuleCallback) for callback in callbacks):
             raise CompressionError(
                 "`configure_callbacks` must return the callback of DistillationModule too. Received: none of it. "
                 "Override it as: return [*super().configure_callbacks(), ...]."
@@ -170,8 +172,8 @@ class DistillationSteps(Learner, _Base):
         try:
             inputs = self._example_inputs()
         except AttributeError:
-            # The data may be made in the module's `setup`, which comes after those of the callbacks. Where one of these
-            # calls this, the Trainer will once more; but what has copied the module by then misses the adapters.
+            # The module's own `setup` may make the data, and it comes after those of the callbacks. Where a callback's
+            # calls this, the Trainer calls it once more; a copy that was averaged until then would miss the adapters.
             copied = self.objective.needs_example and any(hasattr(callback, "_average_model") for callback in callbacks)
             if self._current_fx_name != "setup" or copied:
                 raise
@@ -181,11 +183,12 @@ class DistillationSteps(Learner, _Base):
         if plan is not None:
             announce(plan, type(self).__name__, self.teacher)
 
+    @override
     def configure_callbacks(self) -> list[Callback]:
         # Once is enough: Lightning tells the user of each that it replaces.
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        present = any(isinstance(callback, _ModuleTeaching) for callback in callbacks)
-        return [] if present else [_ModuleTeaching()]
+        present = any(isinstance(callback, ModuleCallback) for callback in callbacks)
+        return [] if present else [ModuleCallback()]
 
     def _example_inputs(self) -> Any:
         for owner in (self, self.student):
@@ -202,7 +205,7 @@ class DistillationSteps(Learner, _Base):
         super()._set_hparams(plain)
 
 
-class DistillationModule(DistillationSteps, L.LightningModule):
+class DistillationModule(DistillationSteps, pl.LightningModule):
     """A student that learns from a frozen teacher: use it as it is, subclass it, or configure it in YAML.
 
     ``loss = task_weight · task_loss(student logits, targets) + Σ weight · distillation loss``
@@ -254,57 +257,8 @@ class DistillationModule(DistillationSteps, L.LightningModule):
         Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
 
     Hooks: ``setup`` (refuses strategies), ``configure_model`` (dry run, adapters, ``teacher_checkpoint``, taps), and a
-    callback that ``configure_callbacks`` adds: see :mod:`~.distillation.teaching` for the order.
+    callback that ``configure_callbacks`` adds: see :mod:`~.distillation.callback_base` for the order.
     """
-
-
-class _ModuleTeaching(Teaching):
-    """The hooks of a :class:`DistillationModule`, out of the way of those that a subclass writes."""
-
-    student_path = "student"
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == TrainerFn.FITTING and isinstance(pl_module, DistillationSteps):
-            self._restored = None
-            pl_module.objective.clock.reset()
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(pl_module, DistillationSteps):
-            begin_training_mode_(trainer, pl_module, type(pl_module).__name__)
-            self.begin(pl_module.objective, pl_module.student)
-            join_optimizer_(pl_module.adapters, trainer)  # a `configure_optimizers` of the user's may not know them
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.start_clock(trainer)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        keep_training_mode_(trainer, pl_module, type(pl_module).__name__, batch_idx)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if isinstance(pl_module, DistillationSteps):
-            self.count_step(trainer, pl_module.student)
-            self.say(type(pl_module).__name__)
-
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
-        if isinstance(pl_module, DistillationSteps):
-            self.say(type(pl_module).__name__)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if isinstance(pl_module, DistillationSteps):
-            restore_given_(pl_module)
-            self.finish(pl_module.objective, pl_module.close)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(pl_module, DistillationSteps):
-            restore_given_(pl_module)
-            pl_module.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_objective": None}
 
 
 def _is_plain(value: Any) -> bool:

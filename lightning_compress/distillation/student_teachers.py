@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.channels.cutting import record as channel_record
 from lightning_compress.channels.cutting.cut import cut_
 from lightning_compress.distillation.taps import drop_taps_
 from lightning_compress.errors import invalid
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.resizing import Cut
+from lightning_compress.structure.change import match_, recorded
 
 
 class Snapshot(nn.Module):
@@ -109,11 +109,10 @@ class EMATeacher(Snapshot):
             cut_(self.model, cut.kept_indices, cut.attributes)
             self._exact = {name: cut.of(name, exact) for name, exact in self._exact.items()}
 
-    def take_widths_(self, student: nn.Module) -> None:
-        """Become as narrow as the student, which may have lost channels since it was built."""
-        removed = channel_record.record_of(student)
-        if self.model is not None and not channel_record.fits(self.model, removed):
-            channel_record.take_widths_(self.model, removed)
+    def take_structure_(self, student: nn.Module) -> None:
+        """Take the structure of the student, which may have lost channels since it was built."""
+        if self.model is not None:
+            match_(self.model, {change.key: record for change, record in recorded(student) if change.is_float})
 
     def average(self) -> dict[str, Any]:
         """Return the average in full precision, for a checkpoint."""

@@ -279,16 +279,14 @@ def check_is_module(teacher: Any) -> None:
         raise invalid("teacher", "be a module", teacher, f"Make one: teacher={name}(...).")
 
 
-def shared_with(teacher: nn.Module, student: nn.Module) -> CompressionError | None:
-    """Make the error for a teacher that shares parameters with the student: freezing it would freeze these too.
+def refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise for a teacher that shares parameters with the student: freezing the teacher would freeze these too.
 
     Example:
-        >>> model = nn.Linear(1, 1)
-        >>> print(type(shared_with(model, model)).__name__, shared_with(nn.Linear(1, 1), model))
-        CompressionError None
+        >>> refuse_shared(nn.Linear(1, 1), nn.Linear(1, 1))
     """
     own = {id(parameter) for parameter in student.parameters()}
     names = [name for name, parameter in teacher.named_parameters() if id(parameter) in own]
-    if not names:
-        return None
-    return invalid("teacher", "share no parameter with the student", names[0], "Pass a copy: copy.deepcopy(model).")
+    if names:
+        remedy = "Pass a copy: copy.deepcopy(model)."
+        raise invalid("teacher", "share no parameter with the student", names[0], remedy)

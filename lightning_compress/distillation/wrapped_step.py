@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -36,10 +37,18 @@ def unwrap_step_(module: Any) -> None:
 
 def _served_step(module: Any, previous: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     step = previous or partial(type(module).training_step, module)
-    for callback in [] if module._trainer is None else compression_callbacks(module._trainer):  # a copy may have none
+    for callback in [] if module._trainer is None else compression_callbacks(module._trainer):  # as in a copy
         if callback.serves(module):
             return callback.teach(partial(step, **kwargs), module, args)
     return step(*args, **kwargs)
+
+
+def run_own_step(module: Any, batch: Any, batch_idx: int) -> Any:
+    """Run the ``training_step`` of the module's class on a copy of the batch, which the step may change or empty."""
+    step = type(module).training_step
+    parameters = list(inspect.signature(step).parameters.values())[1:]
+    takes_index = len(parameters) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+    return step(module, copy_tensors(batch), *([batch_idx] if takes_index else []))
 
 
 class _CallHooks:
