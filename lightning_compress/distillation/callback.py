@@ -32,7 +32,7 @@ class Distillation(DistillationCallback):
 
     ``loss = task_weight · (the module's own loss) + Σ weight · distillation loss``
 
-    The teacher is asked with what the student was called with in that step, after all augmentation. The student is the
+    The teacher is called with what the student was called with in that step, after all augmentation. The student is the
     LightningModule's own ``forward`` where ``training_step`` calls that, or else the one child that it calls. Where it
     is called several times, the last call with gradients counts. The module's parameters, keys, hooks and checkpoints
     stay as they are; adapters live in the callback, and in the optimizer from the first step. Lightning's tuner takes
@@ -49,7 +49,7 @@ class Distillation(DistillationCallback):
             or resolution.
         teacher_dtype: The teacher's floating dtype; None: the student's. 16 bits are for devices that compute in them:
             a CPU without such instructions takes many times as long.
-        teacher_compile: Ask the teacher through `torch.compile`.
+        teacher_compile: Call the teacher through `torch.compile`.
         ramps: Weights and temperatures that change: see :class:`Ramp`.
         log_gradient_share: Log each term's share of the gradient whenever the Trainer logs; a backward pass for each
             term, then.

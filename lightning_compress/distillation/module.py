@@ -173,7 +173,8 @@ class DistillationSteps(Learner, _Base):
             inputs = self._example_inputs()
         except AttributeError:
             # The module's own `setup` may make the data, and it comes after those of the callbacks. Where a callback's
-            # calls this, the Trainer calls it once more; a copy that was averaged until then would miss the adapters.
+            # calls this, the Trainer calls it once more; but a copy of Lightning's averaging callbacks, which is made
+            # until then, would miss the adapters.
             copied = self.objective.needs_example and any(hasattr(callback, "_average_model") for callback in callbacks)
             if self._current_fx_name != "setup" or copied:
                 raise
@@ -228,7 +229,7 @@ class DistillationModule(DistillationSteps, pl.LightningModule):
         teacher_adapter: Called with the teacher's inputs: another normalisation or resolution.
         teacher_dtype: The teacher's floating dtype; None: the student's. 16 bits are for devices that compute in them:
             a CPU without such instructions takes many times as long.
-        teacher_compile: Ask the teacher through `torch.compile`.
+        teacher_compile: Call the teacher through `torch.compile`.
         ramps: Weights and temperatures that change: see :class:`Ramp`.
         log_gradient_share: Log each term's share of the gradient whenever the Trainer logs; a backward pass for each
             term, then.

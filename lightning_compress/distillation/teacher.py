@@ -60,7 +60,7 @@ class Teacher:
         self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._loaded: str | None = None
         self._entry = ""
-        self._answering: Callable[..., Any] | None = None
+        self._callable: Callable[..., Any] | None = None
         self._children: list[nn.Module] = []
         self._placed: tuple[torch.device, torch.dtype] | None = None
         self._own_parameters: list[tuple[nn.Parameter, Tensor]] = []
@@ -89,16 +89,16 @@ class Teacher:
         self.place(like)
         for child in self._children:
             child.training = False  # someone may have called `train()` on it
-        if self._answering is None:
+        if self._callable is None:
             entered = find_layer(module, self._entry) if self._entry else module
-            self._answering = torch.compile(entered) if self.compile else entered
+            self._callable = torch.compile(entered) if self.compile else entered
         # Not inference mode: its tensors can't be saved for the backward pass of the student's loss.
         with torch.no_grad():
             if self.adapter is not None:
                 inputs = call(self.adapter, inputs)
             if self._dtype is not None:
                 inputs = cast(inputs, self._dtype)
-            return call(self._answering, inputs)
+            return call(self._callable, inputs)
 
     def require(self) -> nn.Module:
         """Return the teacher's module.
@@ -126,7 +126,7 @@ class Teacher:
 
     def enter(self, path: str) -> None:
         """Call the submodule at ``path`` from now on; empty is the module itself."""
-        self._entry, self._answering = path, None
+        self._entry, self._callable = path, None
 
     def follow_(self, student: nn.Module) -> None:
         """Let an `EMATeacher` follow the student's weights, after an optimizer step."""
@@ -173,11 +173,11 @@ class Teacher:
             module._buffers[name] = buffer
         if self._placed is not None and isinstance(self.given, Snapshot):
             self.given.to("cpu")
-        if self.compile and self._answering is not None:
+        if self.compile and self._callable is not None:
             torch.compiler.reset()  # compiled code has the taps of its first call built in
         self._own_parameters, self._own_buffers, self._children = [], [], []
         self._placed, self._fingerprint = None, None
-        self._answering = None
+        self._callable = None
 
     def take_fingerprint(self) -> None:
         """Remember a hash of each of the teacher's tensors, for :meth:`changed`."""
@@ -209,7 +209,7 @@ class Teacher:
             "_own_parameters": [],
             "_own_buffers": [],
             "_fingerprint": None,
-            "_answering": None,
+            "_callable": None,
         }
 
 
