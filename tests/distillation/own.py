@@ -78,8 +78,8 @@ def taught(module: Any, teacher: nn.Module, data: Any = None, **kwargs: Any) -> 
     return bits(module)
 
 
-def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+def assert_close(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
 
 
 def own_step(module: Any, batch: Any, teacher: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,7 +54,7 @@ def test_the_dry_run_moves_nothing_but_the_optimizers_list() -> None:
     class Before(Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
             if trainer.global_step == 0:
-                self.state, self.modes = bits(module), [each.training for each in module.modules()]
+                self.state, self.modes = bits(module), [child.training for child in module.modules()]
                 self.random, self.calls = torch.get_rng_state(), module.net.calls
 
     class After(Before):
@@ -337,9 +337,9 @@ def test_validation_tells_how_close_the_student_is(tmp_path: Path) -> None:
     module.eval(), teacher.eval()
     for index, samples in enumerate((20, 12)):
         x, _ = dataset(samples).tensors
-        ours, theirs = module(x), teacher(x)
-        agreement = (ours.argmax(1) == theirs.argmax(1)).float().mean()
-        p, q = theirs.softmax(1), ours.softmax(1)
+        logits, target = module(x), teacher(x)
+        agreement = (logits.argmax(1) == target.argmax(1)).float().mean()
+        p, q = target.softmax(1), logits.softmax(1)
         kl = (p * (p.log() - q.log())).sum(1).mean().detach()
         logged = fit.callback_metrics
         assert float(logged[f"val_agreement/dataloader_idx_{index}"]) == pytest.approx(float(agreement))

@@ -69,7 +69,7 @@ def test_features_take_tokens_and_logits_the_samples_that_have_any(caplog: Any) 
     torch.testing.assert_close(terms["feature_mse"].detach(), squared[valid].mean())
     with caplog.at_level("INFO"):
         trainer().fit(module, DataLoader(TensorDataset(TOKENS, LENGTHS), batch_size=6))
-    [said] = [one.message for one in caplog.records if "valid_positions" in one.message]
+    [said] = [record.message for record in caplog.records if "valid_positions" in record.message]
     assert "(6, 5) are no positions of soft_target (6, 2), where those of samples that have a valid one count." in said
 
 
@@ -78,8 +78,8 @@ def test_a_mask_of_samples_holds_for_all_positions_of_dense_logits() -> None:
     _, terms, logits = module.distill((TOKENS, LENGTHS))
     keep = LENGTHS > 0
     with torch.no_grad():
-        theirs = teacher(TOKENS)[keep].flatten(0, 1).softmax(1)
-    expected = F.kl_div(logits[keep].flatten(0, 1).log_softmax(1), theirs, reduction="batchmean")
+        target = teacher(TOKENS)[keep].flatten(0, 1).softmax(1)
+    expected = F.kl_div(logits[keep].flatten(0, 1).log_softmax(1), target, reduction="batchmean")
     torch.testing.assert_close(terms["soft_target"], expected)
 
 

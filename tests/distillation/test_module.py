@@ -75,9 +75,9 @@ def test_twenty_steps_equal_a_hand_written_loop() -> None:
     optimizer = torch.optim.SGD([*student.parameters(), *regressor.parameters()], lr=0.1)
     for _ in range(4):
         for x, y in loader(40):
-            hidden, theirs = student.features[0](x), teacher.features[0](x)
+            hidden, target = student.features[0](x), teacher.features[0](x)
             mapped = F.avg_pool2d(regressor(hidden), 2)
-            mse = ((mapped - theirs) ** 2).mean()
+            mse = ((mapped - target) ** 2).mean()
             logits = student.head(student.features[1:](hidden.clone()).mean((2, 3)))
             target = teacher(x).detach()
             p, q = (target / 2).softmax(1), (logits / 2).softmax(1)
@@ -224,8 +224,8 @@ def test_averaged_copies_share_the_teacher_and_train_to_the_same_end(tmp_path: P
     module, average = with_features(), Copies(decay=0.5)
     checkpoint = ModelCheckpoint(tmp_path, filename="ema")
     trainer(max_epochs=2, enable_checkpointing=True, callbacks=[average, checkpoint]).fit(module, loader(), loader())
-    ((theirs, ours),) = average.teachers
-    assert theirs is ours is module.teacher
+    ((first, second),) = average.teachers
+    assert first is second is module.teacher
     saved = torch.load(tmp_path / "ema.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == set(module.state_dict()) == set(saved["current_model_state"])
     assert "adapters.feature_mse.weight" in saved["state_dict"]
@@ -267,11 +267,11 @@ def test_compiled_students_are_tapped_by_their_plain_names_in_every_fit(compiled
         module.student = torch.compile(module.student, backend="aot_eager")
     else:
         module.student.features = torch.compile(module.student.features, backend="aot_eager")
-    for each in (eager, module):
+    for model in (eager, module):
         for _ in range(2):
-            trainer(max_epochs=1).fit(each, loader())
-    for ours, theirs in zip(module.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+            trainer(max_epochs=1).fit(model, loader())
+    for parameter, expected in zip(module.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected)
 
 
 def test_several_inputs_and_dict_outputs() -> None:
@@ -340,7 +340,7 @@ def test_a_report_counts_no_adapter(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert len(rows) == 2 and len(module.adapters) == 1
     assert {row["measurement"]["parameters"] for row in rows} == {
-        sum(each.numel() for each in module.student.parameters())
+        sum(parameter.numel() for parameter in module.student.parameters())
     }
 
 

@@ -66,10 +66,10 @@ def by_hand(decay: float | None, accumulate: int = 1, epochs: int = 2) -> tuple[
             optimizer.step()
             optimizer.zero_grad()
             if decay is not None:
-                for mine, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
-                    theirs.data = decay * theirs.data + (1 - decay) * mine.data
-                for mine, theirs in zip(student.buffers(), teacher.buffers(), strict=True):
-                    theirs.copy_(mine)
+                for value, average in zip(student.parameters(), teacher.parameters(), strict=True):
+                    average.data = decay * average.data + (1 - decay) * value.data
+                for value, average in zip(student.buffers(), teacher.buffers(), strict=True):
+                    average.copy_(value)
     return student, teacher
 
 
@@ -130,7 +130,7 @@ def test_an_average_follows_a_student_that_is_pruned_and_prepared(way: str, deca
         assert not torch.equal(weights[name], held[name])
         torch.testing.assert_close(weights[name], held[name], atol=0.5, rtol=0.5)
     else:
-        assert all(torch.equal(weights[each], value) for each, value in held.items())
+        assert all(torch.equal(weights[name], value) for name, value in held.items())
 
 
 @WAYS

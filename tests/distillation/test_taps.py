@@ -195,16 +195,16 @@ def test_inputs_and_parts_of_compiled_models_are_fresh_each_step(where: str) -> 
     else:
         model = torch.compile(model, backend="eager")
     model(X)  # compiled before anyone listens
-    taps, theirs = Taps(paths), Taps(paths)
+    taps, expected = Taps(paths), Taps(paths)
     for value in (1.0, -2.0):
-        taps.attach(model), theirs.attach(plain)
+        taps.attach(model), expected.attach(plain)
         for scale in (1.0, 3.0):
-            with taps.listen(), theirs.listen():
+            with taps.listen(), expected.listen():
                 model(value * scale * X), plain(value * scale * X)
                 for path in paths:
-                    torch.testing.assert_close(taps[path], theirs[path])
+                    torch.testing.assert_close(taps[path], expected[path])
                     assert taps[path].requires_grad
-        taps.detach(model), theirs.detach(plain)
+        taps.detach(model), expected.detach(plain)
 
 
 def test_parts_of_whole_models_are_taught() -> None:

@@ -44,15 +44,15 @@ def test_taps_are_fresh_each_step_and_leave_no_graph(net: ConvNet) -> None:
     taps = Taps(["head", "head"])
     taps.attach(net)
     assert len(taps) == 1 and hooks(net) == 1
-    kept = []
+    tensors = []
     for value in (0.0, 1.0):
         with taps.listen():
             y = net(torch.full((1, 1, 8, 8), value))
             assert torch.equal(taps["head"], y)
-            kept.append(weakref.ref(taps["head"]))
+            tensors.append(weakref.ref(taps["head"]))
     del y
     gc.collect()
-    assert [ref() for ref in kept] == [None, None]
+    assert [ref() for ref in tensors] == [None, None]
     net(torch.zeros(1, 1, 8, 8))
     with taps.listen(), pytest.raises(CompressionError, match="calls in its forward"):
         taps["head"]

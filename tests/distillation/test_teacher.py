@@ -152,11 +152,11 @@ def expected(teacher: nn.Module, ask: Any) -> dict[str, Tensor]:
 def test_a_teacher_in_bfloat16(way: str) -> None:
     teacher = large()
     before = bits(teacher)
-    ours = learnt(way, teacher=teacher, teacher_dtype="bfloat16")
+    weights = learnt(way, teacher=teacher, teacher_dtype="bfloat16")
     assert_same_bits(before, bits(teacher))
-    assert_close(ours, expected(large().bfloat16(), lambda net, x: net(x.bfloat16())))
+    assert_close(weights, expected(large().bfloat16(), lambda net, x: net(x.bfloat16())))
     exact = expected(large(), lambda net, x: net(x))
-    assert not torch.equal(ours["head.weight"], exact["head.weight"])
+    assert not torch.equal(weights["head.weight"], exact["head.weight"])
 
 
 class Normalize(nn.Module):
@@ -181,14 +181,14 @@ def normalize() -> Normalize:
 def test_an_adapter_of_the_teachers_inputs(way: str, dtype: Any) -> None:
     adapter, after = normalize(), normalize()
     before = bits(adapter)
-    ours = learnt(way, teacher_adapter=adapter, teacher_dtype=dtype)
+    weights = learnt(way, teacher_adapter=adapter, teacher_dtype=dtype)
     assert_same_bits(before, bits(adapter))
     assert not any(parameter.requires_grad for parameter in adapter.parameters())
     if dtype is None:
-        theirs = expected(large(), lambda net, x: net(after(x)))
+        reference = expected(large(), lambda net, x: net(after(x)))
     else:
-        theirs = expected(large().bfloat16(), lambda net, x: net(after(x).bfloat16()))
-    assert_close(ours, theirs)
+        reference = expected(large().bfloat16(), lambda net, x: net(after(x).bfloat16()))
+    assert_close(weights, reference)
 
 
 class Split(nn.Module):
@@ -207,8 +207,8 @@ class Shifted(ConvNet):
 def test_an_adapter_may_give_other_arguments(way: str) -> None:
     torch.manual_seed(1)
     teacher = Shifted(8)
-    ours = learnt(way, teacher=teacher, teacher_adapter=Split())
-    assert_close(ours, expected(teacher, lambda net, x: net(x, shift=x.mean())))
+    weights = learnt(way, teacher=teacher, teacher_adapter=Split())
+    assert_close(weights, expected(teacher, lambda net, x: net(x, shift=x.mean())))
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ class Watch(Callback):
 
     def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
         if self.adapters is None:
-            owner = next((each for each in trainer.callbacks if isinstance(each, Distillation)), module)
+            owner = next((callback for callback in trainer.callbacks if isinstance(callback, Distillation)), module)
             self.adapters = bits(owner.objective.adapters)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
@@ -110,12 +110,12 @@ def by_hand(extra: Any, *more: nn.Module) -> tuple[list[float], nn.Module]:
     return losses, student
 
 
-def assert_equal_runs(ours: tuple[Watch, nn.Module], theirs: tuple[list[float], nn.Module]) -> None:
-    assert len(ours[0].losses) == STEPS
-    assert ours[0].losses == pytest.approx(theirs[0], abs=1e-6)
-    for (name, mine), other in zip(ours[1].named_parameters(), theirs[1].parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5, msg=name)
-    assert abs(ours[0].losses[0] - ours[0].losses[-1]) > 1e-2
+def assert_equal_runs(run: tuple[Watch, nn.Module], expected: tuple[list[float], nn.Module]) -> None:
+    assert len(run[0].losses) == STEPS
+    assert run[0].losses == pytest.approx(expected[0], abs=1e-6)
+    for (name, value), other in zip(run[1].named_parameters(), expected[1].parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, msg=name)
+    assert abs(run[0].losses[0] - run[0].losses[-1]) > 1e-2
 
 
 @WAYS
@@ -132,9 +132,9 @@ def test_soft_targets_and_cross_entropy(way: str) -> None:
 def test_cosine_of_hidden_representations_and_cross_entropy(way: str) -> None:
     def cosine(teacher: nn.Module, x: Tensor, maps: Tensor, logits: Tensor) -> Tensor:
         with torch.no_grad():
-            theirs = F.avg_pool1d(teacher.maps(x).flatten(1)[:, None], 8).flatten(1)
-        mine = F.avg_pool1d(maps.flatten(1)[:, None], 4).flatten(1)
-        return nn.CosineEmbeddingLoss()(mine, theirs, torch.ones(len(x)))
+            target = F.avg_pool1d(teacher.maps(x).flatten(1)[:, None], 8).flatten(1)
+        features = F.avg_pool1d(maps.flatten(1)[:, None], 4).flatten(1)
+        return nn.CosineEmbeddingLoss()(features, target, torch.ones(len(x)))
 
     losses = [FeatureCosine("dropout", "dropout", weight=0.25)]
     assert_equal_runs(run(way, losses), by_hand(cosine))
@@ -149,8 +149,8 @@ def test_a_regressor_of_feature_maps_and_cross_entropy(way: str) -> None:
 
     def mse(teacher: nn.Module, x: Tensor, maps: Tensor, logits: Tensor) -> Tensor:
         with torch.no_grad():
-            theirs = teacher.maps(x)
-        return ((regressor(maps) - theirs) ** 2).mean()
+            target = teacher.maps(x)
+        return ((regressor(maps) - target) ** 2).mean()
 
     assert_equal_runs((watch, student), by_hand(mse, regressor))
 

@@ -108,8 +108,8 @@ def rows() -> DataLoader[Any]:
 
 def test_keyword_only_forward_and_batches_and_outputs_that_are_dicts() -> None:
     def step(module: Any, batch: Any, index: int) -> Any:
-        ours = module.net.net(batch["image"] * batch["scale"])
-        return F.cross_entropy(ours, batch["label"]), ours, teacher.net(batch["image"] * batch["scale"])
+        logits = module.net.net(batch["image"] * batch["scale"])
+        return F.cross_entropy(logits, batch["label"]), logits, teacher.net(batch["image"] * batch["scale"])
 
     torch.manual_seed(2)
     students, teacher = [Keywords(), Keywords()], Keywords(8)
@@ -265,11 +265,11 @@ def test_what_does_not_fit_is_refused_and_the_module_is_as_it_was(
 ) -> None:
     module, teacher = make(), large()
     callback = Distillation(**{"teacher": teacher, **arguments})
-    before, theirs = bits(module), bits(teacher)
+    before, teacher_bits = bits(module), bits(teacher)
     with pytest.raises(CompressionError, match=message):
         trainer(callbacks=[callback]).fit(module, loader())
     assert_same_bits(before, bits(module))
-    assert_same_bits(theirs, bits(teacher))
+    assert_same_bits(teacher_bits, bits(teacher))
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert hooks(module) == hooks(teacher) == [] and "training_step" not in vars(module)
     if make is Own:
@@ -373,9 +373,9 @@ def test_sequences_with_padding_equal_a_loop_by_hand(kind: str) -> None:
         for net in (twin.net, teacher):
             x = net.embedding(batch["ids"])
             hidden.append(net.body(x)[0] if kind == "lstm" else net.body(x, src_key_padding_mask=~keep))
-        ours, theirs = twin.net.head(hidden[0])[keep], teacher.head(hidden[1]).detach()[keep]
+        logits, target = twin.net.head(hidden[0])[keep], teacher.head(hidden[1]).detach()[keep]
         mse = ((regressor(hidden[0])[keep] - hidden[1].detach()[keep]) ** 2).mean()
-        loss = 0.5 * F.cross_entropy(ours, batch["label"][keep]) + 0.75 * kd(ours, theirs) + 0.25 * mse
+        loss = 0.5 * F.cross_entropy(logits, batch["label"][keep]) + 0.75 * kd(logits, target) + 0.25 * mse
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -80,10 +80,10 @@ def zagoruyko(s: Array, t: Array, channel_dim: int = 1) -> float:
     terms = []
     for a, b in zip(s, t, strict=True):
         channels = channel_dim % s.ndim - 1
-        maps = [(each**2).sum(channels) for each in (a, b)]
-        size = [min(sizes) for sizes in zip(*(each.shape for each in maps), strict=True)]
-        ours, theirs = (direction(shrunk(each, size).reshape(-1)) for each in maps)
-        terms.append(((ours - theirs) ** 2).mean())
+        maps = [(side**2).sum(channels) for side in (a, b)]
+        size = [min(sizes) for sizes in zip(*(side.shape for side in maps), strict=True)]
+        student, teacher = (direction(shrunk(side, size).reshape(-1)) for side in maps)
+        terms.append(((student - teacher) ** 2).mean())
     return float(np.mean(terms))
 
 
@@ -94,8 +94,8 @@ def zagoruyko_last(s: Array, t: Array) -> float:
 def tung(s: Array, t: Array) -> float:
     total, n = 0.0, len(s)
     for i in range(n):
-        ours, theirs = (direction(np.array([x[i] @ x[j] for j in range(n)])) for x in (flat(s), flat(t)))
-        total += ((ours - theirs) ** 2).sum()
+        student, teacher = (direction(np.array([x[i] @ x[j] for j in range(n)])) for x in (flat(s), flat(t)))
+        total += ((student - teacher) ** 2).sum()
     return total / n**2
 
 

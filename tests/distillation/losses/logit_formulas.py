@@ -114,10 +114,10 @@ def huang(s: Rows, t: Rows, y: Rows, loss: Any) -> float:
         return 0.0
     T = loss.temperature
     q, p = (np.exp([log_probs(row, T) for row in rows]) for rows in (s, t))
-    kept = t > -INF
-    inter = average(1 - pearson(q[i][kept[i]], p[i][kept[i]]) for i in range(len(q)))
-    columns = [c for c in range(q.shape[1]) if kept[:, c].sum() > 1]
-    intra = average(1 - pearson(q[kept[:, c], c], p[kept[:, c], c]) for c in columns)
+    unmasked = t > -INF
+    inter = average(1 - pearson(q[i][unmasked[i]], p[i][unmasked[i]]) for i in range(len(q)))
+    columns = [c for c in range(q.shape[1]) if unmasked[:, c].sum() > 1]
+    intra = average(1 - pearson(q[unmasked[:, c], c], p[unmasked[:, c], c]) for c in columns)
     return T**2 * (loss.beta * inter + loss.gamma * intra)
 
 
@@ -140,7 +140,7 @@ def by_hand(loss: LogitLoss, student: Tensor, teacher: Tensor, targets: Tensor) 
     counts = (t > -INF).any(1)
     s, t, y = s[counts], t[counts], targets.numpy().reshape(-1)[counts]
     if getattr(loss, "standardize", False):
-        s, t = (np.array([z_score(row) for row in each]).reshape(each.shape) for each in (s, t))
+        s, t = (np.array([z_score(row) for row in side]).reshape(side.shape) for side in (s, t))
     return FORMULAS[type(loss)](s, t, y, loss)
 
 

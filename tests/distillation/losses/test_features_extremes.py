@@ -51,12 +51,12 @@ def test_degenerate_features_have_the_formulas_value_and_a_finite_gradient(
     dead[0] = 0
     kinds = {"zeros": torch.zeros_like(sample), "identical": sample, "twins": twins, "a dead sample": dead}
     kinds["ordinary"] = inputs((b, 3, 4), seed=1, dtype=dtype)[0]
-    for ours, student in kinds.items():
-        for theirs, teacher in kinds.items():
+    for first, student in kinds.items():
+        for second, teacher in kinds.items():
             value, gradient = value_and_gradient(LOSSES[name], student, teacher)
             expected = by_hand(name, student, teacher)
-            assert value.item() == pytest.approx(expected, rel=1e-4, abs=1e-6), (ours, theirs)
-            assert gradient.isfinite().all() and gradient.abs().max() < 100, (ours, theirs)
+            assert value.item() == pytest.approx(expected, rel=1e-4, abs=1e-6), (first, second)
+            assert gradient.isfinite().all() and gradient.abs().max() < 100, (first, second)
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ def test_every_logit_loss_has_rows_here() -> None:
     public = {getattr(lightning_compress, name) for name in lightning_compress.__all__} - {LogitLoss}
     concrete = {kind for kind in public if isinstance(kind, type) and issubclass(kind, LogitLoss)}
     assert concrete == set(FORMULAS) == {type(loss) for loss in LOSSES.values()}
-    for each in concrete:
-        rows_of_it = [loss for loss in LOSSES.values() if type(loss) is each]
-        fields = {field.name for field in dataclasses.fields(each)}
+    for kind in concrete:
+        rows_of_it = [loss for loss in LOSSES.values() if type(loss) is kind]
+        fields = {field.name for field in dataclasses.fields(kind)}
         assert {getattr(loss, "standardize", False) for loss in rows_of_it} == (
             {True, False} if "standardize" in fields else {False}
         )
@@ -109,13 +109,13 @@ def test_dkd_of_two_classes_is_the_soft_target(seed: int, temperature: float, be
 @laws
 def test_standardized_logits_have_mean_0_and_deviation_1(seed: int, b: int, classes: int, masked: bool) -> None:
     logits, _, targets = inputs((b, classes), seed=seed)
-    kept = torch.ones_like(logits, dtype=torch.bool)
+    unmasked = torch.ones_like(logits, dtype=torch.bool)
     if masked:
-        kept[range(b), targets] = False
-    out = standardize_logits(logits, kept if masked else None)
-    expected = np.array([z_score(row) for row in logits.masked_fill(~kept, -INF).numpy()])
+        unmasked[range(b), targets] = False
+    out = standardize_logits(logits, unmasked if masked else None)
+    expected = np.array([z_score(row) for row in logits.masked_fill(~unmasked, -INF).numpy()])
     np.testing.assert_allclose(out.numpy(), expected, rtol=1e-4, atol=1e-4)  # a pair of logits may be nearly equal
-    assert (out[~kept] == -INF).all() and out[kept].isfinite().all()
+    assert (out[~unmasked] == -INF).all() and out[unmasked].isfinite().all()
 
 
 def test_standardized_mse_is_twice_one_minus_the_correlation() -> None:

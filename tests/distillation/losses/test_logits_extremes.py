@@ -39,7 +39,7 @@ TARGETS = torch.tensor([1, 0, 3, 2])
 
 def extreme(name: str) -> tuple[Tensor, Tensor]:
     s = BIG * torch.tensor([[1, -1, 0, 0.5], [-1, 1, 0.5, 0], [0, 1, -1, 0.75], [0.5, 0, 1, -1]])
-    t, each = s.flip(1), torch.arange(4)
+    t, rows = s.flip(1), torch.arange(4)
     match name:
         case "agree":
             t = s.clone()
@@ -54,11 +54,11 @@ def extreme(name: str) -> tuple[Tensor, Tensor]:
         case "each masks another":
             s[:, 2] = t[:, 0] = -INF
         case "student masks the target":
-            s[each[:3], TARGETS[:3]] = -INF
+            s[rows[:3], TARGETS[:3]] = -INF
         case "teacher masks the target":
-            t[each[:3], TARGETS[:3]] = -INF
+            t[rows[:3], TARGETS[:3]] = -INF
         case "both mask all targets":
-            s[each, TARGETS] = t[each, TARGETS] = -INF
+            s[rows, TARGETS] = t[rows, TARGETS] = -INF
         case "one class left":
             s[0, :3] = t[0, :3] = s[1, 1:] = t[2, :3] = -INF
         case "nothing in common":
