@@ -29,7 +29,7 @@ from lightning_compress.modules.isolation import isolated_random_state
 
 
 class Objective:
-    """The losses of a student against a teacher; the student is held by whoever holds the objective.
+    """The losses of a student against a teacher; whoever holds the objective holds the student.
 
     Args:
         losses: What student and teacher are compared on.
