@@ -1,18 +1,18 @@
-"""What all callbacks share: checks before anything changes, hooks into checkpoints, what callbacks say to each other.
+"""The base of all callbacks: checks before anything changes, hooks into checkpoints, what callbacks ask each other.
 
-The order of a fit, with what a callback of ours does in each hook::
+In a fit Lightning calls the hooks in this order, and a callback of ours does in them::
 
     setup                    refuse what can't work, hook into checkpoints
     (checkpoint is loaded)   structure first, then weights, then `load_state_dict`
-    on_fit_start             what was given in eval mode trains; `begin`: find the targets, check everything
+    on_fit_start             put into training mode what isn't frozen; `begin`: find the targets, check everything
     on_train_start           fix the window's bounds, watch the optimizers; `act` where the window starts at 0
       on_train_batch_start
         optimizer step       `after_optimizer_step`
       on_train_batch_end     count the step; `act` where the window says so
-      validation, saving     see the weights as `act` left them
+      validation, saving     use the weights as `act` left them
     on_train_end             warn if the window didn't end
     on_fit_end               (the module is on the CPU again)
-    teardown, on_exception   `close`: no hook stays
+    teardown, on_exception   `close`: take all hooks away
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ STATE_VERSION = 1
 
 
 class CompressionCallback(Callback, CheckpointListener):
-    """Base of all callbacks of the package: it works on a module, and other callbacks may ask it what they must know.
+    """Base of all callbacks of the package: works on a module, and answers what other callbacks must know.
 
     Attributes:
-        key: names the technique where callbacks are compared.
-        conflicts: keys of the techniques that can't be beside this one.
+        key: the name of the technique in `conflicts`.
+        conflicts: keys of the techniques that can't be in the same Trainer.
     """
 
     key: ClassVar[str]
@@ -52,60 +52,60 @@ class CompressionCallback(Callback, CheckpointListener):
     # What callbacks ask each other. All of it does nothing by default.
 
     def why_conflicts(self, trainer: pl.Trainer, other: CompressionCallback) -> str:
-        """Why this callback can't be beside another in one Trainer; empty if it can."""
+        """Say why this callback can't be in one Trainer with another; empty if it can."""
         if other.key not in self.conflicts:
             return ""
         names = f"{type(self).__name__} or {type(other).__name__}"
         return f"`callbacks` must hold either {names}. Received: both. Remove one."
 
     def apply_pending_(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Do now, before another callback builds on the module's structure, what is due at the start of this batch."""
+        """Do what is due at the start of this batch now, since another callback builds on the module's structure."""
 
     def is_final(self) -> bool:
-        """Whether the module's structure is what it will be at the end of this fit, as far as this callback goes."""
+        """Tell whether this callback won't change the module's structure any more in this fit."""
         return True
 
     def final_step(self, trainer: pl.Trainer) -> int:
-        """The optimizer step of this fit after which `is_final` holds."""
+        """Return the optimizer step of this fit after which `is_final` holds."""
         return 0
 
     def on_channels_removed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
-        """Channels have left the module: cut what is kept of its tensors with the same indices."""
+        """Cut what the callback holds of the module's tensors, after channels were removed from the module."""
 
     @property
     def averages_weights(self) -> bool:
-        """Whether an average of the module's weights is kept, so that these must keep their scale."""
+        """Tells whether the callback averages the module's weights, so that these must keep their scale."""
         return False
 
     def serves(self, module: nn.Module) -> bool:
-        """Whether this callback adds to the loss of ``module``, this very module and not a copy of it."""
+        """Tell whether this callback adds to the loss of ``module``, of this very module and not of a copy."""
         return False
 
     def teach(self, step: Any, module: pl.LightningModule, args: tuple[Any, ...]) -> Any:
-        """Run ``step``, the training step of a module that is served, and add to its loss."""
+        """Run ``step``, the training step of a module that the callback serves, and add to its loss."""
         return step(*args)
 
     @property
     def trained_layers(self) -> nn.ModuleDict:
-        """Layers of the callback's own that train on what the module puts out; they are cut with it."""
+        """Holds layers of the callback's own that train on outputs of the module; they lose the same channels."""
         return nn.ModuleDict()
 
     def compared(self, module: nn.Module, layers: nn.Module, step: Any) -> list[Tensor]:
-        """What the callback compares with what has another size in a ``step`` of a copy of the module: that stays.
+        """Return the tensors that the callback compares in a ``step`` of a copy of the module: their sizes must stay.
 
         Args:
-            module: a copy of a module that is served.
+            module: a copy of a module that the callback serves.
             layers: copies of `trained_layers`.
             step: runs it.
         """
         return []
 
     def report_notes(self) -> list[str]:
-        """Lines for the report: what was skipped, and why; what made nothing smaller or faster."""
+        """Return lines for the report: what was skipped, and why; what made nothing smaller or faster."""
         return []
 
     def report_history(self) -> list[Any]:
-        """How sparsity grew, for the report's picture."""
+        """Return how sparsity grew, for the report's picture."""
         return []
 
     # Lightning's hooks.
@@ -137,24 +137,24 @@ class CompressionCallback(Callback, CheckpointListener):
         detach(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for pickling: without the methods of its last module that Lightning puts on it for logging."""
+        """Return the state for pickling, without the methods of a module by which Lightning lets callbacks log."""
         return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
 
 
 def compression_callbacks(trainer: pl.Trainer) -> list[CompressionCallback]:
-    """The Trainer's callbacks that are ours."""
+    """Return those callbacks of the Trainer that derive from `CompressionCallback`."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
 
 
 def begin_training_mode_(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
-    """Let what was handed over in evaluation mode train, unless it is frozen on purpose, and say so."""
-    _tell_of_modes(name, train_given_(pl_module, _trained_parameters(trainer, pl_module)), "was handed over")
+    """Put modules that came in evaluation mode into training mode, unless they are frozen on purpose, and say so."""
+    _tell_of_modes(name, train_given_(pl_module, _trained_parameters(trainer, pl_module)), "came")
 
 
 def keep_training_mode_(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, batch_idx: int) -> None:
-    """In the first batch of each epoch: let train what was frozen and isn't any more."""
-    # Here, as what unfreezes it may be any hook of the epoch's start.
+    """Put modules that aren't frozen any more into training mode, in the first batch of each epoch."""
+    # Not earlier, since any hook of the epoch's start may unfreeze them.
     if batch_idx == 0 and has_frozen(pl_module):
         _tell_of_modes(name, wake_(pl_module, _trained_parameters(trainer, pl_module)), "was frozen until now")
 
@@ -164,13 +164,13 @@ def _tell_of_modes(name: str, paths: list[str], why: str) -> None:
         shown = ", ".join(f"`{path}`" if path else "the whole module" for path in paths[:5])
         more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
         rank_zero_info(
-            f"{name}: {shown}{more} {why} in evaluation mode, and trains in training mode. What is to stay in "
-            "evaluation mode: freeze its parameters, or put it there in `on_train_start`."
+            f"{name}: {shown}{more} {why} in evaluation mode, and trains in training mode. To keep a module in "
+            "evaluation mode, freeze its parameters, or call its `eval` in `on_train_start`."
         )
 
 
 def _trained_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[int]:
-    """Ids of the parameters that are trained, or would be if `QLoRA` hadn't frozen them."""
+    """Return the ids of the parameters that are trained, or would be if `QLoRA` hadn't frozen them."""
     groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
     held = {id(parameter) for group in groups for parameter in group}
     frozen = {name for _, record in recorded(pl_module) for name in record.get("frozen", ())}
@@ -182,7 +182,7 @@ def _trained_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> s
 
 
 def check_version(state: dict[str, Any], owner: str) -> None:
-    """Raise if a saved state was written by a newer version of the package."""
+    """Raise if another version of the package wrote a saved state."""
     version = state.get("version")
     if version != STATE_VERSION:
         raise CompressionError(
@@ -192,7 +192,7 @@ def check_version(state: dict[str, Any], owner: str) -> None:
 
 
 def warn_of_other_settings(owner: str, saved: Mapping[str, str], now: Mapping[str, str], goes_on: str) -> None:
-    """Say if a fit resumes from a checkpoint that another configuration wrote, and what ``goes_on`` as it was."""
+    """Warn if a fit resumes from a checkpoint with other settings, and say what ``goes_on`` with the old ones."""
     changed = [f"{name}={saved[name]}" for name, value in now.items() if saved.get(name, value) != value]
     if changed:
         rank_zero_warn(
@@ -221,7 +221,7 @@ def refuse_strategy(trainer: pl.Trainer, name: str) -> None:
 
 
 def rebuild_ddp(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Let the DDP wrapper find parameters and buffers as they are now, on all ranks at the same batch."""
+    """Rebuild the DDP wrapper around the present parameters and buffers, on all ranks at the same batch."""
     strategy: Any = trainer.strategy
     if isinstance(strategy.model, DistributedDataParallel) and hasattr(strategy, "configure_ddp"):
         strategy.model = pl_module

@@ -1,4 +1,4 @@
-"""`WindowedCallback`: what callbacks share that change a model on a schedule: the count of optimizer steps."""
+"""The base of the callbacks that change a model on a schedule: it counts optimizer steps."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class WindowedCallback(CompressionCallback):
         """Find what to work on and check it; nothing is changed yet."""
 
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
-        """One step of the window, at ``progress`` in [0, 1]."""
+        """Do a step of the window, at ``progress`` in [0, 1]."""
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Called after each step of each optimizer, with that optimizer."""
+        """Run after each step of each optimizer, with that optimizer."""
 
     @property
     def waits(self) -> bool:
-        """Whether the window begins when `is_final` holds for all others, as nothing else says when."""
+        """Tells whether the window, without a start of its own, begins once `is_final` holds for the others."""
         return False
 
     # Lightning's hooks.
@@ -146,13 +146,13 @@ class WindowedCallback(CompressionCallback):
 
     @property
     def bounds(self) -> Bounds:
-        """The window in optimizer steps, known from the start of training on."""
+        """Holds the window in optimizer steps, which is known from the start of training on."""
         if self._bounds is None:
             raise CompressionError(f"{type(self).__name__}'s window has no bounds before training starts.")
         return self._bounds
 
     def unfinished(self) -> str:
-        """What it means that the window's end wasn't reached."""
+        """Say what is missing if training stops before the window's end."""
         return "its work isn't complete. Shorten the window, or train longer."
 
     @override
