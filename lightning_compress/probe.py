@@ -1,134 +1,42 @@
-"""Runs a module's own steps on copies of it: which step a batch goes through, and what comes by.
+"""What do a LightningModule's own steps call, and which of its steps takes a batch?
 
-Values matter to calibration: there, batches go through a `Feed`. Shapes matter to a look at what is called: `look`, and
-`example_calls` for what is measured.
+Values matter to calibration, whose batches go through a `data_feed`. Shapes matter where calls are observed: to
+`observe_steps`, and to `example_calls` for what is measured.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
-import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError, in_a_line
-from lightning_compress.modules.call_log import record_calls
-from lightning_compress.modules.calls import Call, Forward, run_example
-from lightning_compress.modules.copying import copy_module, copy_tensors
+from lightning_compress.modules.call_log import count_inputs, record_calls
+from lightning_compress.modules.calls import Call, Forward, calibration_step, run_example
+from lightning_compress.modules.copying import copy_batch
 from lightning_compress.modules.isolation import (
     evaluation_mode,
     isolated_evaluation,
     isolated_random_state,
     isolated_state,
 )
-from lightning_compress.modules.outputs import outer_outputs
 from lightning_compress.modules.paths import clean_name
+from lightning_compress.silent_copy import make_probe, silence_
 from lightning_compress.structure.change import is_converted, to_float_
 
-Seen = TypeVar("Seen")
+Observation = TypeVar("Observation")
 Way = Callable[[Any, Any], Any]
 
-_SILENT = ("log", "log_dict", "print", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
-_READ = ("optimizers", "lr_schedulers")
 _FED = "_fed"
-"""Where a copy counts the batches that went through the steps of a stage, whose start hooks it has seen then."""
-
-
-def make_probe(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, shared: Collection[nn.Parameter] = ()
-) -> pl.LightningModule:
-    """A deep copy whose steps can be run without a trace: it logs nothing, and its metrics are its own."""
-    probe = copy_module(pl_module, shared)
-    silence_(probe, trainer)
-    return probe
-
-
-def silence_(probe: pl.LightningModule, trainer: pl.Trainer) -> None:
-    """Let a copy of a module run steps, which log nowhere and see a Trainer that they can't write to."""
-    silent = _silent_trainer(trainer, probe)
-    for module in probe.modules():
-        if "_trainer" in vars(module):
-            vars(module).update(dict.fromkeys(_SILENT, _nothing))
-            vars(module).update({name: _AsIs(trainer, name) for name in _READ})
-            module.__dict__["_trainer"] = silent
-
-
-def unsilence_(probe: pl.LightningModule) -> None:
-    """A copy that is handed on belongs to no Trainer, and logs again."""
-    for module in probe.modules():
-        if "_trainer" in vars(module):
-            for name in (*_SILENT, *_READ):
-                del vars(module)[name]
-            module.__dict__["_trainer"] = None
-
-
-def _silent_trainer(trainer: pl.Trainer, probe: pl.LightningModule) -> pl.Trainer:
-    """The Trainer as a step on ``probe`` sees it: what is set on it stays there, and no logger is the real one."""
-    silent = copy.copy(trainer)
-    silent.__class__ = _silent_kind(type(trainer))  # type: ignore[arg-type]
-    silent.__dict__["_probe"] = weakref.ref(probe)
-    silent.loggers = [DummyLogger() for _ in trainer.loggers]
-    connector = silent._logger_connector = copy.copy(trainer._logger_connector)
-    for name in ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics"):
-        setattr(connector, name, dict(getattr(connector, name)))
-    return silent
-
-
-@cache
-def _silent_kind(kind: type[pl.Trainer]) -> type[pl.Trainer]:
-    def probe(silent: Any) -> Any:
-        return vars(silent)["_probe"]()
-
-    hidden = {"lightning_module": property(probe), "model": property(probe), "save_checkpoint": _nothing}
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **hidden})
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """What is logged, printed or saved while nobody is to notice."""
-
-
-class _Still:
-    """An optimizer or a scheduler of the original's, which a step of a copy may read and not move."""
-
-    def __init__(self, held: Any) -> None:
-        self._held = held
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._held, name)
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
-
-    zero_grad = step
-
-    def toggle_model(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        """Nothing."""
-        return nullcontext()
-
-
-class _AsIs:
-    """``optimizers()`` or ``lr_schedulers()`` of the module itself; a copy of a copy asks the same Trainer."""
-
-    def __init__(self, trainer: pl.Trainer, name: str) -> None:
-        self.trainer, self.name = trainer, name
-
-    def __deepcopy__(self, memo: Any) -> _AsIs:
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = getattr(self.trainer.lightning_module, self.name)(*args, **kwargs)
-        return [_Still(one) for one in found] if isinstance(found, list) else found and _Still(found)
+"""Where a copy counts the batches that went through its steps, by stage; what is counted has had its start hooks."""
 
 
 def is_own(owner: Any, method: str) -> bool:
@@ -141,7 +49,7 @@ def is_own(owner: Any, method: str) -> bool:
 
 
 def to_module(trainer: pl.Trainer, probe: pl.LightningModule, batch: Any) -> Any:
-    """A batch of a loader as steps get it: Lightning's hooks of batches, of the datamodule or else of the copy."""
+    """Make of a loader's batch what steps get, by Lightning's hooks of batches: the datamodule's or else the copy's."""
     datamodule = getattr(trainer, "datamodule", None)
 
     def call(hook: str, *args: Any) -> Any:
@@ -154,7 +62,7 @@ def to_module(trainer: pl.Trainer, probe: pl.LightningModule, batch: Any) -> Any
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a module's evaluation as a way for batches, with the hooks of the module that come before it.
+    """A step of a module's evaluation as a way of batches, with the hooks of the module that come before it.
 
     Attributes:
         stage: ``test``, ``validation`` or ``predict``.
@@ -177,9 +85,9 @@ class Step:
 
 
 def _call(method: Callable[..., Any], batch: Any, index: int) -> Any:
-    """As Lightning calls it: with the batch's number if there is room, and a loader's where it is asked for by name."""
+    """Call as Lightning does: with the batch's index if there is room, and a loader's where it is asked for by name."""
     parameters = inspect.signature(method).parameters
-    takes_any = any(one.kind is one.VAR_POSITIONAL for one in parameters.values())
+    takes_any = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values())
     args = (batch, index) if len(parameters) > 1 or takes_any else (batch,)
     return method(*args, **({"dataloader_idx": 0} if "dataloader_idx" in parameters else {}))
 
@@ -216,48 +124,48 @@ class Feed:
 
     def _run(self, way: Way, module: nn.Module, batch: Any) -> Any:
         with self._context():
-            return way(module, _own_copy(batch))  # a step may change or empty what it is given
+            return way(module, copy_batch(batch))  # a step may change or empty what it is given
 
     def choose(self, module: nn.Module, batches: Iterator[Any]) -> Iterator[Any]:
-        """Settle on the first way that brings a batch to the layers; returns the batches, such a one first.
+        """Choose the first way that brings a batch to the layers; return the batches, such a batch first.
 
         Raises:
             CompressionError: there is no such way; each is named with what was wrong.
         """
-        seen: list[Any] = []
+        taken: list[Any] = []
 
-        def peeked() -> Iterator[Any]:
-            yield from list(seen)
+        def from_the_start() -> Iterator[Any]:
+            yield from list(taken)
             for batch in batches:
-                seen.append(batch)
+                taken.append(batch)
                 yield batch
 
         for number, way in enumerate(self.ways):
             reason = "it calls no layer"
             try:
-                for place, batch in enumerate(peeked()):
-                    if reason := self._fault(way, module, batch):
+                for place, batch in enumerate(from_the_start()):
+                    if reason := self._why_not(way, module, batch):
                         continue
                     self.ways = self.ways[number:]
-                    return chain([seen.pop(place)], seen, batches)
+                    return chain([taken.pop(place)], taken, batches)
             except Exception as error:
                 reason = in_a_line(error)
             self.failures[way.__name__] = reason
-        if seen or not self.ways:
+        if taken or not self.ways:
             raise self._no_way(self.failures)
         return iter(())
 
-    def _fault(self, way: Way, module: nn.Module, batch: Any) -> str:
-        """Why a way that runs is none for a batch; empty if it is one."""
+    def _why_not(self, way: Way, module: nn.Module, batch: Any) -> str:
+        """Say why a way that runs is none for a batch; empty if it is one."""
         with isolated_evaluation(module):
-            reached = _reached(module, lambda: self._run(way, module, batch))
+            reached = count_inputs(module, lambda: self._run(way, module, batch))
         if not reached:
             return "it calls no layer"
         if isinstance(way, Step) and isinstance(batch, Tensor) and batch.dim():
             # A step that takes the first of what it is given gets the first sample, where a loader gives inputs alone.
             twice = torch.cat([batch, batch])
             with isolated_evaluation(module):
-                if _reached(module, lambda: self._run(way, module, twice)) == reached:
+                if count_inputs(module, lambda: self._run(way, module, twice)) == reached:
                     raise CompressionError("it reads one sample of each batch, which is a single tensor")
         return ""
 
@@ -271,7 +179,7 @@ class Feed:
 
 
 def data_feed(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> Feed:
-    """The way of data through a copy of a module, as its own evaluation feeds it.
+    """Return the way of data through a copy of a module, as its own evaluation feeds it.
 
     That is ``calibration_step(batch)`` where there is one; else ``test_step``, ``validation_step`` or ``predict_step``;
     else ``forward``.
@@ -290,7 +198,7 @@ def data_feed(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> Fe
 
 
 def shape_feed(trainer: pl.Trainer, module: pl.LightningModule, stage: str, *, train: bool) -> Feed:
-    """The way of a batch through a copy of a module where shapes matter and values don't.
+    """Return the way of a batch through a copy of a module where shapes matter and values don't.
 
     Args:
         trainer: that runs the module.
@@ -313,55 +221,23 @@ def _evaluation(module: Any, stage: str) -> list[Way]:
     if getattr(module, "calibration_step", None) is not None:
         return [calibration_step]
     stages = dict.fromkeys((stage, "test", "validation", "predict"))
-    return [Step(one) for one in stages if is_own(module, f"{one}_step")]
-
-
-def calibration_step(module: Any, batch: Any) -> Any:
-    """The way of a module that has a step for this."""
-    return module.calibration_step(batch)
+    return [Step(stage) for stage in stages if is_own(module, f"{stage}_step")]
 
 
 def training_step(module: Any, batch: Any) -> Any:
-    """The way of a module that is only trained."""
+    """Run a batch through a module that is only trained."""
     return _call(module.training_step, batch, 0)
 
 
 def example_input_array(module: nn.Module, batch: Any) -> Any:
-    """The way without a batch."""
+    """Run a module without a batch."""
     return run_example(module)
 
 
-def _own_copy(batch: Any) -> Any:
-    try:
-        return copy.deepcopy(batch)
-    except Exception:  # a batch of the user's own that can't be copied as a whole
-        return copy_tensors(batch)
-
-
-def _reached(module: nn.Module, run: Callable[[], Any]) -> int:
-    """How many numbers reach the modules with parameters in a run; what they do with these is their own affair."""
-    count = 0
-
-    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal count
-        count += sum(leaf.numel() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-
-    hookable = (layer for layer in module.modules() if not isinstance(layer, torch.jit.ScriptModule))
-    layers = [layer for layer in hookable if next(layer.parameters(), None) is not None]
-    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return count
-
-
-def look(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, watch: Callable[..., Seen]
-) -> list[Seen]:
-    """What ``watch(module, run)`` sees of the module's own training step, of its evaluation and of its forward.
+def observe_steps(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, observe: Callable[..., Observation]
+) -> list[Observation]:
+    """Return what ``observe(module, run)`` gives for the module's training step, its evaluation and its forward.
 
     All run on a deep copy that is float, and under a random state of their own, so that nothing is left behind.
 
@@ -370,26 +246,27 @@ def look(
     """
     probe = make_probe(trainer, pl_module)
     to_float_(probe)
-    feed, seen = shape_feed(trainer, probe, "validation", train=not probe.automatic_optimization), list[Seen]()
+    feed = shape_feed(trainer, probe, "validation", train=not probe.automatic_optimization)
+    observed = list[Observation]()
     with isolated_random_state(), trainer.precision_plugin.train_step_context():
         if pl_module.automatic_optimization:
             try:
-                seen.append(watch(probe, lambda: probe.training_step(_own_copy(batch), batch_idx)))
+                observed.append(observe(probe, lambda: probe.training_step(copy_batch(batch), batch_idx)))
             except Exception as error:  # it is the user's, and evaluation may do
                 feed.failures["training_step"] = in_a_line(error)
         # Forward need not be what the steps call.
         forwards = [Feed(trainer, [Forward()], feed.remedy)] if len(feed.ways) > 1 else []
         for evaluation in (feed, *forwards):
-            with evaluation_mode(probe), nullcontext() if not seen else suppress(CompressionError):
+            with evaluation_mode(probe), nullcontext() if not observed else suppress(CompressionError):
                 evaluation.choose(probe, iter([batch]))  # what fails calls nothing that is to be seen
-                seen.append(watch(probe, partial(evaluation, probe, batch)))
-    return seen
+                observed.append(observe(probe, partial(evaluation, probe, batch)))
+    return observed
 
 
 def example_calls(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, stage: str) -> dict[str, Call]:
-    """What a module is called with, for its shapes: the path of what a step calls (``""`` is ``forward``) to its call.
+    """Return the calls of a module, for their shapes, by the paths of what a step calls (``""`` is ``forward``).
 
-    It is seen in a step of the module's own on ``batch``; else ``forward`` on the ``example_input_array``, else on the
+    A step of the module's own makes them on ``batch``; else ``forward`` on the ``example_input_array``, else on the
     batch. No trace is left.
 
     Args:
@@ -402,7 +279,7 @@ def example_calls(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, s
         CompressionError: nothing runs.
     """
     feed = shape_feed(trainer, module, stage, train=True)
-    if trainer.world_size > 1:  # a step may wait for ranks that don't look
+    if trainer.world_size > 1:  # a step may wait for ranks that don't run it
         feed.ways = [way for way in feed.ways if way is example_input_array or isinstance(way, Forward)]
     if batch is None:
         feed.ways = [way for way in feed.ways if way is example_input_array]
@@ -417,12 +294,3 @@ def example_calls(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, s
     if "" in called:
         called = [""]
     return {path: log.inputs[path] for path in called if any(True for _ in layers[path].parameters())}
-
-
-def outputs_of_calls(module: nn.Module, run: Callable[[], Any]) -> list[Any]:
-    """What a run gives back, with what ``forward`` gave to it; without a ``forward``, what its last child gave."""
-    with outer_outputs(module) as outputs:
-        returned = run()
-    whole = [output for inner, output in outputs if inner is module]
-    parts = [output for inner, output in outputs if any(True for _ in inner.parameters())]
-    return [returned, *(whole or parts[-1:])]

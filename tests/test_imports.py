@@ -49,6 +49,7 @@ BY_NAME = {
 MAY_IMPORT_LIGHTNING = {
     "callback.py",
     "probe.py",
+    "silent_copy.py",
     "window.py",
     "windowed_callback.py",
     "cli.py",

@@ -31,8 +31,8 @@ from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.resizing import Cut, resize_state_
-from lightning_compress.probe import make_probe
 from lightning_compress.schedules import Linear, OneShot, Schedule
+from lightning_compress.silent_copy import make_probe
 from lightning_compress.structure.change import to_float_
 from lightning_compress.structure.files import restored_state
 from lightning_compress.structure.listener import averaged_copies

@@ -13,7 +13,9 @@ from lightning_compress.channels.tracing.groups import Run
 from lightning_compress.channels.tracing.verify import Subject, samples_in
 from lightning_compress.errors import CompressionError, in_a_line
 from lightning_compress.modules.copying import copy_tensors
-from lightning_compress.probe import make_probe, outputs_of_calls, shape_feed
+from lightning_compress.modules.outputs import outputs_of_calls
+from lightning_compress.probe import shape_feed
+from lightning_compress.silent_copy import make_probe
 
 ADAPTERS = "_guest"
 

@@ -22,8 +22,8 @@ from lightning_compress.distillation.teacher import TeacherDtype, refuse_shared
 from lightning_compress.distillation.teacher_check import closeness
 from lightning_compress.distillation.wrapped_step import StudentCall, run_own_step, unwrap_step_, wrap_step_
 from lightning_compress.errors import CompressionError, invalid
-from lightning_compress.probe import make_probe
 from lightning_compress.quantization import convert
+from lightning_compress.silent_copy import make_probe
 from lightning_compress.structure.change import is_float, to_float_
 
 

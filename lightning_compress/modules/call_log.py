@@ -179,3 +179,23 @@ def _as_seen(call: Any) -> Any:
     return pytree.tree_map(
         lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in _HALF else leaf, call
     )
+
+
+def count_inputs(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Count the numbers that reach modules with parameters in a run, whatever they do with them."""
+    count = 0
+
+    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal count
+        count += sum(leaf.numel() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+
+    hookable = (layer for layer in model.modules() if not isinstance(layer, torch.jit.ScriptModule))
+    layers = [layer for layer in hookable if next(layer.parameters(), None) is not None]
+    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count

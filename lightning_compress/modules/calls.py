@@ -147,7 +147,12 @@ def way_without_trainer(model: Any) -> Callable[[Any, Any], Any]:
     """Return a `run_step` that remembers how a batch was bound."""
     if getattr(model, "calibration_step", None) is None:
         return Forward()
-    return lambda model, batch: model.calibration_step(batch)
+    return calibration_step
+
+
+def calibration_step(model: Any, batch: Any) -> Any:
+    """Run a batch through a module that has a step for this."""
+    return model.calibration_step(batch)
 
 
 def take_examples(loader: Any, count: int = 2) -> Any | None:

@@ -19,6 +19,14 @@ def copy_tensors(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def copy_batch(batch: Any) -> Any:
+    """Copy a batch, so that a step may change or empty it."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # a batch of the user's own that can't be copied as a whole
+        return copy_tensors(batch)
+
+
 def copy_module(module: Module, shared: Collection[nn.Parameter] = ()) -> Module:
     """Make a deep copy to try things on; computed tensors that a module keeps as attributes are detached in it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,6 +140,15 @@ def outer_outputs(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def outputs_of_calls(module: nn.Module, run: Callable[[], Any]) -> list[Any]:
+    """List what a run gives back, and what ``forward`` gave to it; without a ``forward``, what the last child gave."""
+    with outer_outputs(module) as outputs:
+        returned = run()
+    whole = [output for inner, output in outputs if inner is module]
+    parts = [output for inner, output in outputs if any(True for _ in inner.parameters())]
+    return [returned, *(whole or parts[-1:])]
 
 
 def cosine(expected: Any, got: Any) -> float:

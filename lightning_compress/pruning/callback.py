@@ -17,7 +17,7 @@ from lightning_compress.callback import compression_callbacks, warn_of_other_set
 from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
 from lightning_compress.messages import by_reason, they
 from lightning_compress.modules.resizing import Cut
-from lightning_compress.probe import look
+from lightning_compress.probe import observe_steps
 from lightning_compress.pruning import rewind as rewinding
 from lightning_compress.pruning.checkpoint_scores import forget_scores
 from lightning_compress.pruning.criteria import CRITERIA
@@ -219,7 +219,8 @@ class ScheduledPruning(WindowedCallback):
         if first and self.pruner.units.outputs:
             seen = Observations()
             try:
-                look(trainer, pl_module, batch, batch_idx, partial(observe, units=self.pruner.units, seen=seen))
+                watch = partial(observe, units=self.pruner.units, seen=seen)
+                observe_steps(trainer, pl_module, batch, batch_idx, watch)
             except CompressionError as error:
                 rank_zero_warn(f"ScheduledPruning: only norms in an nn.Sequential go with pruned units. {error}")
                 return

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.copying import copy_batch
 from lightning_compress.modules.isolation import isolated_random_state
 
 FLOAT = "float/"
@@ -64,10 +63,7 @@ class FloatTwin:
 
     def step(self, batch: Any, *indices: int) -> None:
         """One batch, with the hooks around it; works on a copy of the batch."""
-        try:
-            batch = copy.deepcopy(batch)
-        except Exception:  # a batch of the user's own that can't be copied as a whole
-            batch = copy_tensors(batch)
+        batch = copy_batch(batch)
         self.call("batch_start", batch, *indices)
         outputs = self._call(f"{self._stage}_step", batch, *indices)
         self.call("batch_end", outputs, batch, *indices)

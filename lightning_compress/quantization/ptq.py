@@ -18,13 +18,14 @@ from lightning_compress.callback import CompressionCallback
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import in_short
 from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state, restore_modes_, training_modes
-from lightning_compress.probe import data_feed, is_own, make_probe, to_module, unsilence_
+from lightning_compress.probe import data_feed, is_own, to_module
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.float_twin import FloatTwin
 from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator, time_against_float
 from lightning_compress.quantization.quantize import Recipe, own_parameters_, quantize_
 from lightning_compress.quantization.schemes import Scheme
 from lightning_compress.quantization.static.plan import explain, summary
+from lightning_compress.silent_copy import make_probe, unsilence_
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Targets
 

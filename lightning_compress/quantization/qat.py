@@ -17,7 +17,7 @@ from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.calls import run_step
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state, restore_modes_, training_modes
-from lightning_compress.probe import look, make_probe, shape_feed
+from lightning_compress.probe import observe_steps, shape_feed
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.change import CHANGE, copy_ranges_
 from lightning_compress.quantization.layers.plan import check_overrides
@@ -36,6 +36,7 @@ from lightning_compress.quantization.slower import slower_than_float
 from lightning_compress.quantization.static.calibrate import calibrate
 from lightning_compress.quantization.static.plan import explain, make_plan, summary
 from lightning_compress.quantization.static.traced import Traced
+from lightning_compress.silent_copy import make_probe
 from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Targets
 from lightning_compress.window import Bounds, Window, fit_length
@@ -194,7 +195,7 @@ class QuantizationAwareTraining(WindowedCallback):
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         log = CallLog()
-        for seen in look(trainer, pl_module, batch, batch_idx, record_calls):
+        for seen in observe_steps(trainer, pl_module, batch, batch_idx, record_calls):
             log.merge(seen)
         plan = make_plan(pl_module, log, self.scheme, self.targets, self._overrides, "fx", training=True)
         if isinstance(self.scheme, StaticInt8) and _may_rescale(trainer):

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from lightning_compress.probe import make_probe
+from lightning_compress.silent_copy import make_probe
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 
