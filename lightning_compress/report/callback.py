@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 from weakref import ReferenceType, ref
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
+from typing_extensions import override
 
 from lightning_compress.callback import CompressionCallback, compression_callbacks
 from lightning_compress.errors import CompressionError, in_a_line, invalid
@@ -27,9 +28,10 @@ from lightning_compress.report.compare import Comparison, compare
 from lightning_compress.report.evaluations import (
     Evaluation,
     LastValidation,
+    before_fit,
     fingerprint,
-    is_untrained,
     merged,
+    of_same_weights,
     plain_metrics,
     samples_of,
 )
@@ -117,12 +119,12 @@ class CompressionReport(CompressionCallback):
         rows = replace(self._rows, models={}, inputs=None)
         return {**self.__dict__, "_rows": rows, "_waiting": None, "_tested": None, "_measured": None}
 
-    def _start(self, pl_module: LightningModule | None) -> None:
+    def _start(self, pl_module: pl.LightningModule | None) -> None:
         self._rows = Rows(self.batch_sizes, self.max_seconds, self.threads)
         self._evaluations: list[Evaluation] = []
         self._validated = LastValidation()
         self._failures: list[str] = []
-        self._waiting: LightningModule | None = None
+        self._waiting: pl.LightningModule | None = None
         self._tested: nn.Module | None = None
         self._measured = None if pl_module is None else ref(pl_module)
 
@@ -139,7 +141,8 @@ class CompressionReport(CompressionCallback):
 
     # Before a run.
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # On all ranks: `log_dir` is broadcast.
         self._folder = str(self.directory or trainer.default_root_dir)
         with self._not_ending_the_run("The Trainer's log_dir couldn't be had"):
@@ -154,7 +157,8 @@ class CompressionReport(CompressionCallback):
             self._tested = structural_copy(pl_module)
             self._waiting = self._tested if first else None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         earlier = self._evaluations if self._measured is not None and self._measured() is pl_module else []
@@ -165,19 +169,11 @@ class CompressionReport(CompressionCallback):
             if not any(map(is_lazy, pl_module.parameters())):  # which have a shape after the first batch
                 self._rows.weigh(BEFORE, self._waiting)
         with self._not_ending_the_run("before: no metrics"):
-            self._take_over(earlier, pl_module)
+            self._evaluations += of_same_weights(earlier, pl_module, BEFORE)
             if self.validate_before:
                 self._validate(trainer, pl_module)
 
-    def _take_over(self, earlier: Sequence[Evaluation], pl_module: LightningModule) -> None:
-        """Metrics of the weights that are now to be trained, from runs before."""
-        now = fingerprint(pl_module) if earlier else None
-        for evaluation in earlier:
-            if evaluation.weights == now is not None:
-                origin = _of(pl_module, f"{evaluation.origin} before fit")
-                self._evaluations.append(replace(evaluation, row=BEFORE, origin=origin))
-
-    def _validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
             raise invalid(
                 "validate_before", "be for one process", trainer.world_size, "Call trainer.validate before fit."
@@ -185,26 +181,32 @@ class CompressionReport(CompressionCallback):
         metrics, samples = validate_copy(trainer, pl_module)
         if not metrics:
             raise CompressionError("the validation before fit logged nothing.")
-        origin = _of(pl_module, "validation before fit")
-        self._evaluations.append(Evaluation(BEFORE, plain_metrics(metrics), origin, samples))
+        self._evaluations.append(
+            Evaluation(BEFORE, plain_metrics(metrics), before_fit("validation", pl_module), samples)
+        )
 
     # In a run.
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._measure_waiting(trainer, batch, "validation")
 
+    @override
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._measure_waiting(trainer, batch, "test")
 
+    @override
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._measure_waiting(trainer, batch, "validation")
 
-    def _measure_waiting(self, trainer: Trainer, batch: Any, stage: str) -> None:
+    def _measure_waiting(self, trainer: pl.Trainer, batch: Any, stage: str) -> None:
         if self._waiting is None:
             return
         waiting, self._waiting = self._waiting, None
@@ -217,14 +219,17 @@ class CompressionReport(CompressionCallback):
                 self._rows.no_inputs = str(error)
             self._rows.run_before(waiting)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluated(trainer, pl_module, "test", trainer.test_dataloaders, trainer.num_test_batches)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._validated.begin(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._evaluated(trainer, pl_module, "validation", trainer.val_dataloaders, trainer.num_val_batches)
         elif not trainer.sanity_checking:  # which sees a few batches only
@@ -232,7 +237,7 @@ class CompressionReport(CompressionCallback):
                 self._validated.remember(trainer, form_of(pl_module))
 
     def _evaluated(
-        self, trainer: Trainer, pl_module: LightningModule, stage: str, loaders: Any, batches: Sequence[int | float]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, loaders: Any, batches: Sequence[float]
     ) -> None:
         if not trainer.is_global_zero:
             return
@@ -249,7 +254,8 @@ class CompressionReport(CompressionCallback):
 
     # After a run.
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage in ("fit", "test", "validate") and self._measured is not None:
             self._measure_waiting(trainer, None, "test")  # not a single batch came
             if stage == "fit":
@@ -262,21 +268,25 @@ class CompressionReport(CompressionCallback):
                     self._report(trainer)
         self._waiting = self._tested = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._start(None)
 
-    def _report(self, trainer: Trainer) -> None:
+    def _report(self, trainer: pl.Trainer) -> None:
         with self._not_ending_the_run("No latency"):
             self._rows.time()
-        metrics, origins, left_out = merged([one for one in self._evaluations if one.row in self._rows.measurements])
-        others = [note for callback in _callbacks(trainer) for note in self._notes_of(callback)]
+        measured = self._rows.measurements
+        metrics, origins, left_out = merged([found for found in self._evaluations if found.row in measured])
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [note for callback in callbacks for note in self._notes_of(callback)]
         notes = [*left_out, *self._rows.notes.values(), *self._failures, *others]
+        histories = [history for callback in compression_callbacks(trainer) if (history := callback.report_history())]
         folder = Path(self._folder)
-        self.comparison = compare(self._rows.measurements, metrics=metrics, notes=notes, origins=origins)
-        self.comparison, written = write(self.comparison, folder, self.picture, _histories(trainer), _warn)
+        self.comparison = compare(measured, metrics=metrics, notes=notes, origins=origins)
+        self.comparison, written = write(self.comparison, folder, self.picture, histories, _warn)
         show(self.comparison, folder, written)
 
-    def _notes_of(self, callback: Callback) -> list[str]:
+    def _notes_of(self, callback: pl.Callback) -> list[str]:
         offered = getattr(callback, "report_notes", None)  # a callback of the user's may have notes too
         notes: list[str] = []
         if callable(offered):
@@ -287,18 +297,3 @@ class CompressionReport(CompressionCallback):
 
 def _warn(note: str) -> None:
     rank_zero_warn(f"CompressionReport: {note}")
-
-
-def _of(model: nn.Module, origin: str) -> str:
-    return f"{origin}, untrained" if is_untrained(model) else origin
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    # Lightning's connector sets the attribute, so its type is nowhere declared.
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def _histories(trainer: Trainer) -> list[Any]:
-    """How sparsity grew, of every callback that knows it."""
-    found = (callback.report_history() for callback in compression_callbacks(trainer))
-    return [history for history in found if history]

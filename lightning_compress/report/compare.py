@@ -1,4 +1,4 @@
-"""`compare`: measurements side by side, with ratios against one of them and a plain word where nothing was gained."""
+"""What did a compression bring? Measured models side by side, with ratios against one of them."""
 
 from __future__ import annotations
 
@@ -7,42 +7,21 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_compress.errors import CompressionError, invalid, nearest
-from lightning_compress.report.latency import speedup_range
 from lightning_compress.report.measure import Measurement
 from lightning_compress.report.notes import busy_notes, row_notes
+from lightning_compress.report.ratios import Row, make_row
+from lightning_compress.report.render import markdown, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 VERSION = 2
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model in a comparison. Ratios are baseline / this model: 2.0 is half the size, or twice as fast.
-
-    A ratio is None where one side wasn't measured. ``speedup`` is by batch size, and ``speedup_range`` its middle half
-    over the rounds in which both took turns (for rows that were timed one after the other, how far apart the middle
-    halves of their times may lie): where that holds 1, no difference was measurable. ``metric_changes`` are this
-    model's metric minus the baseline's; ``origins`` say how a metric was measured.
-    """
-
-    name: str
-    measurement: Measurement
-    metrics: dict[str, float]
-    parameters_ratio: float | None
-    size_ratio: float | None
-    macs_ratio: float | None
-    speedup: dict[int, float]
-    speedup_range: dict[int, tuple[float, float]]
-    metric_changes: dict[str, float]
-    origins: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -62,31 +41,18 @@ class Comparison:
 
     def to_table(self) -> Table:
         """Return the comparison as a ``rich`` table for the terminal."""
-        from lightning_compress.report.render import table
-
-        return table(self)
+        return table(self.rows, self.baseline)
 
     def to_markdown(self) -> str:
         """Return the comparison as a Markdown page: table, notes, machine."""
-        from lightning_compress.report.render import markdown
-
-        return markdown(self)
+        return markdown(self.rows, self.baseline, self.notes, self.machine)
 
     def as_dict(self) -> dict[str, Any]:
         """Return numbers, strings, lists and dicts with string keys only."""
-        rows = [
-            {
-                **asdict(row),
-                "measurement": row.measurement.as_dict(),
-                "speedup": {str(size): ratio for size, ratio in row.speedup.items()},
-                "speedup_range": {str(size): list(ratios) for size, ratios in row.speedup_range.items()},
-            }
-            for row in self.rows
-        ]
         return {
             "version": VERSION,
             "baseline": self.baseline,
-            "rows": rows,
+            "rows": [row.as_dict() for row in self.rows],
             "notes": list(self.notes),
             "machine": self.machine,
         }
@@ -106,7 +72,7 @@ class Comparison:
             plain = json.loads(text)
             if plain["version"] != VERSION:
                 raise invalid("text", f"be a report of version {VERSION}", plain["version"], "Measure again.")
-            rows = tuple(_row_from(one) for one in plain["rows"])
+            rows = tuple(Row.from_dict(row) for row in plain["rows"])
             return cls(rows, plain["baseline"], tuple(plain["notes"]), plain["machine"])
         except CompressionError:
             raise
@@ -128,7 +94,7 @@ def compare(
         measurements: The rows, in order: name to measurement.
         baseline: The row that ratios refer to; the first by default.
         metrics: Row name to metric name to value, such as ``{"student": {"test_acc": 0.98}}``.
-        notes: Sentences to print after those that are made here.
+        notes: Sentences to print after those that follow from the measurements.
         origins: Row name to metric name to how it was measured, such as ``{"student": {"test_acc": "test"}}``.
 
     Returns:
@@ -156,7 +122,7 @@ def compare(
             if name not in measurements:
                 raise invalid(argument, "name a row of `measurements`", name, nearest(name, measurements))
     rows = tuple(
-        _row(
+        make_row(
             name,
             measurement,
             metrics.get(name, {}),
@@ -167,8 +133,8 @@ def compare(
         for name, measurement in measurements.items()
     )
     base = next(row for row in rows if row.name == chosen)
-    made = [note for row in rows if row is not base for note in row_notes(row, base)]
-    return Comparison(rows, chosen, tuple(dict.fromkeys([*made, *busy_notes(rows), *notes])), machine_facts())
+    found = [note for row in rows if row is not base for note in row_notes(row, base)]
+    return Comparison(rows, chosen, tuple(dict.fromkeys([*found, *busy_notes(rows), *notes])), machine_facts())
 
 
 def machine_facts() -> dict[str, Any]:
@@ -197,56 +163,6 @@ def _cpu_name() -> str:
     except OSError:
         names = []
     return (names[0] if names else platform.processor()) or "unknown"
-
-
-def _row(
-    name: str,
-    measurement: Measurement,
-    metrics: Mapping[str, float],
-    origins: Mapping[str, str],
-    base: Measurement,
-    base_metrics: Mapping[str, float],
-) -> Row:
-    # Two lower bounds have no ratio.
-    exact = not measurement.uncounted and not base.uncounted
-    before = {latency.batch_size: latency for latency in base.latency if measurement.device == base.device}
-    found = {
-        latency.batch_size: speedup_range(latency, before[latency.batch_size])
-        for latency in measurement.latency
-        if latency.batch_size in before
-    }
-    speedups = {size: ratios for size, ratios in found.items() if ratios is not None}
-    return Row(
-        name=name,
-        measurement=measurement,
-        metrics=dict(metrics),
-        parameters_ratio=_ratio(base.parameters, measurement.parameters),
-        size_ratio=_ratio(base.size_bytes, measurement.size_bytes),
-        macs_ratio=_ratio(base.macs, measurement.macs) if exact else None,
-        speedup={size: median for size, (_, median, _) in speedups.items()},
-        speedup_range={size: (lower, upper) for size, (lower, _, upper) in speedups.items()},
-        metric_changes={key: value - base_metrics[key] for key, value in metrics.items() if key in base_metrics},
-        origins={key: origin for key, origin in origins.items() if key in metrics},
-    )
-
-
-def _ratio(base: int | None, one: int | None) -> float | None:
-    return base / one if base and one else None
-
-
-def _row_from(plain: Mapping[str, Any]) -> Row:
-    return Row(
-        **{
-            **plain,
-            "measurement": Measurement.from_dict(plain["measurement"]),
-            "metrics": {key: math.nan if value is None else value for key, value in plain["metrics"].items()},
-            "metric_changes": {
-                key: math.nan if value is None else value for key, value in plain["metric_changes"].items()
-            },
-            "speedup": {int(size): ratio for size, ratio in plain["speedup"].items()},
-            "speedup_range": {int(size): (lower, upper) for size, (lower, upper) in plain["speedup_range"].items()},
-        }
-    )
 
 
 def _finite(value: Any) -> Any:

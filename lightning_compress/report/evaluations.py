@@ -1,11 +1,11 @@
-"""What was measured of a model's quality, how, on how much data, and on which weights."""
+"""How good is a model, as measured how, on how much data, and on which weights?"""
 
 from __future__ import annotations
 
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ _OF_A_LAYER = re.compile(r"sparsity(_\d+)?/")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One run over data.
+    """A run over data.
 
     Attributes:
         row: the row of the report that was evaluated.
@@ -36,7 +36,7 @@ class Evaluation:
 
 
 def samples_of(loaders: Any, batches: Sequence[int | float]) -> tuple[int | None, ...]:
-    """How many samples a run sees of each loader, by its number of batches; None where a loader doesn't say.
+    """Return how many samples a run sees of each loader, by its number of batches; None where a loader doesn't say.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -60,7 +60,7 @@ def _samples_of(loader: Any, batches: float) -> int | None:
 def merged(
     evaluations: Sequence[Evaluation],
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, str]], list[str]]:
-    """Metrics and their origins by row; and a sentence for each metric that is left out.
+    """Return metrics and their origins by row; and a sentence for each metric that is left out.
 
     The last run counts. A row's metric that was measured on other data than the last one of that name isn't comparable
     with it, and is left out.
@@ -73,10 +73,9 @@ def merged(
     for (row, name), evaluation in latest.items():
         newest = last[name]
         if evaluation.samples and newest.samples and evaluation.samples != newest.samples:
-            mine, theirs = (_counted(one.samples) for one in (evaluation, newest))
             left_out.append(
                 f"{row}: {name} ({evaluation.metrics[name]:.4g}) is of other data than that of {newest.row}, "
-                f"{mine} samples and not {theirs}: not compared."
+                f"{_counted(evaluation.samples)} samples and not {_counted(newest.samples)}: not compared."
             )
             continue
         metrics.setdefault(row, {})[name] = evaluation.metrics[name]
@@ -90,14 +89,17 @@ def _counted(samples: tuple[int | None, ...]) -> str:
 
 
 def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics of a whole run as numbers, without the sparsity of single layers: there is a picture of that.
+    """Return the metrics of a whole run as numbers, without the sparsity of single layers, which has a picture.
 
     Example:
         >>> plain_metrics({"acc": torch.tensor(1.0), "loss_step": 0.1, "sparsity/conv": 0.5})
         {'acc': 1.0}
     """
-    kept = {name: float(value) for name, value in metrics.items() if not name.endswith("_step")}
-    return {name: value for name, value in kept.items() if not _OF_A_LAYER.match(name)}
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if not name.endswith("_step") and not _OF_A_LAYER.match(name)
+    }
 
 
 @dataclass
@@ -116,18 +118,18 @@ class LastValidation:
     samples: tuple[int | None, ...] = ()
 
     def begin(self, trainer: Any) -> None:
-        """A validation starts."""
+        """Note that a validation starts."""
         if self.known is None:
             self.known = set(trainer.callback_metrics)
 
     def remember(self, trainer: Any, form: str) -> None:
-        """A validation of a model in some ``form`` has ended."""
+        """Note that a validation of a model in some ``form`` has ended."""
         self.names |= set(trainer.callback_metrics) - (self.known or set())
         self.step, self.form = trainer.global_step, form
         self.samples = samples_of(trainer.val_dataloaders, trainer.num_val_batches)
 
     def evaluations(self, row: str, trainer: Any, form: str) -> list[Evaluation]:
-        """What ``trainer`` has logged when the fit has ended, where the model has that ``form``."""
+        """Return what ``trainer`` has logged when the fit has ended, where the model has that ``form``."""
         logged = plain_metrics(trainer.callback_metrics)
         own = {name: value for name, value in logged.items() if name in self.names}
         origin = "last validation of fit"
@@ -140,7 +142,7 @@ class LastValidation:
 
 
 def fingerprint(model: nn.Module) -> int | None:
-    """A number that two models share if they hold the same values under the same names; None if they can't be read.
+    """Return a number that models share if they hold the same values under the same names; None where none can be read.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -160,6 +162,21 @@ def fingerprint(model: nn.Module) -> int | None:
     except (RuntimeError, TypeError, ValueError):
         return None
     return found
+
+
+def of_same_weights(earlier: Sequence[Evaluation], model: nn.Module, row: str) -> list[Evaluation]:
+    """Return those of ``earlier`` evaluations that were of the weights that ``model`` has before a fit, for ``row``."""
+    now = fingerprint(model) if earlier else None
+    return [
+        replace(evaluation, row=row, origin=before_fit(evaluation.origin, model))
+        for evaluation in earlier
+        if evaluation.weights == now is not None
+    ]
+
+
+def before_fit(origin: str, model: nn.Module) -> str:
+    """Say how metrics of a ``model`` that is now to be trained were measured."""
+    return f"{origin} before fit, untrained" if is_untrained(model) else f"{origin} before fit"
 
 
 def is_untrained(model: nn.Module) -> bool:

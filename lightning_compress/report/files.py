@@ -1,4 +1,4 @@
-"""Writes a comparison: the files first, then the pictures, each of which may fail alone."""
+"""Where does a comparison go? Into files, then pictures, each of which may fail alone; and to the terminal."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def show(comparison: Comparison, folder: Path, written: Sequence[str]) -> None:
         console.print(f"- {escape(on_one_line(note))}", highlight=False)
     if len(comparison.notes) > most:
         console.print(f"- and {len(comparison.notes) - most} more notes in report.md", highlight=False)
-    for line in (origins_of(comparison), legend(comparison)):
+    for line in (origins_of(comparison.rows), legend(comparison.rows, comparison.machine)):
         if line:
             console.print(f"[dim]{escape(line)}[/dim]", highlight=False)
     if written:

@@ -1,7 +1,7 @@
-"""Example inputs: what a model is called with when it is measured, at any batch size.
+"""What is a model called with when it is measured, at any batch size?
 
 A tensor is one positional argument, a tuple or list the positional arguments, a dict the keyword arguments. How a batch
-becomes such inputs is the business of `lightning_compress.modules.calls`.
+becomes such inputs says `lightning_compress.modules.calls`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Times models in turns: the median of repeated calls after a warm-up, with its spread, within a time budget."""
+"""How long does a call take? The median of repeated calls after a warm-up, with its spread, within a time budget."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LOST = 0.1
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one call at one batch size: the median of ``runs`` calls, and its lower and upper quartile.
+    """The time of a call at some batch size: the median of ``runs`` calls, and its lower and upper quartile.
 
     ``rounds_ms`` are the medians of the rounds in which several models took turns; those of models with the same
     ``turns`` belong together, round by round. ``waited`` is the fraction of the time in which no thread of this process
@@ -43,8 +43,8 @@ class Latency:
     waited: float = 0.0
 
 
-def speedup_range(one: Latency, base: Latency) -> tuple[float, float, float] | None:
-    """How many times faster ``one`` is than ``base``: lower quartile, median, upper quartile; None where a time is 0.
+def speedup_range(after: Latency, before: Latency) -> tuple[float, float, float] | None:
+    """Say how many times faster ``after`` is than ``before``: lower quartile, median, upper; None where a time is 0.
 
     For models that took turns these are of the ratios round by round: whatever slowed a round slowed both. Otherwise
     all that is known is where the middle halves of both lie. A busy machine makes long calls wait more often than short
@@ -56,18 +56,18 @@ def speedup_range(one: Latency, base: Latency) -> tuple[float, float, float] | N
         >>> speedup_range(fast, slow)
         (2.0, 2.0, 2.0)
     """
-    if one.turns and one.turns == base.turns and len(one.rounds_ms) == len(base.rounds_ms) > 1:
-        if not all(one.rounds_ms + base.rounds_ms):
+    if after.turns and after.turns == before.turns and len(after.rounds_ms) == len(before.rounds_ms) > 1:
+        if not all(after.rounds_ms + before.rounds_ms):
             return None
-        ratios = [before / after for after, before in zip(one.rounds_ms, base.rounds_ms, strict=True)]
+        ratios = [old / new for old, new in zip(before.rounds_ms, after.rounds_ms, strict=True)]
         lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-    elif all((one.lower_ms, one.median_ms, one.upper_ms, base.lower_ms, base.median_ms, base.upper_ms)):
-        median = base.median_ms / one.median_ms
-        lower, upper = base.lower_ms / one.upper_ms, base.upper_ms / one.lower_ms
+    elif all((after.lower_ms, after.median_ms, after.upper_ms, before.lower_ms, before.median_ms, before.upper_ms)):
+        median = before.median_ms / after.median_ms
+        lower, upper = before.lower_ms / after.upper_ms, before.upper_ms / after.lower_ms
     else:
         return None
-    if one.waited < 1 and base.waited < 1:
-        running = median * (1 - base.waited) / (1 - one.waited)
+    if after.waited < 1 and before.waited < 1:
+        running = median * (1 - before.waited) / (1 - after.waited)
         lower, upper = min(lower, running), max(upper, running)
     return lower, median, upper
 
@@ -127,7 +127,7 @@ def _timed_call(model: nn.Module, inputs: Any) -> Callable[[], None]:
 
 @dataclass
 class _Slot:
-    """The turns of one model at one batch size."""
+    """The turns of a model at some batch size."""
 
     run: Callable[[], None]
     seconds: float
@@ -152,7 +152,7 @@ class _Slot:
             if end - started > self.seconds:
                 break
         # Calls that nothing else came in between say what the model takes; if there are none, all must do.
-        calls = [one for one in calls if one[1] <= _LOST * one[0]] or calls
+        calls = [(taken_ms, waited_ms) for taken_ms, waited_ms in calls if waited_ms <= _LOST * taken_ms] or calls
         self.rounds_ms.append([time_ms for time_ms, _ in calls])
         self.waited_ms += sum(waited_ms for _, waited_ms in calls)
 

@@ -1,4 +1,4 @@
-"""Counts multiply-accumulates by running a model and looking at every operator that reaches the kernels."""
+"""How many multiply-accumulates does a model do? It is run, and every operator that reaches the kernels counts."""
 
 from __future__ import annotations
 

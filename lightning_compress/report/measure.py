@@ -1,4 +1,4 @@
-"""`measure`: what a model weighs and costs, counted and timed on the model itself."""
+"""What does a model weigh, and what does it cost? Counted and timed on the model itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Measurement:
-    """Numbers of one model, all measured: plain data that goes to JSON and back.
+    """What was measured of a model: plain data that goes to JSON and back.
 
     ``macs`` are multiply-accumulates for one sample. Where ``uncounted`` names operators they are a lower bound. They
     are None, and ``latency`` is empty, if the model wasn't run. ``compressed_bytes`` is the size of the saved file
@@ -49,7 +49,7 @@ class Measurement:
     @property
     def latency_ms(self) -> dict[int, float]:
         """Median latency of one call in milliseconds, by batch size."""
-        return {one.batch_size: one.median_ms for one in self.latency}
+        return {timed.batch_size: timed.median_ms for timed in self.latency}
 
     def as_dict(self) -> dict[str, Any]:
         """Return numbers, strings, lists and dicts only."""
@@ -63,8 +63,8 @@ class Measurement:
             **{
                 **plain,
                 "uncounted": tuple(plain["uncounted"]),
-                "latency": tuple(Latency(**{**one, "rounds_ms": tuple(one["rounds_ms"])}) for one in plain["latency"]),
-                "layers": tuple(LayerMeasurement(**one) for one in plain["layers"]),
+                "latency": tuple(Latency(**{**at, "rounds_ms": tuple(at["rounds_ms"])}) for at in plain["latency"]),
+                "layers": tuple(LayerMeasurement(**layer) for layer in plain["layers"]),
             }
         )
 
@@ -149,11 +149,11 @@ def measure_in_turns(
     slots = {name: (model, to_device(sized, device_of(model))) for name, model in models.items()}
     latency = measure_latency(slots, max_seconds, threads)
     used = threads or torch.get_num_threads()
-    return {name: replace(one, latency=latency[name], threads=used) for name, one in counted.items()}
+    return {name: replace(row, latency=latency[name], threads=used) for name, row in counted.items()}
 
 
 def count(model: nn.Module, example_inputs: Any = None) -> Measurement:
-    """All of `measure` but latency.
+    """Measure all but latency.
 
     Example:
         >>> count(nn.Linear(10, 5), torch.ones(1, 10)).macs

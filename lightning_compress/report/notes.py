@@ -1,14 +1,11 @@
-"""Says in plain words what a compression did not bring, and why."""
+"""What did a compression not bring, and why? Sentences in plain words."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from lightning_compress.report.measure import Measurement
-
-if TYPE_CHECKING:
-    from lightning_compress.report.compare import Row
+from lightning_compress.report.ratios import Row
 
 # Below one per cent a difference in file size is names and padding.
 _SAME_SIZE = 0.01
@@ -52,26 +49,20 @@ def row_notes(row: Row, baseline: Row) -> Iterator[str]:
     yield from _speed_notes(row, baseline)
 
 
-def faster(row: Row, batch_size: int) -> bool | None:
-    """Say whether ``row`` is faster than the baseline (True) or slower (False); None if no difference is measurable."""
-    lower, upper = row.speedup_range[batch_size]
-    return True if lower > 1 else False if upper < 1 else None
-
-
-def _size_notes(name: str, one: Measurement, baseline: str, base: Measurement) -> Iterator[str]:
-    if one.size_bytes <= base.size_bytes * (1 - _SAME_SIZE):
+def _size_notes(name: str, measured: Measurement, baseline: str, base: Measurement) -> Iterator[str]:
+    if measured.size_bytes <= base.size_bytes * (1 - _SAME_SIZE):
         return
-    larger = one.size_bytes > base.size_bytes * (1 + _SAME_SIZE)
+    larger = measured.size_bytes > base.size_bytes * (1 + _SAME_SIZE)
     note = f"{name}: {'larger' if larger else 'no smaller'} on disk than {baseline}"
-    if one.sparsity > base.sparsity + _SAME_SIZE:
-        note += f": {one.sparsity:.1%} of its parameters are zero, but a zero is stored like any other number"
-        if one.compressed_bytes and (base.compressed_bytes or 0) > one.compressed_bytes * (1 + _SAME_SIZE):
-            note += f" (a compressed file is {(base.compressed_bytes or 0) / one.compressed_bytes:.1f}x smaller)"
+    if measured.sparsity > base.sparsity + _SAME_SIZE:
+        note += f": {measured.sparsity:.1%} of its parameters are zero, but a zero is stored like any other number"
+        if measured.compressed_bytes and (base.compressed_bytes or 0) > measured.compressed_bytes * (1 + _SAME_SIZE):
+            note += f" (a compressed file is {(base.compressed_bytes or 0) / measured.compressed_bytes:.1f}x smaller)"
     yield note + "."
 
 
 def _speed_notes(row: Row, baseline: Row) -> Iterator[str]:
-    verdicts = {size: faster(row, size) for size in row.speedup_range}
+    verdicts = {size: row.is_faster(size) for size in row.speedup_range}
     for verdict, words in ((None, "no measurable difference in speed to"), (False, "slower than")):
         sizes = [str(size) for size, found in verdicts.items() if found is verdict]
         if sizes:
@@ -79,10 +70,10 @@ def _speed_notes(row: Row, baseline: Row) -> Iterator[str]:
             yield f"{row.name}: {words} {baseline.name} at batch {' and '.join(sizes)}{why}."
 
 
-def _why(one: Measurement, base: Measurement) -> str:
-    if one.macs is None or one.uncounted or one.macs != base.macs or _dtypes(one) != _dtypes(base):
+def _why(measured: Measurement, base: Measurement) -> str:
+    if measured.macs is None or measured.uncounted or measured.macs != base.macs or _dtypes(measured) != _dtypes(base):
         return ""
-    if one.sparsity > base.sparsity + _SAME_SIZE:
+    if measured.sparsity > base.sparsity + _SAME_SIZE:
         return f": {_ZEROS_ARE_DENSE}"
     return ": it does the same arithmetic"
 

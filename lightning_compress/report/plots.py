@@ -1,4 +1,4 @@
-"""Draws a comparison: what it costs in accuracy, and layer by layer what was saved. Needs the extra `plots`."""
+"""How is a comparison drawn? What it costs in accuracy, and layer by layer what it saved. Needs the extra `plots`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_compress.errors import MissingExtraError, invalid, nearest
-from lightning_compress.report.compare import Comparison, Row
+from lightning_compress.report.compare import Comparison
+from lightning_compress.report.ratios import Row
 from lightning_compress.report.render import factor, on_one_line, shown_metrics
 from lightning_compress.report.storage import LayerMeasurement
 
@@ -71,8 +72,8 @@ def drawing(what: str, size: tuple[float, float]) -> Iterator[Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(what, "matplotlib", "plots") from error
-    kept = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
-    with warnings.catch_warnings(action="ignore"), matplotlib.rc_context({**kept, "text.parse_math": False}):
+    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
+    with warnings.catch_warnings(action="ignore"), matplotlib.rc_context({**defaults, "text.parse_math": False}):
         figure = Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         yield figure
@@ -154,11 +155,11 @@ def _label_points(axes: Axes, points: list[Any], metric: str | None) -> None:
         while y > 0 and any(start < right and left < end and abs(y - other) < 0.075 for left, right, other in taken):
             y -= 0.02
         taken.append((start, end, y))
-        numbers = [f"{height:.4g}"] if metric else []
-        numbers += [f"{kilobytes:,.0f} KB" if kilobytes >= 10 else f"{kilobytes:.2g} KB"]
-        numbers += [f"{latency:.3g} ms"] if latency else []
+        lines = [f"{height:.4g}"] if metric else []
+        lines += [f"{kilobytes:,.0f} KB" if kilobytes >= 10 else f"{kilobytes:.2g} KB"]
+        lines += [f"{latency:.3g} ms"] if latency else []
         axes.annotate(
-            f"{short_name(row.name)}\n{', '.join(numbers)}",
+            f"{short_name(row.name)}\n{', '.join(lines)}",
             xy=(place, height),
             xytext=(x + (0.05 if beside_right else -0.05), y),
             textcoords="axes fraction",
@@ -198,11 +199,11 @@ def _bars(before: tuple[LayerMeasurement, ...], after: tuple[LayerMeasurement, .
     old = {layer.name: layer.size_bytes for layer in before}
     names = list(dict.fromkeys([*old, *new]))
     by_size = sorted(names, key=lambda name: -max(old.get(name, 0), new[name].size_bytes if name in new else 0))
-    kept = set(by_size if len(names) <= _MOST_LAYERS else by_size[: _MOST_LAYERS - 1])
+    shown = set(by_size if len(names) <= _MOST_LAYERS else by_size[: _MOST_LAYERS - 1])
     bars: list[Any] = [
-        (short_name(name) or "(model)", old.get(name, 0), new.get(name)) for name in names if name in kept
+        (short_name(name) or "(model)", old.get(name, 0), new.get(name)) for name in names if name in shown
     ]
-    if others := [name for name in names if name not in kept]:
+    if others := [name for name in names if name not in shown]:
         rest = [new[name] for name in others if name in new]
         total = LayerMeasurement(
             name="",
@@ -242,7 +243,7 @@ def _height(row: Row, metric: str | None) -> float | None:
 
 def _fastest(row: Row) -> float | None:
     latency = row.measurement.latency
-    return min(latency, key=lambda one: one.batch_size).median_ms if latency else None
+    return min(latency, key=lambda timed: timed.batch_size).median_ms if latency else None
 
 
 def short_name(name: str) -> str:

@@ -1,15 +1,14 @@
-"""Prints a comparison: columns with units, made in one place, shown as a terminal table or as Markdown."""
+"""How does a comparison look, as a terminal table and as Markdown? Columns with units are made for both."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_compress.report.compare import Comparison, Row
-from lightning_compress.report.notes import faster
+from lightning_compress.report.ratios import Row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,23 +27,23 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A header with its unit, and one cell a row."""
+    """A header with its unit, and a cell for each row."""
 
     header: str
     cells: list[Cell]
 
 
-def table(comparison: Comparison) -> Table:
-    """Build the ``rich`` table: one row a model, and under each number its ratio to the baseline's."""
+def table(rows: Sequence[Row], baseline: str) -> Table:
+    """Build the ``rich`` table: a row for each model, and under each number its ratio to the baseline's."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     drawn = Table(title="Compression report", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    names = [on_one_line(row.name) for row in comparison.rows]
+    names = [on_one_line(row.name) for row in rows]
     longest_word = max(len(word) for name in names for word in name.split() or [""])
     drawn.add_column("Model", style="bold", min_width=min(longest_word, 12), overflow="fold")
-    columns = columns_of(comparison)
+    columns = columns_of(rows, baseline)
     for column in columns:
         header = column.header if "\n" in column.header else column.header.replace("_", "_\n", 1)
         drawn.add_column(escape(header), justify="right", no_wrap=True)
@@ -54,19 +53,19 @@ def table(comparison: Comparison) -> Table:
     return drawn
 
 
-def markdown(comparison: Comparison) -> str:
+def markdown(rows: Sequence[Row], baseline: str, notes: Sequence[str], machine: Mapping[str, Any]) -> str:
     """Build the Markdown page."""
-    columns = columns_of(comparison)
+    columns = columns_of(rows, baseline)
     headers = [_escaped(column.header.replace("\n", " ")) for column in columns]
     lines = ["# Compression report", "", f"| Model | {' | '.join(headers)} |", "|:--|" + "--:|" * len(columns)]
-    for index, row in enumerate(comparison.rows):
+    for index, row in enumerate(rows):
         texts = [_in_words(column.cells[index]) for column in columns]
         lines.append(f"| {' | '.join([_escaped(row.name), *texts])} |")
-    lines += ["", f"Compared with {_escaped(comparison.baseline)}. {_escaped(legend(comparison))}", ""]
-    if origins := origins_of(comparison):
+    lines += ["", f"Compared with {_escaped(baseline)}. {_escaped(legend(rows, machine))}", ""]
+    if origins := origins_of(rows):
         lines += [_escaped(origins), ""]
-    lines += [f"- {_escaped(note)}" for note in comparison.notes]
-    lines += [""] if comparison.notes else []
+    lines += [f"- {_escaped(note)}" for note in notes]
+    lines += [""] if notes else []
     return "\n".join(lines)
 
 
@@ -92,14 +91,13 @@ def _escaped(text: str) -> str:
     return "`".join(part for pair in zip(prose, [*code, ""], strict=True) for part in pair).removesuffix("`")
 
 
-def legend(comparison: Comparison) -> str:
+def legend(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
     """Say how the numbers were taken, and on which machine."""
-    machine = comparison.machine
-    devices = sorted({row.measurement.device for row in comparison.rows})
-    threads = sorted({row.measurement.threads for row in comparison.rows})
-    turns = {latency.turns for row in comparison.rows for latency in row.measurement.latency}
+    devices = sorted({row.measurement.device for row in rows})
+    threads = sorted({row.measurement.threads for row in rows})
+    turns = {latency.turns for row in rows for latency in row.measurement.latency}
     ratio = ""
-    if len(comparison.rows) > 1 and turns:
+    if len(rows) > 1 and turns:
         in_turns = len(turns) == 1 and "" not in turns
         ratio = (
             "Rows took turns, and a speed-up is the median ratio of a round, with its middle half. "
@@ -113,11 +111,11 @@ def legend(comparison: Comparison) -> str:
     )
 
 
-def origins_of(comparison: Comparison) -> str:
+def origins_of(rows: Sequence[Row]) -> str:
     """Say how the metrics that are shown were measured, where that is known."""
-    shown = shown_metrics(comparison.rows)
+    shown = shown_metrics(rows)
     parts = []
-    for row in comparison.rows:
+    for row in rows:
         by_origin: dict[str, list[str]] = {}
         for name in shown:
             if name in row.origins:
@@ -126,22 +124,21 @@ def origins_of(comparison: Comparison) -> str:
     return f"Metrics of {'; '.join(parts)}." if parts else ""
 
 
-def columns_of(comparison: Comparison) -> list[Column]:
+def columns_of(rows: Sequence[Row], baseline: str) -> list[Column]:
     """Return the columns that have something to show."""
-    rows = comparison.rows
     columns = [
-        _scaled("Params", "", comparison, lambda row: (row.measurement.parameters, row.parameters_ratio)),
+        _scaled("Params", "", rows, baseline, lambda row: (row.measurement.parameters, row.parameters_ratio)),
         Column("Zeros\n(%)", [Cell(_number(100 * row.measurement.sparsity)) for row in rows]),
-        _scaled("Size", "B", comparison, lambda row: (row.measurement.size_bytes, row.size_ratio)),
+        _scaled("Size", "B", rows, baseline, lambda row: (row.measurement.size_bytes, row.size_ratio)),
     ]
     if any(row.measurement.macs is not None for row in rows):
-        macs = _scaled("MACs per sample", "", comparison, lambda row: (row.measurement.macs, row.macs_ratio))
+        macs = _scaled("MACs per sample", "", rows, baseline, lambda row: (row.measurement.macs, row.macs_ratio))
         bounds = ["≥ " if row.measurement.uncounted and row.measurement.macs else "" for row in rows]
         cells = [cell._replace(value=bound + cell.value) for bound, cell in zip(bounds, macs.cells, strict=True)]
         columns.append(Column(macs.header, cells))
-    sizes = sorted({one.batch_size for row in rows for one in row.measurement.latency})
-    columns += [_latency(size, comparison) for size in sizes]
-    return columns + [_metric(name, comparison) for name in shown_metrics(rows)]
+    sizes = sorted({latency.batch_size for row in rows for latency in row.measurement.latency})
+    columns += [_latency(size, rows, baseline) for size in sizes]
+    return columns + [_metric(name, rows, baseline) for name in shown_metrics(rows)]
 
 
 def shown_metrics(rows: Sequence[Row]) -> list[str]:
@@ -159,16 +156,16 @@ def shown_metrics(rows: Sequence[Row]) -> list[str]:
 
 
 def _scaled(
-    title: str, unit: str, comparison: Comparison, pick: Callable[[Row], tuple[int | None, float | None]]
+    title: str, unit: str, rows: Sequence[Row], baseline: str, pick: Callable[[Row], tuple[int | None, float | None]]
 ) -> Column:
-    picked = [pick(row) for row in comparison.rows]
+    picked = [pick(row) for row in rows]
     # The unit fits the smallest, or a tenfold smaller model would be printed as 0.01 of something.
     smallest = min((value for value, _ in picked if value), default=1)
     scale, prefix = next((scale, prefix) for scale, prefix in _UNITS if smallest >= scale)
     cells = []
-    for row, (value, ratio) in zip(comparison.rows, picked, strict=True):
+    for row, (value, ratio) in zip(rows, picked, strict=True):
         shown = _UNKNOWN if value is None else _number(value / scale, whole=scale == 1.0)
-        gained = ratio is not None and row.name != comparison.baseline
+        gained = ratio is not None and row.name != baseline
         cells.append(Cell(shown, "", *(_against(ratio, "÷", "less", "more") if gained and ratio else ())))
     # Two lines of a header, the unit at the end of the second.
     first, _, second = title.partition(" per ")
@@ -177,21 +174,21 @@ def _scaled(
     return Column("\n".join([lines[0], " ".join(filter(None, [*lines[1:], unit]))]).strip(), cells)
 
 
-def _latency(size: int, comparison: Comparison) -> Column:
+def _latency(size: int, rows: Sequence[Row], baseline: str) -> Column:
     cells = []
-    for row in comparison.rows:
-        latency = next((one for one in row.measurement.latency if one.batch_size == size), None)
+    for row in rows:
+        latency = next((timed for timed in row.measurement.latency if timed.batch_size == size), None)
         if latency is None:
             cells.append(Cell(_UNKNOWN))
             continue
         spread = f"± {_number((latency.upper_ms - latency.lower_ms) / 2)}"
-        compared = size in row.speedup and row.name != comparison.baseline
+        compared = size in row.speedup and row.name != baseline
         cells.append(Cell(_number(latency.median_ms), spread, *(_speed(row, size) if compared else ())))
     return Column(f"Batch {size}\n(ms)", cells)
 
 
 def _speed(row: Row, size: int) -> tuple[str, str]:
-    if faster(row, size) is None:
+    if row.is_faster(size) is None:
         return "no gain", "no measurable difference"
     sign, words = _against(row.speedup[size], "×", "faster", "slower")
     lower, upper = row.speedup_range[size]
@@ -200,10 +197,10 @@ def _speed(row: Row, size: int) -> tuple[str, str]:
     return sign, words if words == "same" else f"{words}, {factor(lower)} to {factor(upper)}"
 
 
-def _metric(name: str, comparison: Comparison) -> Column:
+def _metric(name: str, rows: Sequence[Row], baseline: str) -> Column:
     cells = []
-    for row in comparison.rows:
-        change = row.metric_changes.get(name) if row.name != comparison.baseline else None
+    for row in rows:
+        change = row.metric_changes.get(name) if row.name != baseline else None
         value = f"{row.metrics[name]:.4g}" if name in row.metrics else _UNKNOWN
         shown = "" if change is None or not math.isfinite(change) else f"{change:+.4g}"
         cells.append(Cell(value, "", shown, shown))

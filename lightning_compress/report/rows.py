@@ -1,4 +1,4 @@
-"""The rows of a report: models that are measured in a run, and timed in turns when it has ended."""
+"""Which models does a report tell of? They are measured in a run, and timed in turns when it has ended."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class Rows:
         self.inputs = resize_batch(to_device(inputs, torch.device("cpu")), most)
 
     def of(self, model: nn.Module) -> str | None:
-        """The last row that has the layers of ``model``."""
+        """Return the last row that has the layers of ``model``."""
         layers = measure_layers(structural_copy(model))
         return next((name for name in reversed(self.measurements) if self.measurements[name].layers == layers), None)
 
     def add(self, model: nn.Module) -> str:
-        """Measure another form of the model; returns its row."""
+        """Measure another form of the model; return its row."""
         name = TESTED if AFTER in self.measurements else AFTER
         self.measure(name, model)
         return name
@@ -112,7 +112,7 @@ class Rows:
             self.models[name] = still
 
     def time(self) -> None:
-        """Time all rows in turns, if one wasn't there the last time."""
+        """Time all rows in turns, unless they were all there the last time."""
         if self.timed >= self.models.keys():
             return
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Draws how sparsity grew: overall, and layer by layer. Needs the extra `plots`."""
+"""How did sparsity grow? A picture of it, overall and layer by layer. Needs the extra `plots`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model holds and what it weighs on disk: parameters, non-zeros and bytes, packed int8 weights included."""
+"""What does a model hold, and what does it weigh on disk? Packed int8 weights count as parameters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COMPRESS_AT_MOST = 512_000_000
 
 @dataclass(frozen=True)
 class LayerMeasurement:
-    """One module that owns parameters: each tensor stands in the first layer that holds it.
+    """A module that owns parameters: each tensor stands in the first layer that holds it.
 
     ``size_bytes`` are the bytes of its parameters, quantization scales and persistent buffers.
     """
@@ -45,7 +45,7 @@ class LayerMeasurement:
 
 
 class _Held(NamedTuple):
-    """The tensors of one layer: parameters (or what they were packed into) and persistent buffers."""
+    """The tensors of a layer: parameters (or what they were packed into) and persistent buffers."""
 
     name: str
     module: nn.Module

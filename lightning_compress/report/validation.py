@@ -1,4 +1,4 @@
-"""Validates a module before it is trained, on a copy and in a Trainer of its own, so that no trace is left."""
+"""How good is a module before it is trained? A copy is validated in a Trainer of its own, so that no trace is left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_compress.report.evaluations import samples_of
 
 
 def validate_copy(trainer: Any, pl_module: Any) -> tuple[dict[str, Any], tuple[int | None, ...]]:
-    """The metrics of the validation loop that a fit of ``trainer`` would run now, and the samples that it sees.
+    """Return the metrics of the validation loop that a fit of ``trainer`` would run now, and the samples that it sees.
 
     It runs on a copy that shares the parameters' memory, with loaders of its own: buffers, metrics, counters, loggers,
     callbacks, random states and the generators of loaders stay as they were.
