@@ -35,6 +35,9 @@ class ChannelRemoval:
     def strip_(self, module: nn.Module) -> None:
         """Nothing: a narrow module in a file is narrow."""
 
+    def finish_(self, module: nn.Module) -> None:
+        """Nothing: a narrow module serves as it is."""
+
     def forget_(self, module: nn.Module) -> None:
         """Nothing: what left is gone."""
 

@@ -77,6 +77,13 @@ class Quantization:
             hide_float_values_(module)
         restore_fast_path_(module)
 
+    def finish_(self, module: nn.Module) -> None:
+        if convert.form_of(module) == "prepared":
+            with torch.inference_mode(False), torch.no_grad():
+                convert.convert_(module)
+        elif convert.form_of(module) == "adapted":
+            convert.revert_(module, "float")
+
     def forget_(self, module: nn.Module) -> None:
         convert.forget_(module)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_compress.deployable import drop_helpers_
 from lightning_compress.errors import in_a_line
 from lightning_compress.modules.isolation import isolated_inference
 from lightning_compress.report.inputs import batch_size_of, call, called_in_turn, resize_batch, to_device
@@ -144,19 +145,12 @@ def structural_copy(model: Model) -> Model:
     tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor))
     shared = {id(tensor): _on_cpu(tensor) for tensor in tensors}
     try:
-        return _without_helpers(copy.deepcopy(model, shared))
+        copied = copy.deepcopy(model, shared)
     except Exception:
         # Not every module can be copied; measuring it as it stands restores it too, only a later change would show.
         return model
-
-
-def _without_helpers(model: Model) -> Model:
-    """Take out what helps in training alone, such as the adapters of a distillation: no user ships it."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if getattr(child, "training_only", False):
-                parent._modules[name] = nn.Module()
-    return model
+    drop_helpers_(copied)
+    return copied
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -60,6 +60,13 @@ class StructuralChange(Protocol):
     def strip_(self, module: nn.Module) -> None:
         """Take off ``module`` itself, one module of a copy, what the change put there; values don't matter."""
 
+    def finish_(self, module: nn.Module) -> None:
+        """Bring ``module`` into the form that serves: what was only prepared is done, adapters are merged.
+
+        Raises:
+            CompressionError: it can't be done yet.
+        """
+
     def forget_(self, module: nn.Module) -> None:
         """Let go of what `revert_` would need, where the change is final."""
 

@@ -143,14 +143,20 @@ def _strip_(module: nn.Module) -> None:
     """Take off a module whatever is ours."""
     for change in reversed(changes()):
         change.strip_(module)
-    for name in list(_ours(module)):
-        if name not in _HOOKS:
+    for name in set(_ours(module)) - set(_HOOKS):
+        del module.__dict__[name]
+    drop_hooks_(module)
+
+
+def drop_hooks_(module: nn.Module) -> None:
+    """Take the forward hooks of this package off a module itself, and what it wraps of Lightning's."""
+    for name in ("training_step", "setup"):
+        if name in _ours(module):
             del module.__dict__[name]
-            continue
-        hooks = module.__dict__[name]
-        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
-            for each in (name, *_HOOK_FLAGS):
-                module.__dict__[each].pop(key, None)
+    for name in _HOOKS:
+        for key in [key for key, hook in getattr(module, name).items() if _is_ours(hook)]:
+            for place in (name, *_HOOK_FLAGS):
+                module.__dict__[place].pop(key, None)
 
 
 class _Walk(pickle.Pickler):
