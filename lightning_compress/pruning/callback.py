@@ -145,7 +145,6 @@ class ScheduledPruning(WindowedCallback):
         self.seed = seed
         self.sparsity_history: list[SparsityPoint] = []
         self._masks: Masks = {}
-        self._given: Masks | None = None
         self._skipped: dict[str, str] = {}
         self._first = True
         self._awaits_score = False
@@ -180,10 +179,10 @@ class ScheduledPruning(WindowedCallback):
         pruner = Pruner(self.recipe, pl_module, self._masks)
         if self.regrow and any(target.magnitude is not None for target in pruner.plan.targets):
             raise invalid("regrow", "be False where a weight norm is pruned", True, "Exclude its layer.")
-        pruner.resume(**self._criterion_state)
+        pruner.criterion_state = self._criterion_state
         if self.mask_file is not None:
-            self._given = check_masks(read_masks(self.mask_file), pruner.weights)
-            if not pruned(self._given.values()):
+            pruner.given = check_masks(read_masks(self.mask_file), pruner.weights)
+            if not pruned(pruner.given.values()):
                 raise invalid("mask_file", "hold masks that prune something", self.mask_file)
         selection = pruner.plan.selection
         self._pruner, self._skipped, self._first = pruner, selection.skipped, True
@@ -251,10 +250,7 @@ class ScheduledPruning(WindowedCallback):
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
         self._record_if_due(trainer, pl_module)
         pruner, before = self.pruner, self.masks
-        if self._given is not None:
-            pruner.masks = {name: mask & self._given[name] for name, mask in pruner.masks.items()}
-        else:
-            pruner.grow_(self.schedule.value(progress, 1.0), self.seed + self._step, self.regrow)
+        pruner.grow_(self.schedule.value(progress, 1.0), self.seed + self._step, self.regrow)
         if trainer.world_size > 1:
             # All ranks hold the same weights and seed; a user's own method may still draw from elsewhere.
             pruner.masks = trainer.strategy.broadcast(pruner.masks)
@@ -278,7 +274,7 @@ class ScheduledPruning(WindowedCallback):
 
     def _finish(self, trainer: pl.Trainer) -> None:
         """What the window's end brings: masks are frozen, and no criterion has a state any more."""
-        self.pruner.resume(scores={}, aside={})
+        self.pruner.criterion_state = {}
         self._rewind_point = None
         if self.best_is_sparse:
             forget_scores(trainer)
@@ -346,24 +342,14 @@ class ScheduledPruning(WindowedCallback):
     def on_channels_removed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
         if self._pruner is None:
             return
-        masks = {name: cut.of(name, mask) for name, mask in self._pruner.masks.items()}
-        criterion_state = {
-            kind: {name: cut.of(name, tensor) for name, tensor in held.items()}
-            for kind, held in self._pruner.criterion_state.items()
-        }
-        if self._given is not None:
-            self._given = {name: cut.of(name, mask) for name, mask in self._given.items()}  # a mask file's
         if self._rewind_point is not None:
             self._rewind_point = rewinding.cut_point(self._rewind_point, trainer.optimizers, cut)
-        self._pruner = Pruner(self.recipe, pl_module, {})
-        lost = [name for name in masks if name not in self._pruner.weights]
-        if lost:
+        before, self._pruner = self._pruner.masks, self._pruner.cut(pl_module, cut)
+        if lost := [name for name in before if name not in self._pruner.weights]:
             rank_zero_warn(f"ScheduledPruning: without its channels, {', '.join(lost)} can't be pruned any more.")
-        self._pruner.masks = check_masks(_without(masks, lost), self._pruner.weights)
-        self._pruner.resume(**{kind: _without(held, lost) for kind, held in criterion_state.items()})
         self._first = True  # norms are to be looked for again
         progress = None if self._bounds is None else self._bounds.progress(self._step)
-        if progress is not None and self._given is None:
+        if progress is not None:
             before = self._pruner.masks
             self._pruner.refit_(self.schedule.value(progress, 1.0), self.seed + self._step)
             self._follow_masks(trainer, before)
@@ -426,10 +412,6 @@ class ScheduledPruning(WindowedCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_model": None, "_masks": self.masks, "_pruner": None}
-
-
-def _without(held: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in held.items() if name not in names}
 
 
 def _is_dry(trainer: Any) -> bool:

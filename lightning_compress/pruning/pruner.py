@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name
-from lightning_compress.modules.resizing import forget_, lies_along, with_inner
+from lightning_compress.modules.resizing import Cut, forget_, lies_along, with_inner
 from lightning_compress.pruning import dependents
 from lightning_compress.pruning.dependents import Dependent, Observations, reduce_mask
 from lightning_compress.pruning.masks import check_masks
@@ -37,19 +37,21 @@ class Pruner:
         weights: the targeted parameters by name.
         masks: parameter name to bool mask, False where pruned.
         scores: what a criterion of gradients carries along.
+        given: masks that are taken over as they are, in place of growing.
         regrow_values: values that pruned weights take when they come back, zero elsewhere.
         unmasked_norms: weights whose pruned units are seen not to be silent, each with where that comes from.
         unknown: paths of what may keep units from being silent, which only a run can tell.
     """
 
     def __init__(self, recipe: PruningRecipe, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        self.plan = make_plan(recipe, model)
+        self._recipe, self.plan = recipe, make_plan(recipe, model)
         self.method, self.units = self.plan.method, self.plan.units
         self.weights: dict[str, Tensor] = {target.name: target.parameter for target in self.plan.targets}
         self.scores: dict[str, Tensor] = {}
         self.regrow_values: dict[str, Tensor] = {}
         self.unmasked_norms: dict[str, str] = {}
         self.unknown: set[str] = set()
+        self.given: Masks | None = None
         self._dependents = dependents.magnitudes(self.plan.targets)
         self._applied: Masks = {}
         self._tensors: dict[str, Tensor] = {}
@@ -69,15 +71,29 @@ class Pruner:
         self._dependents = [*dependents.magnitudes(self.plan.targets), *own, *found]
         self.masks = self._masks
 
-    def resume(self, scores: Mapping[str, Tensor], aside: Mapping[str, Tensor]) -> None:
-        """Take over what another pruner carried along."""
-        self.scores = {name: score.to(self.weights[name].device) for name, score in scores.items()}
-        self.regrow_values = {name: value.to(self.weights[name].device) for name, value in aside.items()}
-
     @property
     def criterion_state(self) -> dict[str, dict[str, Tensor]]:
-        """What `resume` takes."""
+        """What another pruner of the same weights needs to go on, by the names that it has in a checkpoint."""
         return {"scores": self.scores, "aside": self.regrow_values}
+
+    @criterion_state.setter
+    def criterion_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.scores, self.regrow_values = (
+            {name: tensor.to(self.weights[name].device) for name, tensor in state.get(kind, {}).items()}
+            for kind in ("scores", "aside")
+        )
+
+    def cut(self, model: nn.Module, cut: Cut) -> Pruner:
+        """A pruner of the weights that ``model`` still has once channels left it, with the masks and state of these."""
+        pruner = Pruner(self._recipe, model, {})
+
+        def left(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: cut.of(name, tensor) for name, tensor in tensors.items() if name in pruner.weights}
+
+        pruner.masks = check_masks(left(self.masks), pruner.weights)
+        pruner.criterion_state = {kind: left(tensors) for kind, tensors in self.criterion_state.items()}
+        pruner.given = None if self.given is None else left(self.given)
+        return pruner
 
     @property
     def masks(self) -> Masks:
@@ -130,6 +146,9 @@ class Pruner:
                 "`method` must have seen gradients before masks grow. Received: none. "
                 "Start the window later; step the optimizers of self.optimizers(); or call backward before prune_."
             )
+        if self.given is not None:
+            self.masks = {name: mask & self.given[name] for name, mask in self.masks.items()}
+            return
         start = check_masks({}, self.weights) if regrow else self.masks
         # Not where nothing is drawn: setting torch's seeds takes longer than small masks do.
         with own_random_state(seed) if self.method.draws else nullcontext():
@@ -248,14 +267,7 @@ class Pruner:
 
 @torch.no_grad()
 def multiply_(tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> None:
-    """Multiply each tensor by the factor of the same name, in place.
-
-    Example:
-        >>> weight = torch.ones(3)
-        >>> multiply_({"w": weight}, {"w": torch.tensor([True, False, True])})
-        >>> weight
-        tensor([1., 0., 1.])
-    """
+    """Multiply each tensor by the factor of the same name, in place."""
     names = [name for name in factors if name in tensors]
     if names:
         changed = [tensors[name] for name in names]
