@@ -55,6 +55,7 @@ MAY_IMPORT_LIGHTNING = {
     "cli.py",
     "channels/callback.py",
     "pruning/callback.py",
+    "pruning/masking.py",
     "quantization/qat.py",
     "quantization/lora/qlora.py",
     "quantization/ptq.py",

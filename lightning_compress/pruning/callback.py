@@ -1,50 +1,32 @@
-"""`ScheduledPruning`: decides when masks grow, and keeps them on the weights."""
+"""`ScheduledPruning`: decides when masks grow, and what weights and files become of it."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_compress.callback import compression_callbacks, warn_of_other_settings
-from lightning_compress.errors import CompressionError, NoEffectWarning, invalid
-from lightning_compress.messages import by_reason, they
+from lightning_compress.errors import invalid
 from lightning_compress.modules.resizing import Cut
-from lightning_compress.probe import observe_steps
 from lightning_compress.pruning import rewind as rewinding
 from lightning_compress.pruning.checkpoint_scores import forget_scores
-from lightning_compress.pruning.criteria import CRITERIA
-from lightning_compress.pruning.dependents import Observations
-from lightning_compress.pruning.masks import (
-    SparsityPoint,
-    add_point_,
-    check_masks,
-    pack,
-    read_masks,
-    sparsity_of,
-    unpack,
-)
-from lightning_compress.pruning.methods import LowestScores, Masks, pruned
+from lightning_compress.pruning.masking import MaskingCallback
+from lightning_compress.pruning.masks import SparsityPoint, add_point_, check_masks, read_masks, sparsity_of
+from lightning_compress.pruning.methods import pruned
 from lightning_compress.pruning.pruner import Pruner
 from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.pruning.rewind import Rewind
-from lightning_compress.pruning.silence import observe, warning
 from lightning_compress.schedules import Polynomial, Schedule
-from lightning_compress.structure.files import restored_state
 from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Scope, Targets
 from lightning_compress.window import Window, fit_length
-from lightning_compress.windowed_callback import WindowedCallback
 
 
-class ScheduledPruning(WindowedCallback):
+class ScheduledPruning(MaskingCallback):
     """Zeroes weights on a schedule; at its window's end exactly ``round(sparsity * N)`` of N weights are zero.
 
     Masks only grow. They live in this callback (and in its checkpoint state), never in the model: after each optimizer
@@ -100,8 +82,6 @@ class ScheduledPruning(WindowedCallback):
         Zhu and Gupta, "To prune, or not to prune", 2017 (arXiv:1710.01878), for the default schedule.
     """
 
-    key = "pruning"
-
     def __init__(
         self,
         method: str = METHOD,
@@ -122,20 +102,19 @@ class ScheduledPruning(WindowedCallback):
         progress_bar: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(window)
-        self.recipe = make_recipe(method, sparsity, scope, targets, overrides, max_layer_sparsity, n_m, dim, norm)
+        budget = (sparsity, scope, targets, overrides, max_layer_sparsity)
+        recipe = make_recipe(method, *budget, n_m, dim, norm, regrow)
+        super().__init__(recipe, window)
         if (mask_file is not None) != (method == "custom_from_mask"):
             raise invalid("mask_file", "be given with method='custom_from_mask', and only then", mask_file)
+        if regrow and rewind is not None:
+            raise invalid("rewind", "be left out with regrow=True", rewind)
         self.method = method
         self.sparsity = sparsity
         self.scope = scope
         self.overrides = overrides
         self.targets = targets
         self.n_m = n_m
-        if regrow and not isinstance(self.recipe.method, LowestScores):
-            raise invalid("regrow", f"be False with method={method!r}; it goes with {', '.join(CRITERIA)}", regrow)
-        if regrow and rewind is not None:
-            raise invalid("rewind", "be left out with regrow=True", rewind)
         self.schedule = schedule
         self.mask_file = mask_file
         self.regrow = regrow
@@ -144,59 +123,26 @@ class ScheduledPruning(WindowedCallback):
         self.progress_bar = progress_bar
         self.seed = seed
         self.sparsity_history: list[SparsityPoint] = []
-        self._masks: Masks = {}
-        self._skipped: dict[str, str] = {}
-        self._first = True
         self._awaits_score = False
-        self._masked_gradients = False
-        self._announced = False
-        self._warned_of: set[str] = set()
-        self._pruner: Pruner | None = None
-        self._criterion_state: dict[str, dict[str, Tensor]] = {"scores": {}, "aside": {}}
         self._rewind_point: rewinding.RewindPoint | None = None
         self._rewind_step = 0
-        self._model: weakref.ref[nn.Module] | None = None
 
-    @property
-    def masks(self) -> Masks:
-        """Parameter name to bool mask, False where pruned; kept after the fit."""
-        return self._masks if self._pruner is None else self._pruner.masks
-
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        self.sparsity_history, self._rewind_point, self._criterion_state = [], None, {"scores": {}, "aside": {}}
-        self._awaits_score = self._announced = False
-        self._warned_of = set()
-        if self._model is None or self._model() is not pl_module:
-            self._masks, self._model = {}, weakref.ref(pl_module)
-            restored = restored_state(pl_module, self.state_key)
-            if restored is not None:
-                self._masks = unpack(restored["masks"])
+        if stage == "fit":
+            self.sparsity_history, self._rewind_point, self._awaits_score = [], None, False
 
-    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pruner = Pruner(self.recipe, pl_module, self._masks)
-        if self.regrow and any(target.magnitude is not None for target in pruner.plan.targets):
-            raise invalid("regrow", "be False where a weight norm is pruned", True, "Exclude its layer.")
-        pruner.criterion_state = self._criterion_state
+    @override
+    def make_pruner(self, pl_module: pl.LightningModule) -> Pruner:
+        pruner = super().make_pruner(pl_module)
         if self.mask_file is not None:
             pruner.given = check_masks(read_masks(self.mask_file), pruner.weights)
             if not pruned(pruner.given.values()):
                 raise invalid("mask_file", "hold masks that prune something", self.mask_file)
-        selection = pruner.plan.selection
-        self._pruner, self._skipped, self._first = pruner, selection.skipped, True
-        if selection.warning:
-            rank_zero_warn(f"ScheduledPruning: {selection.warning}", category=NoEffectWarning)
-        if selection.skipped:
-            rank_zero_info(f"ScheduledPruning: {pruner.plan}")
+        return pruner
 
-    @property
-    def pruner(self) -> Pruner:
-        if self._pruner is None:
-            raise CompressionError("ScheduledPruning has no weights before a fit starts.")
-        return self._pruner
-
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.rewind is not None and self._bounds is None and not _is_dry(trainer):
             length = fit_length(trainer)
@@ -210,43 +156,14 @@ class ScheduledPruning(WindowedCallback):
         if rewinds and self._rewind_point is None and self._step == self._rewind_step:
             self._rewind_point = rewinding.record_point(pl_module, trainer.optimizers)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        first, self._first = self._first, False
-        if first and self.pruner.units.outputs:
-            seen = Observations()
-            try:
-                watch = partial(observe, units=self.pruner.units, seen=seen)
-                observe_steps(trainer, pl_module, batch, batch_idx, watch)
-            except CompressionError as error:
-                rank_zero_warn(f"ScheduledPruning: only norms in an nn.Sequential go with pruned units. {error}")
-                return
-            if trainer.world_size > 1:
-                seen = trainer.strategy.broadcast(seen)  # what is heard may depend on the batch
-            self.pruner.follow(pl_module, seen)
-            new = {name: place for name, place in self.pruner.unmasked_norms.items() if name not in self._warned_of}
-            self._warned_of |= set(new)
-            if new:
-                rank_zero_warn(f"ScheduledPruning: {warning(new)}")
-            self.sync_(trainer, pl_module)
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        if self._step < self.bounds.end:
-            self.pruner.update_scores(optimizer)
-        self.pruner.apply_to_gradients_(optimizer)
-        self._masked_gradients = True
-
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._masked_gradients = False  # only here: an optimizer that calls another's step is seen twice
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._record_if_due(trainer, pl_module)
 
+    @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
         self._record_if_due(trainer, pl_module)
         pruner, before = self.pruner, self.masks
@@ -264,7 +181,7 @@ class ScheduledPruning(WindowedCallback):
                 f"ScheduledPruning: {sparsity_of(pruner.masks):.1%} of the weights are zero at step {self._step}; the "
                 f"others are back at step {self._rewind_step}."
             )
-        self._follow_masks(trainer, before)
+        self.follow_masks_(trainer, before)
         self.sync_(trainer, pl_module)
         add_point_(self.sparsity_history, self._step, pruner.masks, at_end=progress >= 1.0)
         if progress >= 1.0:
@@ -287,12 +204,14 @@ class ScheduledPruning(WindowedCallback):
         goal = self.recipe.budget.sparsity  # known for N:M too
         return f"sparsity is {sparsity_of(self.masks):.3f}, not {goal}."
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
         if self._awaits_score and not trainer.sanity_checking:
             self._awaits_score = False
             forget_scores(trainer)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if self._awaits_score:
@@ -307,73 +226,30 @@ class ScheduledPruning(WindowedCallback):
         pruning = [callback for callback in callbacks if isinstance(callback, ScheduledPruning)]
         return "sparsity" if len(pruning) == 1 else f"sparsity_{pruning.index(self)}"
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         prefix = self._logged_name(trainer)
         by_layer = {f"{prefix}/{name}": sparsity_of({name: mask}) for name, mask in self.masks.items()}
         pl_module.log_dict({prefix: sparsity_of(self.masks), **by_layer})
 
-    def after_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.pruner.apply_(optimizer)
-        if not self._masked_gradients:
-            # A step that Lightning didn't know of.
-            self.pruner.apply_to_moments_([optimizer])
-            self.pruner.forget_([optimizer])
-
-    def _follow_masks(self, trainer: pl.Trainer, before: Masks) -> None:
-        """Let optimizers follow what became of the masks, or start anew, and say so once."""
-        if self.regrow:
-            self.pruner.bring_back_(trainer.optimizers, before)
-        anew = self.pruner.forget_(trainer.optimizers, before)
-        if anew and not self._announced:
-            self._announced = True
-            rank_zero_info(
-                f"ScheduledPruning: {', '.join(anew)} keeps state of no known layout, and starts anew for what is "
-                "pruned whenever masks grow."
-            )
-
-    def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._pruner is not None:
-            self._pruner.settle_()
-            self._pruner.apply_to_moments_(trainer.optimizers)
-            for copy in averaged_copies(trainer):
-                self._pruner.settle_(copy)
-
+    @override
     def on_channels_removed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
-        if self._pruner is None:
-            return
-        if self._rewind_point is not None:
+        if self._pruner is not None and self._rewind_point is not None:
             self._rewind_point = rewinding.cut_point(self._rewind_point, trainer.optimizers, cut)
-        before, self._pruner = self._pruner.masks, self._pruner.cut(pl_module, cut)
-        if lost := [name for name in before if name not in self._pruner.weights]:
-            rank_zero_warn(f"ScheduledPruning: without its channels, {', '.join(lost)} can't be pruned any more.")
-        self._first = True  # norms are to be looked for again
+        super().on_channels_removed(trainer, pl_module, cut)
+
+    @override
+    def refit_masks_(self, trainer: pl.Trainer) -> None:
         progress = None if self._bounds is None else self._bounds.progress(self._step)
         if progress is not None:
-            before = self._pruner.masks
-            self._pruner.refit_(self.schedule.value(progress, 1.0), self.seed + self._step)
-            self._follow_masks(trainer, before)
-        self.sync_(trainer, pl_module)
+            before = self.masks
+            self.pruner.refit_(self.schedule.value(progress, 1.0), self.seed + self._step)
+            self.follow_masks_(trainer, before)
 
-    def close(self, pl_module: pl.LightningModule) -> None:
-        super().close(pl_module)
-        if self._pruner is not None:
-            # Kept, as the fit may be saved now, and resumed later.
-            self._masks, self._criterion_state = self._pruner.masks, self._pruner.criterion_state
-            self._pruner = None
-
+    @override
     def unfinished(self) -> str:
         return f"{self._reached()} Shorten the window, or train longer."
-
-    def report_notes(self) -> list[str]:
-        notes = super().report_notes()
-        notes += [f"{they(names, 'is', 'are')} not pruned: {why}" for why, names in by_reason(self._skipped).items()]
-        if self.masks:
-            notes.append(
-                f"ScheduledPruning: {sparsity_of(self.masks):.1%} of the targeted weights are zero; zeros alone make "
-                "dense kernels no faster and plain files no smaller."
-            )
-        return notes
 
     @override
     def report_history(self) -> list[Any]:
@@ -388,30 +264,19 @@ class ScheduledPruning(WindowedCallback):
         """What a checkpoint's masks and bounds hold for."""
         return {name: repr(getattr(self, name)) for name in ("sparsity", "scope", "overrides", "schedule", "window")}
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         history = [[point.step, point.sparsity, point.by_layer] for point in self.sparsity_history]
-        criterion_state = self._criterion_state if self._pruner is None else self._pruner.criterion_state
         rewind = {"rewind_step": self._rewind_step, "kept": self._rewind_point}
-        return {
-            **super().state_dict(),
-            "masks": pack(self.masks),
-            "history": history,
-            "settings": self._settings,
-            **criterion_state,
-            **rewind,
-        }
+        return {**super().state_dict(), "history": history, "settings": self._settings, **rewind}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._masks = unpack(state_dict["masks"])
         saved = state_dict.get("settings", {})
         warn_of_other_settings("ScheduledPruning", saved, self._settings, goes_on="window, step and masks")
         self.sparsity_history = [SparsityPoint(*point) for point in state_dict.get("history", [])]
-        self._criterion_state = {name: state_dict.get(name, {}) for name in ("scores", "aside")}
         self._rewind_step, self._rewind_point = state_dict.get("rewind_step", 0), state_dict.get("kept")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_model": None, "_masks": self.masks, "_pruner": None}
 
 
 def _is_dry(trainer: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_compress.errors import CompressionError
+from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.messages import by_reason, in_short, named
 from lightning_compress.modules.layer_weights import PRUNABLE
 from lightning_compress.modules.paths import compressible_modules
@@ -27,25 +27,25 @@ class PruningPlan:
     Attributes:
         method: decides which go.
         budget: how many.
-        selection: the targeted weights, and what is left out, with the reasons.
+        targets: the weights.
+        skipped: names of what isn't targeted, each with the reason.
+        warning: what the targets name and don't reach, and why; empty if nothing.
         units: how each weight lies, for a method that takes whole units.
         fractions: by weight, of those that have one of their own.
     """
 
     method: PruningMethod
     budget: SparsityBudget
-    selection: Selection
+    targets: tuple[Target, ...]
+    skipped: dict[str, str]
+    warning: str
     units: UnitView
     fractions: dict[str, float]
 
     def __str__(self) -> str:
         head = f"{len(self.targets)} tensors are pruned, and these are left out:"
-        lines = [f"{named(names)}: {reason}" for reason, names in by_reason(self.selection.skipped).items()]
+        lines = [f"{named(names)}: {reason}" for reason, names in by_reason(self.skipped).items()]
         return "\n  ".join(in_short([head, *lines]))
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        return self.selection.targets
 
     def grow(self, ranked: Mapping[str, Tensor], masks: Masks, fraction: float) -> Masks:
         """Masks at ``fraction`` of the budget, by what ``ranked`` has for each weight; ``masks`` only grow."""
@@ -75,9 +75,12 @@ def make_plan(recipe: PruningRecipe, model: nn.Module) -> PruningPlan:
     weights = {target.name: target.parameter for target in selection.targets}
     for name, weight in weights.items():
         _check_weight(name, weight, method, dim, units.layouts)
+    if recipe.regrow and any(target.magnitude is not None for target in selection.targets):
+        raise invalid("regrow", "be False where a weight norm is pruned", True, "Exclude its layer.")
     fractions = recipe.budget.of_layers(selection.targets)
     recipe.budget.check(weights, fractions)
-    return PruningPlan(method, recipe.budget, selection, units, fractions)
+    found = selection.targets, selection.skipped, selection.warning
+    return PruningPlan(method, recipe.budget, *found, units, fractions)
 
 
 def _in_groups(

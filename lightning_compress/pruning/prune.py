@@ -88,8 +88,8 @@ def prune_(
         raise invalid("masks", "be given for method='custom_from_mask'", None, "Pass masks={name: mask}.")
     require_float(model, "train")
     pruner = Pruner(recipe, model, masks or {})
-    if missed := pruner.plan.selection.warning:
-        warnings.warn(f"prune_: {missed}", NoEffectWarning, stacklevel=2)
+    if pruner.plan.warning:
+        warnings.warn(f"prune_: {pruner.plan.warning}", NoEffectWarning, stacklevel=2)
     if pruner.units.outputs:
         _silence(pruner, model, inputs, seed)
     pruner.update_scores()
@@ -113,9 +113,8 @@ def _silence(pruner: Pruner, model: nn.Module, inputs: Any, seed: int) -> None:
     args, kwargs = bind_example(example, next(model.parameters()).device)
     with own_random_state(seed):
         observe(probe, lambda: probe(*args, **kwargs), pruner.units, seen)
-    pruner.follow(model, seen)
-    if pruner.unmasked_norms:
-        warnings.warn(f"prune_: {warning(pruner.unmasked_norms)}", stacklevel=3)
+    if found := pruner.follow(model, seen):
+        warnings.warn(f"prune_: {warning(found)}", stacklevel=3)
 
 
 def sparsity(model: nn.Module, targets: Targets | None = None) -> float:

@@ -56,14 +56,16 @@ class Pruner:
         self._applied: Masks = {}
         self._tensors: dict[str, Tensor] = {}
         self.masks = check_masks(masks, self.weights)
-        if self.units.outputs:
+        if self.units.outputs:  # else nothing goes with a weight
             known, self.unknown = dependents.in_sequence(model, self.units)
             self._depend(model, known)
 
-    def follow(self, model: nn.Module, seen: Observations) -> None:
-        """Mask what was seen to shift pruned units too."""
+    def follow(self, model: nn.Module, seen: Observations) -> dict[str, str]:
+        """Mask what was seen to shift pruned units too; returns the `unmasked_norms` that are new."""
         self._depend(model, seen.dependents(model, self.units.numbered))
-        self.unmasked_norms = seen.unmasked_norms(self._dependents)
+        known, found = self.unmasked_norms, seen.unmasked_norms(self._dependents)
+        self.unmasked_norms = {**known, **found}
+        return {name: place for name, place in found.items() if name not in known}
 
     def _depend(self, model: nn.Module, found: list[Dependent]) -> None:
         names = {dependent.name for dependent in found}
@@ -92,6 +94,7 @@ class Pruner:
 
         pruner.masks = check_masks(left(self.masks), pruner.weights)
         pruner.criterion_state = {kind: left(tensors) for kind, tensors in self.criterion_state.items()}
+        pruner.unmasked_norms = self.unmasked_norms
         pruner.given = None if self.given is None else left(self.given)
         return pruner
 

@@ -39,11 +39,13 @@ class PruningRecipe:
         method: decides which weights go.
         budget: how many.
         targets: of which.
+        regrow: whether a pruned weight may come back.
     """
 
     method: PruningMethod
     budget: SparsityBudget
     targets: Targets
+    regrow: bool = False
 
 
 def make_recipe(
@@ -56,8 +58,9 @@ def make_recipe(
     n_m: str | None,
     dim: int,
     norm: float,
+    regrow: bool = False,
 ) -> PruningRecipe:
-    """The recipe of `prune_`'s arguments.
+    """The recipe of `prune_`'s arguments, and of ``regrow``.
 
     Raises:
         CompressionError: one is out of range, or two don't go together.
@@ -73,7 +76,9 @@ def make_recipe(
         budget = replace(budget, sparsity=1 - chosen.pattern.n / chosen.pattern.m)
     if scope == "global" and not chosen.compares_layers:
         raise invalid("scope", f"be 'layer' for method={method!r}, whose units compare within a layer only", scope)
-    return PruningRecipe(chosen, budget, targets)
+    if regrow and not isinstance(chosen, LowestScores):
+        raise invalid("regrow", f"be False with method={method!r}; it goes with {', '.join(CRITERIA)}", regrow)
+    return PruningRecipe(chosen, budget, targets, regrow)
 
 
 def find_method(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None) -> PruningMethod:
