@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,15 @@ from lightning_compress import CompressionError, QuantizationAwareTraining, load
 from lightning_compress.cli import main
 from lightning_compress.quantization import convert
 from tests.contracts.rows import PUBLIC, ROWS, Row
+from tests.support import fits
 from tests.support.data import TinyData
+from tests.support.fits import read_checkpoint, resume
 from tests.support.modules import Classifier, ManualClassifier, quiet_trainer
-from tests.support.oracles import assert_different_state, assert_float_keys, assert_same_state, hooks, snapshot
+from tests.support.oracles import assert_float_keys, assert_same_state, hooks, snapshot
 
 EPOCHS = 3
 each_row = pytest.mark.parametrize("row", ROWS, ids=str)
-
-
-def fit(
-    callbacks: list[Callback], folder: Path | None = None, module: Any = None, data: Any = None, **kwargs: Any
-) -> tuple[Any, Any]:
-    """A fit of the classifier, saved after each epoch if there is a ``folder``; ``ckpt_path`` resumes."""
-    ckpt_path = kwargs.pop("ckpt_path", None)
-    torch.manual_seed(1)
-    module = Classifier() if module is None else module
-    saves = [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)] if folder else []
-    options = {"max_epochs": EPOCHS, "enable_checkpointing": bool(folder), **kwargs}
-    trainer = quiet_trainer(callbacks=[*callbacks, *saves], **options)
-    trainer.fit(module, data or TinyData(), ckpt_path=ckpt_path)
-    return trainer, module
-
-
-def read(path: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-    # Where files lie and how long the loops took is the one thing that may differ.
-    checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if "ModelCheckpoint" not in k}
-    return checkpoint
+fit = partial(fits.fit, max_epochs=EPOCHS)
 
 
 def test_every_public_callback_has_a_row() -> None:
@@ -59,15 +42,8 @@ other_folder = pytest.mark.filterwarnings(
 
 @each_row
 @other_folder
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_resumed_equals_uninterrupted(row: Row, epoch: int, tmp_path: Path) -> None:
-    fit([row.make()], tmp_path / "whole")
-    fit([row.make()], tmp_path / "resumed", ckpt_path=tmp_path / "whole" / f"epoch={epoch}.ckpt")
-    whole = read(tmp_path / "whole" / f"epoch={EPOCHS - 1}.ckpt")
-    resumed = read(tmp_path / "resumed" / f"epoch={EPOCHS - 1}.ckpt")
-    for part in ("state_dict", "optimizer_states", "callbacks", "lightning_compress"):
-        assert_same_state(whole.get(part, {}), resumed.get(part, {}))
-    assert_different_state(read(tmp_path / "whole" / f"epoch={epoch}.ckpt")["state_dict"], whole["state_dict"])
+def test_resumed_equals_uninterrupted(row: Row, tmp_path: Path) -> None:
+    resume(lambda **files: fit(row.make(), **files), tmp_path, 0, 1)
 
 
 @each_row
@@ -75,7 +51,7 @@ def test_resumed_equals_uninterrupted(row: Row, epoch: int, tmp_path: Path) -> N
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
 def test_a_checkpoint_holds_just_the_users_keys(row: Row, weights_only: bool, tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, save_weights_only=weights_only, save_last=True, every_n_train_steps=4)
-    fit([row.make(), save], enable_checkpointing=True)
+    fit(row.make(), save)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     plain, keys = Classifier(), list(Classifier().state_dict())
     if row.narrows:
@@ -103,7 +79,7 @@ def test_a_checkpoint_holds_just_the_users_keys(row: Row, weights_only: bool, tm
 def test_draws_nothing_from_the_global_generators(row: Row) -> None:
     states = []
     for callbacks in ([], [row.make()]):
-        trainer, module = fit(callbacks)
+        trainer, module = fit(*callbacks)
         states.append(torch.get_rng_state())
         trainer.test(module, TinyData(), verbose=False)
         states.append(torch.get_rng_state())
@@ -118,8 +94,8 @@ NARROWER = {"_removed_channels", "on_save_checkpoint", "on_load_checkpoint"}
 
 @each_row
 def test_leaves_nothing_behind(row: Row) -> None:
-    trainer, module = fit([row.make()])
-    plain = fit([])[1]
+    trainer, module = fit(row.make())
+    plain = fit()[1]
     trainer.test(module, TinyData(), verbose=False)
     if isinstance(row.make(), QuantizationAwareTraining):
         return  # it leaves an int8 model, on purpose
@@ -147,22 +123,22 @@ class Stop(Callback):
 def test_an_exception_leaves_a_plain_module(row: Row, error: BaseException) -> None:
     module = Classifier()
     with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
-        fit([row.make(), Stop(error)], module=module)
+        fit(row.make(), Stop(error), module=module)
     if row.adapts:  # what it trained so far stays, and can be merged
         module = merge_adapters(module)
     assert hooks(module) == []
-    assert vars(module).keys() <= vars(fit([], max_epochs=1)[1]).keys() | (NARROWER if row.narrows else set())
+    assert vars(module).keys() <= vars(fit(max_epochs=1)[1]).keys() | (NARROWER if row.narrows else set())
     assert list(module.state_dict()) == list(Classifier().state_dict())
-    fit([row.make()], module=module)
+    fit(row.make(), module=module)
 
 
 @each_row
 def test_fits_twice_and_a_second_model(row: Row) -> None:
     callback = row.make()
-    trainer, module = fit([callback])
-    fit([callback], module=module)
-    _, other = fit([callback])
-    trainer, fresh = fit([row.make()])
+    trainer, module = fit(callback)
+    fit(callback, module=module)
+    _, other = fit(callback)
+    trainer, fresh = fit(row.make())
     assert_same_state(other, fresh)
     trainer.test(fresh, TinyData(), verbose=False)
 
@@ -171,7 +147,7 @@ def test_fits_twice_and_a_second_model(row: Row) -> None:
 def test_non_targets_stay_bit_identical(row: Row) -> None:
     module = Classifier(lr=0.0)
     before = snapshot(module)
-    fit([row.make()], module=module)
+    fit(row.make(), module=module)
     if isinstance(row.make(), QuantizationAwareTraining):
         return  # the int8 model has other tensors; that its parameters are the same objects is tested in its room
     if row.narrows:
@@ -185,23 +161,23 @@ def test_non_targets_stay_bit_identical(row: Row) -> None:
 @each_row
 def test_deepcopy_and_pickle(row: Row) -> None:
     callback = row.make()
-    fit([callback])
+    fit(callback)
     for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert type(twin) is type(callback)
         assert twin.state_key == callback.state_key
-        fit([twin])
-    fit([copy.deepcopy(row.make())])
+        fit(twin)
+    fit(copy.deepcopy(row.make()))
 
 
 @each_row
 def test_trains_with_manual_optimization_and_bf16_and_accumulation(row: Row) -> None:
     if row.manual:
-        fit([row.make()], module=ManualClassifier())
+        fit(row.make(), module=ManualClassifier())
     else:
         with pytest.raises(CompressionError, match="`automatic_optimization` must be True"):
-            fit([row.make()], module=ManualClassifier())
-    fit([row.make()], precision="bf16-mixed")
-    fit([row.make()], accumulate_grad_batches=3)
+            fit(row.make(), module=ManualClassifier())
+    fit(row.make(), precision="bf16-mixed")
+    fit(row.make(), accumulate_grad_batches=3)
 
 
 pairs = [
@@ -216,9 +192,9 @@ pairs = [
 
 @pytest.mark.parametrize("pair", pairs, ids=lambda pair: " then ".join(map(str, pair)))
 def test_pairs_compose_in_any_order(pair: tuple[Row, Row], tmp_path: Path) -> None:
-    trainer, module = fit([row.make() for row in pair], tmp_path)
+    trainer, module = fit(*(row.make() for row in pair), folder=tmp_path)
     trainer.test(module, TinyData(), verbose=False)
-    checkpoint = read(tmp_path / f"epoch={EPOCHS - 1}.ckpt")
+    checkpoint = read_checkpoint(tmp_path / f"epoch={EPOCHS - 1}.ckpt")
     plain = Classifier()
     if any(row.narrows for row in pair):
         plain = load_compressed(tmp_path / f"epoch={EPOCHS - 1}.ckpt", plain)
@@ -275,11 +251,11 @@ class Modes(Callback):
 @other_folder
 @pytest.mark.filterwarnings("ignore:Found [12] module")  # in eval mode: that is the test
 def test_evaluation_puts_every_modules_mode_back(row: Row, tmp_path: Path) -> None:
-    fit([row.make()], tmp_path)
+    fit(row.make(), folder=tmp_path)
     module = Classifier()
     module.norm.eval()
     before = {path: inner.training for path, inner in module.named_modules()}
     quiet_trainer(callbacks=[row.make()]).test(module, TinyData(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
     modes = Modes()
-    fit([row.make(), modes], module=module)
+    fit(row.make(), modes, module=module)
     assert {path: modes.seen[path] for path in before} == before

@@ -23,7 +23,8 @@ from lightning_compress import (
 )
 from lightning_compress.quantization import convert
 from tests.support.data import TinyData
-from tests.support.modules import Classifier, quiet_trainer
+from tests.support.fits import fit
+from tests.support.modules import Classifier
 
 PRUNE: dict[str, Callable[[], Callback]] = {
     "zeros": lambda: ScheduledPruning(sparsity=0.5),
@@ -34,16 +35,7 @@ too_short = pytest.mark.filterwarnings("ignore:(QuantizationAwareTraining|Schedu
 
 
 def trained() -> Classifier:
-    torch.manual_seed(0)
-    module = Classifier()
-    quiet_trainer(max_epochs=3).fit(module, TinyData())
-    return module
-
-
-def fit(module: Any, callbacks: list[Callback], **options: Any) -> Any:
-    trainer = quiet_trainer(callbacks=callbacks, **options)
-    trainer.fit(module, TinyData())
-    return trainer
+    return fit(max_epochs=3)[1]
 
 
 def float_form(module: Any) -> Any:
@@ -70,7 +62,7 @@ def test_defaults_combine_in_fits_of_any_length(
     module = trained()
     macs = module.body.weight.numel() + module.head.weight.numel()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        trainer = fit(module, [PRUNE[name]() for name in order], **length)
+        trainer, _ = fit(*(PRUNE[name]() for name in order), module=module, **length)
     assert convert.form_of(module) == "converted"
     kept = float_form(module)
     assert kept.body.weight.numel() + kept.head.weight.numel() <= 0.55 * macs
@@ -86,7 +78,7 @@ def test_defaults_combine_in_fits_of_any_length(
 @pytest.mark.parametrize("order", list(itertools.permutations(PRUNE)), ids=" ".join)
 def test_every_order_gives_the_same_shapes(order: tuple[str, ...]) -> None:
     module = trained()
-    fit(module, [PRUNE[name]() for name in order])
+    fit(*(PRUNE[name]() for name in order), module=module, max_epochs=1)
     assert convert.form_of(module) == "converted"
     assert float_form(module).body.out_features == 16
 
@@ -102,7 +94,7 @@ def test_defaults_combine_with_an_average_a_teacher_and_a_report() -> None:
     ]
     for first in (True, False):
         module, ours = trained(), [make() for make in PRUNE.values()]
-        trainer = fit(module, [*others, *ours] if first else [*ours, *others], max_epochs=2)
+        trainer, _ = fit(*([*others, *ours] if first else [*ours, *others]), module=module)
         assert convert.form_of(module) == "converted" and float_form(module).body.out_features == 16
         trainer.test(module, TinyData(), verbose=False)
         report = CompressionReport(directory="report", max_seconds=0.1)
@@ -120,7 +112,7 @@ def test_quantization_waits_for_an_explicit_window_of_channels(channels: Window)
             prepared.extend([trainer.global_step] * (convert.form_of(pl_module) == "prepared" and not prepared))
 
     qat = QuantizationAwareTraining()
-    fit(Classifier(), [qat, ChannelPruning(macs=0.5, window=channels), When()], max_epochs=2)
+    fit(qat, ChannelPruning(macs=0.5, window=channels), When())
     last = {"fit": 12, "step": 10, "epoch": 7}[channels.unit]
     assert prepared == [last]
     # Its fractions count from there.
@@ -129,9 +121,9 @@ def test_quantization_waits_for_an_explicit_window_of_channels(channels: Window)
 
 def test_it_does_not_wait_for_channels_that_have_left_before() -> None:
     module, channels = Classifier(), ChannelPruning(macs=0.5)
-    fit(module, [channels], max_epochs=2)
+    fit(channels, module=module)
     qat = QuantizationAwareTraining()
-    fit(module, [channels, qat], max_epochs=2)
+    fit(channels, qat, module=module)
     assert qat.bounds.start == 0
     assert convert.form_of(module) == "converted" and float_form(module).body.out_features == 16
 
@@ -140,7 +132,7 @@ def test_it_does_not_wait_for_channels_that_have_left_before() -> None:
 def test_channels_that_leave_until_the_end_leave_a_calibrated_int8_model(caplog: pytest.LogCaptureFixture) -> None:
     module = trained()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        fit(module, [ChannelPruning(macs=0.5, window=Window(0.0, 1.0)), QuantizationAwareTraining()], max_epochs=2)
+        fit(ChannelPruning(macs=0.5, window=Window(0.0, 1.0)), QuantizationAwareTraining(), module=module)
     assert convert.form_of(module) == "converted" and agreement(module) >= 0.9
     assert any(
         "only 0 optimizer steps were trained with fake-quantizers" in each.getMessage() for each in caplog.records

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from lightning_compress import (
@@ -22,8 +23,9 @@ from lightning_compress import (
     quantize,
 )
 from tests.support.data import TinyData
+from tests.support.fits import fit, read_checkpoint, resume
 from tests.support.modules import quiet_trainer
-from tests.support.oracles import assert_different_state, assert_float_keys, assert_same_state, count_zeros, snapshot
+from tests.support.oracles import assert_float_keys, assert_same_state, count_zeros, snapshot
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed",
@@ -56,27 +58,17 @@ def callbacks(averaged: bool) -> list[Any]:
     return [qat, *average, pruning, CompressionReport(directory="report", max_seconds=0.1)]
 
 
-def fit(folder: Path, averaged: bool, ckpt_path: Path | None = None) -> tuple[Any, DistillationModule]:
-    module = build()
-    save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    trainer = quiet_trainer(max_epochs=EPOCHS, callbacks=[*callbacks(averaged), save], enable_checkpointing=True)
-    trainer.fit(module, TinyData(), ckpt_path=ckpt_path)
-    return trainer, module
+def run(averaged: bool, folder: Path, ckpt_path: Path | None = None) -> tuple[Any, DistillationModule]:
+    return fit(*callbacks(averaged), module=build(), folder=folder, ckpt_path=ckpt_path, max_epochs=EPOCHS)
 
 
 @pytest.mark.parametrize("averaged", [False, True], ids=["alone", "with EMA"])
 def test_interrupted_and_resumed_equals_uninterrupted(averaged: bool, tmp_path: Path) -> None:
-    _, whole = fit(tmp_path / "whole", averaged)
+    (_, whole), (trainer, resumed) = resume(partial(run, averaged), tmp_path, 0, 1, 2)
+    assert_same_state(whole.student, resumed.student)
     for epoch in (0, 1, 2):
-        trainer, resumed = fit(tmp_path / f"from {epoch}", averaged, tmp_path / "whole" / f"epoch={epoch}.ckpt")
-        first = torch.load(tmp_path / "whole" / f"epoch={EPOCHS - 1}.ckpt", weights_only=True)
-        second = torch.load(tmp_path / f"from {epoch}" / f"epoch={EPOCHS - 1}.ckpt", weights_only=True)
-        for part in ("state_dict", "current_model_state", "optimizer_states", "lightning_compress"):
-            assert_same_state(first.get(part, {}), second.get(part, {}))
-        assert_same_state(whole.student, resumed.student)
-        assert_float_keys(second, trained_keys(second))
-        earlier = torch.load(tmp_path / "whole" / f"epoch={epoch}.ckpt", weights_only=True)
-        assert_different_state(earlier["state_dict"], first["state_dict"])
+        content = read_checkpoint(tmp_path / f"from {epoch}" / f"epoch={EPOCHS - 1}.ckpt")
+        assert_float_keys(content, trained_keys(content))
     trainer.test(resumed, TinyData(), verbose=False)
 
 
@@ -89,12 +81,12 @@ def trained_keys(checkpoint: dict[str, Any]) -> nn.Module:
 
 @pytest.mark.parametrize("averaged", [False, True], ids=["alone", "with EMA"])
 def test_what_is_saved_is_sparse_and_what_is_tested_is_int8(averaged: bool, tmp_path: Path) -> None:
-    trainer, module = fit(tmp_path, averaged)
+    trainer, module = run(averaged, tmp_path)
     path = tmp_path / f"epoch={EPOCHS - 1}.ckpt"
     masks = next(callback for callback in trainer.callbacks if isinstance(callback, ScheduledPruning)).masks
     assert masks and all(name.startswith("student.") for name in masks)
     plain = build(teacher=False)
-    plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    plain.load_state_dict(read_checkpoint(path)["state_dict"])
     zeros, elements = count_zeros([plain.get_parameter(name) for name in masks])
     assert zeros == round(0.6 * elements)
     assert any("torch.ao.nn" in type(layer).__module__ for layer in module.student.modules())

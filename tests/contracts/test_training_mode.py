@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from torch import Tensor, nn
 
 from lightning_compress import (
@@ -21,7 +21,9 @@ from lightning_compress import (
     SoftTarget,
 )
 from tests.contracts.rows import ROWS, Row
+from tests.support import fits
 from tests.support.data import TinyData
+from tests.support.fits import resume
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_different_state, assert_same_state, snapshot
 
@@ -63,10 +65,9 @@ class Modes(Callback):
         return {batch[path] for batch in self.batches}
 
 
-def fit(module: Any, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> Modes:
+def fit(module: Any, *callbacks: Callback, **options: Any) -> Modes:
     modes = Modes()
-    trainer = quiet_trainer(callbacks=[*callbacks, modes], **{"max_epochs": 2, **options})
-    trainer.fit(module, TinyData(), ckpt_path=ckpt_path)
+    fits.fit(*callbacks, modes, module=module, **options)
     return modes
 
 
@@ -99,16 +100,7 @@ def test_a_fit_from_eval_mode_is_the_fit_from_train_mode(
 
 @pytest.mark.parametrize("row", [row for row in TRAINERS if str(row) in ("channels", "qat", "qlora")], ids=str)
 def test_a_fit_from_eval_mode_resumes_bit_equal(row: Row, tmp_path: Path) -> None:
-    def run(folder: str, ckpt_path: Path | None = None) -> dict[str, Any]:
-        save = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
-        fit(Pretrained().eval(), row.make(), save, ckpt_path=ckpt_path, enable_checkpointing=True)
-        return torch.load(tmp_path / folder / "epoch=1.ckpt", weights_only=True)  # type: ignore[no-any-return]
-
-    whole, resumed = run("whole"), run("resumed", tmp_path / "whole" / "epoch=0.ckpt")
-    for part in ("state_dict", "optimizer_states", "lightning_compress"):
-        assert_same_state(whole.get(part, {}), resumed.get(part, {}))
-    earlier = torch.load(tmp_path / "whole" / "epoch=0.ckpt", weights_only=True)
-    assert_different_state(earlier["state_dict"], whole["state_dict"])
+    resume(lambda **files: fit(Pretrained().eval(), row.make(), **files), tmp_path, 0)
 
 
 @each_trainer

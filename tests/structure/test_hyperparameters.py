@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -27,6 +28,7 @@ from lightning_compress import (
     load_compressed,
 )
 from tests.support.data import TinyData
+from tests.support.fits import fit, read_checkpoint, resume
 from tests.support.modules import quiet_trainer
 from tests.support.oracles import assert_same_state
 from tests.support.template import SGD, LitTemplate, Net, lit_template
@@ -39,7 +41,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*accuracy is near chance",
     "ignore:TypedStorage is deprecated",  # as `torch.load` meets quantized tensors
 )
-EPOCHS = 2
 FOREIGN = ("lightning_compress", "torch.ao", "torch.fx", "torchao")
 
 
@@ -65,13 +66,9 @@ slow = {"ptq pt2e": pytest.mark.slow}  # it is compiled
 every_callback = pytest.mark.parametrize("name", [pytest.param(name, marks=slow.get(name, ())) for name in CALLBACKS])
 
 
-def fit(name: str, folder: Path, ckpt_path: Path | None = None) -> tuple[Any, LitTemplate]:
+def run(name: str, **files: Any) -> tuple[Any, LitTemplate]:
     torch.manual_seed(1)
-    module = lit_template()
-    save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    trainer = quiet_trainer(max_epochs=EPOCHS, callbacks=[CALLBACKS[name](), save], enable_checkpointing=True)
-    trainer.fit(module, TinyData(), ckpt_path=ckpt_path, weights_only=False)
-    return trainer, module
+    return fit(CALLBACKS[name](), module=lit_template(), weights_only=False, **files)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -79,8 +76,7 @@ def read(path: Path) -> dict[str, Any]:
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     assert "tests.support.template.Net" in names
     assert [name for name in names if name.startswith(FOREIGN)] == []
-    content: dict[str, Any] = torch.load(path, weights_only=False)
-    return content
+    return read_checkpoint(path, weights_only=False)
 
 
 def of_net(state: dict[str, Any]) -> dict[str, Any]:
@@ -96,11 +92,8 @@ def outputs(module: Any) -> torch.Tensor:
 
 @every_callback
 def test_a_fit_saves_the_network_plain_and_resumes(name: str, tmp_path: Path) -> None:
-    _, module = fit(name, tmp_path / "whole")
-    fit(name, tmp_path / "resumed", tmp_path / "whole" / "epoch=0.ckpt")
-    whole, resumed = (read(tmp_path / folder / "epoch=1.ckpt") for folder in ("whole", "resumed"))
-    for part in ("state_dict", "optimizer_states", "lightning_compress"):
-        assert_same_state(whole.get(part, {}), resumed.get(part, {}))
+    (_, module), _ = resume(partial(run, name), tmp_path, 0, read=read)
+    whole = read(tmp_path / "whole" / "epoch=1.ckpt")
     assert module.hparams.net is module.net
     saved = whole["hyper_parameters"]
     assert type(saved["net"]) is Net and saved["parts"]["layers"][0] is saved["net"].head
@@ -116,7 +109,7 @@ def test_a_fit_saves_the_network_plain_and_resumes(name: str, tmp_path: Path) ->
 
 @every_callback
 def test_the_compressed_model_is_tested_saved_and_loaded(name: str, tmp_path: Path) -> None:
-    trainer, module = fit(name, tmp_path)
+    trainer, module = run(name)
     trainer.test(module, TinyData(), verbose=False)
     assert module.hparams.net is module.net and module.hparams.parts["body"] is not None
     trainer.save_checkpoint(tmp_path / "final.ckpt", weights_only=True)
@@ -165,7 +158,7 @@ def test_nothing_is_written_twice(tmp_path: Path) -> None:
 
 
 def test_weights_in_few_bits_are_zeros_in_the_network_of_the_file(tmp_path: Path) -> None:
-    trainer, _ = fit("qat", tmp_path)
+    trainer, _ = run("qat")
     trainer.save_checkpoint(tmp_path / "int8.ckpt", weights_only=True)
     net = read(tmp_path / "int8.ckpt")["hyper_parameters"]["net"]
     assert {name: parameter.shape for name, parameter in net.named_parameters()} == {
@@ -207,7 +200,7 @@ def test_recurrent_and_shared_layers(again: bool, tmp_path: Path) -> None:
 
 
 def test_deep_copies_and_initial_hyperparameters_stay_whole(tmp_path: Path) -> None:
-    _, module = fit("qat", tmp_path)
+    _, module = run("qat")
     twin = copy.deepcopy(module)
     assert twin.hparams.net is twin.net
     assert torch.equal(outputs(twin), outputs(module))
