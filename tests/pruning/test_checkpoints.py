@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 
 from lightning_compress import CompressionError, ScheduledPruning, Window, load_compressed
+from tests.support import fits
 from tests.support.data import ResumableData, TinyData
+from tests.support.fits import PARTS, read_checkpoint, resume
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import (
     assert_different_state,
@@ -39,10 +42,6 @@ WEIGHTS = ("body.weight", "head.weight")
 TOTAL = 16 * 32 + 32 * 4
 
 
-def read(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
-
-
 def zeros(state: Any) -> int:
     state = state.state_dict() if isinstance(state, nn.Module) else state
     return count_zeros(state[name] for name in WEIGHTS)[0]
@@ -52,52 +51,35 @@ def pruner(method: str = "l1_unstructured", **kwargs: Any) -> ScheduledPruning:
     return ScheduledPruning(method, **{"sparsity": 0.9, "window": Window(0.1, 0.8), **kwargs})
 
 
-def every_epoch(folder: Path, **kwargs: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, **kwargs)
+fit = partial(fits.fit, max_epochs=4)
 
 
-def fitted(
-    folder: Path, *callbacks: Callback, epochs: int = 4, module: Any = None, data: Any = None, **kwargs: Any
-) -> Classifier:
-    torch.manual_seed(0)
-    module = module or Classifier()
-    fit_kwargs = {key: kwargs.pop(key) for key in ("ckpt_path",) if key in kwargs}
-    trainer = quiet_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=list(callbacks), **kwargs)
-    trainer.fit(module, data or TinyData(), weights_only=True, **fit_kwargs)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Classifier]:
+    """A folder of checkpoints after each epoch and at the end, and the module as the fit left it."""
+    folder = tmp_path_factory.mktemp("saved")
+    trainer, module = fit(pruner(), folder=folder)
     trainer.save_checkpoint(folder / "end.ckpt")
-    return module
-
-
-OWN = ("state_dict", "callbacks", "optimizer_states", "lr_schedulers")
-
-
-def of_interest(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """All that must be equal: the weights, the optimizer and our state (not a ModelCheckpoint's paths)."""
-    callbacks = {key: state for key, state in checkpoint["callbacks"].items() if not key.startswith("ModelCheckpoint")}
-    return {**{key: checkpoint[key] for key in OWN}, "callbacks": callbacks}
+    return folder, module
 
 
 @pytest.mark.parametrize("method", ["l1_unstructured", "random_unstructured", "random_structured"])
 @pytest.mark.parametrize("epoch", [0, 1, 3])
 def test_resumed_equals_uninterrupted(method: str, epoch: int, tmp_path: Path) -> None:
     # N3, P13, P15.
-    fitted(tmp_path, pruner(method), every_epoch(tmp_path / "all"))
-    whole = read(tmp_path / "end.ckpt")
-    resumed = fitted(
-        tmp_path / "again",
-        pruner(method),
-        every_epoch(tmp_path / "again"),
-        ckpt_path=tmp_path / "all" / f"epoch={epoch}.ckpt",
-    )
-    assert_same_state(of_interest(whole), of_interest(read(tmp_path / "again" / "end.ckpt")))
+    def run(folder: Path, ckpt_path: Path | None) -> Any:
+        trainer, module = fit(pruner(method), folder=folder, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(folder / "end.ckpt")
+        return module
+
+    _, resumed = resume(run, tmp_path, epoch, last="end.ckpt")
     if method != "random_structured":
         assert zeros(resumed) == round(0.9 * TOTAL)
 
 
-def test_different_epochs_differ(tmp_path: Path) -> None:
+def test_different_epochs_differ(saved: tuple[Path, Classifier]) -> None:
     # So that the test above can't pass because nothing happens.
-    fitted(tmp_path, pruner(), every_epoch(tmp_path / "all"))
-    files = [read(tmp_path / "all" / f"epoch={epoch}.ckpt") for epoch in range(4)]
+    files = [read_checkpoint(saved[0] / f"epoch={epoch}.ckpt") for epoch in range(4)]
     for earlier, later in pairwise(files):
         assert_different_state(earlier["state_dict"], later["state_dict"])
     assert [zeros(file["state_dict"]) for file in files] == sorted(zeros(file["state_dict"]) for file in files)
@@ -109,93 +91,82 @@ def test_resuming_in_the_middle_of_an_epoch_with_accumulation(at: int, tmp_path:
     def step(folder: str) -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path / folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
 
-    kwargs: Any = {"epochs": 3, "accumulate_grad_batches": 2}
-    fitted(tmp_path, pruner(), step("all"), data=ResumableData(), **kwargs)
-    fitted(
-        tmp_path, pruner(), step("again"), data=ResumableData(), ckpt_path=tmp_path / f"all/step={at}.ckpt", **kwargs
-    )
-    whole, resumed = read(tmp_path / "all/step=12.ckpt"), read(tmp_path / "again/step=12.ckpt")
-    assert_same_state(of_interest(whole), of_interest(resumed))
+    options: dict[str, Any] = {"max_epochs": 3, "accumulate_grad_batches": 2}
+    fit(pruner(), step("all"), data=ResumableData(), **options)
+    fit(pruner(), step("again"), data=ResumableData(), ckpt_path=tmp_path / f"all/step={at}.ckpt", **options)
+    whole, resumed = (read_checkpoint(tmp_path / folder / "step=12.ckpt") for folder in ("all", "again"))
+    for part in PARTS:
+        assert_same_state(whole.get(part, {}), resumed.get(part, {}))
 
 
 def test_a_resumed_run_keeps_the_windows_absolute_bounds(tmp_path: Path) -> None:
-    fitted(tmp_path, pruner(window=Window(0, 1)), every_epoch(tmp_path / "all"), epochs=2)
+    fit(pruner(window=Window(0, 1)), folder=tmp_path / "all", max_epochs=2)
     again = pruner(window=Window(0, 1))
-    fitted(
-        tmp_path / "again",
-        again,
-        every_epoch(tmp_path / "again"),
-        epochs=6,
-        ckpt_path=tmp_path / "all" / "epoch=0.ckpt",
-    )
+    fit(again, folder=tmp_path / "again", max_epochs=6, ckpt_path=tmp_path / "all" / "epoch=0.ckpt")
     assert (again.bounds.start, again.bounds.end) == (0, 14)
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_every_checkpoint_holds_float_keys_and_loads_strictly_without_us(weights_only: bool, tmp_path: Path) -> None:
     # N8, P6; promise 9.
-    fitted(tmp_path, pruner(), every_epoch(tmp_path / "all", save_weights_only=weights_only))
+    fit(pruner(), folder=tmp_path / "all", save_weights_only=weights_only)
     for path in sorted((tmp_path / "all").glob("*.ckpt")):
-        checkpoint = read(path)
+        checkpoint = read_checkpoint(path)
         assert_float_keys(checkpoint, Classifier())
         Classifier().load_state_dict(checkpoint["state_dict"], strict=True)
         assert checkpoint["lightning_compress"]["version"] == 1
         loaded = Classifier.load_from_checkpoint(path, weights_only=True)
         assert_same_state(checkpoint["state_dict"], loaded)
-    assert zeros(read(tmp_path / "all" / "epoch=3.ckpt")["state_dict"]) == round(0.9 * TOTAL)
+    assert zeros(read_checkpoint(tmp_path / "all" / "epoch=3.ckpt")["state_dict"]) == round(0.9 * TOTAL)
 
 
 def test_a_weights_only_checkpoint_brings_the_masks_back(tmp_path: Path) -> None:
-    fitted(tmp_path, pruner(), every_epoch(tmp_path / "all", save_weights_only=True))
-    entry = read(tmp_path / "all" / "epoch=3.ckpt")["lightning_compress"]
+    fit(pruner(), folder=tmp_path / "all", save_weights_only=True)
+    entry = read_checkpoint(tmp_path / "all" / "epoch=3.ckpt")["lightning_compress"]
     masks = [state["masks"] for state in entry["callbacks"].values()]
     assert [set(found) for found in masks] == [set(WEIGHTS)]
 
 
-def test_without_the_callback_a_masked_checkpoint_trains_on(tmp_path: Path) -> None:
-    fitted(tmp_path, pruner(), every_epoch(tmp_path / "all"))
-    module = fitted(tmp_path / "again", every_epoch(tmp_path / "again"), ckpt_path=tmp_path / "all" / "epoch=1.ckpt")
-    saved = read(tmp_path / "all" / "epoch=1.ckpt")["state_dict"]
+def test_without_the_callback_a_masked_checkpoint_trains_on(saved: tuple[Path, Classifier], tmp_path: Path) -> None:
+    path = saved[0] / "epoch=1.ckpt"
+    _, module = fit(folder=tmp_path, ckpt_path=path)
     # Nobody holds the masks any more; only what gets no gradient stays zero.
-    assert zeros(module) < 0.5 * count_zeros(saved[name] for name in WEIGHTS)[0]
+    assert zeros(module) < 0.5 * zeros(read_checkpoint(path)["state_dict"])
 
 
-def test_load_compressed_brings_masks_for_the_next_fit(tmp_path: Path) -> None:
-    fitted(tmp_path, pruner(), every_epoch(tmp_path / "all"))
-    module = load_compressed(str(tmp_path / "end.ckpt"), Classifier())
-    assert_same_state(read(tmp_path / "end.ckpt")["state_dict"], module)
+def test_load_compressed_brings_masks_for_the_next_fit(saved: tuple[Path, Classifier]) -> None:
+    path = saved[0] / "end.ckpt"
+    module = load_compressed(str(path), Classifier())
+    assert_same_state(read_checkpoint(path)["state_dict"], module)
     pruning, before = pruner(), module.body.weight == 0
     quiet_trainer(callbacks=[pruning]).fit(module, TinyData())
     assert zeros(module) == round(0.9 * TOTAL)
     assert torch.equal(module.body.weight == 0, before)
 
 
-def test_test_and_validate_from_a_masked_checkpoint(tmp_path: Path) -> None:
-    module = fitted(tmp_path, pruner(), every_epoch(tmp_path / "all"))
+def test_test_and_validate_from_a_masked_checkpoint(saved: tuple[Path, Classifier]) -> None:
+    folder, module = saved
+    file: dict[str, Any] = {"ckpt_path": folder / "end.ckpt", "verbose": False, "weights_only": True}
     expected = quiet_trainer().test(module, TinyData(), verbose=False)
     with_us, plain = Classifier(), Classifier()
     ours = quiet_trainer(callbacks=[pruner()])
-    assert ours.test(with_us, TinyData(), ckpt_path=tmp_path / "end.ckpt", verbose=False, weights_only=True) == expected
+    assert ours.test(with_us, TinyData(), **file) == expected
     assert_same_state(module, with_us)
-    assert ours.validate(with_us, TinyData(), ckpt_path=tmp_path / "end.ckpt", verbose=False, weights_only=True)
-    assert (
-        quiet_trainer().test(plain, TinyData(), ckpt_path=tmp_path / "end.ckpt", verbose=False, weights_only=True)
-        == expected
-    )
+    assert ours.validate(with_us, TinyData(), **file)
+    assert quiet_trainer().test(plain, TinyData(), **file) == expected
 
 
 def test_a_plain_checkpoint_resumes_with_the_callback(tmp_path: Path) -> None:
-    fitted(tmp_path, every_epoch(tmp_path / "all"), epochs=2)
-    pruning = pruner()
-    module = fitted(
-        tmp_path / "x", pruning, every_epoch(tmp_path / "x"), ckpt_path=tmp_path / "all" / "epoch=0.ckpt", epochs=6
-    )
+    fit(folder=tmp_path / "all", max_epochs=2)
+    start = tmp_path / "all" / "epoch=0.ckpt"
+    _, module = fit(pruner(), folder=tmp_path / "x", ckpt_path=start, max_epochs=6)
     assert zeros(module) == round(0.9 * TOTAL)
 
 
-def test_a_checkpoint_of_a_newer_version_is_refused_and_nothing_changes(tmp_path: Path) -> None:
-    fitted(tmp_path, pruner(), every_epoch(tmp_path / "all"))
-    checkpoint = read(tmp_path / "all" / "epoch=3.ckpt")
+def test_a_checkpoint_of_a_newer_version_is_refused_and_nothing_changes(
+    saved: tuple[Path, Classifier], tmp_path: Path
+) -> None:
+    checkpoint = read_checkpoint(saved[0] / "epoch=3.ckpt")
     checkpoint["lightning_compress"]["version"] = 99
     torch.save(checkpoint, tmp_path / "new.ckpt")
     module = Classifier()
@@ -210,7 +181,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_nothing_changes(tmp_path
 
 def plain_metric(path: Path, name: str = "val_loss") -> float:
     module = Classifier()
-    module.load_state_dict(read(path)["state_dict"])
+    module.load_state_dict(read_checkpoint(path)["state_dict"])
     return quiet_trainer().validate(module, TinyData(), verbose=False)[0][name]
 
 
@@ -233,19 +204,19 @@ AVERAGES: dict[str, Any] = {
 @pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "ours last"])
 @pytest.mark.parametrize("name", [name for name in AVERAGES if name != "swa"])
 def test_the_monitored_metric_is_that_of_the_saved_weights(name: str, ours_first: bool, tmp_path: Path) -> None:
-    saved: dict[str, float] = {}
+    metrics: dict[str, float] = {}
 
     class Records(ModelCheckpoint):
         def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
             super()._save_checkpoint(trainer, filepath)
-            saved[filepath] = float(trainer.callback_metrics["val_loss"])
+            metrics[filepath] = float(trainer.callback_metrics["val_loss"])
 
     checkpoint = Records(tmp_path / "all", filename="{epoch}", monitor="val_loss", save_top_k=-1)
     others = AVERAGES[name]()
     callbacks = [pruner(), *others] if ours_first else [*others, pruner()]
-    fitted(tmp_path, *callbacks, checkpoint)
-    assert len(saved) == 4
-    for path, metric in saved.items():
+    fit(*callbacks, checkpoint)
+    assert len(metrics) == 4
+    for path, metric in metrics.items():
         assert plain_metric(Path(path)) == pytest.approx(metric, rel=1e-6), path
 
 
@@ -263,39 +234,29 @@ def test_what_is_saved_is_exactly_sparse(name: str, weights_only: bool, ours_fir
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             expected[trainer.current_epoch] = sum(int((~mask).sum()) for mask in pruning.masks.values())
 
-    checkpoint = every_epoch(tmp_path / "all", save_weights_only=weights_only)
-    module = fitted(tmp_path, *callbacks, Expects(), checkpoint, epochs=5)
+    trainer, module = fit(*callbacks, Expects(), folder=tmp_path / "all", save_weights_only=weights_only, max_epochs=5)
     files = sorted((tmp_path / "all").glob("*.ckpt"))
     assert len(files) == (6 if name == "swa" else 5)  # SWA's last epoch renews BatchNorm statistics alone
     for epoch, path in enumerate(files):
-        checkpoint_ = read(path)
-        assert_float_keys(checkpoint_, Classifier())
-        assert zeros(checkpoint_["state_dict"]) == expected[epoch], path
-        if "current_model_state" in checkpoint_:
-            assert zeros(checkpoint_["current_model_state"]) == expected[epoch]
+        checkpoint = read_checkpoint(path)
+        assert_float_keys(checkpoint, Classifier())
+        assert zeros(checkpoint["state_dict"]) == expected[epoch], path
+        if "current_model_state" in checkpoint:
+            assert zeros(checkpoint["current_model_state"]) == expected[epoch]
     assert expected[4] == round(0.9 * TOTAL) == zeros(module)
-    assert zeros(read(tmp_path / "end.ckpt")["state_dict"]) == round(0.9 * TOTAL)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert zeros(read_checkpoint(tmp_path / "end.ckpt")["state_dict"]) == round(0.9 * TOTAL)
 
 
 @pytest.mark.parametrize("name", ["ema", "average"])
 def test_resumed_equals_uninterrupted_with_an_average(name: str, tmp_path: Path) -> None:
-    fitted(tmp_path, pruner(), *AVERAGES[name](), every_epoch(tmp_path / "all"))
-    fitted(
-        tmp_path / "again",
-        pruner(),
-        *AVERAGES[name](),
-        every_epoch(tmp_path / "again"),
-        ckpt_path=tmp_path / "all" / "epoch=1.ckpt",
-    )
-    ours, theirs = read(tmp_path / "all" / "epoch=3.ckpt"), read(tmp_path / "again" / "epoch=3.ckpt")
-    assert_same_state(of_interest(ours), of_interest(theirs))
-    assert_same_state(ours["current_model_state"], theirs["current_model_state"])
+    resume(lambda **files: fit(pruner(), *AVERAGES[name](), **files), tmp_path, 1)
 
 
 def test_p6_saving_each_epoch_changes_no_mask(tmp_path: Path) -> None:
     a, b = pruner(), pruner()
-    fitted(tmp_path, a, every_epoch(tmp_path / "all"))
-    fitted(tmp_path, b, ModelCheckpoint(tmp_path / "none", save_top_k=0))
+    fit(a, folder=tmp_path / "all")
+    fit(b, ModelCheckpoint(tmp_path / "none", save_top_k=0))
     assert_same_state(a.masks, b.masks)
     assert sum(int((~mask).sum()) for mask in a.masks.values()) == round(0.9 * TOTAL)
 

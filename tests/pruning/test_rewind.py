@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
 from lightning_compress import CompressionError, Linear, OneShot, Rewind, ScheduledPruning, Steps, Window
+from tests.support import fits
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_different_state, assert_same_state, count_zeros, snapshot
@@ -100,11 +102,7 @@ class Watch(Callback):
             self.just_before.append(self.before)
 
 
-def fitted(module: Net, *callbacks: Callback, epochs: int = 4, **kwargs: Any) -> Net:
-    fit = {key: kwargs.pop(key) for key in ("ckpt_path",) if key in kwargs}
-    trainer = quiet_trainer(max_epochs=epochs, callbacks=list(callbacks), **kwargs)
-    trainer.fit(module, TinyData(), weights_only=True, **fit)
-    return module
+fit = partial(fits.fit, max_epochs=4)
 
 
 @pytest.mark.parametrize("to", [0, 3, 8])
@@ -113,7 +111,7 @@ def test_p2_n2_after_every_event_the_survivors_are_back_bit_for_bit(optimizer: s
     # P2: they were never reset; N2: from the second rewind on the copy was trained itself.
     pruning = pruner(to)
     watch = Watch(pruning, to)
-    module = fitted(Net(optimizer), pruning, watch)
+    _, module = fit(pruning, watch, module=Net(optimizer))
     assert [event["step"] for event in watch.events] == [8, 14, 20]
     counts = [sum(int((~mask).sum()) for mask in event["masks"].values()) for event in watch.events]
     assert counts == [256, 384, 512]
@@ -134,7 +132,7 @@ def test_p2_n2_after_every_event_the_survivors_are_back_bit_for_bit(optimizer: s
 def test_w7_the_batchnorm_buffers_go_back_too() -> None:
     pruning = pruner(3)
     watch = Watch(pruning, 3)
-    fitted(Net(), pruning, watch)
+    fit(pruning, watch, module=Net())
     for event, before in zip(watch.events, watch.just_before, strict=True):
         assert int(event["module"]["norm.num_batches_tracked"]) == 3
         assert int(before["module"]["norm.num_batches_tracked"]) > 5
@@ -144,9 +142,9 @@ def test_w7_the_batchnorm_buffers_go_back_too() -> None:
 def test_the_learning_rate_goes_its_way() -> None:
     pruning = pruner(3)
     watch = Watch(pruning, 3)
-    fitted(Net(), pruning, watch)
+    fit(pruning, watch, module=Net())
     plain = Watch(ScheduledPruning(sparsity=0.1), 3)
-    fitted(Net(), plain.pruning, plain)
+    fit(plain.pruning, plain, module=Net())
     assert watch.rates == plain.rates and len(set(watch.rates)) > 4
 
 
@@ -165,7 +163,7 @@ def test_n2_what_is_kept_shares_no_memory_with_what_trains() -> None:
                 pointers.append({t.data_ptr() for t in own if torch.is_tensor(t)} & {t.data_ptr() for t in live})
                 kept.append(snapshot({"tensors": state["tensors"], "optimizers": state["optimizers"]}))
 
-    fitted(Net("adam"), pruning, Looks())
+    fit(pruning, Looks(), module=Net("adam"))
     assert len(kept) > 15 and not any(pointers)
     for later in kept:
         assert_same_state(kept[0], later)
@@ -184,7 +182,7 @@ def test_points_in_every_unit(name: str) -> None:
     rewind, step = POINTS[name]
     pruning = pruner(rewind=rewind)
     watch = Watch(pruning, step)
-    fitted(Net(), pruning, watch)
+    fit(pruning, watch, module=Net())
     kept = pruning.masks["body.weight"]
     for event in watch.events:
         here = event["masks"]["body.weight"]
@@ -199,12 +197,12 @@ def test_n3_resumed_between_rounds_equals_uninterrupted(at: int, optimizer: str,
     def every(folder: str) -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path / folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
 
-    kwargs: Any = {"epochs": 25, "limit_train_batches": 1, "limit_val_batches": 0, "enable_checkpointing": True}
+    kwargs: Any = {"max_epochs": 25, "limit_train_batches": 1, "limit_val_batches": 0}
     torch.manual_seed(0)
-    whole = fitted(Net(optimizer), pruner(3), every("whole"), **kwargs)
+    _, whole = fit(pruner(3), every("whole"), module=Net(optimizer), **kwargs)
     path = tmp_path / f"whole/step={at}.ckpt"
     assert (next(iter(callbacks_of(path)))["kept"] is None) == (at < 3)
-    resumed = fitted(Net(optimizer), pruner(3), every("again"), ckpt_path=path, **kwargs)
+    _, resumed = fit(pruner(3), every("again"), module=Net(optimizer), ckpt_path=path, **kwargs)
     assert_same_state(whole, resumed)
     last, again = (torch.load(tmp_path / f"{folder}/step=25.ckpt", weights_only=True) for folder in ("whole", "again"))
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
@@ -233,7 +231,8 @@ def test_resuming_from_what_is_saved_once_training_has_stopped(kind: str, rewoun
         return Net("adam"), pruner(3) if rewound else pruner(rewind=None)
 
     kwargs: Any = {"limit_train_batches": 1, "limit_val_batches": 0}
-    whole = fitted(*build(), epochs=25, **kwargs)
+    module, pruning = build()
+    _, whole = fit(pruning, module=module, max_epochs=25, **kwargs)
     path = tmp_path / "stopped.ckpt"
     module, pruning = build()
     if kind == "by the trainer after the fit":
@@ -244,9 +243,10 @@ def test_resuming_from_what_is_saved_once_training_has_stopped(kind: str, rewoun
     else:
         saves = ModelCheckpoint(tmp_path, filename="stopped", save_on_exception=True, every_n_epochs=99)
         with pytest.raises(RuntimeError, match="boom"):
-            fitted(module, pruning, Stops(), saves, epochs=25, enable_checkpointing=True, **kwargs)
+            fit(pruning, Stops(), saves, module=module, max_epochs=25, **kwargs)
         assert saves.format_checkpoint_name({}) == str(path)
-    resumed = fitted(*build(), epochs=25, ckpt_path=path, **kwargs)
+    module, pruning = build()
+    _, resumed = fit(pruning, module=module, max_epochs=25, ckpt_path=path, **kwargs)
     assert_same_state(whole, resumed)
 
 
@@ -255,7 +255,7 @@ def test_without_rewind_nothing_goes_back() -> None:
     assert ScheduledPruning(sparsity=0.5).rewind is None
     pruning = pruner(rewind=None)
     watch = Watch(pruning, 3)
-    fitted(Net(), pruning, watch)
+    fit(pruning, watch, module=Net())
     for event, before in zip(watch.events, watch.just_before, strict=True):
         mask = event["masks"]["body.weight"]
         assert int(mask.sum()) > 50
@@ -266,7 +266,7 @@ def test_without_rewind_nothing_goes_back() -> None:
 
 def test_the_returned_network_is_a_trained_one() -> None:
     pruning, data = pruner(3), TinyData()
-    module = fitted(Net(), pruning, epochs=8)
+    _, module = fit(pruning, module=Net(), max_epochs=8)
     untrained = quiet_trainer().validate(Net(), data, verbose=False)[0]["val_loss"]
     assert quiet_trainer().validate(module, data, verbose=False)[0]["val_loss"] < 0.8 * untrained
 
@@ -291,7 +291,7 @@ def test_what_cannot_be_rewound_is_an_error_that_changes_nothing(name: str) -> N
     module = Net()
     before = snapshot(module)
     with pytest.raises(CompressionError, match=message):
-        fitted(module, pruner(**arguments))
+        fit(pruner(**arguments), module=module)
     assert_same_state(before, module)
 
 
@@ -310,7 +310,7 @@ def test_it_does_not_go_with_regrowing() -> None:
 def test_with_every_kind_of_method(method: str) -> None:
     pruning = pruner(2, method=method, schedule=OneShot(), **({"scope": "layer"} if method == "ln_structured" else {}))
     watch = Watch(pruning, 2)
-    module = fitted(Net(), pruning, watch)
+    _, module = fit(pruning, watch, module=Net())
     [event] = watch.events
     mask = event["masks"]["body.weight"]
     assert torch.equal(event["module"]["body.weight"][mask], watch.point["module"]["body.weight"][mask])
@@ -335,6 +335,6 @@ def test_a_shared_and_a_tied_tensor_are_kept_once() -> None:
         def on_train_batch_end(self, *_: Any) -> None:
             states.append(pruning.state_dict()["kept"])
 
-    fitted(Tied(), pruning, Looks())
+    fit(pruning, Looks(), module=Tied())
     tensors = next(state for state in reversed(states) if state)["tensors"]
     assert tensors["body.weight"] is tensors["twin.weight"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.pruning.silent import (
     gone_rows,
     rough,
 )
+from tests.support import fits
 from tests.support.modules import quiet_trainer
 from tests.support.oracles import assert_same_state, hooks, snapshot
 
@@ -38,9 +40,7 @@ def pruner(include: list[str], sparsity: float = 0.5, **kwargs: Any) -> Schedule
     return ScheduledPruning("ln_structured", sparsity, targets=Targets(include=include), **kwargs)
 
 
-def fitted(module: Net, *callbacks: Any, epochs: int = 5, **kwargs: Any) -> Net:
-    quiet_trainer(max_epochs=epochs, callbacks=list(callbacks), **kwargs).fit(module)
-    return module
+fit = partial(fits.fit, max_epochs=5)
 
 
 @pytest.mark.parametrize("method", ["ln_structured", "random_structured"])
@@ -103,7 +103,7 @@ def test_no_warning_without_norms_and_for_single_weights() -> None:
 
 
 def test_in_a_fit_the_norm_is_found_by_a_look_at_a_batch() -> None:
-    module = fitted(rough(Net()), pruner(["conv"]))
+    _, module = fit(pruner(["conv"]), module=rough(Net()))
     assert_silent(module, gone_rows(module.conv.weight), module.next.weight, run=forward)
 
 
@@ -141,7 +141,7 @@ def test_pruned_units_are_silent(name: str, way: str) -> None:
     build, layer = NETS[name]
     module = rough(build())
     if way == "fit":
-        fitted(module, pruner([layer]))
+        fit(pruner([layer]), module=module)
     else:
         prune_(module, 0.5, "ln_structured", "layer", Targets(include=[layer]), inputs=IMAGES)
     assert_silent(module, gone_rows(module.get_submodule(layer).weight), module.next.weight, run=forward)
@@ -156,7 +156,7 @@ def test_a_norm_that_two_convolutions_share_loses_only_what_both_lost(way: str) 
             module.twin.weight[(unit + 1) % 8] *= factor
     targets = ["conv", "twin"]
     if way == "fit":
-        fitted(module, pruner(targets, 3 / 8, window=Window(0.1, 0.3)))
+        fit(pruner(targets, 3 / 8, window=Window(0.1, 0.3)), module=module)
     else:
         prune_(module, 3 / 8, "ln_structured", "layer", Targets(include=targets), inputs=IMAGES)
     first, second = gone_rows(module.conv.weight), gone_rows(module.twin.weight)
@@ -223,7 +223,7 @@ def test_what_averaging_callbacks_save_is_silent_too(tmp_path: Path) -> None:
     for name, average in (("ema", EMAWeightAveraging(decay=0.7)), ("mean", Always())):
         checkpoint = ModelCheckpoint(tmp_path / name, filename="{epoch}", save_top_k=-1)
         pruning = pruner(["conv"], window=Window(0.1, 0.5))
-        fitted(rough(Net()), pruning, average, checkpoint, enable_checkpointing=True)
+        fit(pruning, average, checkpoint, module=rough(Net()))
         for epoch in (3, 4):
             saved = torch.load(tmp_path / name / f"epoch={epoch}.ckpt", weights_only=True)
             for state in (saved["state_dict"], saved["current_model_state"]):
@@ -235,7 +235,7 @@ def test_what_averaging_callbacks_save_is_silent_too(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_a_resumed_run_stays_silent_and_equals_the_uninterrupted(tmp_path: Path) -> None:
     every = ModelCheckpoint(tmp_path / "all", filename="{epoch}", save_top_k=-1)
-    whole = fitted(rough(Net()), pruner(["conv"]), every, enable_checkpointing=True)
+    _, whole = fit(pruner(["conv"]), every, module=rough(Net()))
     for epoch in (1, 3):
         resumed, again = Net(), ModelCheckpoint(tmp_path / f"from {epoch}", filename="{epoch}", save_top_k=-1)
         trainer = quiet_trainer(max_epochs=5, callbacks=[pruner(["conv"]), again], enable_checkpointing=True)
@@ -251,7 +251,7 @@ def test_a_compiled_submodule() -> None:
     module.conv = torch.compile(module.conv)
     module = rough(module)
     order = list(module.state_dict())
-    fitted(module, pruner(["conv"]))
+    fit(pruner(["conv"]), module=module)
     assert list(module.state_dict()) == order
     gone = gone_rows(module.conv._orig_mod.weight)
     assert not module.bn.bias[gone].any()
@@ -278,7 +278,7 @@ def test_a_compiled_submodule_that_holds_the_norm() -> None:
         def middle(self, x: Tensor) -> Tensor:
             return self.block(x)
 
-    module = fitted(rough(Module()), pruner(["block.conv"]))
+    _, module = fit(pruner(["block.conv"]), module=rough(Module()))
     assert_silent(module, gone_rows(module.block.conv.weight), module.next.weight, run=forward)
 
 
@@ -294,7 +294,7 @@ def test_p8_with_quantization_aware_training_a_fused_norm_of_scale_zero_trains(o
 
     qat = QuantizationAwareTraining(window=Window(0.5))
     callbacks = [pruning, qat] if ours_first else [qat, pruning]
-    fitted(module, *callbacks, Losses(), epochs=8)
+    fit(*callbacks, Losses(), module=module, max_epochs=8)
     assert len(losses) == 16 and all(torch.tensor(losses).isfinite())
     gone = ~pruning.masks["conv.weight"].flatten(1).any(1)
     assert int(gone.sum()) == 4
