@@ -1,3 +1,5 @@
+"""Masks as data: packed, checked, read, grown."""
+
 from __future__ import annotations
 
 from pathlib import Path

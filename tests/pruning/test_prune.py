@@ -1,3 +1,5 @@
+"""`prune_`, one event on any module, and `sparsity`, which counts."""
+
 from __future__ import annotations
 
 import copy
@@ -10,16 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_compress import CompressionError, Targets, prune_, sparsity
 from lightning_compress.errors import NoEffectWarning
+from tests.support.architectures import TiedLanguageModel
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, float_leaves, quiet_trainer
 from tests.support.oracles import assert_same_state, count_zeros, hooks, same_random_state, snapshot
 from tests.support.zoo import ZOO, Row, row
 
 UNSTRUCTURED = ["l1_unstructured", "random_unstructured"]
+
 STRUCTURED = ["ln_structured", "random_structured"]
+
 RULES = "tests.pruning.rules."
 
 
@@ -379,3 +385,50 @@ def test_a_bias_that_is_named_has_neither_units_nor_groups(arguments: dict[str, 
     with pytest.raises(CompressionError, match=message):
         prune_(model, targets=Targets(include=["0.bias"]), **arguments)
     assert_same_state(before, model)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sparsity_is_what_counting_finds(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5), nn.LSTM(5, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.rand(parameter.shape, generator=generator) < 0.6)
+    weights = [model[0].weight, model[3].weight, model[4].weight_ih_l0, model[4].weight_hh_l0]
+    zeros, total = count_zeros(weights)
+    assert zeros and sparsity(model) == zeros / total
+    assert sparsity(model, Targets(include=["3"])) == count_zeros([model[3].weight])[0] / 80
+
+
+def test_p3_biases_and_zeros_elsewhere_do_not_count() -> None:
+    # P3, PL#13595.
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False))
+    assert sparsity(model) == 0.0  # BatchNorm's shifts are all zero.
+    with torch.no_grad():
+        model[0].bias.zero_()
+        model[2].weight[0].zero_()
+    assert sparsity(model) == 4 / 32
+
+
+def test_p3_n9_tied_weights_count_once() -> None:
+    model = TiedLanguageModel()
+    targets = Targets(types=[nn.Linear, nn.Embedding])
+    tied = [p for p in model.parameters() if p.dim() == 2]
+    assert len(tied) < len([m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))])
+    with torch.no_grad():
+        for parameter in tied:
+            parameter[0].zero_()
+    zeros, total = count_zeros(tied)
+    assert sparsity(model, targets) == zeros / total
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_with_weight_norm_zeros_of_the_weight_itself_count(dim: Any) -> None:
+    layer = weight_norm(nn.Linear(6, 4), dim=dim)
+    with torch.no_grad():
+        layer.parametrizations.weight.original1[0, :3].zero_()
+        if dim == 0:
+            layer.parametrizations.weight.original0[2].zero_()
+    weight = layer.weight.detach()
+    expected = sum(value == 0 for value in weight.flatten().tolist()) / 24
+    assert sparsity(nn.Sequential(layer)) == expected == (9 if dim == 0 else 3) / 24
