@@ -1,4 +1,4 @@
-"""Networks for `test_structured`, and the oracle of silence: what reads a pruned unit may be any number.
+"""Networks for `test_dependents`, and the oracle of silence: what reads a pruned unit may be any number.
 
 The activation after the norms is a tanh: a ReLU would hide shifts below zero.
 """

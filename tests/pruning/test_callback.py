@@ -105,12 +105,12 @@ def test_structured_rules_end_on_whole_units(method: str, scope: Any) -> None:
 def test_with_sparsity_zero_training_is_that_of_plain_lightning() -> None:
     # Our callbacks draw nothing from the global generators and touch nothing.
     torch.manual_seed(0)
-    ours, plain = Classifier(), Classifier()
-    plain.load_state_dict(ours.state_dict())
+    unpruned, plain = Classifier(), Classifier()
+    plain.load_state_dict(unpruned.state_dict())
     data = TinyData()
-    quiet_trainer(max_epochs=2, callbacks=[ScheduledPruning("random_unstructured", 0.0)]).fit(ours, data)
+    quiet_trainer(max_epochs=2, callbacks=[ScheduledPruning("random_unstructured", 0.0)]).fit(unpruned, data)
     quiet_trainer(max_epochs=2).fit(plain, data)
-    assert_same_state(ours, plain)
+    assert_same_state(unpruned, plain)
 
 
 @pytest.mark.parametrize("method", ["l1_unstructured", "random_unstructured", "random_structured"])

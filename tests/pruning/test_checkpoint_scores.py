@@ -123,8 +123,10 @@ def test_a_resumed_run_ends_with_the_same_best(folder: str, at: int, top_k: int,
         assert float(resumed.best_model_score) == float(whole.best_model_score)
         assert on_disk(where) == on_disk(tmp_path / "whole")
         for name in on_disk(where):
-            ours, theirs = (torch.load(f / f"{name}.ckpt", weights_only=True) for f in (where, tmp_path / "whole"))
-            assert_same_state(ours["state_dict"], theirs["state_dict"])
+            resumed, uninterrupted = (
+                torch.load(f / f"{name}.ckpt", weights_only=True) for f in (where, tmp_path / "whole")
+            )
+            assert_same_state(resumed["state_dict"], uninterrupted["state_dict"])
 
 
 def test_a_score_that_is_better_after_the_window_wins(tmp_path: Path) -> None:

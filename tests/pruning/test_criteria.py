@@ -85,10 +85,10 @@ class Recorder(Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         self.steps += 1
-        mine = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name in WEIGHTS:
             weight = pl_module.get_parameter(name)
-            if id(weight) not in mine or self.steps > self.until:
+            if id(weight) not in stepped or self.steps > self.until:
                 continue
             pairs = list(zip(weight.detach().flatten().tolist(), weight.grad.flatten().tolist(), strict=True))
             taylor = self.taylor.setdefault(name, [0.0] * len(pairs))
@@ -106,7 +106,7 @@ class Recorder(Callback):
 
 
 def pruned(masks: dict[str, Tensor]) -> set[tuple[str, int]]:
-    return {(name, i) for name, mask in masks.items() for i, kept in enumerate(mask.flatten().tolist()) if not kept}
+    return {(name, i) for name, mask in masks.items() for i, stays in enumerate(mask.flatten().tolist()) if not stays}
 
 
 FITS: dict[str, tuple[type[Classifier], dict[str, Any]]] = {

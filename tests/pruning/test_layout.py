@@ -72,7 +72,7 @@ def test_half_of_the_outputs_are_zero(name: str, method: str) -> None:
     make, inputs, dim = LAYERS[name]
     torch.manual_seed(0)
     model = nn.Sequential(rough(make()))
-    types = [*(type(one) for one in model.modules() if next(one.parameters(recurse=False), None) is not None)]
+    types = [*(type(layer) for layer in model.modules() if next(layer.parameters(recurse=False), None) is not None)]
     masks = prune_(model, 0.5, method, "layer", Targets(types=types), inputs=(inputs,))
     with torch.no_grad():
         silent = (model(inputs) == 0).movedim(dim, 0).flatten(1).all(1)
@@ -169,4 +169,4 @@ def test_what_units_are_heard_behind_is_said_once_however_often_channels_leave()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         quiet_trainer(max_epochs=10, callbacks=[pruning, channels]).fit(rough(Net(torch.sigmoid)))
-    assert sum("may still put out a constant" in str(one.message) for one in seen) == 1
+    assert sum("may still put out a constant" in str(message.message) for message in seen) == 1

@@ -106,8 +106,8 @@ def test_weights_keep_training_between_events() -> None:
     quiet_trainer(max_epochs=2, callbacks=[pruning]).fit(module, TinyData())
     plain = Classifier()
     assert_different_state(module, plain)
-    kept = pruning.masks["body.weight"]
-    assert (module.body.weight[kept] != 0).all()
+    stays = pruning.masks["body.weight"]
+    assert (module.body.weight[stays] != 0).all()
 
 
 class TrainWithoutDrawing(TinyData):

@@ -51,17 +51,17 @@ def check(pattern: Pattern, scores: Tensor, mask: Tensor, dim: int, signed: bool
     goes = pattern.smallest(scores, mask, dim, signed)
     assert_same_state(before, snapshot([scores, mask]))
     assert goes.shape == scores.shape and goes.dtype == torch.bool
-    ours, values, alive = (groups_of(tensor, pattern.m, dim) for tensor in (goes, scores, mask))
-    for got, group, kept in zip(ours, values, alive, strict=True):
-        assert got == obvious(group, kept, pattern.m - pattern.n, signed), (group, kept)
+    found, values, alive = (groups_of(tensor, pattern.m, dim) for tensor in (goes, scores, mask))
+    for got, group, stays in zip(found, values, alive, strict=True):
+        assert got == obvious(group, stays, pattern.m - pattern.n, signed), (group, stays)
 
 
-def random_case(shape: tuple[int, ...], seed: int, ties: bool, kept: float) -> tuple[Tensor, Tensor]:
+def random_case(shape: tuple[int, ...], seed: int, ties: bool, share: float) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     scores = (
         torch.randint(-3, 4, shape, generator=generator).float() if ties else torch.randn(shape, generator=generator)
     )
-    return scores, torch.rand(shape, generator=generator) < kept
+    return scores, torch.rand(shape, generator=generator) < share
 
 
 PATTERNS = [(n, m) for m in range(2, 9) for n in range(1, m)]
@@ -69,9 +69,9 @@ PATTERNS = [(n, m) for m in range(2, 9) for n in range(1, m)]
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS, ids=lambda value: str(value))
 def test_every_group_loses_its_smallest(n: int, m: int) -> None:
-    for seed, (dim, ties, kept, signed) in enumerate(product([0, 1], [False, True], [0.6, 1.1], [False, True])):
+    for seed, (dim, ties, share, signed) in enumerate(product([0, 1], [False, True], [0.6, 1.1], [False, True])):
         shape = (2 * m, 3) if dim == 0 else (3, 2 * m)
-        check(Pattern(n, m), *random_case(shape, seed, ties, kept), dim, signed)
+        check(Pattern(n, m), *random_case(shape, seed, ties, share), dim, signed)
 
 
 @given(
@@ -80,22 +80,22 @@ def test_every_group_loses_its_smallest(n: int, m: int) -> None:
     dim=st.integers(0, 1),
     seed=st.integers(0, 999),
     ties=st.booleans(),
-    kept=st.sampled_from([0.2, 0.7, 1.1]),
+    share=st.sampled_from([0.2, 0.7, 1.1]),
     signed=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
 )
 @settings(max_examples=100)
 def test_convolution_shapes(
-    nm: tuple[int, int], rest: list[int], dim: int, seed: int, ties: bool, kept: float, signed: bool, dtype: Any
+    nm: tuple[int, int], rest: list[int], dim: int, seed: int, ties: bool, share: float, signed: bool, dtype: Any
 ) -> None:
     shape = (*rest[:dim], 2 * nm[1], *rest[dim:])
-    scores, mask = random_case(shape, seed, ties, kept)
+    scores, mask = random_case(shape, seed, ties, share)
     check(Pattern(*nm), scores.to(dtype), mask, dim, signed)
 
 
-@pytest.mark.parametrize(("m", "kept"), [(256, 1.1), (257, 1.1), (300, 0.8)])
-def test_groups_of_more_entries_than_a_byte_can_count(m: int, kept: float) -> None:
-    check(Pattern(1, m), *random_case((1, 2 * m), 0, True, kept), 1)
+@pytest.mark.parametrize(("m", "share"), [(256, 1.1), (257, 1.1), (300, 0.8)])
+def test_groups_of_more_entries_than_a_byte_can_count(m: int, share: float) -> None:
+    check(Pattern(1, m), *random_case((1, 2 * m), 0, True, share), 1)
 
 
 def test_groups_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,9 +212,9 @@ def test_what_is_left_of_a_group_is_larger_than_what_went() -> None:
     module = Classifier()
     before = module.body.weight.detach().clone()
     masks = prune_(module, n_m="2:4")
-    for values, kept in zip(groups_of(before, 4, 1), groups_of(masks["body.weight"], 4, 1), strict=True):
-        stays = [abs(value) for value, stay in zip(values, kept, strict=True) if stay]
-        goes = [abs(value) for value, stay in zip(values, kept, strict=True) if not stay]
+    for values, alive in zip(groups_of(before, 4, 1), groups_of(masks["body.weight"], 4, 1), strict=True):
+        stays = [abs(value) for value, stay in zip(values, alive, strict=True) if stay]
+        goes = [abs(value) for value, stay in zip(values, alive, strict=True) if not stay]
         assert len(goes) == 2 and max(goes) <= min(stays)
 
 

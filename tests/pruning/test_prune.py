@@ -43,7 +43,7 @@ def stack(*shapes: tuple[int, ...], seed: int = 0) -> nn.Sequential:
 
 
 def masked(masks: dict[str, Tensor]) -> list[int]:
-    return [sum(not kept for kept in mask.flatten().tolist()) for mask in masks.values()]
+    return [sum(not stays for stays in mask.flatten().tolist()) for mask in masks.values()]
 
 
 shapes = st.lists(st.lists(st.integers(1, 8), min_size=2, max_size=4).map(tuple), min_size=1, max_size=4)
@@ -77,10 +77,10 @@ def test_structured_takes_whole_units_the_nearest_number_and_never_a_whole_tenso
     model = stack(*shapes)
     for mask in prune_(model, sparsity, method, "layer", dim=dim).values():
         units = mask.movedim(dim, 0).flatten(1)
-        kept = units.any(1)
-        assert torch.equal(units, kept[:, None].expand_as(units))
-        gone = len(kept) - int(kept.sum())
-        assert gone == min(round(sparsity * len(kept)), len(kept) - 1)
+        alive = units.any(1)
+        assert torch.equal(units, alive[:, None].expand_as(units))
+        gone = len(alive) - int(alive.sum())
+        assert gone == min(round(sparsity * len(alive)), len(alive) - 1)
 
 
 @pytest.mark.parametrize("method", STRUCTURED)
@@ -116,46 +116,46 @@ def test_structured_global_is_the_nearest_number_where_units_are_of_one_size() -
 @given(shapes=shapes, sparsity=st.floats(0, 1, exclude_max=True))
 @settings(max_examples=40)
 def test_l1_global_equals_torch(shapes: list[tuple[int, ...]], sparsity: float) -> None:
-    model, theirs = stack(*shapes), stack(*shapes)
+    model, oracle = stack(*shapes), stack(*shapes)
     masks = prune_(model, sparsity, "l1_unstructured")
-    amount = round(sparsity * sum(layer.weight.numel() for layer in theirs))
+    amount = round(sparsity * sum(layer.weight.numel() for layer in oracle))
     if amount:
-        prune.global_unstructured([(layer, "weight") for layer in theirs], prune.L1Unstructured, amount=amount)
-    for name, ours, other in zip(masks, model, theirs, strict=True):
-        assert torch.equal(ours.weight, other.weight)
-        assert torch.equal(masks[name], getattr(other, "weight_mask", torch.ones_like(ours.weight)).bool())
+        prune.global_unstructured([(layer, "weight") for layer in oracle], prune.L1Unstructured, amount=amount)
+    for name, layer, reference in zip(masks, model, oracle, strict=True):
+        assert torch.equal(layer.weight, reference.weight)
+        assert torch.equal(masks[name], getattr(reference, "weight_mask", torch.ones_like(layer.weight)).bool())
 
 
 @given(shapes=shapes, sparsity=st.floats(0, 0.95))
 @settings(max_examples=40)
 def test_l1_layer_equals_torch(shapes: list[tuple[int, ...]], sparsity: float) -> None:
-    model, theirs = stack(*shapes), stack(*shapes)
+    model, oracle = stack(*shapes), stack(*shapes)
     prune_(model, sparsity, scope="layer")
-    for ours, other in zip(model, theirs, strict=True):
-        prune.l1_unstructured(other, "weight", amount=round(sparsity * other.weight.numel()))
-        assert torch.equal(ours.weight, other.weight)
+    for layer, reference in zip(model, oracle, strict=True):
+        prune.l1_unstructured(reference, "weight", amount=round(sparsity * reference.weight.numel()))
+        assert torch.equal(layer.weight, reference.weight)
 
 
 @pytest.mark.parametrize("norm", [1.0, 2.0, float("inf")])
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_ln_structured_layer_equals_torch(norm: float, dim: int) -> None:
-    model, theirs = stack((8, 6), (6, 4, 3), (4, 5, 3, 3)), stack((8, 6), (6, 4, 3), (4, 5, 3, 3))
+    model, oracle = stack((8, 6), (6, 4, 3), (4, 5, 3, 3)), stack((8, 6), (6, 4, 3), (4, 5, 3, 3))
     prune_(model, 0.4, "ln_structured", "layer", dim=dim, norm=norm)
-    for ours, other in zip(model, theirs, strict=True):
-        prune.ln_structured(other, "weight", amount=round(0.4 * other.weight.shape[dim]), n=norm, dim=dim)
-        assert torch.equal(ours.weight, other.weight)
+    for layer, reference in zip(model, oracle, strict=True):
+        prune.ln_structured(reference, "weight", amount=round(0.4 * reference.weight.shape[dim]), n=norm, dim=dim)
+        assert torch.equal(layer.weight, reference.weight)
 
 
 @pytest.mark.parametrize("method", ["random_unstructured", "random_structured"])
 def test_random_equals_torch_under_the_same_seed(method: str) -> None:
-    model, theirs = stack((12, 9)), stack((12, 9))
+    model, oracle = stack((12, 9)), stack((12, 9))
     masks = prune_(model, 0.5, method, "layer", seed=7)
     torch.manual_seed(7)
     if method == "random_unstructured":
-        prune.random_unstructured(theirs[0], "weight", amount=54)
+        prune.random_unstructured(oracle[0], "weight", amount=54)
     else:
-        prune.random_structured(theirs[0], "weight", amount=6, dim=0)
-    assert torch.equal(masks["0.weight"], theirs[0].weight_mask.bool())
+        prune.random_structured(oracle[0], "weight", amount=6, dim=0)
+    assert torch.equal(masks["0.weight"], oracle[0].weight_mask.bool())
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
@@ -173,12 +173,12 @@ def test_random_depends_on_its_seed_alone(method: str, scope: Any) -> None:
 
 
 def test_custom_from_mask_applies_the_masks() -> None:
-    model, theirs = stack((3, 4), (4, 3)), stack((3, 4), (4, 3))
+    model, oracle = stack((3, 4), (4, 3)), stack((3, 4), (4, 3))
     mask = torch.arange(12).view(3, 4) % 3 != 0
     masks = prune_(model, method="custom_from_mask", masks={"0.weight": mask})
-    prune.custom_from_mask(theirs[0], "weight", mask)
-    assert torch.equal(model[0].weight, theirs[0].weight)
-    assert torch.equal(model[1].weight, theirs[1].weight)
+    prune.custom_from_mask(oracle[0], "weight", mask)
+    assert torch.equal(model[0].weight, oracle[0].weight)
+    assert torch.equal(model[1].weight, oracle[1].weight)
     assert torch.equal(masks["0.weight"], mask) and masks["1.weight"].all()
 
 

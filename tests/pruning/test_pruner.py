@@ -59,7 +59,7 @@ class Watch(Callback):
         self.pruning = pruning
         self.steps, self.looked = 0, 0
         self.seen: set[str] = set()
-        self.kept: set[str] = set()
+        self.nonzero_keys: set[str] = set()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.look(trainer, pl_module)
@@ -79,7 +79,9 @@ class Watch(Callback):
                 if not mask.all() and state:
                     self.looked += 1
                     self.seen |= {key for key, value in state.items() if torch.is_tensor(value) and value.dim() > 1}
-                    self.kept |= {k for k, v in state.items() if torch.is_tensor(v) and v.dim() > 1 and v[mask].any()}
+                    self.nonzero_keys |= {
+                        k for k, v in state.items() if torch.is_tensor(v) and v.dim() > 1 and v[mask].any()
+                    }
 
 
 def pruner(**kwargs: Any) -> ScheduledPruning:
@@ -93,7 +95,7 @@ def test_t10_after_every_step_the_moments_of_pruned_weights_are_zero(name: str, 
     watch = Watch(pruning)
     quiet_trainer(max_epochs=3, limit_val_batches=0, callbacks=[pruning, watch]).fit(Net(name), TinyData())
     assert watch.steps == 21 and watch.looked > 40
-    assert watch.seen == watch.kept == OPTIMIZERS[name][1]
+    assert watch.seen == watch.nonzero_keys == OPTIMIZERS[name][1]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
@@ -115,7 +117,7 @@ def saved_moments(path: Path) -> tuple[int, list[str]]:
     from lightning_compress.pruning.masks import unpack
 
     checkpoint = torch.load(path, weights_only=True)
-    [state] = [one for one in checkpoint["callbacks"].values() if "masks" in one]
+    [state] = [callback for callback in checkpoint["callbacks"].values() if "masks" in callback]
     order = [name for name, _ in Net().named_parameters()]
     found, pruned = [], 0
     for name, mask in unpack(state["masks"]).items():
@@ -173,13 +175,13 @@ class Norms(Callback):
         self.with_pruned: list[float] = []
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        total = kept = 0.0
+        total = squared = 0.0
         for name, parameter in pl_module.named_parameters():
             squares = parameter.grad.double().square()
             total += float(squares.sum())
-            kept += float(squares[self.pruning.masks[name]].sum() if name in self.pruning.masks else squares.sum())
+            squared += float(squares[self.pruning.masks[name]].sum() if name in self.pruning.masks else squares.sum())
         self.with_pruned.append(total**0.5)
-        self.by_hand.append(kept**0.5)
+        self.by_hand.append(squared**0.5)
 
 
 class Clips(Net):
@@ -255,7 +257,7 @@ def test_raw_optimizers_train_as_lightnings_do() -> None:
         module = build()
         pruning = pruner(window=Window(2, 12, unit="step"))
         quiet_trainer(max_epochs=3, limit_val_batches=0, callbacks=[pruning]).fit(module, TinyData())
-        weights = {name: one + 0.0 for name, one in module.named_parameters()}  # a pruned one may be -0.0
+        weights = {name: weight + 0.0 for name, weight in module.named_parameters()}  # a pruned one may be -0.0
         ends.append({"weights": weights, "masks": pruning.masks})
     assert_same_state(*ends)
 
@@ -284,7 +286,7 @@ TOTAL = 16 * 32 + 32 * 4
 
 
 def pruned(masks: dict[str, Tensor]) -> set[tuple[str, int]]:
-    return {(name, i) for name, mask in masks.items() for i, kept in enumerate(mask.flatten().tolist()) if not kept}
+    return {(name, i) for name, mask in masks.items() for i, stays in enumerate(mask.flatten().tolist()) if not stays}
 
 
 class WatchRegrowth(Callback):

@@ -50,11 +50,11 @@ def test_methods_that_are_none(method: Any, message: str) -> None:
 
 
 def test_all_five_rules_of_torch_have_names() -> None:
-    theirs = {
+    classes = {
         cls for cls in vars(prune).values() if isinstance(cls, type) and issubclass(cls, prune.BasePruningMethod)
     } - {prune.BasePruningMethod, prune.PruningContainer, prune.Identity}
-    assert set(TORCH_METHODS.values()) == theirs
-    assert len(theirs) == 5
+    assert set(TORCH_METHODS.values()) == classes
+    assert len(classes) == 5
 
 
 def network() -> nn.Sequential:

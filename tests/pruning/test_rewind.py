@@ -58,7 +58,7 @@ def pruner(to: float = 3, unit: Any = "step", **kwargs: Any) -> ScheduledPruning
 
 def state_of(module: L.LightningModule, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """All that training changes: parameters, buffers, and each parameter's optimizer state by its name."""
-    moments = {name: dict(optimizer.state.get(one, {})) for name, one in module.named_parameters()}
+    moments = {name: dict(optimizer.state.get(parameter, {})) for name, parameter in module.named_parameters()}
     return {"module": snapshot(module), "moments": snapshot(moments)}
 
 
@@ -151,22 +151,22 @@ def test_the_learning_rate_goes_its_way() -> None:
 def test_n2_what_is_kept_shares_no_memory_with_what_trains() -> None:
     pruning = pruner(2)
     pointers: list[set[int]] = []
-    kept: list[Any] = []
+    points: list[Any] = []
 
     class Looks(Callback):
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
             state = pruning.state_dict()["kept"]
             if state is not None:
                 live = [*pl_module.state_dict().values()]
-                live += [one for state_ in trainer.optimizers[0].state.values() for one in state_.values()]
+                live += [tensor for state_ in trainer.optimizers[0].state.values() for tensor in state_.values()]
                 own = [*state["tensors"].values(), *(v for s in state["optimizers"][0] for v in s.values())]
                 pointers.append({t.data_ptr() for t in own if torch.is_tensor(t)} & {t.data_ptr() for t in live})
-                kept.append(snapshot({"tensors": state["tensors"], "optimizers": state["optimizers"]}))
+                points.append(snapshot({"tensors": state["tensors"], "optimizers": state["optimizers"]}))
 
     fit(pruning, Looks(), module=Net("adam"))
-    assert len(kept) > 15 and not any(pointers)
-    for later in kept:
-        assert_same_state(kept[0], later)
+    assert len(points) > 15 and not any(pointers)
+    for later in points:
+        assert_same_state(points[0], later)
 
 
 POINTS: dict[str, tuple[Rewind, int]] = {
@@ -183,11 +183,11 @@ def test_points_in_every_unit(name: str) -> None:
     pruning = pruner(rewind=rewind)
     watch = Watch(pruning, step)
     fit(pruning, watch, module=Net())
-    kept = pruning.masks["body.weight"]
+    mask = pruning.masks["body.weight"]
     for event in watch.events:
         here = event["masks"]["body.weight"]
         assert torch.equal(event["module"]["body.weight"][here], watch.point["module"]["body.weight"][here])
-    assert len(watch.events) == 3 and int((~kept).sum()) > 0
+    assert len(watch.events) == 3 and int((~mask).sum()) > 0
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

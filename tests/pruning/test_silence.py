@@ -103,7 +103,7 @@ def told(prune: Callable[[], Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         prune()
-    return [str(one.message) for one in seen if "may still put out a constant" in str(one.message)]
+    return [str(warning.message) for warning in seen if "may still put out a constant" in str(warning.message)]
 
 
 def by_function(model: nn.Module) -> list[str]:
@@ -240,13 +240,13 @@ def test_of_thirty_architectures_only_those_with_gates_are_heard(row: Row) -> No
 
 def test_values_and_random_state_of_the_model_stay() -> None:
     model = rough(Between(nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(8))))
-    before, state = {name: one.clone() for name, one in model.state_dict().items()}, torch.get_rng_state()
+    before, state = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
     masks = prune_(model, 0.5, "ln_structured", "layer", Targets(include=["conv"]), inputs=IMAGES)
     assert torch.equal(state, torch.get_rng_state())
-    kept = masks["conv.weight"].flatten(1).any(1)
+    stays = masks["conv.weight"].flatten(1).any(1)
     for name, tensor in model.state_dict().items():
         same = torch.equal(tensor, before[name]) if "running" in name or "next" in name or "head" in name else True
-        assert same and (tensor.dim() == 0 or len(tensor) != 8 or torch.equal(tensor[kept], before[name][kept])), name
+        assert same and (tensor.dim() == 0 or len(tensor) != 8 or torch.equal(tensor[stays], before[name][stays])), name
 
 
 CONV, NEXT = (3, 8, 3), (8, 4, 3)
@@ -263,12 +263,12 @@ ROADS: dict[str, Callable[[], list[nn.Module]]] = {
 @pytest.mark.parametrize("road", ROADS)
 def test_on_other_roads_to_a_norm_units_are_silent_or_a_warning_says_so(road: str, with_inputs: bool) -> None:
     model = rough(nn.Sequential(*ROADS[road](), nn.Tanh(), nn.Conv2d(*NEXT)))
-    [conv] = [one for one in model.modules() if isinstance(one, nn.Conv2d) and one.in_channels == 3]
+    [conv] = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.in_channels == 3]
     inputs = IMAGES if with_inputs else None
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         prune_(model, 0.5, "ln_structured", "layer", Targets(include=["0"]), inputs=inputs)
-    if not any("may still put out a constant" in str(one.message) for one in told):
+    if not any("may still put out a constant" in str(warning.message) for warning in told):
         assert_silent(model, gone_rows(conv.weight), model[-1].weight, run=forward)
 
 
@@ -278,7 +278,7 @@ def test_a_flattened_map_before_the_norm() -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         prune_(model, 0.5, "ln_structured", "layer", Targets(include=["0"]), inputs=IMAGES)
-    if not any("may still put out a constant" in str(one.message) for one in told):
+    if not any("may still put out a constant" in str(warning.message) for warning in told):
         gone = gone_rows(model[0].weight).repeat_interleave(16)
         assert_silent(model, gone, model[4].weight, run=forward)
 

@@ -32,10 +32,10 @@ def obvious(
         if allowed is not None:
             may = [a and b for a, b in zip(may, allowed[i].flatten().tolist(), strict=True)]
         entries += [((math.isnan(v), 0.0 if math.isnan(v) else v, i, j)) for j, v in enumerate(values) if may[j]]
-    kept = [mask.flatten().tolist() for mask in masks]
+    left = [mask.flatten().tolist() for mask in masks]
     for _, _, i, j in sorted(entries)[:count]:
-        kept[i][j] = False
-    return kept
+        left[i][j] = False
+    return left
 
 
 def check(tensors: list[Tensor], masks: list[Tensor], count: int, **kwargs: Any) -> None:
@@ -182,5 +182,5 @@ def test_more_entries_than_one_chunk(dtype: torch.dtype) -> None:
 
 def test_parameters_that_require_grad() -> None:
     weight = torch.nn.Parameter(torch.tensor([0.5, -0.1, 3.0, 0.2]))
-    [kept] = take_smallest([weight], [torch.ones(4, dtype=torch.bool)], 2)
-    assert kept.tolist() == [True, False, True, False] and not kept.requires_grad
+    [mask] = take_smallest([weight], [torch.ones(4, dtype=torch.bool)], 2)
+    assert mask.tolist() == [True, False, True, False] and not mask.requires_grad

@@ -149,10 +149,10 @@ def test_test_and_validate_from_a_masked_checkpoint(saved: tuple[Path, Classifie
     file: dict[str, Any] = {"ckpt_path": folder / "end.ckpt", "verbose": False, "weights_only": True}
     expected = quiet_trainer().test(module, TinyData(), verbose=False)
     with_us, plain = Classifier(), Classifier()
-    ours = quiet_trainer(callbacks=[pruner()])
-    assert ours.test(with_us, TinyData(), **file) == expected
+    trainer = quiet_trainer(callbacks=[pruner()])
+    assert trainer.test(with_us, TinyData(), **file) == expected
     assert_same_state(module, with_us)
-    assert ours.validate(with_us, TinyData(), **file)
+    assert trainer.validate(with_us, TinyData(), **file)
     assert quiet_trainer().test(plain, TinyData(), **file) == expected
 
 

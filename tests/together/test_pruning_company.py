@@ -31,16 +31,16 @@ class TwoLosses(Classifier):
         self.other = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        one, two = self.optimizers()
+        first, second = self.optimizers()
         losses = [net(batch[0]).square().mean() for net in (self, self.other)]
-        for optimizer, loss in zip((one, two), losses, strict=True):
+        for optimizer, loss in zip((first, second), losses, strict=True):
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
 
     def configure_optimizers(self) -> Any:
-        mine = [*self.body.parameters(), *self.norm.parameters(), *self.head.parameters()]
-        return [torch.optim.Adam(part, lr=0.01) for part in (mine, self.other.parameters())]
+        own = [*self.body.parameters(), *self.norm.parameters(), *self.head.parameters()]
+        return [torch.optim.Adam(part, lr=0.01) for part in (own, self.other.parameters())]
 
 
 def test_a_step_of_one_optimizer_leaves_the_graph_of_the_other_whole() -> None:

@@ -30,10 +30,12 @@ class Flat(Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         params = self.param_groups[0]["params"]
         state = self.state[params[0]]
-        gradient = torch.cat([one.grad.flatten() for one in params])
+        gradient = torch.cat([parameter.grad.flatten() for parameter in params])
         state["flat"] = gradient if "flat" not in state else 0.9 * state["flat"] + gradient
-        for one, part in zip(params, state["flat"].split([one.numel() for one in params]), strict=True):
-            one.sub_(self.param_groups[0]["lr"] * part.view_as(one))
+        for parameter, part in zip(
+            params, state["flat"].split([parameter.numel() for parameter in params]), strict=True
+        ):
+            parameter.sub_(self.param_groups[0]["lr"] * part.view_as(parameter))
         return loss
 
 
@@ -59,17 +61,17 @@ class Factored(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for one in self.param_groups[0]["params"]:
-            state, gradient = self.state[one], one.grad.view(len(one), -1)
+        for parameter in self.param_groups[0]["params"]:
+            state, gradient = self.state[parameter], parameter.grad.view(len(parameter), -1)
             if not state:
                 state["factors"] = [torch.eye(size) for size in gradient.shape]
-                state["momentum"] = torch.zeros_like(one)
+                state["momentum"] = torch.zeros_like(parameter)
             for factor, rows in zip(state["factors"], (gradient, gradient.T), strict=True):
                 factor.add_(rows @ rows.T)
                 assert factor.diagonal().min() >= 1.0  # a factor that was multiplied by a mask is none
             left, right = map(torch.linalg.inv, state["factors"])
-            state["momentum"].mul_(0.9).add_((left @ gradient @ right).view_as(one))
-            one.sub_(self.param_groups[0]["lr"] * state["momentum"])
+            state["momentum"].mul_(0.9).add_((left @ gradient @ right).view_as(parameter))
+            parameter.sub_(self.param_groups[0]["lr"] * state["momentum"])
         return loss
 
 
@@ -84,12 +86,12 @@ class Wrapped(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         assert closure is not None
         loss = torch.enable_grad()(closure)()
-        for one in self.param_groups[0]["params"]:
-            self.state[one]["old"] = one.clone()
-            one.add_(0.05 * one.grad)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["old"] = parameter.clone()
+            parameter.add_(0.05 * parameter.grad)
         torch.enable_grad()(closure)()
-        for one in self.param_groups[0]["params"]:
-            one.copy_(self.state[one]["old"])
+        for parameter in self.param_groups[0]["params"]:
+            parameter.copy_(self.state[parameter]["old"])
         self.base.step()
         return loss
 
@@ -173,10 +175,10 @@ class Averaging(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for one in self.param_groups[0]["params"]:
-            iterate = self.state[one].setdefault("z", one.clone())
-            iterate.sub_(0.05 * one.grad)
-            one.lerp_(iterate, 0.1)
+        for parameter in self.param_groups[0]["params"]:
+            iterate = self.state[parameter].setdefault("z", parameter.clone())
+            iterate.sub_(0.05 * parameter.grad)
+            parameter.lerp_(iterate, 0.1)
         return loss
 
 
@@ -206,8 +208,8 @@ def test_state_of_eight_bits_is_left_alone() -> None:
         @torch.no_grad()
         def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
             loss = super().step(closure)
-            for one in self.param_groups[0]["params"]:
-                code = self.state[one].setdefault("code", torch.full_like(one, 127, dtype=torch.uint8))
+            for parameter in self.param_groups[0]["params"]:
+                code = self.state[parameter].setdefault("code", torch.full_like(parameter, 127, dtype=torch.uint8))
                 assert (code == 127).all()  # which stands for zero
             return loss
 
@@ -221,11 +223,11 @@ def test_means_over_a_dimension_go_on_where_only_values_change() -> None:
         @torch.no_grad()
         def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
             loss = super().step(closure)
-            for one in self.param_groups[0]["params"]:
-                state = self.state[one]
+            for parameter in self.param_groups[0]["params"]:
+                state = self.state[parameter]
                 state["step"] = state.get("step", 0) + 1
-                if one.dim() > 1:
-                    state["row"], state["col"] = one.grad.square().mean(1), one.grad.square().mean(0)
+                if parameter.dim() > 1:
+                    state["row"], state["col"] = parameter.grad.square().mean(1), parameter.grad.square().mean(0)
             return loss
 
     module = Net(lambda p: Means(p, lr=0.1, momentum=0.9))
