@@ -15,7 +15,7 @@ from lightning_compress.targets import Scope, Target, matches
 
 @dataclass(frozen=True)
 class SparsityBudget:
-    """How much is pruned at the end, as fractions of the original weights.
+    """Says how much is pruned at the end, as fractions of the original weights.
 
     Args:
         sparsity: of all weights together (scope ``global``), or of each (scope ``layer``); None where the method
@@ -50,7 +50,7 @@ class SparsityBudget:
             raise invalid(name, "be left out where the method fixes the sparsity itself", getattr(self, name))
 
     def of_layers(self, targets: Iterable[Target]) -> dict[str, float]:
-        """The fractions that overrides give, by parameter name.
+        """Find the fractions that overrides give, by parameter name.
 
         Raises:
             CompressionError: a pattern matches no targeted layer.
@@ -81,7 +81,7 @@ class SparsityBudget:
             )
 
     def is_met(self, method: PruningMethod, masks: Masks, fractions: Mapping[str, float]) -> bool:
-        """Whether ``masks`` hold the whole budget, to the nearest unit."""
+        """Tell whether ``masks`` hold the whole budget, to the nearest unit."""
         if self.sparsity is None:
             return True
         alone = {**dict.fromkeys(masks, self.sparsity), **fractions} if self.scope == "layer" else fractions
@@ -102,7 +102,7 @@ class SparsityBudget:
         fractions: Mapping[str, float],
         fraction: float = 1.0,
     ) -> Masks:
-        """Masks at ``fraction`` of the budget in which everything that ``masks`` prune stays pruned.
+        """Grow ``masks`` to ``fraction`` of the budget; everything that they prune stays pruned.
 
         ``global`` prunes round(fraction * sparsity * N) of all N elements, ``layer`` the same of each tensor;
         structured methods take the nearest number of whole units. Where ``masks`` already prune more, they stay as

@@ -144,16 +144,19 @@ class ScheduledPruning(MaskingCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.rewind is not None and self._bounds is None and not _is_dry(trainer):
+        rewind = self._rewind(trainer)
+        if rewind is not None and self._bounds is None:
             length = fit_length(trainer)
-            self._rewind_step = self.rewind.step(*length)
+            self._rewind_step = rewind.step(*length)
             rewinding.check_rounds(self._rewind_step, self.window.bounds(*length), self.window, self.schedule)
         self._record_if_due(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
+    def _rewind(self, trainer: Any) -> Rewind | None:
+        return None if trainer.fast_dev_run else self.rewind  # a run of a step or two is too short for rounds
+
     def _record_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        rewinds = self.rewind is not None and not _is_dry(trainer)
-        if rewinds and self._rewind_point is None and self._step == self._rewind_step:
+        if self._rewind(trainer) and self._rewind_point is None and self._step == self._rewind_step:
             self._rewind_point = rewinding.record_point(pl_module, trainer.optimizers)
 
     @override
@@ -190,7 +193,7 @@ class ScheduledPruning(MaskingCallback):
             pl_module.log(self._logged_name(trainer), sparsity_of(pruner.masks), prog_bar=self.progress_bar)
 
     def _finish(self, trainer: pl.Trainer) -> None:
-        """What the window's end brings: masks are frozen, and no criterion has a state any more."""
+        """Freeze the masks at the window's end, and drop all that only growing masks need."""
         self.pruner.criterion_state = {}
         self._rewind_point = None
         if self.best_is_sparse:
@@ -221,7 +224,7 @@ class ScheduledPruning(MaskingCallback):
             )
 
     def _logged_name(self, trainer: pl.Trainer) -> str:
-        """``sparsity``, numbered where several callbacks prune."""
+        """Name the logged value: ``sparsity``, numbered where several callbacks prune."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         pruning = [callback for callback in callbacks if isinstance(callback, ScheduledPruning)]
         return "sparsity" if len(pruning) == 1 else f"sparsity_{pruning.index(self)}"
@@ -277,8 +280,3 @@ class ScheduledPruning(MaskingCallback):
         warn_of_other_settings("ScheduledPruning", saved, self._settings, goes_on="window, step and masks")
         self.sparsity_history = [SparsityPoint(*point) for point in state_dict.get("history", [])]
         self._rewind_step, self._rewind_point = state_dict.get("rewind_step", 0), state_dict.get("kept")
-
-
-def _is_dry(trainer: Any) -> bool:
-    """Whether this is a run of a step or two to see if everything works, too short for rounds."""
-    return bool(trainer.fast_dev_run)

@@ -27,7 +27,7 @@ class Criterion:
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """Magnitude pruning: ``|w|``. The weight itself is returned, as scores are ranked by their magnitude.
+    """Score by magnitude, ``|w|``: return the weight itself, as scores are ranked by their magnitude.
 
     References:
         Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015 (arXiv:1506.02626).
@@ -36,7 +36,7 @@ def magnitude(weight: Tensor) -> Tensor:
 
 
 def lamp(weight: Tensor) -> Tensor:
-    """LAMP, a magnitude that compares between layers: ``w_i^2 / sum_j w_j^2`` over all j with ``|w_j| >= |w_i|``.
+    """Score by a magnitude that compares between layers: ``w_i^2 / sum_j w_j^2`` over all j with ``|w_j| >= |w_i|``.
 
     The largest weight of every layer scores 1, so no layer is emptied while another has weights to spare. As
     sorting is slow on a CPU, the sum counts all squares with the same exponent and seven leading bits too in layers of
@@ -71,7 +71,7 @@ _CHUNK = 1 << 19
 
 
 def _lamp_by_bins(squares: Tensor) -> Tensor:
-    """`lamp`, with one denominator for all squares that share their upper 16 bits; works in place."""
+    """Compute `lamp` in place, with one denominator for all squares that share their upper 16 bits."""
     sums = torch.zeros(1 << 15, dtype=torch.double)
     for part in squares.split(_CHUNK):
         sums += torch.bincount(_upper_bits(part), weights=part, minlength=len(sums))
@@ -87,9 +87,7 @@ def _upper_bits(squares: Tensor) -> Tensor:
 
 
 def taylor(weight: Tensor, gradient: Tensor, score: Tensor) -> Tensor:
-    """First-order Taylor expansion of what the loss changes by without a weight: the running average of ``|w g|``.
-
-    ``s <- 0.9 s + 0.1 |w g|``.
+    """Score by what the loss would change by without the weight, to first order: ``s <- 0.9 s + 0.1 |w g|``.
 
     References:
         Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019 (arXiv:1906.10771), equation 8, there
@@ -99,7 +97,7 @@ def taylor(weight: Tensor, gradient: Tensor, score: Tensor) -> Tensor:
 
 
 def movement(weight: Tensor, gradient: Tensor, score: Tensor) -> Tensor:
-    """Movement away from zero, summed over the steps so far: ``s <- s - w g``.
+    """Score by movement away from zero, summed over the steps so far: ``s <- s - w g``.
 
     A weight that the loss pushes towards zero scores below zero, however large it is.
 

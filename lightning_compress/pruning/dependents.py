@@ -34,7 +34,7 @@ _OF_CHANNELS = (_NormBase, nn.GroupNorm)
 
 @dataclass(frozen=True)
 class Source:
-    """A weight whose units some tensor has entries for.
+    """Says for which units of a weight a tensor has entries.
 
     Attributes:
         name: of the weight.
@@ -47,13 +47,13 @@ class Source:
     units: Tensor
 
     def stays(self, masks: Mapping[str, Tensor]) -> Tensor:
-        """For each entry whether its unit is kept."""
+        """Tell for each entry whether its unit stays."""
         return self.layout.alive(masks[self.name])[self.units.clamp(min=0)] & (self.units >= 0)
 
 
 @dataclass(frozen=True)
 class Dependent:
-    """A tensor with entries for units of some weights; an entry goes when its units are gone from all of them.
+    """Holds a tensor with entries for units of some weights; an entry goes when its units are gone from all of them.
 
     Attributes:
         name: of the parameter.
@@ -69,7 +69,7 @@ class Dependent:
     magnitude: bool = False
 
     def mask(self, masks: Mapping[str, Tensor]) -> Tensor:
-        """Where this tensor stays, of its own shape."""
+        """Tell where this tensor stays, in its own shape."""
         stays = torch.stack([source.stays(masks) for source in self.sources]).any(0)
         covered = torch.stack([source.units >= 0 for source in self.sources]).any(0)
         return (stays | ~covered).view(self.parameter.shape)
@@ -77,7 +77,7 @@ class Dependent:
 
 @dataclass
 class Observations:
-    """What was seen of pruned units in runs of a copy of the model.
+    """Gathers what was seen of pruned units in runs of a copy of the model.
 
     Attributes:
         nonzero: targeted weights whose pruned units aren't silent, each with what shifts them.
@@ -91,7 +91,7 @@ class Observations:
     relied_on: dict[str, set[str]] = field(default_factory=dict)
 
     def dependents(self, model: nn.Module, layouts: Mapping[str, Layout]) -> list[Dependent]:
-        """The parameters of ``model`` that go with units, where every call of theirs had such units."""
+        """Find the parameters of ``model`` that go with units, where every call of theirs had such units."""
         parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
         found = []
         for name in sorted(set[str]().union(*self.relied_on.values())):
@@ -108,7 +108,7 @@ class Observations:
         return found
 
     def unmasked_norms(self, dependents: Iterable[Dependent]) -> dict[str, str]:
-        """Weights whose pruned units aren't silent, each with where that comes from."""
+        """Find the weights whose pruned units aren't silent, each with where that comes from."""
         follows = {(dependent.name, source.name) for dependent in dependents for source in dependent.sources}
         shared = {
             weight: f"`{name}`, which others use too"
@@ -120,14 +120,14 @@ class Observations:
 
 
 def reduce_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Whether anything is kept, along every dimension in which ``shape`` is 1."""
+    """Tell whether anything stays, along every dimension in which ``shape`` is 1."""
     for dim, size in enumerate(shape):
         mask = mask.any(dim=dim, keepdim=True) if size == 1 else mask
     return mask
 
 
 def magnitudes(targets: Iterable[Target]) -> list[Dependent]:
-    """The magnitudes of the targets that are a weight norm's direction."""
+    """Find the magnitudes of the targets that are a weight norm's direction."""
     found = []
     for target in targets:
         if target.magnitude is not None:
@@ -139,7 +139,7 @@ def magnitudes(targets: Iterable[Target]) -> list[Dependent]:
 
 
 def biases(model: nn.Module, units: UnitView) -> list[Dependent]:
-    """What a pruned unit's own layer adds to it."""
+    """Find what a pruned unit's own layer adds to it."""
     by_id = {id(target.parameter): target for target in units.outputs}
     found = []
     for path, module in compressible_modules(model).items():
@@ -155,7 +155,7 @@ def biases(model: nn.Module, units: UnitView) -> list[Dependent]:
 def _sources(
     layer: nn.Module, name: str, bias: Tensor, weights: list[Target], layouts: Mapping[str, Layout]
 ) -> tuple[Source, ...]:
-    """The weights whose units a bias has entries for: none if it isn't of this layer's outputs."""
+    """Find the weights whose units a bias has entries for: none if it isn't of this layer's outputs."""
     if "bias" not in name or not weights or bias.numel() < 2 or name in ("bias_k", "bias_v"):
         return ()
     units = {target.name: len(layouts[target.name].alive(torch.ones_like(target.parameter))) for target in weights}
@@ -182,13 +182,13 @@ def _in_order(parameter: Tensor) -> Tensor:
 
 
 def _has_entries(norm: nn.Module, target: Target, layouts: Mapping[str, Layout]) -> bool:
-    """Whether a norm has a scale for each unit."""
+    """Tell whether a norm has a scale for each unit."""
     scale = getattr(norm, "weight", None)
     return scale is not None and scale.numel() == len(layouts[target.name].outputs_first(target.parameter))
 
 
 def in_sequence(model: nn.Module, units: UnitView) -> tuple[list[Dependent], set[str]]:
-    """What goes with units by their places in a `nn.Sequential`, which needs no run to know.
+    """Find what goes with units by their places in a `nn.Sequential`, which needs no run to know.
 
     Returns:
         Scale and shift of norms that follow a layer; and the paths of what may shift units, or let zero not be zero,

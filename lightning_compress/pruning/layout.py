@@ -36,29 +36,29 @@ class Layout:
     merged: int = 1
 
     def outputs_first(self, tensor: Tensor) -> Tensor:
-        """A tensor of the weight's shape as ``(outputs, inputs, ...)``."""
+        """Turn a tensor of the weight's shape into ``(outputs, inputs, ...)``."""
         ordered = tensor.reshape(self.split).permute(self.order)
         return ordered.flatten(0, self.merged - 1) if self.merged else ordered.unsqueeze(0)
 
     def undo(self, tensor: Tensor) -> Tensor:
-        """A tensor of the shape that `outputs_first` gives in the weight's own."""
+        """Turn a tensor that `outputs_first` gave back into the weight's own shape."""
         ordered = tensor.reshape([self.split[dim] for dim in self.order])
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
         return ordered.permute(back).reshape(self.shape)
 
     def alive(self, mask: Tensor) -> Tensor:
-        """For each output, whether anything of its weights is kept."""
+        """Tell for each output whether anything of its weights stays."""
         return self.outputs_first(mask).flatten(1).any(1)
 
 
 def along(shape: torch.Size, dims: Iterable[int]) -> Layout:
-    """The layout whose units are numbered by ``dims`` of a weight."""
+    """Make the layout whose units are numbered by ``dims`` of a weight."""
     dims = tuple(dims)
     return Layout(shape, tuple(shape), (*dims, *(dim for dim in range(len(shape)) if dim not in dims)), len(dims))
 
 
 def layout_of(layer: nn.Module, name: str, shape: torch.Size, outputs: bool = True) -> Layout:
-    """The layout of a layer's weight.
+    """Find the layout of a layer's weight.
 
     Outputs come second in transposed convolutions, group by group, and in embeddings; a recurrent unit has a row for
     each gate, unless other dimensions than ``outputs`` are asked for. In a layer of the user's own they come first, in
@@ -79,7 +79,7 @@ def layout_of(layer: nn.Module, name: str, shape: torch.Size, outputs: bool = Tr
 
 @dataclass(frozen=True)
 class UnitView:
-    """Weights and masks as a structured method ranks them: outputs first, and a recurrent layer's unit as one.
+    """Shows weights and masks as a structured method ranks them: outputs first, and a recurrent layer's unit as one.
 
     Attributes:
         layouts: of each weight that is pruned by units.
@@ -96,7 +96,7 @@ class UnitView:
 
     @classmethod
     def of(cls, targets: Iterable[Target], layers: Mapping[str, nn.Module], dim: int) -> UnitView:
-        """The view of ``targets`` whose units are numbered by ``dim`` of ``(outputs, inputs, ...)``."""
+        """Make the view of ``targets`` whose units are numbered by ``dim`` of ``(outputs, inputs, ...)``."""
         layouts, numbered, outputs = dict[str, Layout](), dict[str, Layout](), list[Target]()
         recurrent: dict[tuple[str, str], list[str]] = {}
         for target in targets:
@@ -117,7 +117,7 @@ class UnitView:
         )
 
     def outputs_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the weights' shapes as they are ranked; as they are where no unit is asked for."""
+        """Turn tensors of the weights' shapes into what is ranked; nothing changes where no unit is asked for."""
         if not self.layouts:
             return dict(tensors)
         seen = {name: self.layouts[name].outputs_first(tensor) for name, tensor in tensors.items()}
@@ -126,7 +126,7 @@ class UnitView:
         return seen
 
     def undo(self, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `outputs_first` gave, in the weights' own shapes and order."""
+        """Turn what `outputs_first` gave back into the weights' own shapes and order."""
         parts = dict(seen)
         if not self.layouts:
             return parts
@@ -136,7 +136,7 @@ class UnitView:
         return {name: layout.undo(parts[name]) for name, layout in self.layouts.items()}
 
     def is_ranked(self, name: str) -> bool:
-        """Whether a weight is ranked under its own name."""
+        """Tell whether a weight is ranked under its own name."""
         return not any(name in others for _, *others in self.pairs)
 
 

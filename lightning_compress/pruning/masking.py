@@ -29,7 +29,7 @@ from lightning_compress.windowed_callback import WindowedCallback
 
 
 class MaskingCallback(WindowedCallback):
-    """Base of callbacks that prune: after each optimizer step the weights are multiplied by the masks, in place.
+    """Multiplies weights by masks after each optimizer step, in place: the base of callbacks that prune.
 
     Args:
         recipe: what is pruned, and how much.
@@ -84,7 +84,7 @@ class MaskingCallback(WindowedCallback):
             rank_zero_info(f"{type(self).__name__}: {pruner.plan}")
 
     def make_pruner(self, pl_module: pl.LightningModule) -> Pruner:
-        """The pruner of a fit, once everything was checked."""
+        """Make the pruner of a fit, once everything was checked."""
         return Pruner(self.recipe, pl_module, self._masks)
 
     @override

@@ -13,7 +13,7 @@ from lightning_compress.pruning.methods import Masks, pruned
 
 
 def sparsity_of(masks: Mapping[str, Tensor]) -> float:
-    """Masked elements over all elements.
+    """Divide masked elements by all elements.
 
     Example:
         >>> sparsity_of({"weight": torch.tensor([True, False, False, True])})
@@ -28,7 +28,7 @@ HISTORY_POINTS = 100
 
 
 class SparsityPoint(NamedTuple):
-    """Sparsity after some optimizer step: overall, and by parameter name."""
+    """Holds the sparsity after some optimizer step: overall, and by parameter name."""
 
     step: int
     sparsity: float
@@ -45,7 +45,7 @@ def add_point_(history: list[SparsityPoint], step: int, masks: Masks, at_end: bo
 
 
 def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Masks:
-    """``masks`` as bool tensors, checked against the targeted ``weights``; a weight without a mask stays dense.
+    """Check ``masks`` against the targeted ``weights``, and make them bool; a weight without a mask stays dense.
 
     Raises:
         CompressionError: a name that is no targeted weight, a shape that differs, or a value other than 0 and 1.
@@ -66,7 +66,7 @@ def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> M
 
 
 def read_masks(path: str) -> Masks:
-    """The masks that ``torch.save({name: mask}, path)`` wrote; loaded with ``weights_only=True``.
+    """Load the masks that ``torch.save({name: mask}, path)`` wrote, with ``weights_only=True``.
 
     Raises:
         CompressionError: there is no such file, or it holds something else.
@@ -84,7 +84,7 @@ _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
 def pack(masks: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Masks as plain data, one bit for each element.
+    """Turn masks into plain data, one bit for each element.
 
     Example:
         >>> masks = {"weight": torch.tensor([[True, False, True]])}
@@ -100,7 +100,7 @@ def pack(masks: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def unpack(packed: Mapping[str, Any]) -> Masks:
-    """The masks that `pack` packed, on the CPU."""
+    """Bring back the masks that `pack` packed, on the CPU."""
     masks = {}
     for name, entry in packed.items():
         size = torch.Size(entry["shape"])

@@ -26,7 +26,7 @@ Masks = dict[str, Tensor]
 
 
 class PruningMethod(ABC):
-    """Decides what goes next.
+    """Decides which elements or units go next.
 
     Attributes:
         structured: whether it takes whole units.
@@ -44,18 +44,18 @@ class PruningMethod(ABC):
 
     @abstractmethod
     def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
-        """Masks in which ``goal`` elements are pruned, ranked over all of ``weights`` (their `scores`) together.
+        """Grow masks until ``goal`` elements are pruned, ranked over all of ``weights`` (their `scores`) together.
 
         What ``masks`` (which may name more) prune stays pruned; where they prune more than ``goal`` already, they stay
         as they are.
         """
 
     def scores(self, weight: Tensor) -> Tensor:
-        """What `grow` ranks in the place of ``weight``, unless scores are carried along."""
+        """Compute what `grow` ranks in the place of ``weight``, unless scores are carried along."""
         return weight
 
     def unit(self, weight: Tensor) -> int:
-        """How many elements go at once."""
+        """Count the elements that go at once."""
         return 1
 
 
@@ -85,7 +85,7 @@ class LowestScores(PruningMethod):
         return _checked(self.criterion.score(weight), weight)
 
     def next_scores(self, weight: Tensor, gradient: Tensor, scores: Tensor) -> Tensor:
-        """The scores after one more step, of a criterion that needs gradients."""
+        """Compute the scores after one more step, of a criterion that needs gradients."""
         return _checked(self.criterion.score(weight.float(), gradient.float().nan_to_num(0, 0, 0), scores), weight)
 
     def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
@@ -104,7 +104,7 @@ class LowestScores(PruningMethod):
 
 @dataclass(frozen=True)
 class GivenMasks(PruningMethod):
-    """The masks as they are given (``custom_from_mask``)."""
+    """Takes the masks as they are given (``custom_from_mask``)."""
 
     fixes_sparsity = True
 
@@ -114,7 +114,7 @@ class GivenMasks(PruningMethod):
 
 @dataclass(frozen=True)
 class TorchMethod(PruningMethod):
-    """A method of torch, or a user's, that takes single elements or masks of its own.
+    """Runs a method of torch, or a user's, that takes single elements or masks of its own.
 
     Args:
         cls: computes the masks.
@@ -142,7 +142,7 @@ class TorchMethod(PruningMethod):
         return {name: masks[name].masked_scatter(masks[name], part) for name, part in zip(weights, parts, strict=True)}
 
     def _mask(self, tensor: Tensor, mask: Tensor, amount: int, **settings: Any) -> Tensor:
-        """``mask`` with ``amount`` more taken out of what it still keeps."""
+        """Take ``amount`` more out of what ``mask`` still keeps."""
         given = {"amount": amount, **settings}
         method = self.cls(**{name: value for name, value in given.items() if accepts(self.cls, name)})
         # The container hands the method only what is still kept, so nothing is pruned twice.
@@ -155,7 +155,7 @@ class TorchMethod(PruningMethod):
 
 @dataclass(frozen=True)
 class UnitMethod(TorchMethod):
-    """A structured method: whole slices along ``dim`` go, the nearest number; every tensor keeps at least one.
+    """Takes whole slices along ``dim``, the nearest number; every tensor keeps at least one.
 
     Args:
         cls: computes the masks of one tensor.
@@ -211,7 +211,7 @@ class UnitMethod(TorchMethod):
         return {name: masks[name] & self._spread(units, masks[name]) for name, units in zip(names, alive, strict=True)}
 
     def alive(self, mask: Tensor) -> Tensor:
-        """For each unit, whether anything of it is kept."""
+        """Tell for each unit whether anything of it stays."""
         return mask.movedim(self.dim, 0).flatten(1).any(dim=1)
 
     def _spread(self, units: Tensor, mask: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class UnitMethod(TorchMethod):
         return units.to(mask.device).view(shape)
 
     def _scores(self, weight: Tensor) -> Tensor:
-        """One score for each unit, comparable between layers: the norm over the unit's size."""
+        """Score each unit, comparably between layers: by its norm over its size."""
         units = weight.movedim(self.dim, 0).flatten(1)
         if self.cls is prune.RandomStructured:
             return torch.rand(len(units), device=weight.device)
@@ -240,13 +240,13 @@ def _checked(scores: Tensor, weight: Tensor) -> Tensor:
 
 
 def pruned(masks: Iterable[Tensor]) -> int:
-    """How many elements ``masks`` prune."""
+    """Count the elements that ``masks`` prune."""
     # Not `mask.sum()`: that makes a copy of eight bytes an element first.
     return sum(mask.numel() - int(torch.count_nonzero(mask)) for mask in masks)
 
 
 def accepts(cls: type[prune.BasePruningMethod], name: str) -> bool:
-    """Whether a method of torch's kind can be made with an argument of this name."""
+    """Tell whether a method of torch's kind can be made with an argument of this name."""
     if cls.__init__ is object.__init__:
         return False
     parameters = inspect.signature(cls.__init__).parameters

@@ -15,7 +15,7 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Pattern:
-    """N:M, the fraction ``1 - n / m`` of the weights is zero.
+    """Describes N:M sparsity: the fraction ``1 - n / m`` of the weights is zero.
 
     Args:
         n: how many of a group stay.
@@ -27,7 +27,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """The pattern of ``"2:4"``.
+        """Read the pattern of ``"2:4"``.
 
         Raises:
             CompressionError: it isn't two whole numbers with 0 < N < M.
@@ -42,7 +42,7 @@ class Pattern:
         return cls(int(left), int(right))
 
     def smallest(self, scores: Tensor, mask: Tensor, dim: int, signed: bool = False) -> Tensor:
-        """True for the ``m - n`` smallest magnitudes of every group; what ``mask`` has pruned goes first.
+        """Mark the ``m - n`` smallest magnitudes of every group; what ``mask`` has pruned goes first.
 
         Args:
             scores: any shape whose size along ``dim`` is a multiple of ``m``.
@@ -70,7 +70,7 @@ class Pattern:
 
 
 def _ranks(groups: Tensor) -> Tensor:
-    """The rank of every entry within its row; of equal ones the first ranks lower.
+    """Rank every entry within its row; of equal entries the first ranks lower.
 
     Rows are short: comparing all pairs, column by column, is two to three times faster than sorting them.
     """

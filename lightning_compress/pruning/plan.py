@@ -22,7 +22,7 @@ from lightning_compress.targets import Selection, Target
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which weights of a model are pruned, and how.
+    """Says which weights of a model are pruned, and how.
 
     Attributes:
         method: decides which go.
@@ -48,12 +48,12 @@ class PruningPlan:
         return "\n  ".join(in_short([head, *lines]))
 
     def grow(self, ranked: Mapping[str, Tensor], masks: Masks, fraction: float) -> Masks:
-        """Masks at ``fraction`` of the budget, by what ``ranked`` has for each weight; ``masks`` only grow."""
+        """Grow ``masks`` to ``fraction`` of the budget, by what ``ranked`` has for each weight."""
         view = self.units.outputs_first
         return self.units.undo(self.budget.grow(self.method, view(ranked), view(masks), self._ranked(), fraction))
 
     def is_met(self, masks: Masks) -> bool:
-        """Whether the masks hold what the budget asks for, to the nearest unit."""
+        """Tell whether the masks hold what the budget asks for, to the nearest unit."""
         return self.budget.is_met(self.method, self.units.outputs_first(masks), self._ranked())
 
     def _ranked(self) -> dict[str, float]:
@@ -61,7 +61,7 @@ class PruningPlan:
 
 
 def make_plan(recipe: PruningRecipe, model: nn.Module) -> PruningPlan:
-    """The plan of a recipe for a model.
+    """Plan what a recipe means for a model.
 
     Raises:
         CompressionError: no weight is targeted, the budget can't be met, or a weight can't be ranked or changed.
@@ -86,7 +86,7 @@ def make_plan(recipe: PruningRecipe, model: nn.Module) -> PruningPlan:
 def _in_groups(
     method: LowestScores, size: int, selection: Selection, modules: Mapping[str, nn.Module]
 ) -> tuple[PruningMethod, Selection]:
-    """The method with each weight's input dimension, and the weights whose inputs divide into groups."""
+    """Give the method each weight's input dimension, and leave out weights whose inputs don't divide into groups."""
     dims, targets, skipped = {}, [], dict(selection.skipped)
     for target in selection.targets:
         layer = modules[target.layer]

@@ -99,7 +99,7 @@ def prune_(
 
 
 def _silence(pruner: Pruner, model: nn.Module, inputs: Any, seed: int) -> None:
-    """Look on a copy what becomes of pruned units, so that nothing of the model runs."""
+    """Find out on a copy what becomes of pruned units, so that nothing of the model runs."""
     example = getattr(model, "example_input_array", None) if inputs is None else inputs
     if example is None:
         if pruner.unknown:

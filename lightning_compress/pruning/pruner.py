@@ -22,7 +22,7 @@ from lightning_compress.pruning.recipe import PruningRecipe
 
 
 class Pruner:
-    """The masks of one model's weights; grows them and brings weights, gradients and moments in line with them.
+    """Holds the masks of a model's weights, grows them, and brings weights, gradients and moments in line with them.
 
     Args:
         recipe: what is pruned, and how much.
@@ -86,7 +86,7 @@ class Pruner:
         )
 
     def cut(self, model: nn.Module, cut: Cut) -> Pruner:
-        """A pruner of the weights that ``model`` still has once channels left it, with the masks and state of these."""
+        """Make the pruner of a model that channels have left, with masks and state of the weights that it still has."""
         pruner = Pruner(self._recipe, model, {})
 
         def left(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -136,10 +136,7 @@ class Pruner:
     def grow_(self, fraction: float, seed: int, regrow: bool = False) -> None:
         """Let the masks grow to ``fraction`` of the budget, under a random state of their own.
 
-        Args:
-            fraction: in [0, 1].
-            seed: of the random state.
-            regrow: choose anew among all weights; one that comes back takes the value that it had when it went.
+        With ``regrow`` all weights are ranked anew, and what comes back takes the value that it had when it went.
 
         Raises:
             CompressionError: the criterion needs gradients, and none were seen.
@@ -183,16 +180,14 @@ class Pruner:
         self.grow_(fraction, seed)
 
     def _effective(self, name: str) -> Tensor:
-        """The weight that the layer computes with: a weight norm's direction at its magnitude."""
+        """Compute the weight that the layer computes with: a weight norm's direction at its magnitude."""
         value = self._value(name)
         for dependent in self._dependents:
             if dependent.magnitude and dependent.sources[0].name == name:
                 shape = tuple(dependent.parameter.shape) or (1,) * value.dim()
                 dims = [dim for dim, size in enumerate(shape) if size == 1]
-                scale: Tensor = dependent.parameter.view(shape) / torch.linalg.vector_norm(
-                    value, dim=dims, keepdim=True
-                )
-                return value * scale
+                length: Tensor = torch.linalg.vector_norm(value, dim=dims, keepdim=True)
+                return value * (dependent.parameter.view(shape) / length)
         return value
 
     def _score(self, name: str) -> Tensor:
@@ -207,7 +202,7 @@ class Pruner:
         multiply_(self._stepped_by(optimizer), self._applied)
 
     def settle_(self, copy: nn.Module | None = None) -> None:
-        """The same, in the model or a copy of it, with the negative zeros that it leaves made zeros, which compress."""
+        """Do what `apply_` does, in the model or a copy of it, and make negative zeros positive, which compress."""
         tensors = self._tensors
         if copy is not None:
             tensors = {clean_name(name): tensor for name, tensor in copy.named_parameters(remove_duplicate=False)}
@@ -278,12 +273,12 @@ def multiply_(tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> N
 
 
 def _followed(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-    """Those whose state lies along the parameters."""
+    """Pick the optimizers whose state lies along the parameters."""
     return [optimizer for optimizer in with_inner(optimizers) if lies_along(optimizer, means_follow=True)]
 
 
 def _factor(mask: Tensor, weight: Tensor, old: Tensor | None) -> Tensor:
-    """``mask`` as it is multiplied in. On a CPU, of the weight's own type and layout: ten times faster than bools.
+    """Make of ``mask`` what is multiplied in; on a CPU, of the weight's type and layout: ten times faster than bools.
 
     Written over the ``old`` one, as two of them at a time would take memory of the weights' size.
     """

@@ -33,7 +33,7 @@ TORCH_METHODS: dict[str, type[prune.BasePruningMethod]] = {
 
 @dataclass(frozen=True)
 class PruningRecipe:
-    """What is pruned and how much of it, checked as far as that goes without a model.
+    """Says what is pruned and how much of it, checked as far as that goes without a model.
 
     Attributes:
         method: decides which weights go.
@@ -60,7 +60,7 @@ def make_recipe(
     norm: float,
     regrow: bool = False,
 ) -> PruningRecipe:
-    """The recipe of `prune_`'s arguments, and of ``regrow``.
+    """Check `prune_`'s arguments, and ``regrow``, and make their recipe.
 
     Raises:
         CompressionError: one is out of range, or two don't go together.
@@ -82,7 +82,7 @@ def make_recipe(
 
 
 def find_method(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None) -> PruningMethod:
-    """The pruning method of a name in `CRITERIA` or `TORCH_METHODS`, or of an import path.
+    """Find the pruning method of a name in `CRITERIA` or `TORCH_METHODS`, or of an import path.
 
     At the path stands a subclass of `BasePruningMethod`, or a criterion: a `Criterion`, or just its function. One of
     three arguments needs gradients.

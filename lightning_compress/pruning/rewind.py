@@ -58,7 +58,7 @@ class Rewind:
         Window(self.to, unit=self.unit)
 
     def step(self, total: float, per_epoch: float) -> int:
-        """The optimizer step to go back to, in a fit of ``total`` optimizer steps; inf if unknown."""
+        """Count the optimizer steps before the point, in a fit of ``total`` of them; inf if unknown."""
         scale = {"fit": total, "epoch": per_epoch, "step": 1.0}[self.unit]
         if self.to and math.isinf(scale):
             raise CompressionError(
@@ -126,7 +126,7 @@ def rewind_tensors_(point: RewindPoint, model: nn.Module) -> None:
 
 
 def cut_point(point: RewindPoint, optimizers: Sequence[Optimizer], cut: Cut) -> RewindPoint:
-    """The point, cut as the model was meanwhile."""
+    """Cut a point as the model was cut meanwhile."""
     states = []
     for optimizer, held in zip(with_inner(optimizers), point["optimizers"], strict=True):
         cut_states = []
@@ -153,7 +153,7 @@ def _copied(state: Any) -> Any:
 
 
 def _like(value: Any, current: Any, parameter: Tensor) -> Any:
-    """A copy of ``value`` on the device where the optimizer keeps it."""
+    """Copy ``value`` to the device where the optimizer keeps it."""
     device = current.device if isinstance(current, Tensor) else parameter.device
     return pytree.tree_map(
         lambda leaf: leaf.clone().to(device) if isinstance(leaf, Tensor) else copy.deepcopy(leaf), value

@@ -23,7 +23,7 @@ from lightning_compress.pruning.watch import Watch
 
 
 def warning(unmasked_norms: Mapping[str, str]) -> str:
-    """What a user is told of weights whose pruned units aren't silent, and of where that comes from."""
+    """Tell the user of weights whose pruned units aren't silent, and of where that comes from."""
     by_place: dict[str, list[str]] = {}
     for weight, place in unmasked_norms.items():
         by_place.setdefault(place, []).append(weight)

@@ -32,7 +32,7 @@ def take_smallest(
     allowed: Sequence[Tensor] | None = None,
     signed: bool = False,
 ) -> list[Tensor]:
-    """``masks`` with ``count`` more entries taken out: those of smallest magnitude, ranked over all tensors together.
+    """Take ``count`` more entries out of ``masks``: those of smallest magnitude, ranked over all tensors together.
 
     Exact to one entry: of entries that tie at the threshold, the first in order go. NaN ranks above infinity.
 
@@ -68,7 +68,7 @@ def take_smallest(
 
 @dataclass(frozen=True)
 class _Ranking:
-    """Entries as integers of the same order.
+    """Ranks entries as integers of the same order.
 
     Attributes:
         tensors: flat, what is ranked.
@@ -85,7 +85,7 @@ class _Ranking:
         return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
 
     def threshold(self, count: int) -> tuple[int, int, int]:
-        """The key of the ``count``-th smallest entry, how many of its ties go, and how many ties there are."""
+        """Find the key of the ``count``-th smallest entry, how many of its ties go, and how many ties there are."""
         bits = 48 if self.signed else 8 * self.dtype.itemsize
         prefix, left, ties = 0, count, 0
         for shift in range(bits - _DIGIT, -1, -_DIGIT):
@@ -102,7 +102,7 @@ class _Ranking:
         return prefix, left, ties
 
     def chunks(self) -> Iterator[tuple[list[Place], Tensor, Tensor]]:
-        """All keys in order, a chunk at a time, with the places that they are from and where they may be taken.
+        """Yield all keys in order, a chunk at a time, with the places that they are from and where they may be taken.
 
         Small tensors share a chunk.
         """
@@ -111,7 +111,7 @@ class _Ranking:
             yield places, self._keys(entries, may), may
 
     def places(self) -> Iterator[list[Place]]:
-        """Parts of tensors that together make a chunk."""
+        """Yield parts of tensors that together make a chunk."""
         places: list[Place] = []
         for index, tensor in enumerate(self.tensors):
             for start in range(0, len(tensor), _CHUNK):
@@ -125,7 +125,7 @@ class _Ranking:
             yield places
 
     def _keys(self, entries: Tensor, may: Tensor) -> Tensor:
-        """The key of each entry; what may not be taken has one above all others, or below zero."""
+        """Compute the key of each entry; what may not be taken has one above all others, or below zero."""
         if self.signed:
             # With one zero, and NaN at the upper end whatever its sign.
             values = entries.float() + 0.0

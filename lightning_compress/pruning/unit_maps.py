@@ -23,7 +23,7 @@ _MOVES = ("flip", "roll", "index_select", "index", "gather", "cat", "stack", "so
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an operator, which can be run again on maps."""
+    """Holds a call of an operator, which can be run again on maps."""
 
     func: Any
     name: str
@@ -37,7 +37,7 @@ class Call:
         return self.name in _MOVES or bool(getattr(self.func, "is_view", False))
 
     def carried(self, maps: Mapping[int, Map], count: int, contracted: bool, outs: list[Tensor]) -> list[Map | None]:
-        """The maps of the results of an operator that moves entries, or is linear in them, or picks the largest.
+        """Compute the maps of what an operator puts out that moves entries, is linear in them, or picks the largest.
 
         A result's entry is of a unit if only that unit's entries go into it: codes of the units come out as they are.
         """
@@ -65,7 +65,7 @@ class Call:
         return results
 
     def fills_all(self, weights: Mapping[int, Map]) -> bool:
-        """Whether a unit of a weight goes into all results, as a unit of inputs does."""
+        """Tell whether a unit of a weight goes into all results, as a unit of inputs does."""
         units = next(iter(weights.values()))
         first = torch.arange(int(units.max()), device=units.device) == 0
         try:
@@ -75,7 +75,7 @@ class Call:
         return out.numel() > 1 and bool((out != 0).all())
 
     def _on(self, maps: Mapping[int, Map], codes: Tensor, contracted: bool, others: float) -> list[Tensor]:
-        """The results with codes in the place of units; 0 for what is of none."""
+        """Run the call with codes in the place of units; 0 for what is of none."""
         codes = torch.cat([codes.new_zeros(1) if others == 0 or contracted else codes.new_ones(1), codes])
         rows = {"convolution": 0, "mm": 0, "addmm": 1, "linear": 0}.get(self.name) if contracted else None
         bias = {"convolution": 2, "linear": 2}.get(self.name, 0 if self.name in _ADDS_FIRST else None)
@@ -100,12 +100,12 @@ class Call:
 
 
 def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    """Whether a tensor of one shape takes another without the other's changing."""
+    """Tell whether a tensor of one shape takes another without the other's changing."""
     return len(shape) <= len(to) and all(own in (1, size) for own, size in zip(shape[::-1], to[::-1], strict=False))
 
 
 def units_of_entries(entries: Map, units: Map, name: str, count: int) -> Tensor | None:
-    """For each of ``count`` entries of a parameter the one unit that it goes with; None if it goes with several.
+    """Find for each of ``count`` entries of a parameter the one unit that it goes with; None if there are several.
 
     It is -1 for none, and -2 where a part of the parameter has no such entry.
     Channels are the second dimension for convolutions and their norms; all else is broadcast.

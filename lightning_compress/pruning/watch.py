@@ -30,7 +30,7 @@ _LARGEST = 1 << 16
 
 
 class Watch(TorchDispatchMode):
-    """Carries maps of units beside tensors.
+    """Carries maps of units beside the tensors of a run.
 
     ``_places`` says where units began to be nonzero, ``_hidden`` where a nonzero value is hidden by its sign alone.
     ``_maps`` has a map for each target; None where a tensor was computed from units and has no entries of single ones.
@@ -80,7 +80,7 @@ class Watch(TorchDispatchMode):
         self._maps[id(weight)] = (weight, {name: units})
 
     def _choose(self, name: str, count: int, device: torch.device) -> Tensor:
-        """Which units of a weight go: half of them, at random, or those of two weights that meet would be the same."""
+        """Choose the units that go: half of them, at random, or those of two weights that meet would be the same."""
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         chosen = torch.randperm(count, generator=generator)[: count // 2] + 1
         self._gone[name] = torch.zeros(count + 1, dtype=torch.bool, device=device)
@@ -109,7 +109,7 @@ class Watch(TorchDispatchMode):
             self._maps[id(tensor)] = tensor, maps
 
     def hooks(self, path: str, module: nn.Module) -> list[Any]:
-        """By which it knows where it is."""
+        """Add the hooks by which it knows where it is."""
 
         def leave(layer: nn.Module, args: Any, output: Any) -> None:
             self._paths.pop()
@@ -120,7 +120,7 @@ class Watch(TorchDispatchMode):
         return [enter, module.register_forward_hook(leave, always_call=True)]
 
     def end(self, outputs: Any) -> None:
-        """What a run puts out must be silent too: who reads it isn't known."""
+        """Check what a run puts out, which must be silent too: who reads it isn't known."""
         for leaf in pytree.tree_leaves(outputs):
             if isinstance(leaf, Tensor) and id(leaf) not in self._static:
                 for target in self._of(leaf):
@@ -162,7 +162,7 @@ class Watch(TorchDispatchMode):
         return self._maps.get(id(tensor), (None, {}))[1]
 
     def _ended(self, name: str, tensors: list[Tensor]) -> set[str]:
-        """The targets whose units are read here, and must be silent."""
+        """Find the targets whose units are read here, and must be silent."""
         ended = set()
         for target in {target for tensor in tensors for target in self._of(tensor)}:
             read = [tensor for tensor in tensors if target in self._of(tensor) and id(tensor) not in self._static]
@@ -180,7 +180,7 @@ class Watch(TorchDispatchMode):
         return ended
 
     def _is_other(self, tensor: Tensor, target: str, beside: Iterable[Tensor]) -> bool:
-        """Whether what is added to units comes from elsewhere: no shift of each of them, nothing computed from them."""
+        """Tell whether what is added to units comes from elsewhere: it shifts no unit, nor is computed from them."""
         if not tensor.is_floating_point() or tensor.numel() < 2 or target in self._of(tensor):
             return False
         _, parameter, entries = self._static.get(id(tensor), (tensor, "", None))
@@ -194,12 +194,12 @@ class Watch(TorchDispatchMode):
         return of_entries is None or bool(of_entries[of_entries >= 0].bincount().max() > 1)
 
     def _differ(self, tensors: list[Tensor], target: str) -> bool:
-        """Whether what is added are entries of different units."""
+        """Tell whether what is added are entries of different units."""
         maps = [units for tensor in tensors if (units := self._of(tensor)[target]) is not None]
         return len(maps) > 1 and not torch.equal(maps[0], maps[1])
 
     def _carry(self, call: Call, target: str, tensors: list[Tensor], outs: list[Tensor]) -> list[Map | None]:
-        """The map of each result."""
+        """Compute the map of each result."""
         held = [(tensor, self._of(tensor)[target]) for tensor in tensors if target in self._of(tensor)]
         held.sort(key=lambda pair: (id(pair[0]), target) not in self._places)  # of two factors the nonzero one
         mapped = {id(tensor): units for tensor, units in held if units is not None}
@@ -224,7 +224,7 @@ class Watch(TorchDispatchMode):
     def _without_affine(
         self, tensors: list[Tensor], out: Tensor | None, maps: Mapping[str, list[Map | None]], name: str
     ) -> tuple[dict[int, Tensor], set[str]]:
-        """What is to stand in the place of parameters with an entry for each unit, where these put out something.
+        """Replace parameters with an entry for each unit, where these put out something.
 
         Returns:
             The tensors by what they replace, and for which targets.
@@ -288,7 +288,7 @@ class Watch(TorchDispatchMode):
         return not bool(((tensor.abs() <= _SILENT) | ~self._gone[target][units]).all())
 
     def _entries(self, call: Call, tensors: list[Tensor], outs: list[Tensor], number: int) -> tuple[str, Map | None]:
-        """Of which parameter a result of parameters alone is a part or a copy, and of which entries."""
+        """Find the parameter that a result of parameters alone is a part or a copy of, and the entries."""
         sources = [self._static[id(tensor)] for tensor in tensors if self._static[id(tensor)][2] is not None]
         if len(sources) != 1 or len(tensors) != 1 or not (call.moves or call.name in (*_COPIES, "expand")):
             return "", None
