@@ -31,11 +31,10 @@ from torch.nn.utils import parametrize
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are no package that is installed
 
 from lightning_compress.channels.cutting.cut import cut_
-from lightning_compress.channels.cutting.slices import followed, kept_slices
 from lightning_compress.channels.tracing.find_groups import find_groups
 from lightning_compress.channels.tracing.groups import DependencyGroups
-from lightning_compress.channels.tracing.outputs import tensors_in
 from lightning_compress.channels.tracing.verify import Subject
+from lightning_compress.modules.outputs import tensors_in
 from tests.support.wide import WIDE
 from tests.support.zoo import ZOO, Row
 
@@ -136,17 +135,17 @@ def by_tracer(row: Row, model: nn.Module) -> tuple[Found, DependencyGroups | Non
     args, kwargs = row.inputs()
     found = Found()
     try:
-        structure = find_groups(Subject(model, [lambda twin: twin(*args, **kwargs)]))
+        groups = find_groups(Subject(model, [lambda twin: twin(*args, **kwargs)]))
     except Exception as error:
         found.wrong["(the trace)"] = type(error).__name__
         return found, None
-    for number, group in enumerate(structure.groups):
-        keep = [torch.ones(group.size, dtype=torch.bool) for group in structure.groups]
+    for number, group in enumerate(groups.all):
+        keep = [torch.ones(group.size, dtype=torch.bool) for group in groups.all]
         keep[number][::2] = False
-        kept_indices, attributes = kept_slices(structure, keep), followed(structure, keep)
+        kept_indices, attributes = groups.kept_slices(keep), groups.numbers(keep)
         wrong = fault(row, model, lambda twin: partial(cut_, twin, kept_indices, attributes), not group.spanned)  # noqa: B023
         note(found, model, group.layers, wrong)
-    return found, structure
+    return found, groups
 
 
 def note(found: Found, model: nn.Module, layers: tuple[str, ...], wrong: str) -> None:
@@ -235,11 +234,9 @@ def main() -> None:
     whole = [0, 0]
     for row in (*ZOO, *WIDE):
         model = row.build().eval()
-        traced, structure = by_tracer(row, model)
-        spanned = (
-            {layer for group in structure.groups if group.spanned for layer in group.layers} if structure else set()
-        )
-        outputs = {layer for layer, reason in structure.fixed.items() if reason == "an output"} if structure else set()
+        traced, groups = by_tracer(row, model)
+        spanned = {layer for group in groups.all if group.spanned for layer in group.layers} if groups else set()
+        outputs = {layer for layer, reason in groups.fixed.items() if reason == "an output"} if groups else set()
         other = by_torch_pruning(row, model, spanned, outputs)
         every = traced.right | other.right
         for place, found in enumerate((every, other.right, traced.right)):

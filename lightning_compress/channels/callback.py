@@ -15,13 +15,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_compress.callback import CompressionCallback, compression_callbacks, rebuild_ddp, warn_of_other_settings
-from lightning_compress.channels.cutting.batchnorm_restart import BatchNormRestart, input_moments
-from lightning_compress.channels.cutting.cut import cut_, modules_of, named_tensors
+from lightning_compress.channels.batchnorm_restart import BatchNormRestart, input_moments
+from lightning_compress.channels.cutting.cut import cut_
 from lightning_compress.channels.fit_calls import ADAPTERS, FitCalls, guests
-from lightning_compress.channels.planning.budget import Budget
 from lightning_compress.channels.planning.importance import rank, taylor_step
 from lightning_compress.channels.planning.plan import RemovalPlan
-from lightning_compress.channels.planning.recipe import LEAST, SCOPE, make_recipe
+from lightning_compress.channels.planning.recipe import LEAST, SCOPE, Budget, make_recipe
 from lightning_compress.channels.planning.regularize import regularize_
 from lightning_compress.channels.planning.search import Progress, make_plan, removable
 from lightning_compress.channels.remove_channels import check_module
@@ -30,6 +29,7 @@ from lightning_compress.channels.tracing.groups import DependencyGroups
 from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.paths import modules_of, named_tensors
 from lightning_compress.modules.resizing import Cut, resize_state_
 from lightning_compress.schedules import Linear, OneShot, Schedule
 from lightning_compress.silent_copy import make_probe
@@ -265,7 +265,7 @@ class ChannelPruning(WindowedCallback):
     ) -> None:
         if not self._needs_groups or self._seen is None:
             return
-        tensors, groups = named_tensors(pl_module), self._seen.groups
+        tensors, groups = named_tensors(pl_module), self._seen.all
         if self.recipe.importance == "taylor":
             taylor_step(groups, tensors, self._taylor)
         if self.regularization > 0 and self._step >= self.bounds.start:

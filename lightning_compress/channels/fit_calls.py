@@ -10,8 +10,9 @@ from typing import Any
 from lightning_compress.callback import CompressionCallback, compression_callbacks
 from lightning_compress.channels.tracing.deterministic import deterministic
 from lightning_compress.channels.tracing.groups import Run
-from lightning_compress.channels.tracing.verify import Subject, samples_in
+from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.errors import CompressionError, in_a_line
+from lightning_compress.modules.calls import samples_in
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.outputs import outputs_of_calls
 from lightning_compress.probe import shape_feed

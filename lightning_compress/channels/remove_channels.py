@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_compress.channels.cutting.cut import check_shapes, cut_, named_tensors
+from lightning_compress.channels.cutting.cut import check_shapes, cut_
 from lightning_compress.channels.planning.importance import taylor_step
 from lightning_compress.channels.planning.plan import RemovalPlan
 from lightning_compress.channels.planning.recipe import LEAST, SCOPE, make_recipe
@@ -18,10 +18,11 @@ from lightning_compress.channels.planning.search import make_plan
 from lightning_compress.channels.tracing.deterministic import deterministic
 from lightning_compress.channels.tracing.find_groups import find_groups
 from lightning_compress.channels.tracing.groups import Run
-from lightning_compress.channels.tracing.verify import Subject, samples_in
+from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.errors import CompressionError, invalid
-from lightning_compress.modules.calls import bind_example
+from lightning_compress.modules.calls import bind_example, samples_in
 from lightning_compress.modules.copying import copy_module
+from lightning_compress.modules.paths import named_tensors
 from lightning_compress.modules.resizing import resize_state_
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Scope, Targets
@@ -102,16 +103,15 @@ def plan_removal(
     args, kwargs = bind_example(example, next((one.device for one in model.parameters()), None))
     with torch.inference_mode(False):
         subject = Subject(model, _runs(model, args, kwargs), samples=samples_in((args, kwargs)))
-        structure = find_groups(subject)
-    tensors = named_tensors(model)
+        groups = find_groups(subject)
     taylor = dict[str, Tensor]()
     if importance == "taylor":
-        taylor_step(structure.groups, tensors, taylor)
+        taylor_step(groups.all, named_tensors(model), taylor)
         if not taylor:
             raise CompressionError(
                 "`importance='taylor'` must have gradients. Received: none. Call loss.backward() before."
             )
-    return make_plan(subject, structure, recipe, taylor)
+    return make_plan(subject, groups, recipe, taylor)
 
 
 def check_module(model: nn.Module) -> None:

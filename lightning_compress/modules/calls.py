@@ -191,3 +191,14 @@ def to_device_of(inputs: Any, module: nn.Module) -> Any:
     if isinstance(inputs, tuple | list):
         return [to_device_of(value, module) for value in inputs]
     return inputs
+
+
+def samples_in(inputs: Any) -> int:
+    """How many samples a batch holds: the length of dimension 0 of its first tensor that has one.
+
+    Example:
+        >>> samples_in({"scale": torch.tensor(2.0), "x": torch.ones(4, 3)}), samples_in("text")
+        (4, 1)
+    """
+    found = (leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim())
+    return max(1, next(found, 1))

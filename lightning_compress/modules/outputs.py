@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.fx import Proxy
 from torch.utils import _pytree as pytree
 
@@ -201,3 +202,33 @@ def least_cosine(expected: Sequence[Any], got: Sequence[Any]) -> float:
         if any(tensor.numel() > 1 for tensor in flatten(output)[0])
     ]
     return min((cosine(*pair) for pair in pairs), default=1.0)
+
+
+def tensors_in(output: Any, _seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor in an output: in containers, in fields and attributes of objects, at any depth.
+
+    Example:
+        >>> import torch
+        >>> [leaf.item() for leaf in tensors_in({"a": torch.tensor(1), "b": [torch.tensor(2), "c"]})]
+        [1, 2]
+    """
+    seen = set() if _seen is None else _seen
+    if isinstance(output, Tensor):
+        yield output
+        return
+    if output is None or isinstance(output, (str, bytes, int, float, complex, type)) or id(output) in seen:
+        return
+    seen.add(id(output))
+    if isinstance(output, Mapping):
+        parts: Any = output.values()
+    elif isinstance(output, (list, tuple, set, frozenset)):
+        parts = output
+    elif dataclasses.is_dataclass(output):
+        parts = [getattr(output, field.name, None) for field in dataclasses.fields(output)]
+    else:
+        slots = [name for kind in type(output).__mro__ for name in getattr(kind, "__slots__", ())]
+        parts = [*getattr(output, "__dict__", {}).values(), *(getattr(output, name, None) for name in slots)]
+        if not isinstance(output, Distribution) and callable(output):
+            return
+    for part in parts:
+        yield from tensors_in(part, seen)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_compress import plan_removal, quantize, remove_channels_
-from lightning_compress.channels.cutting.cut import named_tensors
+from lightning_compress.modules.paths import named_tensors
 from tests.support.wide import WIDE
 from tests.support.zoo import Row, row
 

@@ -13,24 +13,11 @@ from lightning_compress.channels.cutting.cached import cached_tensors, forget_, 
 from lightning_compress.channels.cutting.layers import keep_scales_, settle_, weight_norms
 from lightning_compress.channels.cutting.written import WRITTEN, set_written_
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.paths import clean_name
+from lightning_compress.modules.paths import clean_name, modules_of, named_tensors
 from lightning_compress.modules.resizing import Cut, KeptIndices, resize_
 
 RECORD = "_removed_channels"
 """Where a cut layer keeps what a checkpoint must say of it: plain data, carried by deep copies and pickles."""
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by clean name, each under its first name."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found.setdefault(id(tensor), (clean_name(name), tensor))
-    return dict(found.values())
-
-
-def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by clean path."""
-    return {clean_name(path): module for path, module in model.named_modules()}
 
 
 def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.cutting.cached import cached_tensors, forget_, is_cached, kept_of
-from lightning_compress.channels.cutting.cut import RECORD, modules_of, named_tensors, note_whole_, set_numbers_
+from lightning_compress.channels.cutting.cut import RECORD, note_whole_, set_numbers_
 from lightning_compress.channels.cutting.layers import STANDARD
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.paths import clean_name
+from lightning_compress.modules.paths import clean_name, modules_of, named_tensors
 from lightning_compress.modules.resizing import assign_, resize_, take
 from lightning_compress.modules.routing import CHILD, children_aside
 

@@ -3,50 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_compress.channels.tracing.groups import DependencyGroups
-from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.targets import Scope
-
-Kind = Literal["channels", "params", "macs", "latency"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What is to remain, as a fraction of what there was."""
-
-    kind: Kind
-    fraction: float
-
-
-def make_budget(given: Mapping[str, float | None]) -> Budget:
-    """The one budget that was given.
-
-    Raises:
-        CompressionError: none or several were, or one isn't a fraction.
-
-    Example:
-        >>> make_budget({"channels": None, "params": None, "macs": 0.5, "latency": None})
-        Budget(kind='macs', fraction=0.5)
-    """
-    mine = {kind: given[kind] for kind in KINDS if given.get(kind) is not None}
-    if len(mine) != 1:
-        raise CompressionError(
-            "`channels`, `params`, `macs` or `latency` must be given, exactly one of them. Received: "
-            f"{', '.join(f'{kind}={value}' for kind, value in mine.items()) or 'none'}. "
-            "Each is the fraction that is to remain: macs=0.5 keeps half."
-        )
-    [(kind, fraction)] = mine.items()
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 < fraction <= 1.0:
-        raise invalid(kind, "lie in (0, 1]", fraction, "It is the fraction that is to remain.")
-    return Budget(kind, float(fraction))
 
 
 class _Width:
@@ -82,21 +46,21 @@ class _Width:
 
 
 class Sizes:
-    """What a structure costs, by what stays of its groups.
+    """What a model costs, by what stays of its groups.
 
     Args:
-        structure: as `find_groups` found it, with the multiply-accumulates of the whole model.
+        groups: as `find_groups` found it, with the multiply-accumulates of the whole model.
     """
 
-    def __init__(self, structure: DependencyGroups) -> None:
-        self._fixed_macs = structure.macs - sum(cost.macs for cost in structure.costs)
-        self._costs = [(cost.macs, [_Width(*width) for width in cost.widths]) for cost in structure.costs]
-        self._widths = [group.width / group.size for group in structure.groups]
+    def __init__(self, groups: DependencyGroups) -> None:
+        self._fixed_macs = groups.macs - sum(cost.macs for cost in groups.costs)
+        self._costs = [(cost.macs, [_Width(*width) for width in cost.widths]) for cost in groups.costs]
+        self._widths = [group.width / group.size for group in groups.all]
         members: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
-        for number, group in enumerate(structure.groups):
+        for number, group in enumerate(groups.all):
             for member in group.members:
                 members.setdefault(member.name, {}).setdefault(member.dim, []).append((number, member.units))
-        counted = {name: structure.shapes[name] for name in structure.counted}
+        counted = {name: groups.shapes[name] for name in groups.counted}
         self._fixed_params = sum(torch.Size(shape).numel() for name, shape in counted.items() if name not in members)
         self._params = [
             [_width_of(members[name].get(dim, []), size) for dim, size in enumerate(shape)]

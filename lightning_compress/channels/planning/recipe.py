@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from lightning_compress.channels.planning.budget import Budget, make_budget
 from lightning_compress.channels.planning.importance import check_importance
-from lightning_compress.errors import invalid
+from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.targets import Scope, Targets
 
 SCOPE: Scope = "global"
@@ -69,3 +69,40 @@ def make_recipe(
 
 def _is_fraction(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 1.0
+
+
+Kind = Literal["channels", "params", "macs", "latency"]
+
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to remain, as a fraction of what there was."""
+
+    kind: Kind
+    fraction: float
+
+
+def make_budget(given: Mapping[str, float | None]) -> Budget:
+    """The one budget that was given.
+
+    Raises:
+        CompressionError: none or several were, or one isn't a fraction.
+
+    Example:
+        >>> make_budget({"channels": None, "params": None, "macs": 0.5, "latency": None})
+        Budget(kind='macs', fraction=0.5)
+    """
+    mine = {kind: given[kind] for kind in KINDS if given.get(kind) is not None}
+    if len(mine) != 1:
+        raise CompressionError(
+            "`channels`, `params`, `macs` or `latency` must be given, exactly one of them. Received: "
+            f"{', '.join(f'{kind}={value}' for kind, value in mine.items()) or 'none'}. "
+            "Each is the fraction that is to remain: macs=0.5 keeps half."
+        )
+    [(kind, fraction)] = mine.items()
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 < fraction <= 1.0:
+        raise invalid(kind, "lie in (0, 1]", fraction, "It is the fraction that is to remain.")
+    return Budget(kind, float(fraction))

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.channels.cutting.cut import modules_of, named_tensors
-from lightning_compress.channels.cutting.slices import followed, kept_slices
 from lightning_compress.channels.planning.budget import Limits, Sizes, choose
 from lightning_compress.channels.planning.importance import rank
 from lightning_compress.channels.planning.plan import PlanRow, RemovalPlan, Totals
@@ -19,6 +17,7 @@ from lightning_compress.channels.tracing.groups import DependencyGroups, Group
 from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.latency import latency_ratio
+from lightning_compress.modules.paths import modules_of, named_tensors
 from lightning_compress.targets import Targets, matches
 
 
@@ -57,16 +56,16 @@ class Progress:
 
 def make_plan(
     subject: Subject,
-    structure: DependencyGroups,
+    groups: DependencyGroups,
     recipe: Recipe,
     taylor: Mapping[str, Tensor],
     progress: Progress = Progress(),
 ) -> RemovalPlan:
-    """A plan for a structure that is known, tried before it is returned.
+    """A plan for groups that are known, verified before it is returned.
 
     Args:
         subject: the model, and how it is called; a latency budget times its first run.
-        structure: as `find_groups` found it.
+        groups: as `find_groups` found it.
         recipe: what is wanted.
         taylor: as `taylor_step` carried it along.
         progress: what was removed before.
@@ -74,28 +73,28 @@ def make_plan(
     Raises:
         CompressionError: nothing can be removed.
     """
-    structure, fixed = removable(subject.model, structure, recipe)
+    groups, fixed = removable(subject.model, groups, recipe)
     while True:
-        search = _Search(subject, structure, recipe, progress, taylor)
+        search = _Search(subject, groups, recipe, progress, taylor)
         keep, latency = search.meet()
-        faulty = _faulty(subject, structure, keep)
+        faulty = _faulty(subject, groups, keep)
         if not faulty:
             return search.plan(keep, fixed, latency)
-        fixed = {**fixed, **{structure.groups[number].name: reason for number, reason in faulty.items()}}
-        structure = structure.only([number for number in range(len(structure.groups)) if number not in faulty])
-        _require_groups(subject.model, structure, fixed)
+        fixed = {**fixed, **{groups.all[number].name: reason for number, reason in faulty.items()}}
+        groups = groups.only([number for number in range(len(groups.all)) if number not in faulty])
+        _require_groups(subject.model, groups, fixed)
 
 
-def _faulty(subject: Subject, structure: DependencyGroups, keep: Sequence[Tensor]) -> dict[int, str]:
+def _faulty(subject: Subject, groups: DependencyGroups, keep: Sequence[Tensor]) -> dict[int, str]:
     """The groups that can't be cut as planned, with the reason; all that are cut, where only together they can't."""
-    together = subject.fault(structure, keep, runs=1)  # in the others every group was tried by `find_groups`
+    together = subject.failure(groups, keep, runs=1)  # in the others every group was tried by `find_groups`
     if not together:
         return {}
     cut = [number for number, kept in enumerate(keep) if not bool(kept.all())]
     alone = {}
     for number in cut:
         only = [kept if place == number else torch.ones_like(kept) for place, kept in enumerate(keep)]
-        if reason := subject.fault(structure, only):
+        if reason := subject.failure(groups, only):
             alone[number] = reason
     return alone or dict.fromkeys(cut, together)
 
@@ -104,21 +103,19 @@ class _Search:
     def __init__(
         self,
         subject: Subject,
-        structure: DependencyGroups,
+        groups: DependencyGroups,
         recipe: Recipe,
         progress: Progress,
         taylor: Mapping[str, Tensor],
     ) -> None:
         self.subject = subject
-        self.structure = structure
+        self.groups = groups
         self.recipe = recipe
         self.progress = progress
-        self.sizes = Sizes(structure)
-        self.every = [torch.ones(group.size, dtype=torch.bool) for group in structure.groups]
+        self.sizes = Sizes(groups)
+        self.every = [torch.ones(group.size, dtype=torch.bool) for group in groups.all]
         model = subject.model
-        self._ranked = rank(
-            structure.groups, named_tensors(model), modules_of(model), recipe.importance, taylor, recipe.seed
-        )
+        self._ranked = rank(groups.all, named_tensors(model), modules_of(model), recipe.importance, taylor, recipe.seed)
 
     def meet(self) -> tuple[list[Tensor], float | None]:
         """What stays of each group, and the measured latency if the budget is one."""
@@ -134,7 +131,7 @@ class _Search:
         goal = fraction if self.recipe.goal is None else self.recipe.goal
         even = self._even(cost, goal * self._whole(kind)) if self.recipe.scope == "global" else 0.0
         for step in steps:  # the coarsest that meets the budget
-            limits = _limits(self.structure.groups, self.recipe, self.progress, step, SHARE * even)
+            limits = _limits(self.groups.all, self.recipe, self.progress, step, SHARE * even)
             keep = choose(self._ranked, limits, cost, target, self.recipe.scope)
             if abs(cost(keep) - target) <= _TOLERANCE[kind] * target:
                 break
@@ -142,7 +139,7 @@ class _Search:
 
     def _even(self, cost: Callable[[list[Tensor]], float], target: float) -> float:
         """The fraction of each group's original width that would meet the target, if all kept the same."""
-        groups = self.structure.groups
+        groups = self.groups.all
         limits = _limits(groups, self.recipe, self.progress, 1, 0.0)
         low, high = 0.0, 1.0
         for _ in range(20):
@@ -166,7 +163,7 @@ class _Search:
         found = list[tuple[float, float, list[Tensor]]]()
         for _ in range(_MEASUREMENTS):
             keep = self._choose("macs", wanted)
-            cut = self.subject.cut(self.structure, keep)
+            cut = self.subject.cut(self.groups, keep)
             ratio = latency_ratio(self.subject.model, cut, self.subject.runs[0])
             found.append((abs(ratio - fraction), ratio, keep))
             if found[-1][0] <= 0.03 * fraction:
@@ -185,7 +182,7 @@ class _Search:
         )
         rows = tuple(
             PlanRow(group.layers, group.width, round(group.width * float(mask.double().mean())), group.spanned)
-            for group, mask in zip(self.structure.groups, keep, strict=True)
+            for group, mask in zip(self.groups.all, keep, strict=True)
         )
         return RemovalPlan(
             rows,
@@ -194,9 +191,9 @@ class _Search:
             after,
             self._missed(keep, latency),
             latency,
-            kept_slices(self.structure, keep),
-            followed(self.structure, keep),
-            self.structure.shapes,
+            self.groups.kept_slices(keep),
+            self.groups.numbers(keep),
+            self.groups.shapes,
         )
 
     def _missed(self, keep: list[Tensor], latency: float | None) -> str:
@@ -217,29 +214,29 @@ _STEPS = (8, 4, 2, 1)
 _TOLERANCE = {"params": 0.02, "macs": 0.02, "latency": 0.1, "channels": 0.02}
 
 
-def removable(model: nn.Module, structure: DependencyGroups, recipe: Recipe) -> tuple[DependencyGroups, dict[str, str]]:
-    """The structure with only the groups that may lose channels, and why the others stay.
+def removable(model: nn.Module, groups: DependencyGroups, recipe: Recipe) -> tuple[DependencyGroups, dict[str, str]]:
+    """Only the groups that may lose channels, and why the others stay.
 
     Raises:
         CompressionError: a pattern matches nothing, or nothing can be removed.
     """
     recipe.targets.check_patterns(model)
-    check_patterns(recipe.overrides, structure)
+    check_patterns(recipe.overrides, groups)
     tensors = named_tensors(model)
-    keep, fixed = [], dict(structure.fixed)
-    for number, group in enumerate(structure.groups):
+    keep, fixed = [], dict(groups.fixed)
+    for number, group in enumerate(groups.all):
         reason = _refusal(group, recipe.targets, tensors)
         if reason:
             fixed[group.name] = reason
         else:
             keep.append(number)
-    structure = structure.only(keep)
-    _require_groups(model, structure, fixed)
-    return structure, fixed
+    groups = groups.only(keep)
+    _require_groups(model, groups, fixed)
+    return groups, fixed
 
 
-def _require_groups(model: nn.Module, structure: DependencyGroups, fixed: Mapping[str, str]) -> None:
-    if not structure.groups:
+def _require_groups(model: nn.Module, groups: DependencyGroups, fixed: Mapping[str, str]) -> None:
+    if not groups.all:
         reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(fixed.items())[:6])
         raise CompressionError(
             f"`model` must have channels that can be removed. Received: {type(model).__name__}, where everything stays "
@@ -247,9 +244,9 @@ def _require_groups(model: nn.Module, structure: DependencyGroups, fixed: Mappin
         )
 
 
-def check_patterns(overrides: Mapping[str, float], structure: DependencyGroups) -> None:
+def check_patterns(overrides: Mapping[str, float], groups: DependencyGroups) -> None:
     """Raise if an override matches no layer."""
-    layers = [layer for group in structure.groups for layer in group.layers]
+    layers = [layer for group in groups.all for layer in group.layers]
     for pattern in overrides:
         if not any(matches(layer, pattern) for layer in layers):
             raise invalid("overrides", "match layers that can lose channels", pattern, f"These are {layers[:8]}.")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_compress.channels.tracing.factors import Factors
+Factors = tuple[Tensor, ...]
+"""The labels of a tensor: int64 tensors, each of the tensor's rank and of size 1 along dimensions that don't matter."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Size:
     Attributes:
         path: of the module that ran.
         size: the number that was written.
-        labels: atoms along the dimension that it is the size of.
+        labels: along the dimension that it is the size of.
     """
 
     path: str

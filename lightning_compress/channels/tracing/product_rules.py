@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_compress.channels.tracing.factors import spread
 from lightning_compress.channels.tracing.notes import Size
-from lightning_compress.channels.tracing.tracer import Tracer
+from lightning_compress.channels.tracing.tracer import Tracer, spread
 
 
 def product(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -52,7 +51,7 @@ def convolution(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], ou
     channel = 1 if batched else 0
     for dim in range(2, weight.dim()):
         if (kernel := tracer.along(weight, dim)) is not None:
-            tracer.atoms.pin(kernel, "the kernel's size")
+            tracer.sets.freeze(kernel, "the kernel's size")
     macs = (x.numel() if transposed else out.numel()) * weight[0].numel()
     if groups == 1:
         inner = tracer.same((x, channel), (weight, ins))
@@ -66,16 +65,16 @@ def convolution(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], ou
     if outer is not None and bias is not None:
         biases = tracer.along(bias, 0)
         if biases is None:
-            tracer.atoms.pin(outer, "a bias of fixed size")
+            tracer.sets.freeze(outer, "a bias of fixed size")
         else:
-            tracer.atoms.tie(outer, biases)
+            tracer.sets.union(outer, biases)
     tracer.set(out, () if outer is None else (spread(out.shape[channel], outer, channel, out.dim()),))
 
 
 def _grouped(
     tracer: Tracer, x: Tensor, channel: int, weight: Tensor, groups: int, transposed: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The output's atoms of a grouped convolution, and the widths that its cost hangs on."""
+    """The output's labels of a grouped convolution, and the widths that its cost hangs on."""
     inputs = tracer.along(x, channel)
     per_in = x.shape[channel] // groups
     # A grouped weight is (out, in / groups), transposed (in, out / groups).
@@ -84,34 +83,34 @@ def _grouped(
     if inputs is None:
         for labels in (whole, part):
             if labels is not None:
-                tracer.atoms.pin(labels, f"groups of a fixed input in {tracer.where()}")
+                tracer.sets.freeze(labels, f"groups of a fixed input in {tracer.where()}")
         return None, []
     if whole is None or (part is None and weight.shape[1] > 1):
-        tracer.atoms.pin(inputs, f"grouped weights that are computed, in {tracer.where()}")
+        tracer.sets.freeze(inputs, f"grouped weights that are computed, in {tracer.where()}")
         return None, []
     if groups >= per_in:
         # Whole groups go, with all their inputs and outputs.
         blocks = inputs.view(groups, per_in)
-        tracer.atoms.tie(blocks, blocks[:, :1])
-        tracer.atoms.tie(whole.view(groups, -1), blocks[:, :1])
+        tracer.sets.union(blocks, blocks[:, :1])
+        tracer.sets.union(whole.view(groups, -1), blocks[:, :1])
         if part is not None:
-            tracer.atoms.pin(part, "inputs or outputs within a group")
+            tracer.sets.freeze(part, "inputs or outputs within a group")
         tracer.sizes.append(Size(tracer.path, groups, blocks[:, 0]))
         return (blocks[:, 0].repeat_interleave(per_out) if transposed else whole), [blocks[:, 0]]
     # The same places go in every group.
     blocks = inputs.view(groups, per_in)
-    tracer.atoms.tie(blocks, blocks[:1])
+    tracer.sets.union(blocks, blocks[:1])
     outer = part if transposed else whole
     other = whole if transposed else part
     if other is not None:
         other = other.view(groups, per_in) if transposed else other
-        tracer.atoms.tie(other, blocks)
+        tracer.sets.union(other, blocks)
     if outer is None:
         return None, [blocks[0]]
     if transposed:
         return outer.repeat(groups), [blocks[0], outer]
     outs = outer.view(groups, per_out)
-    tracer.atoms.tie(outs, outs[:1])
+    tracer.sets.union(outs, outs[:1])
     return outer, [blocks[0], outs[0]]
 
 
@@ -120,7 +119,7 @@ def attention(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out:
     query, key, value = args[:3]
     out = out[0] if isinstance(out, tuple) else out
     if (inner := tracer.same((query, -1), (key, -1))) is not None:
-        tracer.atoms.span(inner, f"attention's scale hangs on it, in {tracer.where()}")
+        tracer.sets.span(inner, f"attention's scale hangs on it, in {tracer.where()}")
     masks = [one for one in (*args[3:], *kwargs.values()) if isinstance(one, Tensor)]
     factors: list[Tensor] = []
     heads = None
@@ -145,7 +144,7 @@ def _heads(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor) -> Tensor 
     if heads is None or (shared is None and groups > 1):
         for labels in (heads, shared):
             if labels is not None:
-                tracer.atoms.pin(labels, f"it meets a fixed number of heads in {tracer.where()}")
+                tracer.sets.freeze(labels, f"it meets a fixed number of heads in {tracer.where()}")
         return heads
     blocks = heads.view(groups, -1)
     within = blocks.shape[1] > groups  # the finer way first
@@ -154,20 +153,20 @@ def _heads(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor) -> Tensor 
         tracer.splits.setdefault(name, []).append(heads)
         within ^= bool(tracer.choices.get(name, 0) % 2)
     if within:
-        tracer.atoms.tie(blocks, blocks[:1])
+        tracer.sets.union(blocks, blocks[:1])
         if shared is not None:
-            tracer.atoms.pin(shared, f"keys that several heads share, in {tracer.where()}")
+            tracer.sets.freeze(shared, f"keys that several heads share, in {tracer.where()}")
     elif shared is not None:
-        tracer.atoms.tie(blocks, shared[:, None])
+        tracer.sets.union(blocks, shared[:, None])
     return heads
 
 
 def _mask_heads(tracer: Tracer, mask: Tensor, heads: Tensor) -> None:
     theirs = tracer.along(mask, 1)
     if theirs is not None:
-        tracer.atoms.tie(heads, theirs)
+        tracer.sets.union(heads, theirs)
     elif mask.stride(1):
-        tracer.atoms.pin(heads, f"a mask with a part for each head, in {tracer.where()}")
+        tracer.sets.freeze(heads, f"a mask with a part for each head, in {tracer.where()}")
 
 
 def weight_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -185,6 +184,6 @@ def embedding(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out:
     weight = args[0]
     out = out[0] if isinstance(out, tuple) else out
     if (rows := tracer.along(weight, 0)) is not None:
-        tracer.atoms.pin(rows, "the rows of an embedding")
+        tracer.sets.freeze(rows, "the rows of an embedding")
     width = tracer.along(weight, 1)
     tracer.set(out, () if width is None else (spread(out.shape[-1], width, out.dim() - 1, out.dim()),))

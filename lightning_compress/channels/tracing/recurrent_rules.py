@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_compress.channels.tracing.factors import spread
 from lightning_compress.channels.tracing.notes import Size
-from lightning_compress.channels.tracing.outputs import tensors_in
-from lightning_compress.channels.tracing.tracer import PARAMETER, Tracer
+from lightning_compress.channels.tracing.tracer import PARAMETER, Tracer, spread
+from lightning_compress.modules.outputs import tensors_in
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -52,14 +51,14 @@ def _follow(
     """Tell the tracer what its arguments say of a recurrence; weights are in torch's order, layer by layer."""
     size, each = len(weights[0]) // gates, len(weights) // (directions * layers)
     if weights[1].shape[1] != size:
-        tracer.pin((data, weights, states, out), f"a projected recurrent state, in {tracer.where()}")
+        tracer.freeze((data, weights, states, out), f"a projected recurrent state, in {tracer.where()}")
         return
     hidden = tracer.new(size, PARAMETER)
     steps = data.numel() // data.shape[-1]
     for place, weight in enumerate(weights):
         rows = tracer.along(weight, 0)
         if rows is not None:
-            tracer.atoms.tie(rows.view(-1, size), hidden)
+            tracer.sets.union(rows.view(-1, size), hidden)
         if weight.dim() == 1:
             continue
         if place % each == 0 and place < directions * each:  # the first layer takes the data
@@ -67,11 +66,11 @@ def _follow(
         else:
             columns = tracer.along(weight, 1)
             if columns is not None:
-                tracer.atoms.tie(columns.view(-1, size), hidden)
+                tracer.sets.union(columns.view(-1, size), hidden)
         tracer.costs(steps * weight.numel(), hidden, columns)
     for state in tensors_in(states):
         if tracer.along(state, -1) is not None:
-            tracer.atoms.tie(tracer.along(state, -1), hidden)  # type: ignore[arg-type]
+            tracer.sets.union(tracer.along(state, -1), hidden)  # type: ignore[arg-type]
         else:  # made by whoever called, perhaps by a number that follows: the trial will tell
             for path in tracer.stack[-2:]:
                 tracer.sizes.append(Size(path, size, hidden))

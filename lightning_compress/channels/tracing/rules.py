@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_compress.channels.tracing import norm_rules, product_rules, shape_rules
-from lightning_compress.channels.tracing.factors import varying
-from lightning_compress.channels.tracing.strides import strided
-from lightning_compress.channels.tracing.tracer import Tracer
-
-Rule = Callable[[Tracer, Any, Any, dict[str, Any], Any], None]
+from lightning_compress.channels.tracing import product_rules, shape_rules
+from lightning_compress.channels.tracing.tracer import Rule, Tracer, spread, varying
 
 # Element by element, though torch doesn't tag them so.
 _POINTWISE = {"hardswish", "log_sigmoid_forward", "where", "rsub", "native_dropout", "bernoulli", "_to_copy", "copy",
@@ -57,7 +52,7 @@ def rule_for(func: Any) -> Rule:
     if base in _SOFTMAX:
         return softmax
     if base.startswith(_BATCHNORM):
-        return norm_rules.batch_norm
+        return batch_norm
     if base.startswith(_SPATIAL):
         return spatial
     if torch.Tag.pointwise in func.tags or base in _POINTWISE:
@@ -107,7 +102,7 @@ def spatial(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     factors = []
     for factor in tracer.labels(x):
         for dim in range(x.dim() - places, x.dim()):
-            tracer.atoms.tie(factor, factor.narrow(dim, 0, 1))
+            tracer.sets.union(factor, factor.narrow(dim, 0, 1))
             factor = factor.narrow(dim, 0, 1)
         factors.append(factor)
     for leaf in pytree.tree_leaves(out):
@@ -138,10 +133,10 @@ def reduce(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: An
     factors = []
     for factor in tracer.labels(x):
         if gone & set(varying(factor)):
-            lasting = name in _ORDERED or (name in _COUNTING and tracer.atoms.in_weights)
-            tracer.atoms.span(factor, f"`{name}` runs over it, in {tracer.where()}", lasting)
+            lasting = name in _ORDERED or (name in _COUNTING and tracer.sets.in_weights)
+            tracer.sets.span(factor, f"`{name}` runs over it, in {tracer.where()}", lasting)
             if set(varying(factor)) - gone:
-                tracer.atoms.pin(factor, f"`{name}` runs over a part of it, in {tracer.where()}")
+                tracer.sets.freeze(factor, f"`{name}` runs over a part of it, in {tracer.where()}")
             continue
         factors.append(factor if keep else _without(factor, gone))
     for leaf in pytree.tree_leaves(out):
@@ -159,24 +154,69 @@ def softmax(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     name = func._schema.name.rpartition("::")[2].strip("_")
     for factor in tracer.labels(x):
         if x.dim() and factor.shape[dim] > 1:
-            tracer.atoms.span(factor, f"`{name}` runs over it, in {tracer.where()}")
+            tracer.sets.span(factor, f"`{name}` runs over it, in {tracer.where()}")
     for leaf in pytree.tree_leaves(out):
         tracer.set(leaf, tracer.labels(x))
+
+
+def batch_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Channel by channel."""
+    x = args[0]
+    others = [tensor for tensor in args[1:5] if isinstance(tensor, Tensor)]
+    across = [factor for factor in tracer.labels(x) if factor.shape[1] == 1]
+    for factor in across:  # a weight that is standardized so
+        tracer.sets.span(factor, f"a norm spans it, in {tracer.where()}", lasting=tracer.sets.in_weights)
+    labels = tracer.same((x, 1), *((tensor, 0) for tensor in others))
+    if labels is not None:
+        tracer.note_size(x.shape[1], labels)
+    tracer.set(out[0], (*across, *(() if labels is None else (spread(x.shape[1], labels, 1, x.dim()),))))
+
+
+def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Each channel's value depends on all."""
+    x, shape, *affine = args[:4]
+    out = out[0] if isinstance(out, tuple) else out
+    if len(shape) > 1 or not isinstance(affine[0], Tensor):
+        tracer.freeze(x, f"a norm over several dimensions, or without weights of its own, in {tracer.where()}")
+        return None
+    others = [tensor for tensor in affine if isinstance(tensor, Tensor)]
+    kept = [factor for factor in tracer.labels(x) if factor.shape[-1] == 1]
+    labels = tracer.same((x, -1), *((tensor, 0) for tensor in others))
+    if labels is not None:
+        tracer.sets.span(labels, f"a norm spans it, in {tracer.where()}")
+        kept.append(spread(x.shape[-1], labels, x.dim() - 1, x.dim()))
+    tracer.set(out, tuple(kept))
+
+
+def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Each channel's value depends on all of its group; groups stay as long as each other."""
+    x, weight, bias, groups = args[0], args[1], args[2], args[6]
+    others = [tensor for tensor in (weight, bias) if tensor is not None]
+    labels = tracer.same((x, 1), *((tensor, 0) for tensor in others))
+    if labels is None:
+        return
+    if groups == x.shape[1]:
+        tracer.sets.freeze(labels, f"as many groups as channels, in {tracer.where()}")
+    tracer.sets.span(labels, f"a norm spans it, in {tracer.where()}")
+    tracer.note_size(x.shape[1], labels)
+    blocks = labels.view(groups, -1)
+    tracer.sets.union(blocks, blocks[:1])
+    tracer.set(out[0], (spread(x.shape[1], labels, 1, x.dim()),))
 
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), product_rules.product),
     **dict.fromkeys(("convolution", "_convolution"), product_rules.convolution),
     **dict.fromkeys(("cat", "stack"), shape_rules.cat),
-    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), norm_rules.layer_norm),
-    "native_group_norm": norm_rules.group_norm,
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), layer_norm),
+    "native_group_norm": group_norm,
     **dict.fromkeys(("index", "index_select"), shape_rules.index),
     **dict.fromkeys(("index_add", "index_copy", "scatter_add", "scatter_reduce", "scatter"), shape_rules.scatter),
     **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), shape_rules.sequence),
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), shape_rules.shuffle),
     "constant_pad_nd": pad,
     "glu": shape_rules.glu,
-    **dict.fromkeys(("as_strided", "unfold"), strided),
+    **dict.fromkeys(("as_strided", "unfold"), shape_rules.strided),
     **dict.fromkeys(("embedding", "_embedding_bag"), product_rules.embedding),
     **dict.fromkeys(
         (

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_compress.channels.tracing.factors import compressed, spread, varying
 from lightning_compress.channels.tracing.splits import one_width, split_width, take_parts
-from lightning_compress.channels.tracing.tracer import Tracer
+from lightning_compress.channels.tracing.tracer import Tracer, compressed, spread, varying
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 PARTS = {"slice", "split", "split_with_sizes"}
@@ -33,7 +32,7 @@ def move(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any)
         if name in PARTS:
             given = _given(func, args, kwargs)
             if (size := factor.shape[given.get("dim", 0)]) > 1:
-                take_parts(tracer, factor, given.get("dim", 0), _places(given, size), tied=name == "split")
+                take_parts(tracer, factor, given.get("dim", 0), _places(given, size), certain=name == "split")
         for one, part in zip(found, moved, strict=True):
             part = compressed(part)
             if name in VIEWS:
@@ -111,11 +110,11 @@ def index(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any
     functional = getattr(torch.ops.aten, func._schema.name.rpartition("::")[2])
     for factor in tracer.labels(x):
         if dims & set(varying(factor)) and not _counted(tracer, factor, chosen):
-            tracer.atoms.pin(factor, f"its places are numbered in {tracer.where()}")
+            tracer.sets.freeze(factor, f"its places are numbered in {tracer.where()}")
         else:
             factors.append(functional(factor.expand(x.shape), *pytree.tree_map(_on_cpu, rest), **kwargs))
     for places in rest:
-        tracer.pin(places, f"a number of places in {tracer.where()}")
+        tracer.freeze(places, f"a number of places in {tracer.where()}")
     tracer.set(out, tuple(factors))
 
 
@@ -140,7 +139,7 @@ def scatter(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     operands = []
     for tensor in (x, source):
         if (numbered := tracer.along(tensor, dim)) is not None:
-            tracer.atoms.pin(numbered, f"its places are numbered in {tracer.where()}")
+            tracer.sets.freeze(numbered, f"its places are numbered in {tracer.where()}")
         shape = tuple(1 if one == dim % x.dim() else size for one, size in enumerate(tensor.shape))
         operands.append((shape, [factor for factor in tracer.labels(tensor) if factor.shape[dim] == 1]))
     tracer.set(out, tracer.meet(operands))
@@ -151,7 +150,7 @@ def sequence(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: 
     x = args[0]
     for factor in tracer.labels(x):
         if set(varying(factor)) - {x.dim() - 1}:
-            tracer.atoms.pin(factor, f"sequences are packed in {tracer.where()}")
+            tracer.sets.freeze(factor, f"sequences are packed in {tracer.where()}")
     width = tracer.along(x, -1)
     tracer.set(out[0], () if width is None else (spread(out[0].shape[-1], width, out[0].dim() - 1, out[0].dim()),))
 
@@ -162,7 +161,7 @@ def shuffle(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     labels = tracer.along(x, 1)
     if labels is not None:
         blocks = labels.view(groups, -1)
-        tracer.atoms.tie(blocks, blocks[:1])
+        tracer.sets.union(blocks, blocks[:1])
         tracer.set(out, (spread(x.shape[1], blocks.t().flatten(), 1, x.dim()),))
 
 
@@ -174,7 +173,7 @@ def glu(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) 
     for factor in tracer.labels(x):
         if factor.shape[dim] > 1:
             factor, other = factor.chunk(2, dim)
-            tracer.atoms.tie(factor, other)
+            tracer.sets.union(factor, other)
         factors.append(factor)
     tracer.set(out, tuple(factors))
 
@@ -189,6 +188,24 @@ def pixel_shuffle(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], 
         labels = labels.repeat_interleave(factor * factor)
     else:
         blocks = labels.view(-1, factor * factor)
-        tracer.atoms.tie(blocks, blocks[:, :1])
+        tracer.sets.union(blocks, blocks[:, :1])
         labels = blocks[:, 0]
     tracer.set(out, (spread(len(labels), labels, out.dim() - 3, out.dim()),))
+
+
+def strided(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Each element of the view has the labels of the place in memory that it reads."""
+    x: Tensor = args[0]
+    if out is x:  # in place only the strides of dimensions with one place change, as where a map is pooled to a point
+        return None
+    start = out.storage_offset() - x.storage_offset()
+    last = sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True))
+    dense = torch.ops.aten.is_non_overlapping_and_dense(x)
+    if not dense or start < 0 or start + last >= x.numel():
+        return tracer.unknown(func, args, kwargs, out)
+    moved = []
+    for factor in tracer.labels(x):
+        memory = torch.empty(x.numel(), dtype=factor.dtype)
+        memory.as_strided(x.shape, x.stride()).copy_(factor.expand(x.shape))
+        moved.append(memory.as_strided(out.shape, out.stride(), start))
+    tracer.set(out, tuple(moved))

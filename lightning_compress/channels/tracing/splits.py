@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.channels.tracing.factors import first_along, spread, varying
-from lightning_compress.channels.tracing.tracer import BUFFER, MADE, PARAMETER, Tracer
+from lightning_compress.channels.tracing.tracer import BUFFER, MADE, PARAMETER, Tracer, first_along, spread, varying
 
 
-def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequence[int]], tied: bool = False) -> None:
+def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequence[int]], certain: bool = False) -> None:
     """Parts of a width are taken. Those that are as long as each other and make up all of it stay so.
 
     Args:
@@ -20,7 +19,7 @@ def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequenc
         factor: labels of the whole.
         dim: of the width.
         parts: the places of each.
-        tied: whether that is certain; else it is a guess, as their lengths may have been written apart.
+        certain: whether that is certain; else it is a guess, as their lengths may have been written apart.
     """
     labels = first_along(factor, dim)
     ends = sorted({end for part in parts if part for end in (part[0], part[-1] + 1)} - {0, len(labels)})
@@ -39,8 +38,8 @@ def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequenc
         key = f"{tracer.path}:{len(labels)} by {len(part)}"
         if len(alike) * len(part) == len(labels) == len({place for one in alike for place in one}):
             tracer.splits.setdefault(key, []).append(labels)
-            if tied or tracer.choices.get(key, 0) % 2 == 0:
-                tracer.atoms.tie(torch.stack([*alike.values()]), known[part])
+            if certain or tracer.choices.get(key, 0) % 2 == 0:
+                tracer.sets.union(torch.stack([*alike.values()]), known[part])
 
 
 def one_width(tracer: Tracer, tensor: Tensor, factors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -57,7 +56,7 @@ def one_width(tracer: Tracer, tensor: Tensor, factors: list[Tensor]) -> tuple[Te
                 chosen = able[tracer.choices.get(key, 0) % len(able)]
             for factor in here:
                 if factor is not chosen:
-                    tracer.atoms.pin(factor, f"another width shares its dimension, in {tracer.where()}")
+                    tracer.sets.freeze(factor, f"another width shares its dimension, in {tracer.where()}")
             factors = [factor for factor in factors if factor is chosen or factor.shape[dim] == 1]
     return tuple(factors)
 
@@ -88,7 +87,7 @@ def split_width(tracer: Tracer, before: Tensor, after: Tensor, sizes: Any) -> Te
         for dim in dims:
             if dim not in keep:
                 first = flat.narrow(dim, 0, 1)
-                tracer.atoms.tie(flat, first)
+                tracer.sets.union(flat, first)
                 flat = first
         after = flat
     for dim in varying(after):

@@ -1,49 +1,87 @@
 """Runs a model and follows every channel through it: which slices of which parameters are one and the same channel.
 
-Each dimension of a parameter gets atoms of its own. Every operator that reaches torch's kernels then says what becomes
-of them: a sum ties the atoms of its terms, a product those of the dimension that it contracts, a view moves them about.
-What an operator isn't known to leave independent stays (`DisjointSets.pin`).
+Each dimension of a parameter gets labels of its own. Every operator that reaches torch's kernels then says what becomes
+of them: a sum unites the labels of its terms, a product those of the dimension that it contracts, a view moves them.
+What an operator isn't known to leave independent stays (`DisjointSets.freeze`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_compress.channels.cutting.written import WRITES
 from lightning_compress.channels.tracing.disjoint_sets import DisjointSets
-from lightning_compress.channels.tracing.factors import Factors, clusters, compressed, spread, varying
-from lightning_compress.channels.tracing.notes import Product, Size, Written
-from lightning_compress.modules.paths import clean_name
+from lightning_compress.channels.tracing.notes import Factors, Product, Size, Written
+
+Rule = Callable[["Tracer", Any, Any, dict[str, Any], Any], None]
+"""Says what an operator does with labels: (tracer, operator, its args and kwargs, what came out)."""
 
 PARAMETER, BUFFER, MADE = range(3)
 
-
 _FACTORIES = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided",
               "new_empty_strided", "rand", "randn"}  # fmt: skip
+
+
+def spread(size: int, labels: Tensor, dim: int, rank: int) -> Tensor:
+    """Labels ``(size,)`` as a factor of a tensor with ``rank`` dimensions."""
+    shape = [1] * rank
+    shape[dim] = size
+    return labels.reshape(shape)
+
+
+def varying(factor: Tensor) -> tuple[int, ...]:
+    """The dimensions that have a say in a factor."""
+    return tuple(dim for dim, size in enumerate(factor.shape) if size > 1)
+
+
+def compressed(factor: Tensor) -> Tensor:
+    """A factor without the dimensions along which it is constant."""
+    for dim, size in enumerate(factor.shape):
+        if size > 1:
+            first = factor.narrow(dim, 0, 1)
+            if bool((factor == first).all()):
+                factor = first
+    return factor
+
+
+def clusters(factors: list[Tensor]) -> list[set[int]]:
+    """The dimensions of factors that share dimensions, each set once."""
+    clusters: list[set[int]] = []
+    for factor in factors:
+        mine = set(varying(factor))
+        for cluster in [cluster for cluster in clusters if cluster & mine]:
+            clusters.remove(cluster)
+            mine |= cluster
+        if mine:
+            clusters.append(mine)
+    return clusters
+
+
+def first_along(factor: Tensor, dim: int) -> Tensor:
+    """The labels along one dimension, at the first place of all others."""
+    return factor.movedim(dim, 0).reshape(factor.shape[dim], -1)[:, 0]
 
 
 class Tracer(TorchDispatchMode):
     """Follows channels through everything that runs under it.
 
     Args:
-        tensors: parameters and buffers by name; their dimensions get atoms.
+        tensors: parameters and buffers by name; their dimensions get labels.
         numbers: path of a module to the whole numbers among its attributes: a view that one of them shapes splits a
             width into that many blocks, such as heads.
+        rule_for: gives the rule of each operator.
         choices: how often a split is to be taken otherwise than by the first guess, by the split's key.
 
     Attributes:
-        atoms: all atoms and their ties.
+        sets: all labels, and which of them go together.
         labels_of: name of each tensor that was seen to its labels.
         counting: whether what runs now costs something.
         products: what costs multiply-accumulates.
@@ -51,17 +89,21 @@ class Tracer(TorchDispatchMode):
         sizes: sizes that were written into views.
         outer: widths that weights make, in products with what isn't made of weights alone.
         written: calls that may name such sizes.
-        splits: key of each view that split a width, and of each guess like it, with the atoms of that width.
+        splits: key of each view that split a width, and of each guess like it, with the labels of that width.
         parts: labels of a width to the parts that were taken of it, by their places.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], numbers: Mapping[str, set[int]], choices: Mapping[str, int] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, set[int]],
+        rule_for: Callable[[Any], Rule],
+        choices: Mapping[str, int],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.atoms = DisjointSets()
+        self.sets = DisjointSets()
         self.numbers = numbers
-        self.choices = choices or {}
+        self.choices = choices
         self.labels_of: dict[str, Factors] = {}
         self.products: list[Product] = []
         self.counting = True
@@ -73,6 +115,7 @@ class Tracer(TorchDispatchMode):
         self.splits: dict[str, list[Tensor]] = {}
         self.parts: dict[tuple[int, ...], dict[tuple[int, ...], Tensor]] = {}
         self.stack: list[str] = [""]
+        self._rule_for = rule_for
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._labels = WeakIdKeyDictionary()
         self._of_weights, self._of_code = WeakIdKeyDictionary(), WeakIdKeyDictionary()
@@ -84,7 +127,7 @@ class Tracer(TorchDispatchMode):
         return self.stack[-1]
 
     def labels(self, tensor: Tensor) -> Factors:
-        """What is known of a tensor; of a parameter that is seen for the first time, fresh atoms."""
+        """What is known of a tensor; of a parameter that is seen for the first time, fresh labels."""
         known = self._labels.get(tensor)
         if known is None:
             name = self._names.get(id(tensor))
@@ -117,7 +160,7 @@ class Tracer(TorchDispatchMode):
                     kept.append(factor)
                 else:
                     # All of it hangs on one channel, which some index chose.
-                    self.atoms.pin(factor, f"an index of its own, in {self.where()}")
+                    self.sets.freeze(factor, f"an index of its own, in {self.where()}")
             self._labels[tensor] = tuple(kept)
 
     def where(self) -> str:
@@ -155,10 +198,10 @@ class Tracer(TorchDispatchMode):
         return self._origins[bisect_right(self._starts, int(factor.flatten()[0])) - 1]
 
     def new(self, size: int, origin: int) -> Tensor:
-        """Fresh atoms, of a width of a `PARAMETER`, a `BUFFER`, or of what the code `MADE`."""
-        self._starts.append(self.atoms.count)
+        """Fresh labels, of a width of a `PARAMETER`, a `BUFFER`, or of what the code `MADE`."""
+        self._starts.append(self.sets.count)
         self._origins.append(origin)
-        return self.atoms.new(size)
+        return self.sets.new(size)
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter or a buffer, or computed from such alone."""
@@ -174,17 +217,17 @@ class Tracer(TorchDispatchMode):
             self.macs += macs
             self.products.append(Product(macs, tuple(labels for labels in widths if labels is not None)))
 
-    def pin(self, tensors: Any, reason: str, *, output: bool = False) -> None:
+    def freeze(self, tensors: Any, reason: str, *, output: bool = False) -> None:
         """Let every channel of some tensors stay; that they are an ``output`` is told before any other reason."""
         for leaf in pytree.tree_leaves(tensors):
             if isinstance(leaf, Tensor):
                 for factor in self.labels(leaf):
-                    self.atoms.pin(factor, reason, output=output)
+                    self.sets.freeze(factor, reason, output=output)
 
     def along(self, tensor: Tensor, dim: int) -> Tensor | None:
-        """The atoms along one dimension, ``(size,)``, or None if there are none.
+        """The labels along one dimension, ``(size,)``, or None if there are none.
 
-        Where other dimensions have a say too, what differs in them is tied.
+        Where other dimensions have a say too, what differs in them is united.
         """
         dim %= tensor.dim()
         factors = [factor for factor in self.labels(tensor) if factor.shape[dim] > 1]
@@ -192,60 +235,58 @@ class Tracer(TorchDispatchMode):
             return None
         if len(factors) > 1:
             for factor in factors:
-                self.atoms.pin(factor, f"two widths in one dimension, in {self.where()}")
+                self.sets.freeze(factor, f"two widths in one dimension, in {self.where()}")
             return None
         [factor] = factors
         moved = factor.movedim(dim, 0).reshape(factor.shape[dim], -1)
-        self.atoms.tie(moved, moved[:, :1])
+        self.sets.union(moved, moved[:, :1])
         return moved[:, 0]
 
     def same(self, *widths: tuple[Tensor, int]) -> Tensor | None:
-        """Tie dimensions (tensor, dim) of one size that meet in an operator; returns their atoms."""
+        """Unite dimensions (tensor, dim) of one size that meet in an operator; returns their labels."""
         found = [(tensor, dim, self.along(tensor, dim)) for tensor, dim in widths]
         known = [labels for _, _, labels in found if labels is not None]
         for labels in known[1:]:
-            self.atoms.tie(labels, known[0])
+            self.sets.union(labels, known[0])
         if known and len(known) < len(found) and known[0].numel() > 1:
-            self.atoms.pin(known[0], f"it meets a tensor of fixed size in {self.where()}")
+            self.sets.freeze(known[0], f"it meets a tensor of fixed size in {self.where()}")
         return known[0] if known else None
 
     def meet(self, operands: list[tuple[tuple[int, ...], list[Tensor]]]) -> Factors:
-        """Tie the factors of (shape, factors) operands that broadcast; returns those of the outcome."""
+        """Unite the factors of (shape, factors) operands that broadcast; returns those of the outcome."""
         factors = []
         for dims in clusters([factor for _, mine in operands for factor in mine]):
-            labels, pinned = list[Tensor](), False
+            labels, fixed = list[Tensor](), False
             for shape, mine in operands:
                 if all(shape[dim] == 1 for dim in dims):
                     continue  # broadcast along all of it
                 own = [factor for factor in mine if set(varying(factor)) & dims]
                 labels += own
                 # One without labels has a size that can't change; two widths at once can't be told apart.
-                pinned |= len(own) != 1
+                fixed |= len(own) != 1
             first = labels[0]
             for other in labels[1:]:
-                self.atoms.tie(first, other)
-            if pinned:
+                self.sets.union(first, other)
+            if fixed:
                 for factor in labels:
-                    self.atoms.pin(factor, f"it meets a tensor of fixed size in {self.where()}")
+                    self.sets.freeze(factor, f"it meets a tensor of fixed size in {self.where()}")
             size = [max(factor.shape[dim] for factor in labels) for dim in range(first.dim())]
             factors.append(first.expand(size))
         return tuple(factors)
 
     def unknown(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Whatever an operator that isn't known gets must stay as it is."""
-        self.pin((args, kwargs), f"`{func._schema.name.rpartition('::')[2]}` in {self.where()} isn't understood")
+        self.freeze((args, kwargs), f"`{func._schema.name.rpartition('::')[2]}` in {self.where()} isn't understood")
         for leaf in pytree.tree_leaves(out):
             self.set(leaf, ())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from lightning_compress.channels.tracing.rules import rule_for
-
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         weights = list(map(self.is_weight, tensors))
         alone = all(one or self.is_made(tensor) for one, tensor in zip(weights, tensors, strict=True))
-        self.atoms.in_weights = alone and any(weights)
+        self.sets.in_weights = alone and any(weights)
         if alone:
             known = self._of_weights if any(weights) else self._of_code
             known.update({leaf: None for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)})
@@ -253,54 +294,10 @@ class Tracer(TorchDispatchMode):
             self.set(out, tuple(self.made(out, range(out.dim()))))
         elif any(self.labels(tensor) for tensor in tensors):
             with _disable_current_modes():  # what is done to labels is nobody's concern
-                rule_for(func)(self, func, args, kwargs, out)
+                self._rule_for(func)(self, func, args, kwargs, out)
         elif func is torch.ops.aten.expand.default:
             dims = [dim for dim in range(1, out.dim()) if not out.stride(dim)]  # the first is the batch
             self.set(out, tuple(self.made(out, dims)))
         elif self.counting and func._overloadpacket in flop_registry:
             self.macs += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
         return out
-
-
-class _Writing(TorchFunctionMode):
-    """Tells the tracer when a call runs whose sizes the code writes; an operator may call the same for itself."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.tracer.is_writing = func in WRITES
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self.tracer.is_writing = False
-
-
-@contextmanager
-def following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
-    """Run the calls inside under the tracer, which is told what module runs; no hook stays."""
-    from lightning_compress.channels.tracing.recurrent_rules import Recurrences
-
-    handles = []
-
-    def enter(path: str) -> Callable[..., None]:
-        return lambda *_: tracer.stack.append(path)
-
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(clean_name(name))))
-        handles.append(module.register_forward_hook(lambda *_: void(tracer.stack.pop()), always_call=True))
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        # Gradients of no use here, but not `inference_mode`: it hides what composite operators are made of.
-        with torch.compiler.set_stance("force_eager"), torch.no_grad(), tracer, Recurrences(tracer), _Writing(tracer):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for handle in handles:
-            handle.remove()
-
-
-def void(_: Any) -> None:
-    """A forward hook must return nothing."""

@@ -18,7 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_compress.channels.tracing.outputs import tensors_in
+from lightning_compress.channels.tracing.deterministic import deterministic
+from lightning_compress.channels.tracing.groups import Run
+from lightning_compress.modules.outputs import tensors_in
 
 Sample = tuple[torch.Size, Tensor]
 """The shape of a tensor, and some thousand of its elements."""
@@ -120,3 +122,12 @@ def distance(one: Tensor, other: Tensor) -> float:
         return math.inf
     one, other = one[finite], other[finite]
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-6)) if len(one) else 0.0
+
+
+def witnessed(run: Run, model: nn.Module, first: Witness | None = None, *, wide: bool = False) -> Witness:
+    """What a run of a model computes, if it takes the decisions of another one."""
+    witness = Witness(first)
+    with deterministic(wide=wide), witness.watching(model):
+        outputs = list(tensors_in(run(model)))
+    witness.outputs = [leaf if leaf.layout == torch.strided else leaf.to_dense() for leaf in outputs]
+    return witness

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_compress.channels.cutting.written import Correction
-from lightning_compress.channels.tracing.factors import Factors, compressed, varying
-from lightning_compress.channels.tracing.notes import Written
+from lightning_compress.channels.tracing.notes import Factors, Written
+from lightning_compress.channels.tracing.tracer import compressed, varying
 
 Places = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Of atoms the groups, -1 for what stays, and their units in these."""
+"""Of labels the groups, -1 for what stays, and their units in these."""
 Widths = tuple[tuple[int, Tensor, Tensor], ...]
 """Dimensions with, for each place along them, the group, or -1, and the unit in that."""
 
@@ -84,7 +84,7 @@ def _widths(factors: Factors, places: Places) -> Widths:
     widths = []
     for factor in factors:
         groups, units = places(factor)
-        # What is tied needn't differ along all dimensions any more.
+        # What is united needn't differ along all dimensions any more.
         dims = varying(compressed(torch.where(groups < 0, -factor, (groups << 32) + units)))
         if len(dims) == 1:
             widths.append((dims[0], *places(factor.movedim(dims[0], 0).reshape(factor.shape[dims[0]], -1)[:, 0])))
