@@ -18,7 +18,7 @@ from lightning_compress.callback import CompressionCallback, compression_callbac
 from lightning_compress.channels.batchnorm_restart import BatchNormRestart, input_moments
 from lightning_compress.channels.cutting.cut import cut_
 from lightning_compress.channels.fit_calls import ADAPTERS, FitCalls, guests
-from lightning_compress.channels.planning.importance import rank, taylor_step
+from lightning_compress.channels.planning.importance import carry_scores_, rank
 from lightning_compress.channels.planning.plan import RemovalPlan
 from lightning_compress.channels.planning.recipe import LEAST, SCOPE, Budget, make_recipe
 from lightning_compress.channels.planning.regularize import regularize_
@@ -60,7 +60,8 @@ class ChannelPruning(WindowedCallback):
         macs: budget: the fraction of the multiply-accumulates that remains, for the batches of this fit.
         latency: budget: the fraction of a forward pass' time that remains, measured on this machine when the window
             starts.
-        importance: ``l1``, ``l2``, ``batchnorm``, ``taylor``, ``fpgm`` or ``random``: see `rank`.
+        importance: ``l1``, ``l2``, ``batchnorm``, ``taylor``, ``fpgm``, ``random``, or the import path of your own
+            function: see `Importance`.
         scope: ``global`` ranks the channels of all layers together, but leaves no layer less than 3/4 of what it would
             keep if all lost the same fraction, which is what ``layer`` takes of each.
         schedule: how much of the way to the budget is gone when. Channels leave when it asks for a tenth more, so there
@@ -121,8 +122,8 @@ class ChannelPruning(WindowedCallback):
                                   min_layer_channels, round_to, seed)  # fmt: skip
         if isinstance(regularization, bool) or not isinstance(regularization, (int, float)) or regularization < 0:
             raise invalid("regularization", "be a number, at least 0", regularization, "Usual values: 1e-4 to 1e-2.")
-        if importance == "taylor" and window.start == 0 and schedule.value(0.0, 1.0) > 0:
-            raise invalid("window", "start later with importance='taylor', which needs gradients", window)
+        if self.recipe.importance.needs_gradients and window.start == 0 and schedule.value(0.0, 1.0) > 0:
+            raise invalid("window", f"start later with importance={importance!r}, which needs gradients", window)
         self.schedule = schedule
         self.regularization = regularization
         self.plans: list[RemovalPlan] = []
@@ -250,7 +251,7 @@ class ChannelPruning(WindowedCallback):
     @property
     def _needs_groups(self) -> bool:
         """Whether something is done with each gradient until the last channels have left."""
-        return (self.recipe.importance == "taylor" or self.regularization > 0) and (
+        return (self.recipe.importance.needs_gradients or self.regularization > 0) and (
             self._step < self._last_step(self.bounds)
         )
 
@@ -265,14 +266,12 @@ class ChannelPruning(WindowedCallback):
     ) -> None:
         if not self._needs_groups or self._seen is None:
             return
-        tensors, groups = named_tensors(pl_module), self._seen.all
-        if self.recipe.importance == "taylor":
-            taylor_step(groups, tensors, self._taylor)
+        tensors, modules, groups = named_tensors(pl_module), modules_of(pl_module), self._seen.all
+        if self.recipe.importance.needs_gradients:
+            carry_scores_(groups, tensors, modules, self.recipe.importance, self._taylor)
         if self.regularization > 0 and self._step >= self.bounds.start:
             stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
-            ranked = rank(
-                groups, tensors, modules_of(pl_module), self.recipe.importance, self._taylor, self.recipe.seed
-            )
+            ranked = rank(groups, tensors, modules, self.recipe.importance, self._taylor, self.recipe.seed)
             regularize_(groups, tensors, ranked, self.regularization, stepped)
 
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_compress.channels.cutting.cut import check_shapes, cut_
-from lightning_compress.channels.planning.importance import taylor_step
+from lightning_compress.channels.planning.importance import carry_scores_
 from lightning_compress.channels.planning.plan import RemovalPlan
 from lightning_compress.channels.planning.recipe import LEAST, SCOPE, make_recipe
 from lightning_compress.channels.planning.search import make_plan
@@ -22,7 +22,7 @@ from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.calls import bind_example, samples_in
 from lightning_compress.modules.copying import copy_module
-from lightning_compress.modules.paths import named_tensors
+from lightning_compress.modules.paths import modules_of, named_tensors
 from lightning_compress.modules.resizing import resize_state_
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Scope, Targets
@@ -59,8 +59,8 @@ def plan_removal(
         params: budget: the fraction of the parameters that remains.
         macs: budget: the fraction of the multiply-accumulates on ``inputs`` that remains.
         latency: budget: the fraction of the time of a run on ``inputs`` that remains, measured here and now.
-        importance: ``l1``, ``l2``, ``batchnorm``, ``taylor`` (call ``loss.backward()`` before), ``fpgm``, ``random``:
-            see `rank`.
+        importance: ``l1``, ``l2``, ``batchnorm``, ``taylor`` (call ``loss.backward()`` before), ``fpgm``, ``random``,
+            or the import path of your own function: see `Importance`.
         scope: ``global`` ranks the channels of all layers together, but leaves no layer less than 3/4 of what it would
             keep if all lost the same fraction, which is what ``layer`` takes of each.
         targets: which layers; by default all that can lose channels and are trained. A width that a norm spans
@@ -104,14 +104,14 @@ def plan_removal(
     with torch.inference_mode(False):
         subject = Subject(model, _runs(model, args, kwargs), samples=samples_in((args, kwargs)))
         groups = find_groups(subject)
-    taylor = dict[str, Tensor]()
-    if importance == "taylor":
-        taylor_step(groups.all, named_tensors(model), taylor)
-        if not taylor:
+    carried = dict[str, Tensor]()
+    if recipe.importance.needs_gradients:
+        carry_scores_(groups.all, named_tensors(model), modules_of(model), recipe.importance, carried)
+        if not carried:
             raise CompressionError(
-                "`importance='taylor'` must have gradients. Received: none. Call loss.backward() before."
+                f"`importance={importance!r}` must have gradients. Received: none. Call loss.backward() before."
             )
-    return make_plan(subject, groups, recipe, taylor)
+    return make_plan(subject, groups, recipe, carried)
 
 
 def check_module(model: nn.Module) -> None:

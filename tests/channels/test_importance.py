@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
 
-from lightning_compress import RemovalPlan, plan_removal
+from lightning_compress import ChannelPruning, CompressionError, OneShot, RemovalPlan, plan_removal
+from lightning_compress.channels.planning.importance import Importance, UnitWeights
 from tests.support.oracles import same_random_state
 
 X = torch.ones(2, 3, 6, 6)
@@ -182,3 +184,102 @@ def test_a_head_is_scored_as_a_whole() -> None:
     rows = plan.kept["attention.in_proj_weight"][0].view(3, 2, 3)
     assert sorted(set((rows[0] // 3).flatten().tolist())) == largest(scores, 2)
     assert torch.equal(rows[1], rows[0] + 12) and torch.equal(rows[2], rows[0] + 24)
+
+
+HERE = __name__
+
+
+def last_ones(group: UnitWeights) -> Tensor:
+    """A user's own: whatever comes later matters more."""
+    return torch.arange(group.size)
+
+
+def _gradients(group: UnitWeights) -> Tensor | None:
+    found = [
+        one.sums(one.parameter.grad.abs()) for one in group.weights if one.makes and one.parameter.grad is not None
+    ]
+    return sum(found) if found else None
+
+
+gradients = Importance(_gradients, needs_gradients=True)
+
+
+def test_a_users_own_importance_is_given_by_its_import_path() -> None:
+    indices = stays(plan_removal(net(), X, channels=0.5, scope="layer", importance=f"{HERE}.last_ones"))
+    assert 4 <= len(indices[0]) <= 5 <= len(indices[1]) <= 6
+    assert indices == [[*range(9)][-len(indices[0]) :], [*range(11)][-len(indices[1]) :]]
+
+
+def test_a_users_own_importance_may_read_gradients() -> None:
+    model = net()
+    plan = plan_removal(model, X, channels=0.5, scope="layer", importance=f"{HERE}.gradients")
+
+    def scores(*names: str) -> np.ndarray:
+        gradients = [model.get_parameter(name).grad.double().abs().numpy() for name in names]
+        return sum(gradient.reshape(len(gradient), -1).sum(1) for gradient in gradients)
+
+    first = scores("a.weight", "a.bias", "b.weight", "b.bias", "d.weight", "d.bias")
+    second = scores("c.weight", "c.bias", "e.weight", "e.bias")
+    indices = stays(plan)
+    assert indices == [largest(first, len(indices[0])), largest(second, len(indices[1]))]
+    for parameter in model.parameters():
+        parameter.grad = None
+    with pytest.raises(CompressionError, match=r"`importance='.*\.gradients'` must have gradients. Received: none"):
+        plan_removal(model, X, channels=0.5, importance=f"{HERE}.gradients")
+    with pytest.raises(CompressionError, match=r"`window` must start later with importance='.*\.gradients'"):
+        ChannelPruning(macs=0.5, importance=f"{HERE}.gradients", schedule=OneShot())
+
+
+def test_a_users_own_importance_is_named_in_yaml() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(ChannelPruning, "callback")
+    config = parser.parse_string(
+        f"""
+        callback:
+          class_path: lightning_compress.ChannelPruning
+          init_args: {{macs: 0.5, importance: {HERE}.last_ones}}
+        """
+    )
+    callback = parser.instantiate_classes(config).callback
+    assert callback.recipe.importance.score.__qualname__ == "last_ones"
+
+
+def of_two(group: UnitWeights, power: int) -> Tensor:
+    raise AssertionError("never called")
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        ("L2", "`importance` must be the name of one, or the import path of one. Received: importance='L2'. .*: l2"),
+        ("no.such.module", "No module named 'no'"),
+        (f"{HERE}.no_such", "has no attribute 'no_such'"),
+        (f"{HERE}.of_two", "must name a function of one argument, the group.*missing a required argument: 'power'"),
+        (f"{HERE}.X", "must name a function of one argument"),
+        (last_ones, r"Received: importance=<function .* Write importance='.*\.last_ones'"),
+        (7, "Received: importance=7"),
+    ],
+)
+def test_what_names_no_importance_is_refused_at_once(importance: object, message: str) -> None:
+    with pytest.raises(CompressionError, match=message):
+        ChannelPruning(macs=0.5, importance=importance)
+    with pytest.raises(CompressionError, match=message):
+        plan_removal(nn.Linear(2, 2), torch.ones(1, 2), macs=0.5, importance=importance)
+
+
+def below_zero(group: UnitWeights) -> Tensor:
+    return -torch.ones(group.size)
+
+
+def of_another_size(group: UnitWeights) -> Tensor:
+    return torch.ones(group.size + 1)
+
+
+def no_number(group: UnitWeights) -> Tensor:
+    return torch.full((group.size,), torch.nan)
+
+
+@pytest.mark.parametrize("name", ["below_zero", "of_another_size", "no_number"])
+def test_a_users_own_importance_scores_each_unit(name: str) -> None:
+    with pytest.raises(CompressionError, match="`importance` must give a score of at least 0 for each unit"):
+        plan_removal(net(), X, channels=0.5, importance=f"{HERE}.{name}")

@@ -1,135 +1,251 @@
-"""How much each unit of a group matters: one number for each, the mean over a group being 1."""
+"""How much each unit of a group matters. An importance is one function and its line in the table `IMPORTANCES`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_compress.channels.tracing.groups import Group, Member, layer_of
-from lightning_compress.errors import invalid, nearest
-
-Importance = Literal["l1", "l2", "batchnorm", "taylor", "fpgm", "random"]
-IMPORTANCES: tuple[str, ...] = get_args(Importance)
+from lightning_compress.channels.tracing.groups import Group, Member
+from lightning_compress.errors import CompressionError, invalid, nearest
 
 
-def check_importance(name: str) -> None:
-    """Raise unless there is an importance of that name."""
-    if name not in IMPORTANCES:
-        raise invalid("importance", "be the name of one", name, nearest(str(name), IMPORTANCES))
+@dataclass(frozen=True)
+class UnitWeight:
+    """A parameter as the units of a group share it.
+
+    Attributes:
+        parameter: its values, and its gradient if there is one.
+        layer: the module that it belongs to.
+        makes: whether it makes the channels, and doesn't take them in.
+        member: which place along which dimension belongs to which unit.
+        size: how many units the group has.
+    """
+
+    parameter: nn.Parameter
+    layer: nn.Module | None
+    makes: bool
+    member: Member
+    size: int
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums of ``values`` of the parameter's shape over each unit's slices, float64 ``(units,)``."""
+        others = [dim for dim in range(values.dim()) if dim != self.member.dim]
+        sums = (values.sum(others, dtype=torch.float64) if others else values.double()).cpu()
+        inside = self.member.units >= 0
+        return torch.zeros(self.size, dtype=torch.float64).index_add_(0, self.member.units[inside], sums[inside])
+
+
+@dataclass(frozen=True)
+class UnitWeights:
+    """A group of channels as an importance sees it.
+
+    Attributes:
+        size: how many units it has.
+        weights: its floating-point parameters: of each unit's channels, what makes them and what takes them in.
+        generator: the only source of random numbers.
+    """
+
+    size: int
+    weights: Sequence[UnitWeight]
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores the units of a group; those with the lowest scores leave first.
+
+    Args:
+        score: ``score(group)`` gives a score of at least 0 for each unit of a `UnitWeights`, ``(size,)``, or None where
+            it can't tell, so that all matter alike. It is called without gradients, and must change nothing.
+        needs_gradients: whether it reads gradients: then scores are summed over steps, before each of them.
+    """
+
+    score: Callable[[UnitWeights], Tensor | None]
+    needs_gradients: bool = False
+
+
+def l1(group: UnitWeights) -> Tensor | None:
+    """The mean over the weights of ``sum |W[u]|``; biases and norms don't count.
+
+    References:
+        Fang et al., "DepGraph", 2023 (arXiv:2301.12900), section 3.3, for the mean over a group.
+    """
+    return _mean([one.sums(one.parameter.abs()) for one in group.weights if one.parameter.dim() > 1])
+
+
+def l2(group: UnitWeights) -> Tensor | None:
+    """The mean over the weights of ``sum W[u]^2``: as `l1`."""
+    return _mean([one.sums(one.parameter.square()) for one in group.weights if one.parameter.dim() > 1])
+
+
+def batchnorm(group: UnitWeights) -> Tensor | None:
+    """The mean over the group's BatchNorms of ``|gamma[u]|``.
+
+    References:
+        Liu et al., "Network Slimming", 2017 (arXiv:1708.06519).
+    """
+    norms = [one for one in group.weights if isinstance(one.layer, _BatchNorm) and one.parameter is one.layer.weight]
+    return _mean([norm.sums(norm.parameter.abs()) for norm in norms])
+
+
+def fpgm(group: UnitWeights) -> Tensor | None:
+    """The mean over what makes the channel of ``sum_v ||W[u] - W[v]||``: the distance to the geometric median.
+
+    References:
+        He et al., "Filter Pruning via Geometric Median", 2019 (arXiv:1811.00250).
+    """
+    return _mean([_distances(one) for one in group.weights if one.makes and one.parameter.dim() > 1])
+
+
+def _distances(weight: UnitWeight) -> Tensor:
+    dim, units = weight.member.dim, weight.member.units
+    rows = weight.parameter.double().movedim(dim, 0).reshape(weight.parameter.shape[dim], -1).cpu()
+    units, rows = units[units >= 0], rows[units >= 0]
+    counts = torch.bincount(units, minlength=weight.size)
+    if bool((counts == counts[0]).all()):
+        rows = rows[units.argsort(stable=True)].reshape(weight.size, -1)
+        return torch.cdist(rows, rows).sum(1)
+    return torch.zeros(weight.size, dtype=torch.float64).index_add_(0, units, torch.cdist(rows, rows).sum(1))
+
+
+def taylor(group: UnitWeights) -> Tensor | None:
+    """``(sum of gradient * weight over what makes the channel)^2``: what the loss would change by without it.
+
+    References:
+        Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019 (arXiv:1906.10771), eq. 8.
+    """
+    total = None
+    for weight in group.weights:
+        gradient = weight.parameter.grad
+        if weight.makes and gradient is not None:
+            sums = weight.sums(weight.parameter * (gradient.to_dense() if gradient.is_sparse else gradient))
+            total = sums if total is None else total + sums
+    return None if total is None else total.square()
+
+
+def random(group: UnitWeights) -> Tensor | None:
+    """Uniform random numbers, as a baseline."""
+    return torch.rand(group.size, generator=group.generator, dtype=torch.float64) + 1e-9
+
+
+def _mean(scores: list[Tensor]) -> Tensor | None:
+    return torch.stack(scores).mean(0) if scores else None
+
+
+IMPORTANCES = {
+    "l1": Importance(l1),
+    "l2": Importance(l2),
+    "batchnorm": Importance(batchnorm),
+    "taylor": Importance(taylor, needs_gradients=True),
+    "fpgm": Importance(fpgm),
+    "random": Importance(random),
+}
+
+
+def resolve_importance(name: str) -> Importance:
+    """The importance of a name in `IMPORTANCES`, or at an import path: an `Importance`, or just its function.
+
+    Raises:
+        CompressionError: no such name, nothing at that path, or no function of one argument.
+
+    Example:
+        >>> resolve_importance("taylor").needs_gradients
+        True
+    """
+    must = "be the name of one, or the import path of one"
+    if isinstance(name, str) and name in IMPORTANCES:
+        return IMPORTANCES[name]
+    if not isinstance(name, str) or "." not in name:
+        where = f"{name.__module__}.{name.__qualname__}" if inspect.isroutine(name) else ""
+        raise invalid(
+            "importance", must, name, f"Write importance='{where}'." if where else nearest(str(name), IMPORTANCES)
+        )
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise invalid("importance", must, name, f"{error}. {nearest(name, IMPORTANCES)}") from error
+    if isinstance(found, Importance):
+        return found
+    try:
+        inspect.signature(found).bind(None)
+    except (TypeError, ValueError) as error:
+        raise invalid("importance", "name a function of one argument, the group", name, f"{error}.") from error
+    return Importance(found)
 
 
 def rank(
     groups: Sequence[Group],
     tensors: Mapping[str, Tensor],
     modules: Mapping[str, nn.Module],
-    importance: str,
-    taylor: Mapping[str, Tensor],
+    importance: Importance,
+    carried: Mapping[str, Tensor],
     seed: int,
 ) -> list[Tensor]:
-    """The importance of each unit of each group, float64 ``(size,)``; the mean over a group is 1.
-
-    With ``W_m[u]`` the slice of unit ``u`` in weight ``m`` of the group (what makes the channel and what takes it in):
-
-    - ``l1``, ``l2``: mean over ``m`` of ``sum |W_m[u]|^p``;
-    - ``batchnorm``: mean over the group's BatchNorms of ``|gamma[u]|``;
-    - ``taylor``: ``taylor`` as `taylor_step` carried it along;
-    - ``fpgm``: mean over what makes the channel of ``sum_v ||W_m[u] - W_m[v]||``, the distance to the geometric median;
-    - ``random``: uniform.
+    """The importance of each unit of each group, float64 ``(size,)``, over its mean, so that groups compare.
 
     Args:
         groups: whose units are ranked.
         tensors: by name.
         modules: by path.
-        importance: one of `IMPORTANCES`.
-        taylor: a group's name to what its units were seen to matter.
-        seed: for ``random``.
+        importance: of `IMPORTANCES`, or a user's own.
+        carried: scores of an importance of gradients, as `carry_scores_` summed them.
+        seed: of random numbers.
 
-    References:
-        Fang et al., "DepGraph", 2023 (arXiv:2301.12900), section 3.3, for the mean over a group; Liu et al., "Network
-        Slimming", 2017 (arXiv:1708.06519); He et al., "Filter Pruning via Geometric Median", 2019 (arXiv:1811.00250).
+    Raises:
+        CompressionError: a user's own importance doesn't give a score of at least 0 for each unit.
     """
     generator = torch.Generator().manual_seed(seed)
     ranked = []
     for group in groups:
-        if importance == "random":
-            scores = torch.rand(group.size, generator=generator, dtype=torch.float64) + 1e-9
-        elif importance == "taylor":
-            scores = taylor.get(group.name, torch.zeros(group.size, dtype=torch.float64))
-        else:
-            scores = _group_scores(group, tensors, modules, importance)
-        mean = scores.mean()
-        ranked.append(scores / mean if mean > 0 else torch.ones_like(scores))
+        scores = carried.get(group.name)
+        if not importance.needs_gradients:
+            scores = _score(group, tensors, modules, importance, generator)
+        mean = 0.0 if scores is None else scores.mean()
+        ranked.append(scores / mean if scores is not None and mean > 0 else torch.ones(group.size).double())
     return ranked
 
 
-def _group_scores(
-    group: Group, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], importance: str
-) -> Tensor:
-    found = []
-    for member in group.members:
-        tensor = tensors[member.name]
-        if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
-            continue
-        scale = isinstance(modules.get(layer_of(member.name)), _BatchNorm) and member.name.endswith("weight")
-        if importance == "batchnorm":
-            if scale:
-                found.append(by_unit(tensor.detach().abs(), member, group.size))
-        elif tensor.dim() > 1 and importance == "fpgm":
-            if member.makes:
-                found.append(_distances(tensor.detach(), member, group.size))
-        elif tensor.dim() > 1:
-            value = tensor.detach().abs()
-            found.append(by_unit(value if importance == "l1" else value.square(), member, group.size))
-    if not found:
-        return torch.ones(group.size, dtype=torch.float64)
-    return torch.stack(found).mean(0)
-
-
-def by_unit(values: Tensor, member: Member, size: int) -> Tensor:
-    """Sums of a tensor's values over each unit's slices, float64 ``(size,)``."""
-    others = [dim for dim in range(values.dim()) if dim != member.dim]
-    sums = (values.sum(others, dtype=torch.float64) if others else values.double()).cpu()
-    mine = member.units >= 0
-    return torch.zeros(size, dtype=torch.float64).index_add_(0, member.units[mine], sums[mine])
-
-
-def _distances(weight: Tensor, member: Member, size: int) -> Tensor:
-    rows = weight.double().movedim(member.dim, 0).reshape(weight.shape[member.dim], -1).cpu()
-    mine = member.units >= 0
-    places, rows = member.units[mine], rows[mine]
-    order = places.argsort(stable=True)
-    counts = torch.bincount(places, minlength=size)
-    if bool((counts == counts[0]).all()):
-        rows = rows[order].reshape(size, -1)
-        return torch.cdist(rows, rows).sum(1)
-    return torch.zeros(size, dtype=torch.float64).index_add_(0, places, torch.cdist(rows, rows).sum(1))
+def carry_scores_(
+    groups: Sequence[Group],
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    importance: Importance,
+    carried: dict[str, Tensor],
+) -> None:
+    """Add the scores of a step by an importance of gradients to ``carried``: a group's name to its sums so far."""
+    generator = torch.Generator().manual_seed(0)
+    for group in groups:
+        if (scores := _score(group, tensors, modules, importance, generator)) is not None:
+            before = carried.get(group.name)
+            carried[group.name] = scores + (before if before is not None and len(before) == len(scores) else 0.0)
 
 
 @torch.no_grad()
-def taylor_step(groups: Sequence[Group], tensors: Mapping[str, Tensor], carried: dict[str, Tensor]) -> None:
-    """Add a step's ``(sum over the unit's weights of gradient * weight)^2``: what the loss would change by without it.
-
-    Args:
-        groups: whose units are looked at.
-        tensors: by name, with gradients.
-        carried: a group's name to its sums so far; changed in place.
-
-    References:
-        Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019 (arXiv:1906.10771), eq. 8.
-    """
-    for group in groups:
-        total = torch.zeros(group.size, dtype=torch.float64)
-        seen = False
-        for member in group.members:
-            tensor = tensors[member.name]
-            if isinstance(tensor, nn.Parameter) and tensor.grad is not None and member.makes:
-                gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
-                total += by_unit(tensor * gradient, member, group.size)
-                seen = True
-        if seen:
-            before = carried.get(group.name)
-            carried[group.name] = total.square() + (before if before is not None and len(before) == len(total) else 0.0)
+def _score(
+    group: Group,
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    importance: Importance,
+    generator: torch.Generator,
+) -> Tensor | None:
+    weights = [
+        UnitWeight(parameter, modules.get(member.layer), member.makes, member, group.size)
+        for member in group.members
+        if isinstance(parameter := tensors[member.name], nn.Parameter) and parameter.is_floating_point()
+    ]
+    scores = importance.score(UnitWeights(group.size, weights, generator))
+    if scores is None:
+        return None
+    if not isinstance(scores, Tensor) or scores.shape != (group.size,) or not bool((scores >= 0).all()):
+        raise CompressionError(
+            f"`importance` must give a score of at least 0 for each unit of a group. Received: {scores!r} for "
+            f"{group.size} units of {group.name}."
+        )
+    return scores.double().cpu()

@@ -6,12 +6,47 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_compress.channels.planning.importance import check_importance
+from lightning_compress.channels.planning.importance import Importance, resolve_importance
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.targets import Scope, Targets
 
 SCOPE: Scope = "global"
 LEAST = 0.1
+
+
+Kind = Literal["channels", "params", "macs", "latency"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to remain, as a fraction of what there was."""
+
+    kind: Kind
+    fraction: float
+
+
+def make_budget(given: Mapping[str, float | None]) -> Budget:
+    """The one budget that was given.
+
+    Raises:
+        CompressionError: none or several were, or one isn't a fraction.
+
+    Example:
+        >>> make_budget({"channels": None, "params": None, "macs": 0.5, "latency": None})
+        Budget(kind='macs', fraction=0.5)
+    """
+    budgets = {kind: given[kind] for kind in KINDS if given.get(kind) is not None}
+    if len(budgets) != 1:
+        raise CompressionError(
+            "`channels`, `params`, `macs` or `latency` must be given, exactly one of them. Received: "
+            f"{', '.join(f'{kind}={value}' for kind, value in budgets.items()) or 'none'}. "
+            "Each is the fraction that is to remain: macs=0.5 keeps half."
+        )
+    [(kind, fraction)] = budgets.items()
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 < fraction <= 1.0:
+        raise invalid(kind, "lie in (0, 1]", fraction, "It is the fraction that is to remain.")
+    return Budget(kind, float(fraction))
 
 
 @dataclass(frozen=True)
@@ -22,7 +57,7 @@ class Recipe:
     """
 
     budget: Budget
-    importance: str
+    importance: Importance
     scope: Scope
     targets: Targets
     overrides: Mapping[str, float]
@@ -51,7 +86,7 @@ def make_recipe(
         CompressionError: one of them is out of range.
     """
     budget = make_budget({"channels": channels, "params": params, "macs": macs, "latency": latency})
-    check_importance(importance)
+    resolved = resolve_importance(importance)
     if scope not in ("global", "layer"):
         raise invalid("scope", "be 'global' or 'layer'", scope)
     if not isinstance(targets, Targets):
@@ -64,45 +99,8 @@ def make_recipe(
         raise invalid("round_to", "be a whole number, at least 1", round_to, "1 keeps any number of channels.")
     if type(seed) is not int:
         raise invalid("seed", "be a whole number", seed)
-    return Recipe(budget, importance, scope, targets, overrides or {}, min_layer_channels, round_to, seed)
+    return Recipe(budget, resolved, scope, targets, overrides or {}, min_layer_channels, round_to, seed)
 
 
 def _is_fraction(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 1.0
-
-
-Kind = Literal["channels", "params", "macs", "latency"]
-
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What is to remain, as a fraction of what there was."""
-
-    kind: Kind
-    fraction: float
-
-
-def make_budget(given: Mapping[str, float | None]) -> Budget:
-    """The one budget that was given.
-
-    Raises:
-        CompressionError: none or several were, or one isn't a fraction.
-
-    Example:
-        >>> make_budget({"channels": None, "params": None, "macs": 0.5, "latency": None})
-        Budget(kind='macs', fraction=0.5)
-    """
-    mine = {kind: given[kind] for kind in KINDS if given.get(kind) is not None}
-    if len(mine) != 1:
-        raise CompressionError(
-            "`channels`, `params`, `macs` or `latency` must be given, exactly one of them. Received: "
-            f"{', '.join(f'{kind}={value}' for kind, value in mine.items()) or 'none'}. "
-            "Each is the fraction that is to remain: macs=0.5 keeps half."
-        )
-    [(kind, fraction)] = mine.items()
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 < fraction <= 1.0:
-        raise invalid(kind, "lie in (0, 1]", fraction, "It is the fraction that is to remain.")
-    return Budget(kind, float(fraction))

@@ -58,7 +58,7 @@ def make_plan(
     subject: Subject,
     groups: DependencyGroups,
     recipe: Recipe,
-    taylor: Mapping[str, Tensor],
+    carried: Mapping[str, Tensor],
     progress: Progress = Progress(),
 ) -> RemovalPlan:
     """A plan for groups that are known, verified before it is returned.
@@ -67,7 +67,7 @@ def make_plan(
         subject: the model, and how it is called; a latency budget times its first run.
         groups: as `find_groups` found it.
         recipe: what is wanted.
-        taylor: as `taylor_step` carried it along.
+        carried: scores of an importance of gradients: see `rank`.
         progress: what was removed before.
 
     Raises:
@@ -75,7 +75,7 @@ def make_plan(
     """
     groups, fixed = removable(subject.model, groups, recipe)
     while True:
-        search = _Search(subject, groups, recipe, progress, taylor)
+        search = _Search(subject, groups, recipe, progress, carried)
         keep, latency = search.meet()
         faulty = _faulty(subject, groups, keep)
         if not faulty:
@@ -106,7 +106,7 @@ class _Search:
         groups: DependencyGroups,
         recipe: Recipe,
         progress: Progress,
-        taylor: Mapping[str, Tensor],
+        carried: Mapping[str, Tensor],
     ) -> None:
         self.subject = subject
         self.groups = groups
@@ -114,8 +114,8 @@ class _Search:
         self.progress = progress
         self.sizes = Sizes(groups)
         self.every = [torch.ones(group.size, dtype=torch.bool) for group in groups.all]
-        model = subject.model
-        self._ranked = rank(groups.all, named_tensors(model), modules_of(model), recipe.importance, taylor, recipe.seed)
+        tensors, modules = named_tensors(subject.model), modules_of(subject.model)
+        self._ranked = rank(groups.all, tensors, modules, recipe.importance, carried, recipe.seed)
 
     def meet(self) -> tuple[list[Tensor], float | None]:
         """What stays of each group, and the measured latency if the budget is one."""

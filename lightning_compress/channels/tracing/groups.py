@@ -22,12 +22,14 @@ class Member:
 
     Attributes:
         name: of the parameter or buffer.
+        layer: path of the layer that it belongs to.
         dim: its dimension.
         units: int64, for each place along the dimension the group's unit, or -1.
         makes: whether the dimension is what a layer puts out, not what it takes in.
     """
 
     name: str
+    layer: str
     dim: int
     units: Tensor
     makes: bool
@@ -165,8 +167,3 @@ class DependencyGroups:
             if new != old:
                 numbers[f"{path}.{WRITTEN}".lstrip(".")] = new
         return numbers
-
-
-def layer_of(name: str) -> str:
-    """The path of the layer that a tensor belongs to."""
-    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]

@@ -18,7 +18,7 @@ from lightning_compress.channels.cutting.written import WRITES, WRITTEN, correct
 from lightning_compress.channels.tracing.corrections import written_sizes
 from lightning_compress.channels.tracing.deterministic import deterministic
 from lightning_compress.channels.tracing.disjoint_sets import FIXED
-from lightning_compress.channels.tracing.groups import Attribute, Cost, DependencyGroups, Group, Member, Run, layer_of
+from lightning_compress.channels.tracing.groups import Attribute, Cost, DependencyGroups, Group, Member, Run
 from lightning_compress.channels.tracing.recurrent_rules import Recurrences
 from lightning_compress.channels.tracing.rules import rule_for
 from lightning_compress.channels.tracing.tracer import Tracer, varying
@@ -169,7 +169,7 @@ class _Reader:
         spanned = next((self.units.spanned[unit] for unit in units if unit in self.units.spanned), "")
         first = next((member for member in weights if member.makes), members[0])
         # A recurrent layer has rows for each gate of a channel.
-        gated = isinstance(self.modules.get(layer_of(first.name)), (nn.RNNBase, nn.RNNCellBase))
+        gated = isinstance(self.modules.get(first.layer), (nn.RNNBase, nn.RNNCellBase))
         width = len(units) if gated else int((first.units >= 0).sum())
         cached = tuple(
             self._member(number, name, dim, labels, False)
@@ -181,7 +181,7 @@ class _Reader:
 
     def _member(self, number: int, name: str, dim: int, labels: Tensor, makes: bool) -> Member:
         groups, units = self.places(labels)
-        return Member(name, dim, units.masked_fill(groups != number, -1), makes)
+        return Member(name, _layer_of(name), dim, units.masked_fill(groups != number, -1), makes)
 
     def fixed(self) -> dict[str, str]:
         """Layers whose outputs stay, with the reason."""
@@ -221,12 +221,12 @@ class _Reader:
 
     def _called(self, name: str) -> str:
         """How a plan calls what a tensor belongs to: torch's layers by path, other modules' tensors by their names."""
-        layer = layer_of(name)
+        layer = _layer_of(name)
         return layer if layer and isinstance(self.modules.get(layer), STANDARD) else name
 
     def _makes(self, name: str, dim: int) -> bool:
         """Whether a dimension of a tensor is what its layer puts out, by its kind or by products that were seen."""
-        module, rank = self.modules.get(layer_of(name)), self.tensors[name].dim()
+        module, rank = self.modules.get(_layer_of(name)), self.tensors[name].dim()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or (isinstance(module, _ConvTransposeNd) and rank > 1):
             return dim == 1
         if isinstance(module, (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, _ConvNd)):
@@ -234,6 +234,11 @@ class _Reader:
         if any((name, other) in self._outer for other in range(rank)):
             return (name, dim) in self._outer
         return dim == rank - 1
+
+
+def _layer_of(name: str) -> str:
+    """The path of the layer that a tensor belongs to."""
+    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
 
 
 # What torch's own layers know that no tensor of theirs tells, at least where they have none.
