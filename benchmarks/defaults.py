@@ -58,9 +58,9 @@ class Floored(ChannelPruning):
         super().__init__(**budget)
         self.share = share
 
-    def _plan(self, *args: Any) -> Any:
+    def _remove(self, *args: Any) -> None:
         with mock.patch.object(search, "SHARE", self.share):
-            return super()._plan(*args)
+            super()._remove(*args)
 
 
 class FrozenStatistics(L.Callback):

@@ -55,6 +55,14 @@ class BatchNormRestart:
         self.norms: list[str] = []
         self._momenta: dict[int, float] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold: plain data."""
+        return {"batches": self.batches, "norms": self.norms}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.batches, self.norms = state["batches"], list(state["norms"])
+
     def restart_(
         self,
         models: Iterable[nn.Module],

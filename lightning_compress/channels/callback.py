@@ -1,47 +1,36 @@
-"""`ChannelPruning`: decides when channels leave, and lets all that rides on them follow."""
+"""`ChannelPruning`: decides when channels leave a model that trains."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_compress.callback import CompressionCallback, compression_callbacks, rebuild_ddp, warn_of_other_settings
+from lightning_compress.callback import CompressionCallback, warn_of_other_settings
 from lightning_compress.channels.batchnorm_restart import BatchNormRestart, input_moments
-from lightning_compress.channels.cutting.cut import cut_
-from lightning_compress.channels.fit_calls import ADAPTERS, FitCalls, guests
-from lightning_compress.channels.planning.importance import carry_scores_, rank
+from lightning_compress.channels.fit_calls import ADAPTERS, FitCalls, cut_fit_
 from lightning_compress.channels.planning.plan import RemovalPlan
-from lightning_compress.channels.planning.recipe import LEAST, SCOPE, Budget, make_recipe
-from lightning_compress.channels.planning.regularize import regularize_
-from lightning_compress.channels.planning.search import Progress, make_plan, removable
+from lightning_compress.channels.planning.recipe import LEAST, SCOPE, make_recipe
 from lightning_compress.channels.remove_channels import check_module
-from lightning_compress.channels.tracing.find_groups import find_groups
-from lightning_compress.channels.tracing.groups import DependencyGroups
+from lightning_compress.channels.rounds import Rounds
 from lightning_compress.errors import NoEffectWarning, invalid
-from lightning_compress.messages import by_reason, in_short, named, they
+from lightning_compress.messages import in_short
 from lightning_compress.modules.copying import copy_tensors
-from lightning_compress.modules.paths import modules_of, named_tensors
-from lightning_compress.modules.resizing import Cut, resize_state_
-from lightning_compress.schedules import Linear, OneShot, Schedule
+from lightning_compress.schedules import Linear, Schedule
 from lightning_compress.silent_copy import make_probe
 from lightning_compress.structure.change import to_float_
 from lightning_compress.structure.files import restored_state
 from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Scope, Targets
-from lightning_compress.window import Bounds, Window, fit_length
+from lightning_compress.window import Window, fit_length
 from lightning_compress.windowed_callback import WindowedCallback
-
-_WORTH = 0.1
-"""Between two removals at least this fraction of the way to the budget is gone: less isn't worth a plan."""
 
 
 class ChannelPruning(WindowedCallback):
@@ -50,9 +39,8 @@ class ChannelPruning(WindowedCallback):
     What leaves is really gone: parameters, multiply-accumulates, memory and time fall. Training goes on undisturbed:
     parameters stay the same objects, and optimizer moments, pruning masks, averaged copies and adapters are cut with
     the same indices; running statistics of norms start anew, frozen ones too where a cut has changed what reaches them:
-    see `BatchNormRestart`. Checkpoints hold the smaller
-    tensors; ``fit(ckpt_path=)``, ``test(ckpt_path=)`` (with this callback) and ``load_compressed(path, model)`` load
-    them into the full-size module.
+    see `BatchNormRestart`. Checkpoints hold the smaller tensors; ``fit(ckpt_path=)``, ``test(ckpt_path=)`` (with this
+    callback) and ``load_compressed(path, model)`` load them into the full-size module.
 
     Args:
         channels: budget: the fraction of the channels that remains; exactly one of the four is given.
@@ -86,7 +74,7 @@ class ChannelPruning(WindowedCallback):
     Logs ``remaining_<budget>`` (a fraction of the original; of the multiply-accumulates, where the budget is latency)
     whenever channels leave, and at the end of each epoch.
 
-    Hooks: `on_train_batch_start` looks at what the module does with the first batch, and removes what is due at the
+    Hooks: `on_train_batch_start` traces what the module does with the first batch, and removes what is due at the
     very start; `on_train_batch_end` removes later, after the optimizer step, before validation and saving.
 
     Example:
@@ -126,38 +114,30 @@ class ChannelPruning(WindowedCallback):
             raise invalid("window", f"start later with importance={importance!r}, which needs gradients", window)
         self.schedule = schedule
         self.regularization = regularization
-        self.plans: list[RemovalPlan] = []
-        """What each round of this fit led to, as seen from the original."""
-        self._progress = Progress()
-        self._fresh = BatchNormRestart()
-        self._goal: float | None = None
-        self._latency: float | None = None
-        self._asked = 0.0
-        self._taylor: dict[str, Tensor] = {}
-        self._seen: DependencyGroups | None = None
-        self._looked = self._warned = False
-        self._waits: float | None = None
-        self._batch: tuple[Any, int] | None = None
-        self._missed = ""
+        self._rounds = Rounds(self.recipe, schedule, window)
+        self._statistics = BatchNormRestart()
+        self._warned = False
         self._model: weakref.ref[nn.Module] | None = None
 
+    @property
+    def plans(self) -> list[RemovalPlan]:
+        """What each round of this fit led to, as seen from the original."""
+        return self._rounds.plans
+
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self.plans, self._seen, self._waits, self._batch = [], None, None, None
-        self._looked = self._warned = False
+        self._rounds.begin_fit()
+        self._warned = False
         restored = restored_state(pl_module, self.state_key)
         if restored is not None or self._model is None or self._model() is not pl_module:
             self._model = weakref.ref(pl_module)
-            self._forget()
+            self._rounds.reset()
+            self._statistics.load_state_dict({"batches": None, "norms": []})
             if restored is not None:
                 self._take(restored)
-
-    def _forget(self) -> None:
-        self._progress, self._taylor, self._missed = Progress(), {}, ""
-        self._fresh.batches, self._fresh.norms = None, []
-        self._asked, self._goal, self._latency = 0.0, None, None
 
     @override
     def why_conflicts(self, trainer: pl.Trainer, other: CompressionCallback) -> str:
@@ -166,278 +146,154 @@ class ChannelPruning(WindowedCallback):
             return ""
         if other.waits or self.is_final():
             return ""
-        # Where both are fractions of the same, rounding to steps may cross: then quantization waits.
-        comparable = other.window.unit == self.window.unit
-        overlap = comparable and other.window.start < self._last_place()
-        remedy = f"start={self._last_place()}, unit={self.window.unit!r}"
-        if self._bounds is not None and not comparable:
-            bounds = other._bounds or other.window.bounds(*fit_length(trainer))
-            last = self.final_step(trainer)
-            overlap, remedy = bounds.start < last, f"start={last}, unit='step'"
-        if not overlap:
-            return ""
-        return (
+        theirs = other._bounds or (self._bounds and other.window.bounds(*fit_length(trainer)))
+        start = self._rounds.overlap(other.window, self._bounds, theirs)
+        return start and (
             f"`window` of {type(other).__name__} must start when all channels have left. Received: {other.window} "
             f"beside ChannelPruning's {self.window}. Leave it out, by which quantization waits, or start it later: "
-            f"{type(other).__name__}(window=Window({remedy}))."
+            f"{type(other).__name__}(window=Window({start}))."
         )
 
+    @override
     def is_final(self) -> bool:
-        return self._asked >= 1.0
+        return self._rounds.is_final
 
-    def _last_place(self) -> float:
-        """Where in the window's unit the last channels leave."""
-        end = self.window.end if self.window.end is not None else math.inf
-        return self.window.start if isinstance(self.schedule, OneShot) else end
-
+    @override
     def final_step(self, trainer: pl.Trainer) -> int:
-        if self.is_final():
-            return 0
-        bounds = self._bounds or self.window.bounds(*fit_length(trainer))
-        return self._last_step(bounds)
+        step = self._rounds.last_step
+        return 0 if self.is_final() else step(self._bounds or self.window.bounds(*fit_length(trainer)))
 
-    def _last_step(self, bounds: Bounds) -> int:
-        return bounds.start if isinstance(self.schedule, OneShot) else bounds.end
-
+    @override
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.recipe.targets.check_patterns(pl_module)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.refuse_others(trainer)
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.apply_pending_(trainer, pl_module, batch, batch_idx)
-        self._refresh_statistics_(trainer, pl_module, batch, batch_idx)
-        if self._seen is None and self._asked < 1.0 and (self._needs_groups or not self._looked):
-            look = FitCalls(trainer, pl_module, batch, batch_idx)
-            self._seen = find_groups(look.subject)
-            if not self._looked:
-                # Now, and not when the first channels are to leave: what can't work is said before it costs anything.
-                removable(look.host, self._seen, self.recipe)
-        self._looked = True
+        self._follow_statistics_(trainer, pl_module, batch, batch_idx)
+        if self._rounds.needs_groups(self._needs_each_step):
+            self._rounds.trace(FitCalls(trainer, pl_module, batch, batch_idx).subject)
+        self._rounds.checked = True
         # Only where it may be needed: a step may change or empty what it is given.
-        if self.bounds.is_due(self._step + 1, self.window.every_n_steps) and self._asks(
-            self.bounds.progress(self._step + 1)
-        ):
-            self._batch = copy_tensors(batch), batch_idx
+        step = self._step + 1
+        if self.bounds.is_due(step, self.window.every_n_steps) and self._rounds.is_due(self.bounds.progress(step)):
+            self._rounds.batch = copy_tensors(batch), batch_idx
 
-    def _refresh_statistics_(
+    def _follow_statistics_(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Let norms forget the wider network in this batch, those too that can't by themselves."""
-        if self._fresh.awaits_pass(pl_module):
-            look = FitCalls(trainer, pl_module, batch, batch_idx)
-            models = (pl_module, *averaged_copies(trainer))
+        if self._statistics.awaits_pass(pl_module):
+            calls = FitCalls(trainer, pl_module, batch, batch_idx)
             probe = make_probe(trainer, pl_module)
             to_float_(probe)
-            self._fresh.follow_(models, probe, look.own)
-        self._fresh.begin_(pl_module)
+            self._statistics.follow_((pl_module, *averaged_copies(trainer)), probe, calls.own)
+        self._statistics.begin_(pl_module)
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._fresh.end_(pl_module)  # before channels leave in this hook: the next batch is the first after that
+        self._statistics.end_(pl_module)  # before channels leave in this hook: the next batch is the first after that
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    @override
     def apply_pending_(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._waits is not None:
-            progress, self._waits = self._waits, None
+        if (progress := self._rounds.take_waiting()) is not None:
             self._remove(trainer, pl_module, (batch, batch_idx), progress)
 
     @property
-    def _needs_groups(self) -> bool:
+    def _needs_each_step(self) -> bool:
         """Whether something is done with each gradient until the last channels have left."""
-        return (self.recipe.importance.needs_gradients or self.regularization > 0) and (
-            self._step < self._last_step(self.bounds)
-        )
+        needs_gradients = self.recipe.importance.needs_gradients or self.regularization > 0
+        return needs_gradients and self._step < self._rounds.last_step(self.bounds)
 
-    def _asks(self, progress: float | None) -> bool:
-        """Whether the schedule asks for enough to be worth a plan."""
-        asked = 0.0 if progress is None else self.schedule.value(progress, 1.0)
-        # Rounded: a tenth is a hair less than that in some steps of a schedule.
-        return round(asked - self._asked, 6) >= _WORTH or asked == 1.0 > self._asked
-
+    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if not self._needs_groups or self._seen is None:
-            return
-        tensors, modules, groups = named_tensors(pl_module), modules_of(pl_module), self._seen.all
-        if self.recipe.importance.needs_gradients:
-            carry_scores_(groups, tensors, modules, self.recipe.importance, self._taylor)
-        if self.regularization > 0 and self._step >= self.bounds.start:
-            stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
-            ranked = rank(groups, tensors, modules, self.recipe.importance, self._taylor, self.recipe.seed)
-            regularize_(groups, tensors, ranked, self.regularization, stepped)
+        if self._needs_each_step:
+            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            strength = self.regularization if self._step >= self.bounds.start else 0.0
+            self._rounds.use_gradients_(pl_module, stepped, strength)
 
+    @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
-        if not self._asks(progress):
-            return
-        if self._step == 0 or self._batch is None:
-            self._waits = progress  # the first batch shows what the model does
-        else:
-            batch, self._batch = self._batch, None
+        if self._rounds.is_due(progress) and (batch := self._rounds.start(progress, self._step)) is not None:
             self._remove(trainer, pl_module, batch, progress)
 
     def _remove(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Any, int], progress: float
     ) -> None:
         check_module(pl_module)
-        self._asked, self._looked = self.schedule.value(progress, 1.0), True
-        look = FitCalls(trainer, pl_module, *batch)
-        plan = trainer.strategy.broadcast(self._plan(look))
-        self._progress = self._progress.after(plan)
-        overall = self._progress.overall(plan)
-        self.plans.append(overall)
-        before = input_moments(make_probe(trainer, pl_module), look.own)
-        self._apply(trainer, pl_module, plan)
-        if plan.kept:
-            models = (pl_module, *averaged_copies(trainer))
-            self._fresh.restart_(models, make_probe(trainer, pl_module), look.own, before, plan.kept)
-        if self._asked >= 1.0:
-            head = f"ChannelPruning, after step {self._step}: {'; '.join(overall.totals())}"
-            rank_zero_info("\n  ".join(in_short([head, *overall.lines()])))
-            self._finish(plan)
-        else:
-            rank_zero_info(f"ChannelPruning, after step {self._step}: {self._logged_name} is {self._remaining:.3f}.")
-        if self._step:
-            pl_module.log(self._logged_name, self._remaining)
-
-    def _finish(self, plan: RemovalPlan) -> None:
-        self._missed = self._missed or plan.missed
-        if self._missed:
-            rank_zero_warn(f"ChannelPruning: {self._missed}")
-        elif self._remaining == 1.0 and self.recipe.budget.fraction < 1.0:
-            rank_zero_warn("ChannelPruning: no channel has left.", category=NoEffectWarning)
-
-    def _plan(self, look: FitCalls) -> RemovalPlan:
-        """What goes now: a part of the way from the original to the budget."""
-        found = find_groups(look.subject)
-        recipe = self.recipe
-        if recipe.budget.kind == "latency":
-            if self._goal is None:
-                timed = make_plan(look.subject, found, recipe, self._taylor, self._progress)
-                self._goal = look.trainer.strategy.broadcast(timed.after.macs / timed.before.macs)
-                self._latency, self._missed = timed.latency, timed.missed
-            recipe = replace(recipe, budget=Budget("macs", self._goal))
-        overrides = {pattern: self._on_the_way(final) for pattern, final in recipe.overrides.items()}
-        budget = replace(recipe.budget, fraction=self._on_the_way(recipe.budget.fraction))
-        recipe = replace(
-            recipe, budget=budget, goal=recipe.budget.fraction, overrides=overrides, seed=recipe.seed + self._step
-        )
-        if self._asked < 1.0:
-            # Steps are for the end: a round takes less than one from most layers.
-            recipe = replace(recipe, round_to=1)
-        plan = make_plan(look.subject, found, recipe, self._taylor, self._progress)
+        calls, rounds = FitCalls(trainer, pl_module, *batch), self._rounds
+        plan = rounds.plan(calls.subject, progress, self._step, trainer.strategy.broadcast)
         fixed = {layer: reason for layer, reason in plan.fixed.items() if not layer.startswith(ADAPTERS)}
-        return replace(plan, fixed=fixed, latency=self._latency)
-
-    @property
-    def _remaining(self) -> float:
-        """The fraction of the original that is logged."""
-        remaining: float = getattr(self._progress, self._logged)
-        return remaining
-
-    @property
-    def _logged(self) -> str:
-        kind = self.recipe.budget.kind
-        return "macs" if kind == "latency" else kind
-
-    def _on_the_way(self, final: float) -> float:
-        return final if self._asked >= 1.0 else 1.0 - self._asked * (1.0 - final)
-
-    def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: RemovalPlan) -> None:
-        """Cut the module and all that rides on it."""
-        whole = Cut(plan.kept, plan.numbers, {})
-        own = {name: dims for name, dims in plan.kept.items() if not name.startswith(ADAPTERS)}
-        cut = cut_(pl_module, own, plan.numbers)
-        changes = dict(cut.changes)
-        for copied in averaged_copies(trainer):
-            cut_(copied, own, plan.numbers)
-        for number, callback in guests(trainer, pl_module).items():
-            adapters = cut_(callback.trained_layers, whole.below(f"{ADAPTERS}{number}").kept_indices, {})
-            changes.update(adapters.changes)
-        anew = resize_state_(trainer.optimizers, changes)
+        rounds.advance(replace(plan, fixed=fixed))
+        before = input_moments(make_probe(trainer, pl_module), calls.own)
+        anew = cut_fit_(trainer, pl_module, plan)
         if anew and not self._warned:
             self._warned = True
             rank_zero_warn(
                 f"ChannelPruning: {', '.join(anew)} keeps state of no known layout, and starts anew for what shrank."
             )
-        cut = Cut(own, plan.numbers, changes)
-        for callback in compression_callbacks(trainer):
-            callback.on_channels_removed(trainer, pl_module, cut)
         if plan.kept:
-            rebuild_ddp(trainer, pl_module)
-        self._seen, self._taylor = None, {}
+            models = (pl_module, *averaged_copies(trainer))
+            self._statistics.restart_(models, make_probe(trainer, pl_module), calls.own, before, plan.kept)
+        rank_zero_info("\n  ".join(in_short(rounds.outcome(self._step))))
+        if rounds.missed and rounds.is_final:
+            rank_zero_warn(f"ChannelPruning: {rounds.missed}")
+        elif rounds.is_final and rounds.remaining == 1.0 and self.recipe.budget.fraction < 1.0:
+            rank_zero_warn("ChannelPruning: no channel has left.", category=NoEffectWarning)
+        if self._step:
+            pl_module.log(f"remaining_{rounds.logged}", rounds.remaining)
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        pl_module.log(self._logged_name, self._remaining)
+        pl_module.log(f"remaining_{self._rounds.logged}", self._rounds.remaining)
 
-    @property
-    def _logged_name(self) -> str:
-        return f"remaining_{self._logged}"
-
+    @override
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)
-        self._fresh.end_(pl_module)
-        self._seen, self._batch, self._waits = None, None, None
+        self._statistics.end_(pl_module)
+        self._rounds.end_fit()
 
+    @override
     def unfinished(self) -> str:
-        kind, fraction = self.recipe.budget.kind, self.recipe.budget.fraction
-        return (
-            f"{kind}={fraction} was asked for, {self._remaining:.3f} is reached. Shorten the window, or train longer."
-        )
+        kind, fraction, reached = self.recipe.budget.kind, self.recipe.budget.fraction, self._rounds.remaining
+        return f"{kind}={fraction} was asked for, {reached:.3f} is reached. Shorten the window, or train longer."
 
+    @override
     def report_notes(self) -> list[str]:
-        notes = super().report_notes()
-        if self.plans:
-            last = self.plans[-1]
-            spanned = [row.layers[0] for row in last.rows if row.approximate and row.after < row.before]
-            if spanned:
-                notes.append(f"ChannelPruning cut {named(spanned)} approximately: a norm spans its width.")
-            whole = by_reason({layer: why for layer, why in last.fixed.items() if why != "an output"})
-            notes += [f"{they(layers, 'keeps its', 'keep their')} width: {why}" for why, layers in whole.items()]
-        if self._latency is not None:
-            notes.append(f"ChannelPruning: a forward pass took {self._latency:.2f} of its time when this was planned.")
-        return [*notes, f"ChannelPruning: {self._missed}"] if self._missed else notes
+        return [*super().report_notes(), *self._rounds.notes()]
 
     @property
+    @override
     def state_key(self) -> str:
         return self._generate_state_key(budget=self.recipe.budget.kind, targets=repr(self.recipe.targets))
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            "asked": self._asked,
-            "progress": asdict(self._progress),
-            "batches": self._fresh.batches,
-            "norms": self._fresh.norms,
-            "goal": self._goal,
-            "latency": self._latency,
-            "taylor": self._taylor,
-            "settings": self._settings,
-        }
+        return {**super().state_dict(), **self._rounds.state_dict(), **self._statistics.state_dict()}
 
-    @property
-    def _settings(self) -> dict[str, str]:
-        """What a checkpoint's progress holds for."""
-        return {"budget": repr(self.recipe.budget), "schedule": repr(self.schedule), "window": repr(self.window)}
-
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._take(state_dict)
-        warn_of_other_settings("ChannelPruning", state_dict["settings"], self._settings, goes_on="window and step")
+        warn_of_other_settings("ChannelPruning", state_dict["settings"], self._rounds.settings, "window and step")
 
     def _take(self, state: Mapping[str, Any]) -> None:
-        self._asked = state["asked"]
-        self._progress = Progress(**state["progress"])
-        self._fresh.batches, self._fresh.norms = state["batches"], list(state["norms"])
-        self._goal, self._latency, self._taylor = state["goal"], state["latency"], dict(state["taylor"])
+        self._rounds.load_state_dict(state)
+        self._statistics.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_model": None, "_seen": None, "_batch": None}
+        return {**super().__getstate__(), "_model": None}

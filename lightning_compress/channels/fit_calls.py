@@ -1,4 +1,4 @@
-"""How a LightningModule is called in a fit: its forward, its training step, and what other callbacks make of it."""
+"""A LightningModule in a fit: how it is called, what other callbacks make of it, and how all of these are cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
-from lightning_compress.callback import CompressionCallback, compression_callbacks
+from lightning_compress.callback import CompressionCallback, compression_callbacks, rebuild_ddp
+from lightning_compress.channels.planning.plan import RemovalPlan
+from lightning_compress.channels.remove_channels import cut_together_
 from lightning_compress.channels.tracing.deterministic import deterministic
 from lightning_compress.channels.tracing.groups import Run
 from lightning_compress.channels.tracing.verify import Subject
@@ -17,47 +19,49 @@ from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.outputs import outputs_of_calls
 from lightning_compress.probe import shape_feed
 from lightning_compress.silent_copy import make_probe
+from lightning_compress.structure.listener import averaged_copies
 
-ADAPTERS = "_guest"
+ADAPTERS = "_adapters"
+"""Under this name, with a number, a copy of the module holds the layers that another callback trains on its outputs."""
 
 
-def guests(trainer: Any, pl_module: Any) -> dict[int, CompressionCallback]:
-    """Callbacks that train layers of their own on what the module puts out, by their place in the list."""
+def adapters_of(trainer: Any, pl_module: Any) -> dict[str, CompressionCallback]:
+    """Callbacks that train layers of their own on what the module puts out, by the name of these in its copies."""
     callbacks = enumerate(compression_callbacks(trainer))
-    return {number: callback for number, callback in callbacks if callback.serves(pl_module)}
+    return {f"{ADAPTERS}{number}": callback for number, callback in callbacks if callback.serves(pl_module)}
 
 
 class FitCalls:
     """A batch, and the ways to run a copy of the module on it.
 
     Attributes:
-        host: a copy of the module that holds the layers of guests too.
-        runs: its forward, its training step, and what guests make of it; those that work.
+        module: a copy of the module that holds the layers of other callbacks too.
+        runs: its forward, its training step, and what other callbacks make of it; those that work.
         own: its training step, or where that doesn't work its forward.
     """
 
     def __init__(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.trainer = trainer
-        self.host = self._probe(pl_module)
+        self.module = self._probe(pl_module)
         self._batch, self._batch_idx = batch, batch_idx
         self._modes = {name: module.training for name, module in pl_module.named_modules()}
-        self._feed = shape_feed(trainer, self.host, "validation", train=False)
+        self._feed = shape_feed(trainer, self.module, "validation", train=False)
         self.runs = list[Run]()
         if pl_module.automatic_optimization:
             try:
                 with deterministic():
-                    self._step(self._probe(self.host))
+                    self._step(self._probe(self.module))
                 self.runs.append(self._step)
             except Exception as error:  # it is the user's, and evaluation may do
                 self._feed.failures["training_step"] = in_a_line(error)
         with suppress(CompressionError) if self.runs else nullcontext(), deterministic():
-            self._feed.choose(self._probe(self.host), iter([batch]))
+            self._feed.choose(self._probe(self.module), iter([batch]))
             del self._feed.ways[1:]  # a cut that one fails with isn't to be tried with another
             self.runs.insert(0, self._evaluate)
         self.own = self.runs[-1]
-        for number, callback in guests(trainer, pl_module).items():
-            self.host.add_module(f"{ADAPTERS}{number}", copy.deepcopy(callback.trained_layers))
-            compare: Any = partial(self._compare, callback, f"{ADAPTERS}{number}", self.runs[-1])
+        for name, callback in adapters_of(trainer, pl_module).items():
+            self.module.add_module(name, copy.deepcopy(callback.trained_layers))
+            compare: Any = partial(self._compare, callback, name, self.runs[-1])
             compare.reason = "a distillation loss holds it against the teacher"
             self.runs.append(compare)
 
@@ -66,7 +70,7 @@ class FitCalls:
 
     @property
     def subject(self) -> Subject:
-        return Subject(self.host, self.runs, self._probe, samples_in(self._batch))
+        return Subject(self.module, self.runs, self._probe, samples_in(self._batch))
 
     def _evaluate(self, twin: Any) -> Any:
         twin.eval()
@@ -79,5 +83,22 @@ class FitCalls:
         return twin.training_step(copy_tensors(self._batch), self._batch_idx)
 
     @staticmethod
-    def _compare(callback: Any, guest: str, run: Run, twin: Any) -> Any:
-        return callback.compared(twin, getattr(twin, guest), run)
+    def _compare(callback: Any, name: str, run: Run, twin: Any) -> Any:
+        return callback.compared(twin, getattr(twin, name), run)
+
+
+def cut_fit_(trainer: Any, pl_module: Any, plan: RemovalPlan) -> list[str]:
+    """Cut a module in a fit, and all that has its tensors; returns optimizers whose state for these starts anew.
+
+    Args:
+        trainer: its other callbacks are told, and its DDP wrapper is built anew.
+        pl_module: the module.
+        plan: of `FitCalls.module`.
+    """
+    layers = {name: callback.trained_layers for name, callback in adapters_of(trainer, pl_module).items()}
+    cut, anew = cut_together_(pl_module, plan, trainer.optimizers, averaged_copies(trainer), layers)
+    for callback in compression_callbacks(trainer):
+        callback.on_channels_removed(trainer, pl_module, cut)
+    if plan.kept:
+        rebuild_ddp(trainer, pl_module)
+    return anew

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.calls import bind_example, samples_in
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.paths import modules_of, named_tensors
-from lightning_compress.modules.resizing import resize_state_
+from lightning_compress.modules.resizing import Cut, resize_state_
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Scope, Targets
 
@@ -187,5 +188,33 @@ def remove_channels_(
         raise invalid("optimizers", "be a list of optimizers", optimizers)
     check_shapes(model, plan.shapes)
     with torch.inference_mode(False):
-        cut = cut_(model, plan.kept, plan.numbers)
-        resize_state_(optimizers, cut.changes)
+        cut_together_(model, plan, optimizers)
+
+
+def cut_together_(
+    model: nn.Module,
+    plan: RemovalPlan,
+    optimizers: Iterable[Optimizer],
+    copies: Iterable[nn.Module] = (),
+    layers: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> tuple[Cut, list[str]]:
+    """Cut a module, and with the same indices all that has its tensors or hangs on its widths.
+
+    Args:
+        model: the module.
+        plan: of a copy of it that holds ``layers`` under their names.
+        optimizers: that train any of these.
+        copies: averages of the module.
+        layers: modules beside it that were planned with it, by name.
+
+    Returns:
+        What was done to the module and to all parameters, and the optimizers that keep state of no known layout.
+    """
+    own = {name: dims for name, dims in plan.kept.items() if name.partition(".")[0] not in layers}
+    changes = dict(cut_(model, own, plan.numbers).changes)
+    for copied in copies:
+        cut_(copied, own, plan.numbers)
+    whole = Cut(plan.kept, plan.numbers, {})
+    for name, layer in layers.items():
+        changes.update(cut_(layer, whole.below(name).kept, {}).changes)
+    return Cut(own, plan.numbers, changes), resize_state_(optimizers, changes)

@@ -1,0 +1,256 @@
+"""The rounds in which channels leave during a fit: what is due, what a round takes, and how far that has led."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_compress.channels.planning.importance import carry_scores_, rank
+from lightning_compress.channels.planning.plan import RemovalPlan
+from lightning_compress.channels.planning.recipe import Budget, Recipe
+from lightning_compress.channels.planning.regularize import regularize_
+from lightning_compress.channels.planning.search import Progress, make_plan, removable
+from lightning_compress.channels.tracing.find_groups import find_groups
+from lightning_compress.channels.tracing.groups import DependencyGroups
+from lightning_compress.channels.tracing.verify import Subject
+from lightning_compress.messages import by_reason, named, they
+from lightning_compress.modules.paths import modules_of, named_tensors
+from lightning_compress.schedules import OneShot, Schedule
+from lightning_compress.window import Bounds, Window
+
+_WORTH = 0.1
+"""Between two removals at least this fraction of the way to the budget is gone: less isn't worth a plan."""
+
+
+class Rounds:
+    """What a fit that removes channels must remember, and what it decides by that.
+
+    Args:
+        recipe: what is to remain in the end.
+        schedule: how much of the way to that is gone when.
+        window: when that is.
+
+    Attributes:
+        asked: the fraction of the way that the last round asked for.
+        progress: what has left so far.
+        scores: what an importance of gradients has summed since the last round: a group's name to its units' scores.
+        latency: the measured fraction of the time that the whole removal leaves, where the budget is one of latency.
+        missed: what keeps the budget from being met; empty if nothing does.
+        plans: what each round of this fit led to, as seen from the original.
+        groups: what hangs together in the module as it is now, where that is known.
+        checked: whether it was checked in this fit that something can be removed.
+        waiting: the progress of a round that waits for the next batch.
+        batch: a batch that a round is to be planned on, and its number.
+    """
+
+    def __init__(self, recipe: Recipe, schedule: Schedule, window: Window) -> None:
+        self.recipe = recipe
+        self.schedule = schedule
+        self.window = window
+        self.reset()
+        self.begin_fit()
+
+    def reset(self) -> None:
+        """Begin with another model, of which nothing has left."""
+        self.asked = 0.0
+        self.progress = Progress()
+        self.scores: dict[str, Tensor] = {}
+        self.latency: float | None = None
+        self.missed = ""
+        self._macs: float | None = None
+
+    def begin_fit(self) -> None:
+        """Begin another fit, of the same model or another."""
+        self.plans: list[RemovalPlan] = []
+        self.checked = False
+        self.end_fit()
+
+    def end_fit(self) -> None:
+        """Let go of what holds for this fit's batches."""
+        self.groups: DependencyGroups | None = None
+        self.waiting: float | None = None
+        self.batch: tuple[Any, int] | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the last channels have left."""
+        return self.asked >= 1.0
+
+    @property
+    def last_place(self) -> float:
+        """Where in the window's unit the last channels leave."""
+        end = self.window.end if self.window.end is not None else math.inf
+        return self.window.start if isinstance(self.schedule, OneShot) else end
+
+    def last_step(self, bounds: Bounds) -> int:
+        """The optimizer step after which the last channels leave."""
+        return bounds.start if isinstance(self.schedule, OneShot) else bounds.end
+
+    def overlap(self, other: Window, bounds: Bounds | None, other_bounds: Bounds | None) -> str:
+        """Where a window that begins before the last channels have left is to start instead; empty if it doesn't.
+
+        Args:
+            other: that window.
+            bounds: of this window in steps, if they are known.
+            other_bounds: of that one.
+        """
+        # Where both are fractions of the same, rounding to steps may cross: then quantization waits.
+        if other.unit == self.window.unit:
+            return f"start={self.last_place}, unit={self.window.unit!r}" if other.start < self.last_place else ""
+        if bounds is None or other_bounds is None:
+            return ""
+        last = self.last_step(bounds)
+        return f"start={last}, unit='step'" if other_bounds.start < last else ""
+
+    def needs_groups(self, at_each_step: bool) -> bool:
+        """Whether the module is to be traced now: to check it, and after each round where steps need its groups."""
+        return self.groups is None and not self.is_final and (at_each_step or not self.checked)
+
+    def trace(self, subject: Subject) -> None:
+        """Find what hangs together in the module as it is now, for the first time or after a round.
+
+        Raises:
+            CompressionError: nothing can be removed: now, and not when the first channels are to leave.
+        """
+        self.groups = find_groups(subject)
+        if not self.checked:
+            removable(subject.model, self.groups, self.recipe)
+
+    def use_gradients_(self, model: nn.Module, parameters: Collection[int], strength: float) -> None:
+        """Before an optimizer step: sum scores of gradients, and draw the least important units to zero.
+
+        Args:
+            model: the module, with gradients.
+            parameters: ids of those that the step is of.
+            strength: of the penalty by which they are drawn: see `regularize_`.
+        """
+        if self.groups is None:
+            return
+        groups, importance = self.groups.all, self.recipe.importance
+        tensors, modules = named_tensors(model), modules_of(model)
+        if importance.needs_gradients:
+            carry_scores_(groups, tensors, modules, importance, self.scores)
+        if strength > 0:
+            ranked = rank(groups, tensors, modules, importance, self.scores, self.recipe.seed)
+            regularize_(groups, tensors, ranked, strength, parameters)
+
+    def is_due(self, progress: float | None) -> bool:
+        """Whether the schedule asks for enough at this progress of the window to be worth a round."""
+        asked = 0.0 if progress is None else self.schedule.value(progress, 1.0)
+        # Rounded: a tenth is a hair less than that in some steps of a schedule.
+        return round(asked - self.asked, 6) >= _WORTH or asked == 1.0 > self.asked
+
+    def start(self, progress: float, step: int) -> tuple[Any, int] | None:
+        """The batch that a round which is due can be planned on; None if it has to wait for the next one."""
+        batch, self.batch = self.batch, None
+        if batch is None or step == 0:  # the first batch shows what the model does
+            self.waiting = progress
+            return None
+        return batch
+
+    def take_waiting(self) -> float | None:
+        """The progress of the round that has waited for a batch, once."""
+        progress, self.waiting = self.waiting, None
+        return progress
+
+    def plan(self, subject: Subject, progress: float, step: int, agree: Callable[[Any], Any]) -> RemovalPlan:
+        """Decide what leaves now: a part of the way from the original to the budget.
+
+        Args:
+            subject: the module, and how it is called.
+            progress: of the window.
+            step: number of optimizer steps, by which a seed differs from round to round.
+            agree: gives all ranks the first one's value.
+        """
+        self.asked, self.checked = self.schedule.value(progress, 1.0), True
+        groups = find_groups(subject)
+        recipe = self.recipe
+        if recipe.budget.kind == "latency":
+            if self._macs is None:
+                timed = make_plan(subject, groups, recipe, self.scores, self.progress)
+                self._macs = agree(timed.after.macs / timed.before.macs)
+                self.latency, self.missed = timed.latency, timed.missed
+            recipe = replace(recipe, budget=Budget("macs", self._macs))
+        overrides = {pattern: self._on_the_way(final) for pattern, final in recipe.overrides.items()}
+        budget = replace(recipe.budget, fraction=self._on_the_way(recipe.budget.fraction))
+        recipe = replace(
+            recipe, budget=budget, goal=recipe.budget.fraction, overrides=overrides, seed=recipe.seed + step
+        )
+        if not self.is_final:
+            # Steps are for the end: a round takes less than one from most layers.
+            recipe = replace(recipe, round_to=1)
+        plan = make_plan(subject, groups, recipe, self.scores, self.progress)
+        return agree(replace(plan, latency=self.latency))  # type: ignore[no-any-return]
+
+    def _on_the_way(self, final: float) -> float:
+        return final if self.is_final else 1.0 - self.asked * (1.0 - final)
+
+    def advance(self, plan: RemovalPlan) -> None:
+        """Note that a plan is carried out."""
+        self.progress = self.progress.after(plan)
+        self.plans.append(self.progress.overall(plan))
+        self.groups, self.scores = None, {}
+        if self.is_final:
+            self.missed = self.missed or plan.missed
+
+    @property
+    def logged(self) -> str:
+        """What the remaining fraction is logged of."""
+        kind = self.recipe.budget.kind
+        return "macs" if kind == "latency" else kind
+
+    @property
+    def remaining(self) -> float:
+        """The fraction of the original that is logged."""
+        remaining: float = getattr(self.progress, self.logged)
+        return remaining
+
+    def outcome(self, step: int) -> list[str]:
+        """What the last round led to, line by line."""
+        head = f"ChannelPruning, after step {step}:"
+        if not self.is_final:
+            return [f"{head} remaining_{self.logged} is {self.remaining:.3f}."]
+        return [f"{head} {'; '.join(self.plans[-1].totals())}", *self.plans[-1].lines()]
+
+    def notes(self) -> list[str]:
+        """Lines for the report: what was cut approximately, what stays whole and why, what was missed."""
+        notes = []
+        if self.plans:
+            last = self.plans[-1]
+            spanned = [row.layers[0] for row in last.rows if row.approximate and row.after < row.before]
+            if spanned:
+                notes.append(f"ChannelPruning cut {named(spanned)} approximately: a norm spans its width.")
+            whole = by_reason({layer: why for layer, why in last.fixed.items() if why != "an output"})
+            notes += [f"{they(layers, 'keeps its', 'keep their')} width: {why}" for why, layers in whole.items()]
+        if self.latency is not None:
+            notes.append(f"ChannelPruning: a forward pass took {self.latency:.2f} of its time when this was planned.")
+        return [*notes, f"ChannelPruning: {self.missed}"] if self.missed else notes
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold: plain data."""
+        return {
+            "asked": self.asked,
+            "progress": asdict(self.progress),
+            "goal": self._macs,
+            "latency": self.latency,
+            "taylor": self.scores,
+            "settings": self.settings,
+        }
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a checkpoint's progress holds for."""
+        return {"budget": repr(self.recipe.budget), "schedule": repr(self.schedule), "window": repr(self.window)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.asked = state["asked"]
+        self.progress = Progress(**state["progress"])
+        self._macs, self.latency, self.scores = state["goal"], state["latency"], dict(state["taylor"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "groups": None, "batch": None}
