@@ -26,6 +26,7 @@ from lightning_compress import (
     Window,
 )
 from tests.support.data import TinyData, keyword_loader
+from tests.support.fits import fit
 from tests.support.modules import Classifier, KeywordClassifier, ManualClassifier, quiet_trainer
 from tests.support.oracles import assert_same_state, hooks, snapshot
 
@@ -36,13 +37,6 @@ def shrink(**settings: Any) -> ChannelPruning:
     """Half of the channels leave after step 8, unless told otherwise."""
     window = Window(8, 12, unit="step")
     return ChannelPruning(**{"channels": 0.5, "round_to": 1, "schedule": OneShot(), "window": window, **settings})
-
-
-def fit(callbacks: list[Callback], module: Any = None, data: Any = None, **kwargs: Any) -> tuple[Any, Any]:
-    module = Classifier() if module is None else module
-    trainer = quiet_trainer(callbacks=callbacks, **{"max_epochs": 2, **kwargs})
-    trainer.fit(module, TinyData() if data is None else data)
-    return trainer, module
 
 
 class FitCalls(Callback):
@@ -97,7 +91,7 @@ class Optimized(Classifier):
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "lbfgs"])
 def test_moments_and_buffers_are_cut_with_the_same_indices(optimizer: str) -> None:
     before, after = FitCalls(), FitCalls()
-    fit([before, shrink(), after], Optimized(optimizer))
+    fit(before, shrink(), after, module=Optimized(optimizer))
     at = after.widths.index(16)
     assert at == 7 and before.widths[at] == 32
     old, new = before.tensors[at], after.tensors[at]
@@ -121,7 +115,7 @@ def test_moments_and_buffers_are_cut_with_the_same_indices(optimizer: str) -> No
 def test_parameters_stay_the_same_objects_in_the_same_groups() -> None:
     module = Optimized("sgd")
     before = dict(module.named_parameters())
-    trainer, _ = fit([shrink()], module)
+    trainer, _ = fit(shrink(), module=module)
     assert module.body.weight.shape == (16, 16)
     assert all(after is before[name] for name, after in module.named_parameters())
     first, second = (group["params"] for group in trainer.optimizers[0].param_groups)
@@ -141,7 +135,13 @@ def test_training_goes_on_as_if_the_module_had_been_built_so(how: str) -> None:
     options = {"clipped": {"gradient_clip_val": 0.1}, "accumulated": {"accumulate_grad_batches": 2}}
     module = Scheduled() if how == "scheduled" else Classifier()
     every = 2 if how == "accumulated" else 1
-    fit([shrink(window=Window(4, 6, unit="step")), after], module, TinyData(samples=48), **options.get(how, {}))
+    fit(
+        shrink(window=Window(4, 6, unit="step")),
+        after,
+        module=module,
+        data=TinyData(samples=48),
+        **options.get(how, {}),
+    )
     at = after.widths.index(16)
     assert at == 4 * every - 1
     # The same by hand, from there on.
@@ -181,7 +181,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[int, int]]] = {
 def test_channels_leave_when_the_schedule_says(name: str) -> None:
     settings, changes = SCHEDULES[name]
     look = FitCalls()
-    fit([shrink(**{"window": Window(4, 14, unit="step"), **settings}), look])
+    fit(shrink(**{"window": Window(4, 14, unit="step"), **settings}), look)
     expected, width = [], 32
     for step in range(1, 2 * PER_EPOCH + 1):
         width = changes.get(step, width)
@@ -191,7 +191,7 @@ def test_channels_leave_when_the_schedule_says(name: str) -> None:
 
 def test_a_window_from_the_start_cuts_before_the_first_step() -> None:
     steps = FitCalls()
-    fit([shrink(window=Window(0, 0.5)), steps], max_epochs=1)
+    fit(shrink(window=Window(0, 0.5)), steps, max_epochs=1)
     assert steps.widths == [16] * PER_EPOCH
 
 
@@ -204,7 +204,7 @@ COSTS = {"channels": lambda h: h, "params": lambda h: 16 * h + h + 2 * h + 4 * h
 def test_the_budget_is_met_as_nearly_as_whole_channels_can(kind: str, fraction: float, schedule: Any) -> None:
     # Batches of 8 and of 2: multiply-accumulates are those of the whole model on the same batch.
     settings: dict[str, Any] = {"channels": None, kind: fraction, "schedule": schedule}
-    trainer, module = fit([shrink(**settings)])
+    trainer, module = fit(shrink(**settings))
     cost = COSTS[kind]
     nearest = min(range(1, 33), key=lambda h: abs(cost(h) / cost(32) - fraction))
     assert module.body.out_features == nearest
@@ -229,7 +229,7 @@ def test_floors_on_the_way_are_those_of_the_end() -> None:
         module.net[2].weight[:, 20:] *= 1e-3
     halves = Steps(points=[0.0, 1.0], fractions=[0.5, 1.0])
     callback = shrink(schedule=halves, importance="l1")
-    fit([callback], module)
+    fit(callback, module=module)
     first, last = ([row.after for row in plan.rows] for plan in callback.plans)
     assert first == [20, 40]
     assert sum(last) == 40 and min(last) >= 15  # three quarters of a half
@@ -238,21 +238,21 @@ def test_floors_on_the_way_are_those_of_the_end() -> None:
 def test_a_missed_budget_is_said_and_reported() -> None:
     pruning = shrink(min_layer_channels=0.75)
     with pytest.warns(UserWarning, match="channels=0.5 was asked for, 0.750 is nearest"):
-        fit([pruning])
+        fit(pruning)
     assert any("channels=0.5 was asked for, 0.750 is nearest" in note for note in pruning.report_notes())
 
 
 def test_training_that_stops_before_the_windows_end_says_what_is_reached() -> None:
     pruning = shrink(schedule=Linear(), window=Window(1, 27, unit="step"))
     with pytest.warns(UserWarning, match=r"stopped at optimizer step 14.*channels=0.5 was asked for, 0.781 is reached"):
-        _, module = fit([pruning])
+        _, module = fit(pruning)
     assert module.body.out_features == 25  # 13 of 26 steps of the way
     assert any("0.781 is reached" in note for note in pruning.report_notes())
 
 
 def test_the_report_says_what_keeps_its_width() -> None:
     pruning = shrink(targets=Targets(exclude=["second"]))
-    fit([pruning], Deeper())
+    fit(pruning, module=Deeper())
     assert [note for note in pruning.report_notes() if note.startswith("`second` keeps its width")]
 
 
@@ -266,7 +266,7 @@ class Deeper(Classifier):
 
 
 def test_an_override_holds_and_the_others_make_up_the_difference() -> None:
-    _, module = fit([shrink(overrides={"second": 0.25}, scope="layer")], Deeper())
+    _, module = fit(shrink(overrides={"second": 0.25}, scope="layer"), module=Deeper())
     assert (module.body.out_features, module.second.out_features) == (24, 8)
 
 
@@ -274,29 +274,29 @@ def test_an_override_holds_and_the_others_make_up_the_difference() -> None:
 def test_a_budget_of_channels_counts_those_of_the_targets(settings: dict[str, Any]) -> None:
     module = Deeper()
     module.second.requires_grad_(bool(settings))  # a frozen layer isn't targeted
-    fit([shrink(targets=Targets(**settings))], module)
+    fit(shrink(targets=Targets(**settings)), module=module)
     assert (module.body.out_features, module.second.in_features, module.second.out_features) == (16, 16, 32)
 
 
 def test_a_message_names_the_budget_as_it_was_given() -> None:
     with pytest.warns(UserWarning, match="channels=0.3 was asked for"):
-        fit([shrink(channels=0.3, min_layer_channels=0.75)])
+        fit(shrink(channels=0.3, min_layer_channels=0.75))
 
 
 def test_nothing_to_remove_is_an_error_and_nothing_has_changed() -> None:
     module = Classifier()
     before = snapshot(module)
     with pytest.raises(CompressionError, match="must have channels that can be removed.*head: an output"):
-        fit([shrink(targets=Targets(include=["head"]), window=Window(0, 0.5))], module)
+        fit(shrink(targets=Targets(include=["head"]), window=Window(0, 0.5)), module=module)
     assert_same_state(before, snapshot(module))
     assert hooks(module) == [] and "_removed_channels" not in vars(module)
-    fit([shrink()], module)
+    fit(shrink(), module=module)
 
 
 @pytest.mark.parametrize("settings", [{"targets": Targets(include=["bdy"])}, {"overrides": {"bdy": 0.5}}], ids=str)
 def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(settings: dict[str, Any]) -> None:
     with pytest.raises(CompressionError, match="'bdy'.*body"):
-        fit([shrink(**settings)])
+        fit(shrink(**settings))
 
 
 # Nothing is drawn, nothing moves.
@@ -323,20 +323,20 @@ def test_a_budget_of_everything_equals_the_plain_fit_bit_for_bit(importance: str
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
-        trainer, module = fit(callbacks, Drawing())
+        trainer, module = fit(*callbacks, module=Drawing())
         generators = [torch.get_rng_state(), repr(random.getstate()), repr(np.random.get_state())]
         ends.append([module, trainer.optimizers[0].state_dict(), generators])
     assert_same_state(snapshot(ends[0]), snapshot(ends[1]))
 
 
 def test_a_budget_of_everything_leaves_nothing_behind() -> None:
-    _, module = fit([ChannelPruning(macs=1.0)])
-    assert vars(module).keys() == vars(fit([])[1]).keys()
+    _, module = fit(ChannelPruning(macs=1.0))
+    assert vars(module).keys() == vars(fit()[1]).keys()
 
 
 def test_no_channel_left_is_said() -> None:
     with pytest.warns(NoEffectWarning, match="no channel has left"):
-        fit([shrink(channels=0.99, round_to=32)])
+        fit(shrink(channels=0.99, round_to=32))
 
 
 # Modules as people write them.
@@ -401,7 +401,7 @@ class Calibrated(Keyword):
 @pytest.mark.parametrize("kind", [NoForward, Emptying, Skipping, Example, Calibrated, ManualClassifier, Drawing])
 def test_odd_modules_shrink_and_train(kind: type[Classifier]) -> None:
     look = FitCalls()
-    _, module = fit([shrink(importance="taylor", window=Window(4, 6, unit="step")), look], kind())
+    _, module = fit(shrink(importance="taylor", window=Window(4, 6, unit="step")), look, module=kind())
     assert (module.body.out_features, module.head.in_features, module.norm.num_features) == (16, 16, 16)
     assert not torch.equal(look.tensors[-1]["body.weight"], look.tensors[look.widths.index(16)]["body.weight"])
 
@@ -412,7 +412,7 @@ def test_a_module_that_no_batch_runs_is_refused_with_the_remedy() -> None:
 
     module = Blind()
     with pytest.raises(CompressionError, match="must run one batch.*example_input_array.*calibration_step"):
-        fit([shrink()], module)
+        fit(shrink(), module=module)
     assert module.body.out_features == 32 and hooks(module) == []
 
 
@@ -440,7 +440,7 @@ class Measured(Classifier):
 @pytest.mark.parametrize("importance", ["l2", "taylor"])
 def test_a_look_at_a_batch_leaves_metrics_and_logs_alone(importance: str) -> None:
     module = Measured()
-    trainer, _ = fit([shrink(importance=importance, schedule=Linear())], module)
+    trainer, _ = fit(shrink(importance=importance, schedule=Linear()), module=module)
     assert int(module.accuracy.tp.sum() + module.accuracy.fn.sum()) == 2 * 50
     assert module.norm.num_batches_tracked == 2 * PER_EPOCH
     assert trainer.callback_metrics.keys() == {"train_loss", "val_loss", "val_acc", "remaining_channels"}
@@ -469,7 +469,7 @@ def test_a_norms_momentum_is_its_own_again_after_every_batch() -> None:
 
     module = Breaking()
     with pytest.raises(RuntimeError, match="stopped"):
-        fit([shrink(), Momenta()], module, val_check_interval=1)
+        fit(shrink(), Momenta(), module=module, val_check_interval=1)
     assert module.body.out_features == 16
     assert len(seen) == 10 and {*seen, module.norm.momentum} == {0.05}
 
@@ -478,7 +478,7 @@ def test_a_norms_momentum_is_its_own_again_after_every_batch() -> None:
 def test_a_norm_in_evaluation_mode_stays_so() -> None:
     module = Classifier()
     module.norm.eval()
-    fit([shrink()], module)
+    fit(shrink(), module=module)
     assert not module.norm.training and module.norm.num_batches_tracked == 0 and module.body.training
 
 
@@ -521,7 +521,7 @@ def test_an_endless_loader_works_with_a_window_in_steps_only() -> None:
     ids=str,
 )
 def test_every_trainer_ends_at_the_budget(options: dict[str, Any]) -> None:
-    trainer, module = fit([shrink(window=Window(0.1, 0.7), schedule=Steps())], **options)
+    trainer, module = fit(shrink(window=Window(0.1, 0.7), schedule=Steps()), **options)
     assert module.body.weight.shape == (16, 16) and module.head.weight.shape == (4, 16)
     [optimizer] = trainer.optimizers
     assert all(state["momentum_buffer"].shape == one.shape for one, state in optimizer.state.items())
@@ -529,7 +529,7 @@ def test_every_trainer_ends_at_the_budget(options: dict[str, Any]) -> None:
 
 def test_lbfgs_starts_anew() -> None:
     with pytest.warns(UserWarning, match="LBFGS keeps state of no known layout"):
-        fit([shrink()], Optimized("lbfgs"))
+        fit(shrink(), module=Optimized("lbfgs"))
 
 
 @pytest.mark.slow
@@ -538,7 +538,7 @@ def test_a_compiled_submodule_shrinks_and_is_compiled_anew() -> None:
     net = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
     module.body, module.norm, module.head = torch.compile(net), nn.Identity(), nn.Identity()
     module.forward = lambda x: module.body(x)
-    fit([shrink(targets=Targets(include=["body.0"]))], module)
+    fit(shrink(targets=Targets(include=["body.0"])), module=module)
     x = torch.randn(8, 16)
     assert net[0].weight.shape == (16, 16)
     torch.testing.assert_close(module.body.eval()(x), net.eval()(x))
@@ -546,12 +546,12 @@ def test_a_compiled_submodule_shrinks_and_is_compiled_anew() -> None:
 
 def test_fits_again_without_losing_more() -> None:
     pruning = shrink()
-    _, module = fit([pruning])
+    _, module = fit(pruning)
     first = snapshot(module)
-    trainer, _ = fit([pruning], module)
+    trainer, _ = fit(pruning, module=module)
     assert module.body.out_features == 16 and trainer.callback_metrics["remaining_channels"] == 0.5
     assert not torch.equal(first["body.weight"], module.body.weight)
-    _, other = fit([pruning], Classifier(hidden=24))
+    _, other = fit(pruning, module=Classifier(hidden=24))
     assert other.body.out_features == 12
 
 
@@ -561,7 +561,7 @@ def test_a_latency_budget_is_measured_once_and_kept_as_a_goal(monkeypatch: pytes
     # Time as it would be if nothing but hidden widths mattered.
     monkeypatch.setattr(search, "latency_ratio", lambda subject, twin, *_, **__: twin.body.out_features / 32)
     pruning = shrink(channels=None, latency=0.5, schedule=Linear())
-    trainer, module = fit([pruning])
+    trainer, module = fit(pruning)
     goal = pruning.state_dict()["goal"]
     assert goal == pytest.approx(module.body.out_features / 32) and 0.45 <= goal <= 0.55
     assert pruning.state_dict()["latency"] == pytest.approx(goal)
@@ -570,6 +570,6 @@ def test_a_latency_budget_is_measured_once_and_kept_as_a_goal(monkeypatch: pytes
 
 def test_a_multiple_holds_after_several_rounds() -> None:
     pruning = shrink(channels=0.375, round_to=8, schedule=Linear(), window=Window(0.1, 0.7))
-    _, module = fit([pruning], Classifier(hidden=64))
+    _, module = fit(pruning, module=Classifier(hidden=64))
     assert len(pruning.plans) > 2
     assert module.body.out_features == 24

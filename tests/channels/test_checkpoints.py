@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from lightning_compress import (
     remove_channels_,
     save_compressed,
 )
+from tests.support import fits
 from tests.support.data import TinyData
+from tests.support.fits import read_checkpoint
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, hooks, snapshot
 
@@ -42,13 +45,7 @@ def shrink(**settings: Any) -> ChannelPruning:
     return ChannelPruning(**{"channels": 0.5, "round_to": 1, "schedule": Linear(), "window": window, **settings})
 
 
-def fit(callbacks: list[Callback], module: Any = None, **kwargs: Any) -> tuple[Any, Any]:
-    torch.manual_seed(1)
-    module = Classifier() if module is None else module
-    ckpt_path = kwargs.pop("ckpt_path", None)
-    trainer = quiet_trainer(callbacks=callbacks, **{"max_epochs": EPOCHS, "enable_checkpointing": True, **kwargs})
-    trainer.fit(module, TinyData(), ckpt_path=ckpt_path)
-    return trainer, module
+fit = partial(fits.fit, max_epochs=EPOCHS)
 
 
 KINDS: dict[str, Any] = {
@@ -64,17 +61,13 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     averages = [EMAWeightAveraging(decay=0.9)] if request.param == "averaged" else []
     save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, **KINDS[request.param])
-    return folder, fit([shrink(), *averages, save])[1]
-
-
-def read(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
+    return folder, fit(shrink(), *averages, save)[1]
 
 
 def by_hand(path: Path, epoch: int) -> tuple[float, Tensor]:
     """The loss and the predictions on the test data of a module that was built with the checkpoint's width."""
     twin = Classifier(hidden=WIDTHS[epoch])
-    twin.load_state_dict(read(path)["state_dict"])
+    twin.load_state_dict(read_checkpoint(path)["state_dict"])
     data = TinyData()
     data.setup("test")
     x, y = data.test.tensors
@@ -113,7 +106,7 @@ def test_every_checkpoint_loads_into_every_module(epoch: int, saved: tuple[Path,
     predicted = quiet_trainer(callbacks=[shrink()]).predict(Classifier(), TinyData(), ckpt_path=path)
     torch.testing.assert_close(torch.cat(predicted), logits)
     loaded = load_compressed(path, Classifier())
-    assert_same_state(loaded.state_dict(), read(path)["state_dict"])
+    assert_same_state(loaded.state_dict(), read_checkpoint(path)["state_dict"])
     assert hooks(loaded) == []
 
 
@@ -124,14 +117,14 @@ def test_a_fit_goes_on_from_every_checkpoint(epoch: int, saved: tuple[Path, Clas
     module = load_compressed(path, Classifier())
     assert module.body.out_features == WIDTHS[epoch]
     pruning = shrink(window=Window(1, 4, unit="step"))
-    trainer, _ = fit([pruning], module, max_epochs=1)
+    trainer, _ = fit(pruning, module=module, max_epochs=1)
     # A budget is a fraction of the original, whatever had left before.
     assert module.body.out_features == 16 and trainer.callback_metrics["remaining_channels"] == 0.5
 
 
 def test_the_best_may_be_wider_than_the_last(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, monitor="epoch", mode="min", filename="{epoch}")
-    trainer, module = fit([shrink(), save], Logs())
+    trainer, module = fit(shrink(), save, module=Logs())
     assert module.body.out_features == 16
     [first] = trainer.test(module, TinyData(), ckpt_path="best", verbose=False)
     assert module.body.out_features == 32
@@ -148,14 +141,14 @@ class Logs(Classifier):
 @pytest.mark.parametrize("every", [2, 3])
 def test_a_monitored_metric_is_that_of_the_saved_weights(every: int, tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, filename="{step}-{val_loss:.7f}")
-    fit([save, shrink()], val_check_interval=every)
+    fit(save, shrink(), val_check_interval=every)
     paths = list(tmp_path.glob("*.ckpt"))
     data = TinyData()
     data.setup("fit")
     x, y = data.val.tensors
     widths = set()
     for path in paths:
-        state = read(path)["state_dict"]
+        state = read_checkpoint(path)["state_dict"]
         widths.add(len(state["body.weight"]))
         twin = Classifier(hidden=len(state["body.weight"]))
         twin.load_state_dict(state)
@@ -177,7 +170,7 @@ def test_another_callback_of_ours_loads_it_too(saved: tuple[Path, Classifier]) -
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_a_plain_state_dict_loads_by_its_shapes(bare: bool, tmp_path: Path) -> None:
-    _, module = fit([shrink()])
+    _, module = fit(shrink())
     torch.save(module.state_dict() if bare else {"state_dict": module.state_dict()}, tmp_path / "plain.pt")
     loaded = load_compressed(tmp_path / "plain.pt", Classifier())
     assert_same_state(loaded, module)
@@ -215,7 +208,7 @@ def test_attributes_and_buffers_that_no_state_dict_holds_follow_too(tmp_path: Pa
     module = Attentive()
     save_compressed(module, wide)
     slope = module.slope.clone()
-    trainer, _ = fit([shrink(scope="layer")], module)
+    trainer, _ = fit(shrink(scope="layer"), module=module)
     assert module.attention.num_heads == 2 and module.slope.shape == module.scaled.scale.shape == (16,)
     assert torch.isin(module.slope, slope).all()
     trainer.save_checkpoint(tmp_path / "narrow.ckpt")
@@ -229,7 +222,7 @@ def test_attributes_and_buffers_that_no_state_dict_holds_follow_too(tmp_path: Pa
 
 
 def test_shapes_alone_arent_enough_for_a_layer_of_ones_own(tmp_path: Path) -> None:
-    _, module = fit([shrink(scope="layer", targets=Targets(include=["body"]))], Attentive())
+    _, module = fit(shrink(scope="layer", targets=Targets(include=["body"])), module=Attentive())
     torch.save({"state_dict": module.state_dict()}, tmp_path / "plain.pt")
     fresh = Attentive()
     before = snapshot(fresh)
@@ -259,7 +252,7 @@ FAULTS = ["a key is missing", "a key too many", "another shape", "a newer versio
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    trainer, _ = fit([shrink()])
+    trainer, _ = fit(shrink())
     path = tmp_path_factory.mktemp("good") / "good.ckpt"
     trainer.save_checkpoint(path)
     return path
@@ -269,7 +262,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("how", FAULTS)
 @pytest.mark.parametrize("narrow", [False, True], ids=["into a whole one", "into a narrow one"])
 def test_a_load_that_fails_changes_nothing(narrow: bool, how: str, way: str, good: Path, tmp_path: Path) -> None:
-    state = read(good)
+    state = read_checkpoint(good)
     spoil(state, how)
     torch.save(state, tmp_path / "bad.ckpt")
     module = load_compressed(good, Classifier()) if narrow else Classifier()
@@ -281,13 +274,13 @@ def test_a_load_that_fails_changes_nothing(narrow: bool, how: str, way: str, goo
         elif way == "test":
             quiet_trainer(callbacks=[shrink()]).test(module, TinyData(), ckpt_path=tmp_path / "bad.ckpt")
         else:
-            fit([shrink()], module, ckpt_path=tmp_path / "bad.ckpt")
+            fit(shrink(), module=module, ckpt_path=tmp_path / "bad.ckpt")
     assert_same_state(before, snapshot(module))
     assert all(one is parameters[name] for name, one in module.named_parameters())
     assert set(vars(module)) == attributes and hooks(module) == []
     width = 16 if narrow else 32
     assert module.body.out_features == module.norm.num_features == module.head.in_features == width
-    assert_same_state(load_compressed(good, module).state_dict(), read(good)["state_dict"])
+    assert_same_state(load_compressed(good, module).state_dict(), read_checkpoint(good)["state_dict"])
 
 
 # Copies, parts, and what was cut before.
@@ -295,7 +288,7 @@ def test_a_load_that_fails_changes_nothing(narrow: bool, how: str, way: str, goo
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_copy_says_what_it_lost_wherever_it_is_saved(copied: Any, tmp_path: Path) -> None:
-    _, module = fit([shrink(scope="layer")], Attentive())
+    _, module = fit(shrink(scope="layer"), module=Attentive())
     twin = copied(module)
     module.body.weight.data.zero_()  # nothing is shared
     expected = snapshot(twin)
@@ -316,7 +309,7 @@ def test_what_an_error_leaves_can_be_saved(last: int, tmp_path: Path) -> None:
 
     module = Classifier()
     with pytest.raises(RuntimeError, match="stopped"):
-        fit([shrink(), Stop()], module)
+        fit(shrink(), Stop(), module=module)
     save_compressed(module, tmp_path / "saved.pt")
     assert_same_state(load_compressed(tmp_path / "saved.pt", Classifier()), module)
     assert module.body.out_features == (24 if last else 32)
@@ -341,7 +334,7 @@ def test_a_part_that_was_cut_by_itself_is_saved_right(first: bool, tmp_path: Pat
     module = Nested()
     if first:
         cut_the_part(module)
-    trainer, _ = fit([shrink()], module)
+    trainer, _ = fit(shrink(), module=module)
     if not first:
         cut_the_part(module)
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
@@ -352,7 +345,7 @@ def test_a_part_that_was_cut_by_itself_is_saved_right(first: bool, tmp_path: Pat
 
 
 def test_a_part_is_saved_and_loaded_by_itself(tmp_path: Path) -> None:
-    _, module = fit([shrink()], Nested())
+    _, module = fit(shrink(), module=Nested())
     save_compressed(module.net, tmp_path / "part.pt")
     assert_same_state(load_compressed(tmp_path / "part.pt", Nested().net), module.net)
 
@@ -360,13 +353,13 @@ def test_a_part_is_saved_and_loaded_by_itself(tmp_path: Path) -> None:
 def test_a_wider_file_loaded_into_the_module_of_a_callback_is_a_new_start(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     pruning = shrink(channels=None, macs=0.5)
-    _, module = fit([pruning, save])
+    _, module = fit(pruning, save)
     load_compressed(tmp_path / "epoch=0.ckpt", module)
-    fit([pruning], module)
+    fit(pruning, module=module)
     assert module.body.out_features == 16
 
 
 def test_resuming_with_another_budget_says_so(tmp_path: Path) -> None:
-    fit([shrink(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)])
+    fit(shrink(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
     with pytest.warns(UserWarning, match="written with other settings"):
-        fit([shrink(channels=0.25)], ckpt_path=tmp_path / "epoch=2.ckpt", max_epochs=4)
+        fit(shrink(channels=0.25), ckpt_path=tmp_path / "epoch=2.ckpt", max_epochs=4)

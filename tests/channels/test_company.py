@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from lightning_compress import (
     Window,
     load_compressed,
 )
+from tests.support import fits
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, count_zeros, hooks, snapshot
@@ -46,11 +48,7 @@ def shrink(**settings: Any) -> ChannelPruning:
     return ChannelPruning(**{"channels": 0.5, "round_to": 1, "schedule": Linear(), "window": window, **settings})
 
 
-def fit(callbacks: list[Callback], module: Any = None, **kwargs: Any) -> tuple[Any, Any]:
-    module = Classifier() if module is None else module
-    trainer = quiet_trainer(callbacks=callbacks, **{"max_epochs": 3, **kwargs})
-    trainer.fit(module, TinyData())
-    return trainer, module
+fit = partial(fits.fit, max_epochs=3)
 
 
 def ordered(first: bool, *callbacks: Callback) -> list[Callback]:
@@ -95,7 +93,7 @@ def test_masks_follow_and_sparsity_is_exact_of_what_survives(method: str, first:
     if method in ("regrown", "rewound", "layer", "overridden"):
         settings["method"] = METHODS[method].get("method", "l1_unstructured")
     pruning = ScheduledPruning(**settings)
-    trainer, module = fit(ordered(first, pruning, shrink()))
+    trainer, module = fit(*ordered(first, pruning, shrink()))
     assert {name: mask.shape for name, mask in pruning.masks.items()}["body.weight"] == (16, 16)
     weights = [module.get_parameter(name) for name in pruning.masks]
     gone = sum(int((~mask).sum()) for mask in pruning.masks.values())
@@ -128,7 +126,7 @@ def test_masks_from_a_file_are_cut_with_the_same_indices(first: bool, tmp_path: 
     class Later(FitCalls):
         """Another kind of callback, as Lightning wants."""
 
-    fit([FitCalls(before), *ordered(first, pruning, shrink()), Later(after)])
+    fit(FitCalls(before), *ordered(first, pruning, shrink()), Later(after))
     index = torch.arange(32)
     for wide, narrow in zip(before, after, strict=True):
         index = index[[wide.index(bias) for bias in narrow]]
@@ -141,7 +139,7 @@ def test_masks_from_a_file_are_cut_with_the_same_indices(first: bool, tmp_path: 
 @both_orders
 def test_groups_of_n_of_m_go_on_where_widths_dont_divide_into_them(first: bool) -> None:
     pruning = ScheduledPruning(n_m="2:4", window=Window(2, 18, unit="step"))
-    _, module = fit(ordered(first, pruning, shrink()))
+    _, module = fit(*ordered(first, pruning, shrink()))
     zeros, elements = count_zeros([module.body.weight])
     assert module.body.weight.shape == (16, 16) and zeros == elements / 2
     grouped = (module.body.weight != 0).view(16, 4, 4).sum(-1)
@@ -161,7 +159,7 @@ def int8_shapes(module: nn.Module) -> set[tuple[int, ...]]:
 def test_quantization_begins_when_the_last_channels_have_left(first: bool, tmp_path: Path) -> None:
     qat = QuantizationAwareTraining(window=Window(10, unit="step"))
     save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    trainer, module = fit([*ordered(first, qat, shrink()), save], enable_checkpointing=True)
+    trainer, module = fit(*ordered(first, qat, shrink()), save)
     metrics = trainer.test(module, TinyData(), verbose=False)
     assert int8_shapes(module) == {(4, 16), (16, 16)}
     fresh = ordered(first, QuantizationAwareTraining(window=Window(10, unit="step")), shrink())
@@ -181,7 +179,7 @@ def test_quantization_that_would_begin_earlier_is_refused_and_nothing_changes(wi
     module = Classifier()
     before, attributes = snapshot(module), set(vars(module))
     with pytest.raises(CompressionError, match="QuantizationAwareTraining must start when all channels have left"):
-        fit(ordered(first, QuantizationAwareTraining(window=window), shrink()), module)
+        fit(*ordered(first, QuantizationAwareTraining(window=window), shrink()), module=module)
     assert_same_state(before, snapshot(module))
     assert hooks(module) == [] and set(vars(module)) == attributes
 
@@ -190,10 +188,10 @@ def test_quantization_that_would_begin_earlier_is_refused_and_nothing_changes(wi
 def test_the_refusal_names_a_window_that_works(first: bool) -> None:
     with pytest.raises(CompressionError, match="must start when all channels have left") as refused:
         early = QuantizationAwareTraining(window=Window(0.1))
-        fit(ordered(first, early, ChannelPruning(macs=0.5)))
+        fit(*ordered(first, early, ChannelPruning(macs=0.5)))
     [start] = re.findall(r"start it later: \S+Window\(start=([\d.]+), unit='fit'\)", str(refused.value))
     qat = QuantizationAwareTraining(window=Window(float(start)))
-    _, module = fit(ordered(first, qat, ChannelPruning(macs=0.5)))
+    _, module = fit(*ordered(first, qat, ChannelPruning(macs=0.5)))
     assert int8_shapes(module) == {(16, 16), (4, 16)}
 
 
@@ -209,7 +207,7 @@ def test_an_overlap_in_the_same_unit_is_refused_in_setup() -> None:
 def test_a_narrower_model_is_quantized_for_tests_and_trains_on(scheme: str, first: bool, tmp_path: Path) -> None:
     ptq = PostTrainingQuantization(scheme, calibration_batches=2)
     save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    trainer, module = fit([*ordered(first, ptq, shrink()), save], enable_checkpointing=True)
+    trainer, module = fit(*ordered(first, ptq, shrink()), save)
     after = snapshot(module)
     narrow = trainer.test(module, TinyData(), verbose=False)
     assert_same_state(after, snapshot(module))
@@ -238,7 +236,7 @@ def test_adapters_lose_the_channels_that_they_read(first: bool) -> None:
             momentum = state.get("momentum_buffer")
             before.append([t.detach().clone() for t in (pl_module.body.weight, adapter.weight, momentum)])
 
-    trainer, module = fit([FitCalls(), *ordered(first, distillation, shrink()), FitCalls()])
+    trainer, module = fit(FitCalls(), *ordered(first, distillation, shrink()), FitCalls())
     [adapter] = distillation.objective.adapters.values()
     assert adapter.weight.shape == (48, 16)
     fits(trainer, module)
@@ -254,7 +252,7 @@ def test_adapters_lose_the_channels_that_they_read(first: bool) -> None:
 @both_orders
 def test_a_mean_teacher_loses_them_too(first: bool) -> None:
     made = EMATeacher(0.0)
-    trainer, module = fit(ordered(first, Distillation(made, [SoftTarget()], task_weight=0.5), shrink()))
+    trainer, module = fit(*ordered(first, Distillation(made, [SoftTarget()], task_weight=0.5), shrink()))
     # With no memory it is the student.
     assert_same_state(made.model.state_dict(), module.state_dict())
     assert module.body.out_features == 16 and made.model.head.in_features == 16
@@ -265,7 +263,7 @@ def test_a_mean_teacher_loses_them_too(first: bool) -> None:
 def test_features_of_a_mean_teacher_stay_comparable(first: bool) -> None:
     made = EMATeacher(0.9)
     distillation = Distillation(made, [SoftTarget(), FeatureMSE("body", "body")], task_weight=0.5)
-    _, module = fit(ordered(first, distillation, shrink()))
+    _, module = fit(*ordered(first, distillation, shrink()))
     assert module.body.out_features == made.model.body.out_features == 16
 
 
@@ -274,7 +272,7 @@ def test_a_snapshot_stays_as_it_was(first: bool) -> None:
     module = Classifier()
     before = snapshot(module)
     made = Snapshot()
-    fit(ordered(first, Distillation(made, [SoftTarget()], task_weight=0.5), shrink()), module)
+    fit(*ordered(first, Distillation(made, [SoftTarget()], task_weight=0.5), shrink()), module=module)
     assert_same_state(before, snapshot(made.model))
     assert module.body.out_features == 16
 
@@ -283,7 +281,7 @@ def test_what_a_teacher_without_an_adapter_is_compared_with_keeps_its_width() ->
     distillation = Distillation(Snapshot(), [FeatureMSE("body", "body")], task_weight=0.5)
     module = Classifier()
     with pytest.raises(CompressionError, match="must have channels that can be removed.*body"):
-        fit([distillation, shrink()], module)
+        fit(distillation, shrink(), module=module)
     assert module.body.out_features == 32
 
 
@@ -308,7 +306,7 @@ def distilled(given: Any) -> DistillationModule:
 def test_a_distilled_student_shrinks_with_its_adapters_and_average(given: str, tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     made = network(40) if given == "larger" else EMATeacher(0.9)
-    trainer, module = fit([shrink(), save], distilled(made), enable_checkpointing=True)
+    trainer, module = fit(shrink(), save, module=distilled(made))
     widths = [module.student[0].out_features, module.student[2][0].out_features]
     assert sum(widths) == 24 and module.student[3].in_features == widths[1]
     fits(trainer, module)
@@ -345,7 +343,7 @@ def test_an_average_is_that_of_the_channels_that_stay(first: bool) -> None:
     initial = Classifier()
     state = snapshot(dict(initial.named_parameters()))
     # The average is updated after each step; recorded before the cut, so that the 9th is still the wide one.
-    _, module = fit([recorder, *ordered(first, EMAWeightAveraging(decay=0.75), once)], initial)
+    _, module = fit(recorder, *ordered(first, EMAWeightAveraging(decay=0.75), once), module=initial)
     [kept] = [plan.kept for plan in once.plans]
     index = kept["body.weight"][0]
     narrow = {"body.weight": 0, "body.bias": 0, "norm.weight": 0, "norm.bias": 0, "head.weight": 1}
@@ -366,7 +364,7 @@ def test_an_average_is_that_of_the_channels_that_stay(first: bool) -> None:
 def test_stochastic_weight_averaging_before_and_after_the_cut(start: int, first: bool) -> None:
     swa = StochasticWeightAveraging(0.01, swa_epoch_start=start)
     window = Window(10, 17, unit="step", every_n_steps=3)
-    trainer, module = fit(ordered(first, swa, shrink(window=window)), max_epochs=4)
+    trainer, module = fit(*ordered(first, swa, shrink(window=window)), max_epochs=4)
     assert module.body.weight.shape == (16, 16) and module.norm.running_mean.shape == (16,)
     assert trainer.callback_metrics["val_loss"].isfinite()
     fits(trainer, module)
@@ -376,7 +374,7 @@ def test_stochastic_weight_averaging_before_and_after_the_cut(start: int, first:
 def test_the_report_measures_what_really_went(first: bool, tmp_path: Path) -> None:
     pruning = shrink(min_layer_channels=0.75)
     with pytest.warns(UserWarning, match="budget is missed"):
-        fit(ordered(first, CompressionReport(directory=str(tmp_path)), pruning))
+        fit(*ordered(first, CompressionReport(directory=str(tmp_path)), pruning))
     text = (tmp_path / "report.md").read_text()
     params = {h: 16 * h + h + 2 * h + 4 * h + 4 for h in (24, 32)}
     assert f"| before | {params[32]} |" in text and f"| after | {params[24]} (" in text

@@ -10,14 +10,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import ChannelPruning, OneShot, QuantizationAwareTraining, Window
 from tests.support.data import TinyData
+from tests.support.fits import fit, read_checkpoint, resume
 from tests.support.modules import Classifier, quiet_trainer
-from tests.support.oracles import assert_same_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found [0-9]+ module", "ignore:The dirpath has changed")
 
@@ -162,17 +161,13 @@ def test_a_fused_norm_has_its_own_momentum_again_where_quantization_begins_right
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("freeze", [in_eval, no_momentum])
 def test_a_resumed_fit_estimates_the_same(freeze: Callable[[Any], nn.Module], tmp_path: Path) -> None:
-    def run(folder: str, ckpt_path: Path | None = None) -> Any:
+    def run(**files: Any) -> Any:
         module = Net(lr=0.1)
         for norm in module.norms:
             freeze(norm)
-        save = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
         cut = ChannelPruning(channels=0.5, round_to=1, schedule=OneShot(), window=Window(1, 2, unit="step"))
-        trainer = quiet_trainer(max_epochs=2, callbacks=[cut, save], enable_checkpointing=True)
-        trainer.fit(module, DataLoader(TensorDataset(*images()), batch_size=8), ckpt_path=ckpt_path)
-        return torch.load(tmp_path / folder / "epoch=1.ckpt", weights_only=True)
+        return fit(cut, module=module, data=DataLoader(TensorDataset(*images()), batch_size=8), **files)
 
-    whole, resumed = run("whole"), run("resumed", tmp_path / "whole" / "epoch=0.ckpt")
-    assert_same_state(whole["state_dict"], resumed["state_dict"])
-    earlier = torch.load(tmp_path / "whole" / "epoch=0.ckpt", weights_only=True)["state_dict"]
-    assert not torch.equal(earlier["norms.1.running_mean"], whole["state_dict"]["norms.1.running_mean"])
+    resume(run, tmp_path, 0)
+    earlier, later = (read_checkpoint(tmp_path / "whole" / f"epoch={epoch}.ckpt")["state_dict"] for epoch in (0, 1))
+    assert not torch.equal(earlier["norms.1.running_mean"], later["norms.1.running_mean"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 
 from lightning_compress import (
@@ -24,9 +25,8 @@ from lightning_compress import (
     Steps,
     Window,
 )
-from tests.support.data import TinyData
-from tests.support.modules import Classifier, ManualClassifier, quiet_trainer
-from tests.support.oracles import assert_different_state, assert_same_state
+from tests.support.fits import fit, read_checkpoint, resume
+from tests.support.modules import Classifier, ManualClassifier
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`", "ignore:Swapping scheduler"
@@ -86,52 +86,37 @@ CASES: dict[str, tuple[Callable[[], list[Callback]], type[Classifier], dict[str,
 }
 
 
-def fit(case: str, folder: Path, ckpt_path: Path | None = None) -> None:
+def run(case: str, folder: Path, ckpt_path: Path | None = None) -> None:
     make, kind, options = CASES[case]
-    torch.manual_seed(1)
-    save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    trainer = quiet_trainer(max_epochs=EPOCHS, enable_checkpointing=True, callbacks=[*make(), save], **options)
-    trainer.fit(kind(), TinyData(), ckpt_path=ckpt_path)
+    fit(*make(), module=kind(), folder=folder, ckpt_path=ckpt_path, max_epochs=EPOCHS, **options)
 
 
 def read(path: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-    checkpoint["callbacks"] = {k: v for k, v in checkpoint["callbacks"].items() if "ModelCheckpoint" not in k}
+    checkpoint = read_checkpoint(path)
     # What a fingerprint is of, a student's average here, a fit that was resumed never had.
     checkpoint["callbacks"].get("Distillation", {}).pop("teacher", None)
     return checkpoint
 
 
-PARTS = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "callbacks", "lightning_compress")
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_between_removals_equals_uninterrupted(case: str, tmp_path: Path) -> None:
-    fit(case, tmp_path / "whole")
-    whole = read(tmp_path / "whole" / f"epoch={EPOCHS - 1}.ckpt")
-    widths = [len(read(tmp_path / "whole" / f"epoch={epoch}.ckpt")["state_dict"]["body.bias"]) for epoch in range(4)]
-    assert widths[0] > widths[-1]
     # In the middle of the schedule; beside quantization, after it has begun too.
-    for epoch in (1, 2) if case in ("quantized", "all at once") else (1,):
-        fit(case, tmp_path / f"from {epoch}", tmp_path / "whole" / f"epoch={epoch}.ckpt")
-        resumed = read(tmp_path / f"from {epoch}" / f"epoch={EPOCHS - 1}.ckpt")
-        for part in PARTS:
-            assert_same_state(whole.get(part, {}), resumed.get(part, {}))
-    assert_different_state(read(tmp_path / "whole" / "epoch=1.ckpt")["state_dict"], whole["state_dict"])
+    epochs = (1, 2) if case in ("quantized", "all at once") else (1,)
+    resume(partial(run, case), tmp_path, *epochs, read=read)
+    files = [read_checkpoint(tmp_path / "whole" / f"epoch={epoch}.ckpt") for epoch in (0, EPOCHS - 1)]
+    widths = [len(file["state_dict"]["body.bias"]) for file in files]
+    assert widths[0] > widths[1]
 
 
 def test_the_goal_of_a_latency_budget_isnt_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_compress.channels.planning import search
 
+    def run(folder: Path, ckpt_path: Path | None) -> None:
+        if ckpt_path:
+            monkeypatch.setattr(search, "latency_ratio", lambda *_: pytest.fail("measured again"))
+        fit(shrink(macs=None, latency=0.5), folder=folder, ckpt_path=ckpt_path, max_epochs=EPOCHS)
+
     monkeypatch.setattr(search, "latency_ratio", lambda before, after, run: after.body.out_features / 32)
-    CASES["latency"] = (lambda: [shrink(macs=None, latency=0.5)], Classifier, {})
-    try:
-        fit("latency", tmp_path / "whole")
-        monkeypatch.setattr(search, "latency_ratio", lambda *_: pytest.fail("measured again"))
-        fit("latency", tmp_path / "resumed", tmp_path / "whole" / "epoch=1.ckpt")
-    finally:
-        del CASES["latency"]
-    whole, resumed = (read(tmp_path / name / f"epoch={EPOCHS - 1}.ckpt") for name in ("whole", "resumed"))
-    assert len(read(tmp_path / "whole" / "epoch=1.ckpt")["state_dict"]["body.bias"]) < 32
-    for part in PARTS:
-        assert_same_state(whole.get(part, {}), resumed.get(part, {}))
+    resume(run, tmp_path, 1)
+    early = read_checkpoint(tmp_path / "whole" / "epoch=1.ckpt")
+    assert len(early["state_dict"]["body.bias"]) < 32
