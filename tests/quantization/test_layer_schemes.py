@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_compress import (
@@ -29,9 +29,11 @@ from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.schemes import needs_reduced_range
 from tests.quantization.test_qat import fake_quantizers, int8_layers
 from tests.quantization.test_quantize import agreement
+from tests.support import fits
 from tests.support.data import TinyData
+from tests.support.fits import read_checkpoint, resume
 from tests.support.modules import Classifier, quiet_trainer
-from tests.support.oracles import assert_different_state, assert_same_state, snapshot
+from tests.support.oracles import assert_same_state, snapshot
 from tests.support.zoo import row
 
 
@@ -232,13 +234,7 @@ def qat(**options: Any) -> QuantizationAwareTraining:
     return QuantizationAwareTraining(**{"window": Window(0.25), "overrides": {"head": WEIGHT_ONLY}, **options})
 
 
-def fitted(folder: Path, callback: Any, ckpt_path: Any = None, epochs: int = 4) -> Classifier:
-    torch.manual_seed(0)
-    module = Classifier()
-    save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    trainer = quiet_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=[callback, save])
-    trainer.fit(module, TinyData(), ckpt_path=ckpt_path, weights_only=True)
-    return module
+fit = partial(fits.fit, max_epochs=4)
 
 
 @pytest.mark.parametrize("scheme", [WEIGHT_ONLY, DYNAMIC])
@@ -250,14 +246,14 @@ def test_in_training_an_overridden_layer_is_float_and_converted_at_the_end(schem
             super().on_train_batch_end(trainer, pl_module, *args)
             seen.append({path for path in fake_quantizers(pl_module) if "weight_fake_quant" in path})
 
-    module = fitted(tmp_path, Watches(window=Window(0.25), overrides={"head": scheme}))
+    _, module = fit(Watches(window=Window(0.25), overrides={"head": scheme}), folder=tmp_path)
     assert any("body" in path for path in seen[-1])
     assert not any("head" in path for path in seen[-1])
     assert schemes(module) == {"head": scheme}
     assert count(module, {WEIGHT_ONLY: "PackedLinear", DYNAMIC: "DynamicLinear"}[scheme]) == 1
     assert len(int8_layers(module)) == 1
     # Its weights are those that were trained, to half a step.
-    trained = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)["state_dict"]["head.weight"]
+    trained = read_checkpoint(tmp_path / "epoch=3.ckpt")["state_dict"]["head.weight"]
     [layer] = [one for one in module.modules() if type(one).__name__ in ("PackedLinear", "DynamicLinear")]
     values, scale = rounded(layer)
     assert (values - trained).abs().div(scale).max() <= 0.5 + 1e-4
@@ -267,15 +263,8 @@ def test_in_training_an_overridden_layer_is_float_and_converted_at_the_end(schem
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_resumed_equals_uninterrupted_with_overrides(epoch: int, tmp_path: Path) -> None:
-    whole = fitted(tmp_path / "whole", qat())
-    resumed = fitted(tmp_path / "again", qat(), ckpt_path=tmp_path / f"whole/epoch={epoch}.ckpt")
-    a, b = (torch.load(tmp_path / name / "epoch=3.ckpt", weights_only=True) for name in ("whole", "again"))
-    for key in ("state_dict", "optimizer_states", "lightning_compress"):
-        assert_same_state(a[key], b[key])
-    earlier = torch.load(tmp_path / f"whole/epoch={epoch}.ckpt", weights_only=True)
-    assert_different_state(a["state_dict"], earlier["state_dict"])
+def test_resumed_equals_uninterrupted_with_overrides(tmp_path: Path) -> None:
+    (_, whole), (_, resumed) = resume(lambda **files: fit(qat(), **files), tmp_path, 0, 2)
     assert schemes(whole) == schemes(resumed) == {"head": WEIGHT_ONLY}
     x = torch.randn(16, 16)
     assert torch.equal(whole.eval()(x), resumed.eval()(x))
@@ -283,7 +272,7 @@ def test_resumed_equals_uninterrupted_with_overrides(epoch: int, tmp_path: Path)
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 def test_files_of_a_model_with_overrides_load(tmp_path: Path) -> None:
-    module, data = fitted(tmp_path, qat()), TinyData()
+    module, data = fit(qat(), folder=tmp_path)[1], TinyData()
     expected = quiet_trainer().test(module, data, verbose=False)
     trainer = quiet_trainer(callbacks=[qat()])
     trainer.strategy.connect(module)

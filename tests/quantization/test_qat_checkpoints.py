@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from lightning_compress import (
 )
 from lightning_compress.quantization.convert import convert_, forget_
 from tests.quantization.test_qat import At, attributes, fake_quantizers, int8_layers, observers
+from tests.support import fits
 from tests.support.data import TinyData
+from tests.support.fits import every_epoch, read_checkpoint, resume
 from tests.support.foreign import FOREIGN
 from tests.support.modules import Classifier, ZooModule, quiet_trainer
 from tests.support.oracles import (
@@ -43,41 +46,15 @@ pytestmark = [
 ]
 
 
-def read(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
-
-
 def qat(**kwargs: Any) -> QuantizationAwareTraining:
     return QuantizationAwareTraining(**{"window": Window(0.25), **kwargs})
 
 
-def every_epoch(folder: Path, **kwargs: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, **kwargs)
+fit = partial(fits.fit, max_epochs=4)
 
 
-def fitted(
-    folder: Path, *callbacks: Callback, epochs: int = 4, module: Any = None, ckpt_path: Any = None, **kwargs: Any
-) -> Any:
-    torch.manual_seed(0)
-    module = module or Classifier()
-    trainer = quiet_trainer(
-        max_epochs=epochs, enable_checkpointing=True, callbacks=[*callbacks, every_epoch(folder)], **kwargs
-    )
-    trainer.fit(module, TinyData(), ckpt_path=ckpt_path, weights_only=True)
-    return module
-
-
-OWN = ("state_dict", "callbacks", "optimizer_states", "lr_schedulers", "lightning_compress")
-
-
-def of_interest(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    callbacks = {key: state for key, state in checkpoint["callbacks"].items() if not key.startswith("ModelCheckpoint")}
-    return {**{key: checkpoint.get(key) for key in OWN}, "callbacks": callbacks}
-
-
-@pytest.mark.parametrize("epoch", [0, 1, 2])
 @pytest.mark.parametrize("others", ["alone", "pruning", "pruning after", "ema", "ema before"])
-def test_resumed_equals_uninterrupted(others: str, epoch: int, tmp_path: Path) -> None:
+def test_resumed_equals_uninterrupted(others: str, tmp_path: Path) -> None:
     def callbacks() -> list[Callback]:
         return {
             "alone": lambda: [qat()],
@@ -87,19 +64,16 @@ def test_resumed_equals_uninterrupted(others: str, epoch: int, tmp_path: Path) -
             "ema before": lambda: [EMAWeightAveraging(decay=0.8), qat()],
         }[others]()
 
-    whole = fitted(tmp_path / "whole", *callbacks())
-    resumed = fitted(tmp_path / "again", *callbacks(), ckpt_path=tmp_path / f"whole/epoch={epoch}.ckpt")
-    a, b = read(tmp_path / "whole/epoch=3.ckpt"), read(tmp_path / "again/epoch=3.ckpt")
-    assert_same_state(of_interest(a), of_interest(b))
-    assert a["lightning_compress"]["observers"]
+    (_, whole), (_, resumed) = resume(lambda **files: fit(*callbacks(), **files), tmp_path, 0, 1, 2)
+    assert read_checkpoint(tmp_path / "whole/epoch=3.ckpt")["lightning_compress"]["observers"]
     assert int8_layers(whole) and int8_layers(resumed)
     x = torch.randn(16, 16)
     assert torch.equal(whole.eval()(x), resumed.eval()(x))
 
 
 def test_different_epochs_differ(tmp_path: Path) -> None:
-    fitted(tmp_path / "whole", qat())
-    files = [read(tmp_path / f"whole/epoch={epoch}.ckpt") for epoch in range(4)]
+    fit(qat(), folder=tmp_path / "whole")
+    files = [read_checkpoint(tmp_path / f"whole/epoch={epoch}.ckpt") for epoch in range(4)]
     assert "observers" not in files[0]["lightning_compress"]
     for earlier, later in pairwise(files[1:]):
         assert_different_state(earlier["state_dict"], later["state_dict"])
@@ -116,7 +90,7 @@ def test_checkpoints_hold_float_keys_and_bring_the_prepared_and_the_int8_form_ba
         callbacks=[QuantizationAwareTraining(convert=False), every_epoch(tmp_path)],
     )
     trainer.fit(module)
-    checkpoint = read(tmp_path / "epoch=0.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "epoch=0.ckpt")
     assert_float_keys(checkpoint, ZooModule(row))
     assert list(checkpoint["state_dict"]) == list(ZooModule(row).state_dict())
     ZooModule(row).load_state_dict(checkpoint["state_dict"], strict=True)
@@ -148,7 +122,7 @@ def test_every_checkpoint_loads_strictly_without_us(weights_only: bool, average:
     files = sorted(tmp_path.glob("*.ckpt"))
     assert len(files) == 3
     for path in files:
-        checkpoint = read(path)
+        checkpoint = read_checkpoint(path)
         assert_float_keys(checkpoint, Classifier())
         if "current_model_state" in checkpoint:
             assert_float_keys({"state_dict": checkpoint["current_model_state"]}, Classifier())
@@ -228,7 +202,7 @@ def test_the_monitored_metric_is_that_of_the_saved_prepared_model(tmp_path: Path
 
 
 def test_a_file_from_before_the_window_is_float_and_says_so(tmp_path: Path) -> None:
-    fitted(tmp_path, qat(window=Window(0.5)))
+    fit(qat(window=Window(0.5)), folder=tmp_path)
     module = Classifier()
     with pytest.warns(UserWarning, match="saved before quantization began; they run as float"):
         quiet_trainer(callbacks=[qat()]).test(
@@ -248,7 +222,7 @@ def converted_file(folder: Path) -> Path:
 def test_a_converted_file_is_for_test_predict_and_load_compressed(tmp_path: Path) -> None:
     # Q23.
     path, data = converted_file(tmp_path), TinyData()
-    read(path)  # weights_only=True
+    read_checkpoint(path)  # weights_only=True
     loaded = load_compressed(str(path), Classifier())
     assert int8_layers(loaded)
     tested, predicted = Classifier(), Classifier()
@@ -281,7 +255,7 @@ def test_training_a_model_whose_float_weights_are_gone_is_refused(tmp_path: Path
 
 
 def test_load_compressed_gives_a_prepared_model_that_trains_on_with_its_observers(tmp_path: Path) -> None:
-    fitted(tmp_path, qat(), epochs=2)
+    fit(qat(), folder=tmp_path, max_epochs=2)
     module = load_compressed(str(tmp_path / "epoch=1.ckpt"), Classifier())
     expected = observers(module)
     assert expected
@@ -297,11 +271,11 @@ def test_load_compressed_gives_a_prepared_model_that_trains_on_with_its_observer
 @pytest.mark.parametrize("way", ["load_compressed", "test"])
 def test_a_load_that_fails_leaves_the_model_bit_identical(way: str, kind: str, content: str, tmp_path: Path) -> None:
     if kind == "prepared":
-        fitted(tmp_path, qat(), epochs=2)
+        fit(qat(), folder=tmp_path, max_epochs=2)
         path = tmp_path / "epoch=1.ckpt"
     else:
         path = converted_file(tmp_path)
-    checkpoint = read(path)
+    checkpoint = read_checkpoint(path)
     module: Any = Classifier()
     if content == "missing":
         path.unlink()
@@ -338,7 +312,7 @@ def test_a_load_that_fails_leaves_the_model_bit_identical(way: str, kind: str, c
 
 
 def test_quantize_of_a_trained_model_saves_nothing_of_ours_into_the_float_model(tmp_path: Path) -> None:
-    module = fitted(tmp_path, epochs=1)
+    _, module = fit(folder=tmp_path, max_epochs=1)
     before = attributes(module)
     quantize(module, calibration=[(torch.randn(8, 16),)])
     assert attributes(module) == before

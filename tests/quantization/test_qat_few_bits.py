@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
 from torch import Tensor, nn
 
 from lightning_compress import (
@@ -27,6 +27,7 @@ from lightning_compress import (
 )
 from tests.quantization.test_qlora import At, Net, fit, mlp
 from tests.support.data import TinyData, keyword_loader
+from tests.support.fits import read_checkpoint, resume
 from tests.support.modules import Classifier, KeywordClassifier, ManualClassifier, ZooModule, quiet_trainer
 from tests.support.oracles import (
     assert_different_state,
@@ -42,10 +43,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning"),
 ]
-
-
-def read(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
 
 
 def qat(bits: int = 4, group_size: int | None = None, **kwargs: Any) -> QuantizationAwareTraining:
@@ -516,15 +513,6 @@ def test_with_pruning_zeros_stay_zero() -> None:
 # Checkpoints.
 
 
-def fitted(folder: Path, *callbacks: Callback, epochs: int = 3, weights_only: bool = False, **kwargs: Any) -> Any:
-    torch.manual_seed(0)
-    ckpt_path, module = kwargs.pop("ckpt_path", None), kwargs.pop("module", None) or Classifier()
-    save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_weights_only=weights_only)
-    trainer = quiet_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=[*callbacks, save])
-    trainer.fit(module, TinyData(), ckpt_path=ckpt_path, weights_only=True)
-    return module
-
-
 OTHERS = {
     "alone": lambda: [],
     "ema": lambda: [EMAWeightAveraging(decay=0.9)],
@@ -537,11 +525,13 @@ OTHERS = {
 def test_every_checkpoint_holds_float_keys_and_loads_strictly_without_us(
     others: str, weights_only: bool, tmp_path: Path
 ) -> None:
-    module = fitted(tmp_path, qat(4, 8, window=Window(0.4)), *OTHERS[others](), weights_only=weights_only)
+    _, module = fit(
+        qat(4, 8, window=Window(0.4)), *OTHERS[others](), folder=tmp_path, save_weights_only=weights_only, max_epochs=3
+    )
     assert list(packed(module)) == ["body"]
     for epoch in range(3):
         path = tmp_path / f"epoch={epoch}.ckpt"
-        checkpoint = read(path)
+        checkpoint = read_checkpoint(path)
         assert list(checkpoint["state_dict"]) == list(Classifier().state_dict())
         assert_float_keys(checkpoint, Classifier())
         if "current_model_state" in checkpoint:
@@ -552,22 +542,16 @@ def test_every_checkpoint_holds_float_keys_and_loads_strictly_without_us(
         assert trained_in_few_bits(loaded) == ([] if epoch == 0 else ["body"])
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("others", OTHERS)
-def test_resumed_equals_uninterrupted(others: str, epoch: int, tmp_path: Path) -> None:
-    whole = fitted(tmp_path / "whole", qat(3, 8, window=Window(0.4)), *OTHERS[others]())
-    resumed = fitted(
-        tmp_path / "again",
-        qat(3, 8, window=Window(0.4)),
-        *OTHERS[others](),
-        ckpt_path=tmp_path / f"whole/epoch={epoch}.ckpt",
-    )
-    a, b = read(tmp_path / "whole/epoch=2.ckpt"), read(tmp_path / "again/epoch=2.ckpt")
-    for part in ("state_dict", "current_model_state", "optimizer_states", "lightning_compress"):
-        assert_same_state(a.get(part, {}), b.get(part, {}))
+def test_resumed_equals_uninterrupted(others: str, tmp_path: Path) -> None:
+    def run(**files: Any) -> Any:
+        return fit(qat(3, 8, window=Window(0.4)), *OTHERS[others](), max_epochs=3, **files)[1]
+
+    whole, resumed = resume(run, tmp_path, 0, 1)
     assert_same_state(snapshot(whole), snapshot(resumed))
     assert list(packed(resumed)) == ["body"]
-    for earlier, later in pairwise(read(tmp_path / f"whole/epoch={epoch}.ckpt")["state_dict"] for epoch in range(3)):
+    files = [read_checkpoint(tmp_path / f"whole/epoch={epoch}.ckpt")["state_dict"] for epoch in range(3)]
+    for earlier, later in pairwise(files):
         assert_different_state(earlier, later)
 
 
@@ -575,7 +559,7 @@ def test_resumed_equals_uninterrupted(others: str, epoch: int, tmp_path: Path) -
 def test_a_prepared_file_is_converted_for_test_and_predict_and_validated_as_it_is(
     weights_only: bool, tmp_path: Path
 ) -> None:
-    trained = fitted(tmp_path, qat(2, 8), weights_only=weights_only)
+    _, trained = fit(qat(2, 8), folder=tmp_path, save_weights_only=weights_only, max_epochs=3)
     data, path = TinyData(), tmp_path / "epoch=2.ckpt"
     expected = quiet_trainer().test(trained, data, verbose=False)
     fresh = Classifier()
@@ -602,11 +586,11 @@ def test_a_converted_file_comes_back_and_is_not_trained(tmp_path: Path) -> None:
     assert torch.equal(loaded.eval()(x), module.eval()(x))
     assert_same_state(module, loaded)
     with pytest.raises(CompressionError, match="`ckpt_path` must be a float or a prepared checkpoint"):
-        fitted(tmp_path, qat(4, 8), ckpt_path=tmp_path / "int4.ckpt")
+        fit(qat(4, 8), folder=tmp_path, ckpt_path=tmp_path / "int4.ckpt", max_epochs=3)
 
 
 def test_load_compressed_gives_a_prepared_model_that_trains_on(tmp_path: Path) -> None:
-    fitted(tmp_path, qat(4, 8))
+    fit(qat(4, 8), folder=tmp_path, max_epochs=3)
     module = load_compressed(tmp_path / "epoch=2.ckpt", Classifier())
     assert trained_in_few_bits(module) == ["body"]
     fit(qat(4, 8), module=module)
@@ -615,7 +599,7 @@ def test_load_compressed_gives_a_prepared_model_that_trains_on(tmp_path: Path) -
 
 def test_a_fresh_module_that_never_ran_converts_alike(tmp_path: Path) -> None:
     # Nothing but the weights decides the codes.
-    trained = fitted(tmp_path, qat(3, 8))
+    _, trained = fit(qat(3, 8), folder=tmp_path, max_epochs=3)
     [expected] = packed(trained).values()
     fresh = Classifier()
     quiet_trainer(callbacks=[qat(3, 8)]).test(
@@ -626,9 +610,9 @@ def test_a_fresh_module_that_never_ran_converts_alike(tmp_path: Path) -> None:
 
 
 def test_resuming_with_other_bits_says_so(tmp_path: Path) -> None:
-    fitted(tmp_path, qat(4, 8), epochs=1)
+    fit(qat(4, 8), folder=tmp_path, max_epochs=1)
     with pytest.raises((CompressionError, UserWarning), match="other settings|scheme"):
-        fitted(tmp_path, qat(2, 8), ckpt_path=tmp_path / "epoch=0.ckpt", epochs=2)
+        fit(qat(2, 8), folder=tmp_path, ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=2)
 
 
 # Averages.

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -41,6 +42,7 @@ from lightning_compress import (
     prune_,
     quantize,
 )
+from tests.support import fits
 from tests.support.data import TinyData, keyword_loader
 from tests.support.modules import Classifier, KeywordClassifier, ManualClassifier, ZooModule, quiet_trainer
 from tests.support.oracles import (
@@ -85,14 +87,7 @@ class At(Callback):
 
 
 SHORT = {"limit_val_batches": 1, "num_sanity_val_steps": 0}
-
-
-def fit(*callbacks: Callback, module: Any = None, data: Any = None, **kwargs: Any) -> tuple[L.Trainer, Any]:
-    torch.manual_seed(1)
-    module = Classifier() if module is None else module
-    trainer = quiet_trainer(**{"max_epochs": 2, **SHORT, "callbacks": list(callbacks), **kwargs})
-    trainer.fit(module, data or TinyData())
-    return trainer, module
+fit = partial(fits.fit, **SHORT)
 
 
 class Net(Classifier):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch import Tensor, nn
 
 from lightning_compress import (
@@ -34,8 +35,10 @@ from tests.quantization.test_qlora import (
     adapters,
     mlp,
 )
+from tests.support import fits
 from tests.support.data import ResumableData, TinyData
 from tests.support.ddp import run_ranks
+from tests.support.fits import PARTS, read_checkpoint, resume
 from tests.support.modules import Classifier, ZooModule, quiet_trainer
 from tests.support.oracles import assert_different_state, assert_same_state, differing, flatten, snapshot
 from tests.support.zoo import row
@@ -46,44 +49,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning"),
 ]
-
-
-def read(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
-
-
-def fitted(
-    folder: Path | None,
-    *callbacks: Callback,
-    epochs: int = 3,
-    module: Any = None,
-    data: Any = None,
-    ckpt_path: Any = None,
-    weights_only: bool = False,
-    **kwargs: Any,
-) -> Any:
-    torch.manual_seed(0)
-    module = module or Classifier()
-    saves = [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_weights_only=weights_only)]
-    trainer = quiet_trainer(
-        max_epochs=epochs,
-        enable_checkpointing=bool(folder),
-        callbacks=[*callbacks, *(saves if folder else [])],
-        **{**SHORT, **kwargs},
-    )
-    trainer.fit(module, data or TinyData(), ckpt_path=ckpt_path, weights_only=True)
-    return module
+fit = partial(fits.fit, max_epochs=3, **SHORT)
 
 
 def every_tensor(tree: Any) -> dict[str, Tensor]:
     return {name: leaf for name, leaf in flatten(tree).items() if isinstance(leaf, Tensor)}
-
-
-OWN = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "lightning_compress")
-
-
-def of_interest(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    return {key: checkpoint.get(key) for key in OWN}
 
 
 # What a file holds.
@@ -93,8 +63,8 @@ def of_interest(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def test_a_file_holds_the_adapters_and_the_base_once_and_the_rest_under_its_keys(
     weights_only: bool, tmp_path: Path
 ) -> None:
-    module = fitted(tmp_path, QLoRA(rank=2), weights_only=weights_only)
-    checkpoint = read(tmp_path / "epoch=2.ckpt")
+    _, module = fit(QLoRA(rank=2), folder=tmp_path, save_weights_only=weights_only)
+    checkpoint = read_checkpoint(tmp_path / "epoch=2.ckpt")
     user = Classifier().state_dict()
     assert list(checkpoint["state_dict"]) == [key for key in user if key != "body.weight"]
     for key, value in checkpoint["state_dict"].items():
@@ -142,35 +112,40 @@ AVERAGES = {
 @pytest.mark.parametrize("others", AVERAGES)
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
 def test_the_base_is_on_disk_once(others: str, weights_only: bool, tmp_path: Path) -> None:
-    fitted(tmp_path, QLoRA(rank=2), *AVERAGES[others](), module=Wide(), weights_only=weights_only, epochs=2)
+    fit(
+        QLoRA(rank=2), *AVERAGES[others](), folder=tmp_path, module=Wide(), save_weights_only=weights_only, max_epochs=2
+    )
     path = tmp_path / "epoch=1.ckpt"
     # In bits: 4 for a weight and 8 for each 64 of them, in both layers; float for the rest.
     base = (256 * 256 + 256 * 16) // 2 + 256 * (256 // 64) + 256
     small = 4 * (2 * (16 + 256 + 256 + 256) + 256 + 256 + 256 * 4 + 4)
-    for size in (storages(read(path)), path.stat().st_size):
+    for size in (storages(read_checkpoint(path)), path.stat().st_size):
         # Adapters up to four times: current, average, momentum; a file has 16 kB of names and padding.
         assert base + small <= size <= 1.05 * base + 4 * small + 16000
     codes = [
-        value for value in every_tensor(read(path)).values() if value.dtype == torch.uint8 and value.numel() > 2048
+        value
+        for value in every_tensor(read_checkpoint(path)).values()
+        if value.dtype == torch.uint8 and value.numel() > 2048
     ]
     assert codes and len({value.data_ptr() for value in codes}) == len({value.numel() for value in codes})
 
 
 def test_the_file_is_a_fraction_of_the_float_one(tmp_path: Path) -> None:
-    fitted(tmp_path / "ours", QLoRA(rank=2), module=Wide(), epochs=1, weights_only=True)
-    fitted(tmp_path / "plain", module=Wide(), epochs=1, weights_only=True)
+    fit(QLoRA(rank=2), folder=tmp_path / "ours", module=Wide(), max_epochs=1, save_weights_only=True)
+    fit(folder=tmp_path / "plain", module=Wide(), max_epochs=1, save_weights_only=True)
     ours, plain = (Path(tmp_path / name / "epoch=0.ckpt").stat().st_size for name in ("ours", "plain"))
     assert ours < 0.3 * plain
 
 
 def test_state_dicts_of_the_live_module_are_not_changed_by_a_save(tmp_path: Path) -> None:
-    module = fitted(None, QLoRA(rank=2))
+    _, module = fit(QLoRA(rank=2))
     keys = list(module.state_dict())
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
     module.trainer.save_checkpoint(tmp_path / "b.ckpt")
     assert list(module.state_dict()) == keys
-    a, b = read(tmp_path / "a.ckpt"), read(tmp_path / "b.ckpt")
-    assert_same_state(of_interest(a), of_interest(b))
+    a, b = read_checkpoint(tmp_path / "a.ckpt"), read_checkpoint(tmp_path / "b.ckpt")
+    for part in PARTS:
+        assert_same_state(a.get(part, {}), b.get(part, {}))
 
 
 @pytest.mark.parametrize("name", ["mlp", "transformer", "tied", "shared"])
@@ -194,7 +169,7 @@ def test_over_the_zoo_a_file_brings_everything_back(name: str, tmp_path: Path) -
 
 
 def test_load_compressed_and_training_goes_on(tmp_path: Path) -> None:
-    module = fitted(tmp_path, QLoRA(rank=2, modules_to_train=["head"]))
+    _, module = fit(QLoRA(rank=2, modules_to_train=["head"]), folder=tmp_path)
     loaded = load_compressed(tmp_path / "epoch=2.ckpt", Classifier())
     assert_same_state(module, loaded)
     start: dict[str, Any] = {}
@@ -205,7 +180,7 @@ def test_load_compressed_and_training_goes_on(tmp_path: Path) -> None:
             trainable.extend(n for n, p in m.named_parameters() if p.requires_grad),
         )
     )
-    fitted(tmp_path / "again", QLoRA(rank=2, modules_to_train=["head"]), note, module=loaded)
+    fit(QLoRA(rank=2, modules_to_train=["head"]), note, folder=tmp_path / "again", module=loaded)
     assert_same_state(snapshot(module), start)
     assert set(trainable) == {f"body._traced_forward.lora_{name}" for name in "AB"} | {"head.weight", "head.bias"}
     assert_different_state(adapters(module), adapters(loaded))
@@ -218,7 +193,7 @@ def test_load_compressed_and_training_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
 def test_a_file_is_evaluated_as_it_was_trained(stage: str, weights_only: bool, tmp_path: Path) -> None:
-    module, data = fitted(tmp_path, QLoRA(rank=2), weights_only=weights_only), TinyData()
+    module, data = fit(QLoRA(rank=2), folder=tmp_path, save_weights_only=weights_only)[1], TinyData()
     options = {} if stage == "predict" else {"verbose": False}
     expected = getattr(quiet_trainer(), stage)(module, data, **options)
     fresh = Classifier()
@@ -255,7 +230,7 @@ def test_the_best_and_the_last_after_a_fit(tmp_path: Path) -> None:
 
 def test_a_file_without_us_names_what_is_missing(tmp_path: Path) -> None:
     # The one exception to the float keys of promise 9: torch's own strict load says so.
-    fitted(tmp_path, QLoRA(rank=2))
+    fit(QLoRA(rank=2), folder=tmp_path)
     with pytest.raises(RuntimeError, match="Missing key.*body.weight"):
         Classifier.load_from_checkpoint(tmp_path / "epoch=2.ckpt", weights_only=True)
     with pytest.raises(RuntimeError, match="Missing key.*body.weight"):
@@ -263,33 +238,33 @@ def test_a_file_without_us_names_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_save_compressed_of_a_plain_module_with_adapters(tmp_path: Path) -> None:
-    module = fitted(None, QLoRA(rank=2))
+    _, module = fit(QLoRA(rank=2))
     save_compressed(module, tmp_path / "adapted.ckpt")
     again = load_compressed(tmp_path / "adapted.ckpt", Classifier())
     assert_same_state(module, again)
 
 
 def test_a_merged_module_saves_like_a_plain_one(tmp_path: Path) -> None:
-    module = fitted(None, QLoRA(rank=2))
+    _, module = fit(QLoRA(rank=2))
     merged = merge_adapters(module)
     torch.save(merged.state_dict(), tmp_path / "state.pt")
     Classifier().load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
     save_compressed(merged, tmp_path / "merged.ckpt")
     assert_same_state(merged, load_compressed(tmp_path / "merged.ckpt", Classifier()))
-    fitted(tmp_path, module=merged, epochs=1)
-    checkpoint = read(tmp_path / "epoch=0.ckpt")
+    fit(folder=tmp_path, module=merged, max_epochs=1)
+    checkpoint = read_checkpoint(tmp_path / "epoch=0.ckpt")
     assert list(checkpoint["state_dict"]) == list(Classifier().state_dict())
     assert "lightning_compress" not in checkpoint
     Classifier.load_from_checkpoint(tmp_path / "epoch=0.ckpt", weights_only=True)
 
 
 def test_loading_into_a_module_that_has_adapters_already(tmp_path: Path) -> None:
-    first = fitted(tmp_path / "first", QLoRA(rank=2))
-    second = fitted(tmp_path / "second", QLoRA(rank=4, targets=Targets(include=["head"])), module=Classifier())
+    _, first = fit(QLoRA(rank=2), folder=tmp_path / "first")
+    _, second = fit(QLoRA(rank=4, targets=Targets(include=["head"])), folder=tmp_path / "second", module=Classifier())
     load_compressed(tmp_path / "first" / "epoch=2.ckpt", second)
     assert_same_state(first, second)
     assert list(adapted_layers(second)) == ["body"]
-    plain = fitted(tmp_path / "plain")
+    _, plain = fit(folder=tmp_path / "plain")
     load_compressed(tmp_path / "plain" / "epoch=2.ckpt", second)
     assert_same_state(plain, second)
     assert all(parameter.requires_grad for parameter in second.parameters())
@@ -298,29 +273,23 @@ def test_loading_into_a_module_that_has_adapters_already(tmp_path: Path) -> None
 # Resuming.
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("others", AVERAGES)
-def test_resumed_equals_uninterrupted(others: str, epoch: int, tmp_path: Path) -> None:
-    whole = fitted(tmp_path / "whole", QLoRA(rank=2, modules_to_train=["head"]), *AVERAGES[others]())
-    resumed = fitted(
-        tmp_path / "again",
-        QLoRA(rank=2, modules_to_train=["head"]),
-        *AVERAGES[others](),
-        ckpt_path=tmp_path / f"whole/epoch={epoch}.ckpt",
-    )
-    a, b = read(tmp_path / "whole/epoch=2.ckpt"), read(tmp_path / "again/epoch=2.ckpt")
-    assert_same_state(of_interest(a), of_interest(b))
+def test_resumed_equals_uninterrupted(others: str, tmp_path: Path) -> None:
+    def run(**files: Any) -> Any:
+        return fit(QLoRA(rank=2, modules_to_train=["head"]), *AVERAGES[others](), **files)[1]
+
+    whole, resumed = resume(run, tmp_path, 0, 1)
     assert_same_state(snapshot(whole), snapshot(resumed))
-    for earlier, later in pairwise(read(tmp_path / f"whole/epoch={epoch}.ckpt") for epoch in range(3)):
+    for earlier, later in pairwise(read_checkpoint(tmp_path / f"whole/epoch={epoch}.ckpt") for epoch in range(3)):
         assert_different_state(earlier["lightning_compress"]["adapters"], later["lightning_compress"]["adapters"])
 
 
 def test_resumed_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     def run(folder: str, ckpt_path: Any = None) -> Any:
         save = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1, every_n_train_steps=3)
-        options = {"data": ResumableData(), "ckpt_path": ckpt_path, "module": Net(mlp(24, 24, 4)), "epochs": 2}
+        options = {"data": ResumableData(), "ckpt_path": ckpt_path, "module": Net(mlp(24, 24, 4)), "max_epochs": 2}
         torch.manual_seed(4)
-        return fitted(tmp_path / f"{folder} too", QLoRA(rank=2), save, **options)
+        return fit(QLoRA(rank=2), save, folder=tmp_path / f"{folder} too", **options)[1]
 
     whole = run("whole")
     resumed = run("again", tmp_path / "whole" / "step=3.ckpt")
@@ -329,7 +298,7 @@ def test_resumed_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", ["other weights", "loaded", "trained on"])
 def test_a_resumed_fit_takes_the_base_of_the_file(start: str, tmp_path: Path) -> None:
-    whole = fitted(tmp_path / "whole", QLoRA(rank=2))
+    _, whole = fit(QLoRA(rank=2), folder=tmp_path / "whole")
     path = tmp_path / "whole" / "epoch=0.ckpt"
     torch.manual_seed(321)
     module = Classifier()
@@ -337,7 +306,7 @@ def test_a_resumed_fit_takes_the_base_of_the_file(start: str, tmp_path: Path) ->
         load_compressed(tmp_path / "whole" / "epoch=1.ckpt", module)
     elif start == "trained on":
         quiet_trainer(callbacks=[QLoRA(rank=2)]).fit(module, TinyData())
-    resumed = fitted(tmp_path / "again", QLoRA(rank=2), module=module, ckpt_path=path)
+    _, resumed = fit(QLoRA(rank=2), folder=tmp_path / "again", module=module, ckpt_path=path)
     assert_same_state(whole, resumed)
 
 
@@ -346,7 +315,7 @@ def test_a_manual_fit_with_several_optimizers_resumes(epoch: int, tmp_path: Path
     def run(folder: str, ckpt_path: Any = None) -> Any:
         qlora = QLoRA(rank=2, targets=Targets(include=["body", "middle"]))
         torch.manual_seed(4)
-        return fitted(tmp_path / folder, qlora, module=TwoManual(toggle=True), ckpt_path=ckpt_path)
+        return fit(qlora, folder=tmp_path / folder, module=TwoManual(toggle=True), ckpt_path=ckpt_path)[1]
 
     whole = run("whole")
     resumed = run("again", tmp_path / "whole" / f"epoch={epoch}.ckpt")
@@ -354,8 +323,10 @@ def test_a_manual_fit_with_several_optimizers_resumes(epoch: int, tmp_path: Path
 
 
 def test_an_optimizer_that_fills_its_state_at_once_is_saved_and_resumed(tmp_path: Path) -> None:
-    whole = fitted(tmp_path / "whole", QLoRA(rank=2), module=Plateau())
-    resumed = fitted(tmp_path / "again", QLoRA(rank=2), module=Plateau(), ckpt_path=tmp_path / "whole/epoch=0.ckpt")
+    _, whole = fit(QLoRA(rank=2), folder=tmp_path / "whole", module=Plateau())
+    _, resumed = fit(
+        QLoRA(rank=2), folder=tmp_path / "again", module=Plateau(), ckpt_path=tmp_path / "whole/epoch=0.ckpt"
+    )
     assert_same_state(whole, resumed)
 
 
@@ -367,8 +338,10 @@ def test_a_module_that_loads_weights_in_its_setup_resumes(tmp_path: Path) -> Non
                     torch.manual_seed(77)
                     self.load_state_dict(Classifier().state_dict())
 
-    whole = fitted(tmp_path / "whole", QLoRA(rank=2), module=Loads())
-    resumed = fitted(tmp_path / "again", QLoRA(rank=2), module=Loads(), ckpt_path=tmp_path / "whole/epoch=0.ckpt")
+    _, whole = fit(QLoRA(rank=2), folder=tmp_path / "whole", module=Loads())
+    _, resumed = fit(
+        QLoRA(rank=2), folder=tmp_path / "again", module=Loads(), ckpt_path=tmp_path / "whole/epoch=0.ckpt"
+    )
     assert_same_state(whole, resumed)
 
 
@@ -378,22 +351,22 @@ def test_a_module_that_loads_weights_in_its_setup_resumes(tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["float", "float weights only", "prepared"])
 def test_a_checkpoint_without_adapters_is_refused_with_the_remedy(kind: str, tmp_path: Path) -> None:
     others = [QuantizationAwareTraining()] if kind == "prepared" else []
-    fitted(tmp_path, *others, epochs=1, weights_only="weights" in kind)
+    fit(*others, folder=tmp_path, max_epochs=1, save_weights_only="weights" in kind)
     module = Classifier()
     with pytest.raises(CompressionError, match="`ckpt_path` must.*QLoRA.*[Ll]oad its weights"):
-        fitted(None, QLoRA(rank=2), module=module, ckpt_path=tmp_path / "epoch=0.ckpt")
+        fit(QLoRA(rank=2), module=module, ckpt_path=tmp_path / "epoch=0.ckpt")
     # The remedy.
     plain = load_compressed(tmp_path / "epoch=0.ckpt", Classifier())
     if kind != "prepared":
-        fitted(None, QLoRA(rank=2), module=plain)
+        fit(QLoRA(rank=2), module=plain)
 
 
 def test_a_float_checkpoint_that_was_refused_leaves_a_module_that_trains(tmp_path: Path) -> None:
-    fitted(tmp_path, epochs=1)
+    fit(folder=tmp_path, max_epochs=1)
     module = Classifier()
     before = snapshot(module)
     with pytest.raises(CompressionError, match="`ckpt_path`"):
-        fitted(None, QLoRA(rank=2), module=module, ckpt_path=tmp_path / "epoch=0.ckpt")
+        fit(QLoRA(rank=2), module=module, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert list(module.state_dict()) == list(Classifier().state_dict())
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert_same_state(before, snapshot(module))
@@ -406,17 +379,17 @@ def test_a_float_checkpoint_that_was_refused_leaves_a_module_that_trains(tmp_pat
 )
 def test_resuming_with_other_settings_says_so(other: dict[str, Any], tmp_path: Path) -> None:
     # As a second fit in memory is refused, and as the other callbacks warn.
-    fitted(tmp_path, QLoRA(rank=2), epochs=1)
+    fit(QLoRA(rank=2), folder=tmp_path, max_epochs=1)
     with pytest.raises((CompressionError, UserWarning), match="other settings|of the same kind|merge_adapters"):
-        fitted(None, QLoRA(**{"rank": 2, **other}), ckpt_path=tmp_path / "epoch=0.ckpt")
+        fit(QLoRA(**{"rank": 2, **other}), ckpt_path=tmp_path / "epoch=0.ckpt")
 
 
 @pytest.mark.parametrize("way", ["load_compressed", "fit", "test"])
 @pytest.mark.parametrize("content", ["other model", "missing adapter", "missing base", "missing key", "newer", "text"])
 def test_a_load_that_fails_leaves_the_module_as_it_was(way: str, content: str, tmp_path: Path) -> None:
-    fitted(tmp_path, QLoRA(rank=2), epochs=1)
+    fit(QLoRA(rank=2), folder=tmp_path, max_epochs=1)
     path, module = tmp_path / "epoch=0.ckpt", Classifier()
-    checkpoint = read(path)
+    checkpoint = read_checkpoint(path)
     entry = checkpoint["lightning_compress"]
     if content == "other model":
         module = Classifier(hidden=40)
@@ -450,7 +423,7 @@ def test_a_load_that_fails_leaves_the_module_as_it_was(way: str, content: str, t
 
 @pytest.mark.parametrize("kind", ["targets", "rank", "columns"])
 def test_a_file_whose_layers_differ_is_an_error(kind: str, tmp_path: Path) -> None:
-    fitted(tmp_path, QLoRA(rank=2), epochs=1, module=Net(mlp(24, 4)))
+    fit(QLoRA(rank=2), folder=tmp_path, max_epochs=1, module=Net(mlp(24, 4)))
     other: nn.Module
     if kind == "targets":
         other = Net(nn.Sequential(nn.Conv1d(1, 1, 1), nn.GELU(), nn.Linear(24, 4)))
@@ -466,9 +439,9 @@ def test_a_file_whose_layers_differ_is_an_error(kind: str, tmp_path: Path) -> No
 
 
 def test_a_prepared_or_quantizing_callback_on_a_file_of_adapters_says_what_to_do(tmp_path: Path) -> None:
-    fitted(tmp_path, QLoRA(rank=2), epochs=1)
+    fit(QLoRA(rank=2), folder=tmp_path, max_epochs=1)
     with pytest.raises(CompressionError, match="merge"):
-        fitted(None, QuantizationAwareTraining(), ckpt_path=tmp_path / "epoch=0.ckpt", epochs=2)
+        fit(QuantizationAwareTraining(), ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=2)
 
 
 # YAML.
