@@ -372,9 +372,9 @@ def test_stochastic_weight_averaging_before_and_after_the_cut(start: int, first:
 
 @both_orders
 def test_the_report_measures_what_really_went(first: bool, tmp_path: Path) -> None:
-    pruning = shrink(min_layer_channels=0.75)
+    report, pruning = CompressionReport(str(tmp_path), picture=False, max_seconds=0.01), shrink(min_layer_channels=0.75)
     with pytest.warns(UserWarning, match="budget is missed"):
-        fit(*ordered(first, CompressionReport(directory=str(tmp_path)), pruning))
+        fit(*ordered(first, report, pruning))
     text = (tmp_path / "report.md").read_text()
     params = {h: 16 * h + h + 2 * h + 4 * h + 4 for h in (24, 32)}
     assert f"| before | {params[32]} |" in text and f"| after | {params[24]} (" in text

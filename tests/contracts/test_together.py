@@ -55,7 +55,8 @@ def build(teacher: bool = True) -> DistillationModule:
 def callbacks(averaged: bool) -> list[Any]:
     average = [EMAWeightAveraging(decay=0.9)] if averaged else []
     pruning, qat = ScheduledPruning(sparsity=0.6), QuantizationAwareTraining(window=Window(0.3))
-    return [qat, *average, pruning, CompressionReport(directory="report", max_seconds=0.1)]
+    report = CompressionReport(directory="report", picture=False, max_seconds=0.01)
+    return [qat, *average, pruning, report]
 
 
 def run(averaged: bool, folder: Path, ckpt_path: Path | None = None) -> tuple[Any, DistillationModule]:

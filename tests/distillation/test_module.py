@@ -334,7 +334,7 @@ def test_an_int8_student_is_exported_with_what_was_done_to_it(tmp_path: Path) ->
 
 def test_a_report_counts_no_adapter(tmp_path: Path) -> None:
     module = with_features()
-    fit = trainer(callbacks=[CompressionReport(str(tmp_path))])
+    fit = trainer(callbacks=[CompressionReport(str(tmp_path), picture=False, max_seconds=0.01)])
     fit.fit(module, loader())
     fit.test(module, loader(), verbose=False)
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]

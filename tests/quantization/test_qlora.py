@@ -1313,7 +1313,8 @@ def test_with_a_distillation_module(wide: bool) -> None:
 
 
 def test_with_a_report(tmp_path: Any) -> None:
-    qlora, report = QLoRA(rank=2), CompressionReport(directory=str(tmp_path / "report"))
+    qlora = QLoRA(rank=2)
+    report = CompressionReport(directory=str(tmp_path / "report"), picture=False, max_seconds=0.01)
     trainer, module = fit(qlora, report)
     trainer.test(module, TinyData(), verbose=False)
     text = "".join(path.read_text() for path in (tmp_path / "report").rglob("*") if path.suffix in (".md", ".json"))
