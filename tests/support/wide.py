@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from tests.support import wide_audio_nets as audio
+from tests.support import wide_image_nets as images
 from tests.support import wide_nets as nets
 from tests.support import wide_sequence_nets as sequences
 from tests.support.zoo import Inputs, Row
@@ -67,8 +69,8 @@ WIDE: tuple[Row, ...] = (
     _row("mobilenet_v2", nets.MobileNetV2, _IMAGES, "depthwise between expand and project"),
     _row("mobilenet_v3", nets.MobileNetV3, _IMAGES, "a gate ties the channels that it multiplies"),
     _row("densenet", nets.DenseNet, _IMAGES, "a feature is read at many offsets"),
-    _row("unet", nets.unet, _IMAGES, "transposed convolutions, skips at an offset"),
-    _row("unet_groupnorm", nets.unet_groupnorm, _IMAGES, "norm groups tie a channel to its neighbours"),
+    _row("unet", images.unet, _IMAGES, "transposed convolutions, skips at an offset"),
+    _row("unet_groupnorm", images.unet_groupnorm, _IMAGES, "norm groups tie a channel to its neighbours"),
     _row("inception", nets.Inception, _IMAGES, "four branches side by side, twice"),
     _row("vit", sequences.vit, _IMAGES, "fused qkv; shapes from the input's width; bare parameters"),
     _row("vit_head_dim", sequences.vit_head_dim, _IMAGES, "heads are independent of the model's width"),
@@ -76,21 +78,21 @@ WIDE: tuple[Row, ...] = (
     _row("gpt", sequences.GPT, _ids((29, 9)), "`split` by an attribute; tied head"),
     _row("llama", sequences.Llama, _ids((29, 9)), "grouped queries, rotary halves, gated MLP, own norm"),
     _row("encoder_decoder", sequences.EncoderDecoder, _ids((23, 9), (19, 6)), "torch's own; fast path in evaluation"),
-    _row("audio", sequences.AudioNet, _floats((2, 1, 256)), "a slope per channel; flatten by `view`"),
-    _row("lstm_head", sequences.ConvLSTM, _floats((2, 5, 13)), "channels become features of a recurrent net"),
-    _row("bigru", sequences.BiGRU, _ids((31, 9)), "two directions side by side"),
+    _row("audio", audio.AudioNet, _floats((2, 1, 256)), "a slope per channel; flatten by `view`"),
+    _row("lstm_head", audio.ConvLSTM, _floats((2, 5, 13)), "channels become features of a recurrent net"),
+    _row("bigru", audio.BiGRU, _ids((31, 9)), "two directions side by side"),
     _row("mixer", sequences.MlpMixer, _IMAGES, "tokens and channels change places"),
     _row("convnext", nets.ConvNeXt, _IMAGES, "channels first and last; a bare scale per channel"),
     _row("shufflenet", nets.ShuffleNet, _IMAGES, "chunk, cat and an interleaving of halves"),
     _row("grouped", nets.grouped, _IMAGES, "groups of several channels inside a sum"),
-    _row("glu", sequences.WaveNet, _floats((2, 6, 32)), "halves of one convolution gate each other"),
-    _row("pixel_shuffle", nets.SuperResolution, _floats((2, 3, 12, 10)), "four channels become one"),
+    _row("glu", audio.WaveNet, _floats((2, 6, 32)), "halves of one convolution gate each other"),
+    _row("pixel_shuffle", images.SuperResolution, _floats((2, 3, 12, 10)), "four channels become one"),
     _row("two_outputs", nets.TwoOutputs, _IMAGES, "dict out"),
     _row(
         "shared_head", nets.Siamese, _floats((2, 3, 16, 16), (2, 3, 16, 16)), "one tower, two calls, cat and difference"
     ),
     _row("mha", sequences.MHAClassifier, _floats((2, 9, 11)), "out_proj is read, not called"),
-    _row("instance_norm", nets.StyleTransfer, _IMAGES, "norm without statistics; reflection padding"),
-    _row("fpn", nets.FPN, _IMAGES, "one head on all levels; list out"),
-    _row("weight_normed_conv", sequences.Vocoder, _floats((2, 8, 24)), "every weight is computed"),
+    _row("instance_norm", images.StyleTransfer, _IMAGES, "norm without statistics; reflection padding"),
+    _row("fpn", images.FPN, _IMAGES, "one head on all levels; list out"),
+    _row("weight_normed_conv", audio.Vocoder, _floats((2, 8, 24)), "every weight is computed"),
 )
