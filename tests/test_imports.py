@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "__init__", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# Where rooms of one floor may import each other, without a circle. The techniques, on floor 4, may not.
+# Where rooms of one floor may import each other. The techniques, on floor 4, may not. Nowhere do folders form a circle.
 BESIDE = {1, 2, 3, FLOOR["cli"]}
 # The imports that stand in a function.
 INSIDE = {
@@ -49,13 +50,11 @@ BY_NAME = {
 MAY_IMPORT_LIGHTNING = {
     "callback.py",
     "probe.py",
-    "silent_copy.py",
     "window.py",
     "windowed_callback.py",
     "cli.py",
     "channels/callback.py",
     "pruning/callback.py",
-    "pruning/masking.py",
     "quantization/qat.py",
     "quantization/lora/qlora.py",
     "quantization/ptq.py",
@@ -81,6 +80,18 @@ DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 # Faults that the turn of the house hasn't come to. One that is gone leaves this table.
 NOT_YET: dict[tuple[str, str], str] = {
+    ("channels/cutting/batchnorm_restart.py", "channels/tracing/deterministic.py"): "is in a circle of folders",
+    ("channels/cutting/corrections.py", "channels/tracing/factors.py"): "is in a circle of folders",
+    ("channels/cutting/corrections.py", "channels/tracing/notes.py"): "is in a circle of folders",
+    ("channels/cutting/slices.py", "channels/tracing/groups.py"): "is in a circle of folders",
+    ("channels/tracing/find_groups.py", "channels/cutting/cut.py"): "is in a circle of folders",
+    ("channels/tracing/find_groups.py", "channels/cutting/layers.py"): "is in a circle of folders",
+    ("channels/tracing/find_groups.py", "channels/cutting/written.py"): "is in a circle of folders",
+    ("channels/tracing/groups.py", "channels/cutting/cached.py"): "is in a circle of folders",
+    ("channels/tracing/groups.py", "channels/cutting/corrections.py"): "is in a circle of folders",
+    ("channels/tracing/groups.py", "channels/cutting/cut.py"): "is in a circle of folders",
+    ("channels/tracing/groups.py", "channels/cutting/layers.py"): "is in a circle of folders",
+    ("channels/tracing/groups.py", "channels/cutting/written.py"): "is in a circle of folders",
     ("channels/tracing/norm_rules.py", "channels/tracing/tracer.py"): "is in a circle of files",
     ("channels/tracing/product_rules.py", "channels/tracing/tracer.py"): "is in a circle of files",
     ("channels/tracing/recurrent_rules.py", "channels/tracing/tracer.py"): "is in a circle of files",
@@ -93,8 +104,67 @@ NOT_YET: dict[tuple[str, str], str] = {
     ("channels/tracing/shape_rules.py", "channels/tracing/tracer.py"): "is in a circle of files",
     ("channels/tracing/splits.py", "channels/tracing/tracer.py"): "is in a circle of files",
     ("channels/tracing/strides.py", "channels/tracing/tracer.py"): "is in a circle of files",
+    ("channels/tracing/tracer.py", "channels/cutting/written.py"): "is in a circle of folders",
     ("channels/tracing/tracer.py", "channels/tracing/recurrent_rules.py"): "is in a circle of files",
     ("channels/tracing/tracer.py", "channels/tracing/rules.py"): "is in a circle of files",
+    ("channels/tracing/verify.py", "channels/cutting/cached.py"): "is in a circle of folders",
+    ("channels/tracing/verify.py", "channels/cutting/cut.py"): "is in a circle of folders",
+    ("channels/tracing/verify.py", "channels/cutting/slices.py"): "is in a circle of folders",
+    ("quantization/change.py", "quantization/layers/float_values.py"): "is in a circle of folders",
+    ("quantization/change.py", "quantization/lora/adapters.py"): "is in a circle of folders",
+    ("quantization/change.py", "quantization/static/plan.py"): "is in a circle of folders",
+    ("quantization/change.py", "quantization/static/unit.py"): "is in a circle of folders",
+    ("quantization/convert.py", "quantization/layers/fake_quantizers.py"): "is in a circle of folders",
+    ("quantization/convert.py", "quantization/layers/float_values.py"): "is in a circle of folders",
+    ("quantization/convert.py", "quantization/layers/packed.py"): "is in a circle of folders",
+    ("quantization/convert.py", "quantization/layers/packed_weight.py"): "is in a circle of folders",
+    ("quantization/convert.py", "quantization/layers/per_token.py"): "is in a circle of folders",
+    ("quantization/convert.py", "quantization/layers/plan.py"): "is in a circle of folders",
+    ("quantization/convert.py", "quantization/lora/adapters.py"): "is in a circle of folders",
+    ("quantization/convert.py", "quantization/static/plan.py"): "is in a circle of folders",
+    ("quantization/convert.py", "quantization/static/traced.py"): "is in a circle of folders",
+    ("quantization/convert.py", "quantization/static/unit.py"): "is in a circle of folders",
+    ("quantization/layers/attention.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/layers/fake_quantizers.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/layers/gptq_calibration.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/layers/linear.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/layers/linear.py", "quantization/static/traced.py"): "is in a circle of folders",
+    ("quantization/layers/plan.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/layers/recurrent.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/lora/adapters.py", "quantization/layers/float_values.py"): "is in a circle of folders",
+    ("quantization/lora/adapters.py", "quantization/layers/packed.py"): "is in a circle of folders",
+    ("quantization/lora/adapters.py", "quantization/layers/packed_weight.py"): "is in a circle of folders",
+    ("quantization/lora/adapters.py", "quantization/layers/plan.py"): "is in a circle of folders",
+    ("quantization/lora/adapters.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/lora/adapters.py", "quantization/static/plan.py"): "is in a circle of folders",
+    ("quantization/lora/merge.py", "quantization/convert.py"): "is in a circle of folders",
+    ("quantization/lora/qlora.py", "quantization/change.py"): "is in a circle of folders",
+    ("quantization/lora/qlora.py", "quantization/convert.py"): "is in a circle of folders",
+    ("quantization/ptq.py", "quantization/static/plan.py"): "is in a circle of folders",
+    ("quantization/qat.py", "quantization/layers/plan.py"): "is in a circle of folders",
+    ("quantization/qat.py", "quantization/static/calibrate.py"): "is in a circle of folders",
+    ("quantization/qat.py", "quantization/static/plan.py"): "is in a circle of folders",
+    ("quantization/qat.py", "quantization/static/traced.py"): "is in a circle of folders",
+    ("quantization/quantize.py", "quantization/layers/gptq_calibration.py"): "is in a circle of folders",
+    ("quantization/quantize.py", "quantization/layers/plan.py"): "is in a circle of folders",
+    ("quantization/quantize.py", "quantization/static/calibrate.py"): "is in a circle of folders",
+    ("quantization/quantize.py", "quantization/static/equalize.py"): "is in a circle of folders",
+    ("quantization/quantize.py", "quantization/static/flows/__init__.py"): "is in a circle of folders",
+    ("quantization/quantize.py", "quantization/static/plan.py"): "is in a circle of folders",
+    ("quantization/quantize.py", "quantization/static/signature.py"): "is in a circle of folders",
+    ("quantization/quantize.py", "quantization/static/unit.py"): "is in a circle of folders",
+    ("quantization/static/equalize.py", "quantization/static/flows/graphs.py"): "is in a circle of folders",
+    ("quantization/static/flows/__init__.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/static/flows/__init__.py", "quantization/static/signature.py"): "is in a circle of folders",
+    ("quantization/static/flows/fx.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/static/flows/fx.py", "quantization/static/signature.py"): "is in a circle of folders",
+    ("quantization/static/flows/pt2e.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/static/flows/pt2e.py", "quantization/static/signature.py"): "is in a circle of folders",
+    ("quantization/static/plan.py", "quantization/layers/plan.py"): "is in a circle of folders",
+    ("quantization/static/plan.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/static/traced.py", "quantization/static/flows/__init__.py"): "is in a circle of folders",
+    ("quantization/static/unit.py", "quantization/schemes.py"): "is in a circle of folders",
+    ("quantization/static/unit.py", "quantization/static/flows/__init__.py"): "is in a circle of folders",
     ("report/compare.py", "report/notes.py"): "is in a circle of files",
     ("report/compare.py", "report/render.py"): "is in a circle of files",
     ("report/notes.py", "report/compare.py"): "is in a circle of files",
@@ -103,19 +173,29 @@ NOT_YET: dict[tuple[str, str], str] = {
 }
 
 
+def statements(node: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """Yield all statements below `node`, each with whether it stands in a function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            yield child, inside
+            yield from statements(child, inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
 def imports(source: str, file: str) -> Iterator[tuple[str, bool]]:
     """Yield the dotted names that `source` imports anywhere, each with whether that is in a function."""
-    tree = ast.parse(source)
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    inside = {node for function in functions for node in ast.walk(function)}
     folders = ["lightning_compress", *file.split("/")[:-1]]
-    for node in ast.walk(tree):
+    for node, inside in statements(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node in inside) for alias in node.names)
+            yield from ((alias.name, inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             start = folders[: len(folders) + 1 - node.level] if node.level else []
             module = ".".join([*start, *filter(None, [node.module])])
-            yield from ((f"{module}.{alias.name}", node in inside) for alias in node.names)
+            yield from ((f"{module}.{alias.name}", inside) for alias in node.names)
+
+
+@cache
+def imports_of(file: str) -> tuple[tuple[str, bool], ...]:
+    return tuple(imports((PACKAGE / file).read_text(), file))
 
 
 def own_file(name: str) -> str:
@@ -136,7 +216,7 @@ def own_imports() -> dict[tuple[str, str], bool]:
     """The arrows from file to file, each with whether it stands in a function."""
     arrows: dict[tuple[str, str], bool] = {}
     for file in FILES:
-        for name, inside in imports((PACKAGE / file).read_text(), file):
+        for name, inside in imports_of(file):
             if imported := own_file(name):
                 arrows[file, imported] = inside or arrows.get((file, imported), False)
     return arrows
@@ -144,6 +224,11 @@ def own_imports() -> dict[tuple[str, str], bool]:
 
 def room(file: str) -> str:
     return file.split("/")[0].removesuffix(".py")
+
+
+def folder(file: str) -> str:
+    """The folder of a file; a file of the package's root stands for itself."""
+    return file.rpartition("/")[0] or file
 
 
 def reached(arrows: Iterable[tuple[str, str]]) -> Mapping[str, set[str]]:
@@ -163,7 +248,7 @@ def reached(arrows: Iterable[tuple[str, str]]) -> Mapping[str, set[str]]:
 def faults(arrows: Mapping[tuple[str, str], bool]) -> dict[tuple[str, str], str]:
     """The arrows that break a rule, each with the rule."""
     files = reached(arrow for arrow in arrows if arrow not in INSIDE)
-    rooms = reached((room(file), room(imported)) for file, imported in arrows if room(file) != room(imported))
+    folders = reached((folder(file), folder(imported)) for file, imported in arrows if folder(file) != folder(imported))
     broken = {}
     for (file, imported), inside in arrows.items():
         here, there = room(file), room(imported)
@@ -171,18 +256,18 @@ def faults(arrows: Mapping[tuple[str, str], bool]) -> dict[tuple[str, str], str]
             broken[file, imported] = "goes up"
         elif here != there and FLOOR[there] == FLOOR[here] and FLOOR[here] not in BESIDE:
             broken[file, imported] = "goes beside"
-        elif here != there and FLOOR[there] == FLOOR[here] and here in rooms[there]:
-            broken[file, imported] = "is in a circle of rooms"
-        elif file in files[imported] and (file, imported) not in INSIDE:
+        elif folder(file) != folder(imported) and folder(file) in folders.get(folder(imported), ()):
+            broken[file, imported] = "is in a circle of folders"
+        elif file in files.get(imported, ()) and (file, imported) not in INSIDE:
             broken[file, imported] = "is in a circle of files"
         elif inside and (file, imported) not in INSIDE:
             broken[file, imported] = "stands in a function"
     return broken
 
 
-def third_parties(source: str, file: str) -> set[str]:
-    """Top-level names that `source` imports anywhere, less the standard library and this package."""
-    names = {name.partition(".")[0] for name, _ in imports(source, file)}
+def third_parties(imported: Iterable[tuple[str, bool]]) -> set[str]:
+    """Top-level names of what is imported, less the standard library and this package."""
+    names = {name.partition(".")[0] for name, _ in imported}
     return names - set(sys.stdlib_module_names) - {"lightning_compress"}
 
 
@@ -217,7 +302,7 @@ def test_imports_what_the_tables_say() -> None:
 
 
 def test_no_star_imports() -> None:
-    stars = [file for file in FILES for name, _ in imports((PACKAGE / file).read_text(), file) if name.endswith(".*")]
+    stars = [file for file in FILES for name, _ in imports_of(file) if name.endswith(".*")]
     assert stars == []
 
 
@@ -245,8 +330,9 @@ class Late:
             from lightning.pytorch import Trainer
             from lightning_compress.quantization import *
 """
-    found = [(own_file(name), inside) for name, inside in imports(source, "channels/callback.py")]
-    assert sorted(pair for pair in found if pair[0]) == [
+    imported = list(imports(source, "channels/callback.py"))
+    found = [(file, inside) for name, inside in imported if (file := own_file(name))]
+    assert sorted(found) == [
         ("__init__.py", False),
         ("__init__.py", False),
         ("channels/__init__.py", False),
@@ -256,7 +342,7 @@ class Late:
         ("pruning/masks.py", False),
         ("quantization/__init__.py", True),
     ]
-    assert third_parties(source, "channels/callback.py") == {"numpy", "lightning"}
+    assert third_parties(imported) == {"numpy", "lightning"}
 
 
 @pytest.mark.parametrize(
@@ -268,8 +354,8 @@ class Late:
         (
             [("targets.py", "structure/a.py"), ("structure/b.py", "targets.py")],
             {
-                ("targets.py", "structure/a.py"): "is in a circle of rooms",
-                ("structure/b.py", "targets.py"): "is in a circle of rooms",
+                ("targets.py", "structure/a.py"): "is in a circle of folders",
+                ("structure/b.py", "targets.py"): "is in a circle of folders",
             },
         ),
         (
@@ -280,7 +366,7 @@ class Late:
             },
         ),
     ],
-    ids=["none", "up", "beside", "rooms", "files"],
+    ids=["none", "up", "beside", "folders", "files"],
 )
 def test_finds_every_fault(arrows: list[tuple[str, str]], expected: dict[tuple[str, str], str]) -> None:
     assert faults(dict.fromkeys(arrows, False)) == expected

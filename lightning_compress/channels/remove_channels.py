@@ -216,5 +216,5 @@ def cut_together_(
         cut_(copied, own, plan.numbers)
     whole = Cut(plan.kept, plan.numbers, {})
     for name, layer in layers.items():
-        changes.update(cut_(layer, whole.below(name).kept, {}).changes)
+        changes.update(cut_(layer, whole.below(name).kept_indices, {}).changes)
     return Cut(own, plan.numbers, changes), resize_state_(optimizers, changes)
