@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress import DynamicInt8, quantize
-from lightning_compress.quantization.schemes import needs_reduced_range
+from lightning_compress.quantization.numerics.int8 import needs_reduced_range
 
 SENTENCES = (
     "The cat sits on the warm window sill and watches the birds in the garden.",

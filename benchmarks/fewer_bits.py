@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_compress import GPTQ, NF4, WeightOnly, load_compressed, quantize, save_compressed
-from lightning_compress.quantization.schemes import Scheme
+from lightning_compress.quantization.numerics.scheme import Scheme
 
 CONTEXT, BATCH, STEPS = 256, 4, 700
 CALIBRATION = 16  # batches

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_compress import GPTQ, NF4, QLoRA, WeightOnly, quantize, save_compressed
-from lightning_compress.quantization.schemes import Scheme
+from lightning_compress.quantization.numerics.scheme import Scheme
 
 VOCABULARY, RATE = 16000, 5e-3
 RANK, ALPHA = 8, 16.0

@@ -39,7 +39,7 @@ from data import FOLDS, Digits
 from networks import Student, conv_bn
 
 from lightning_compress import QuantizationAwareTraining, StaticInt8, Targets, quantize
-from lightning_compress.quantization.schemes import needs_reduced_range
+from lightning_compress.quantization.numerics.int8 import needs_reduced_range
 
 WHOLE, TUNING = (40, 3e-3), (5, 3e-4)  # epochs and learning rate
 

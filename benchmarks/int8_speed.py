@@ -44,7 +44,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import QuantizationAwareTraining, quantize
-from lightning_compress.quantization.schemes import OBSERVERS, StaticInt8, needs_reduced_range
+from lightning_compress.quantization.numerics.int8 import OBSERVERS, StaticInt8, needs_reduced_range
 
 FLOAT, OPENVINO = "float32, eager", "OpenVINO, int8 by NNCF"
 STEPS, SKIPPED = 14, 4  # of a fit; the first prepare and warm up

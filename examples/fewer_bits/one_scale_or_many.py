@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.colors import LogNorm
 
-from lightning_compress.quantization.numerics import blocks, dequantize, parameters, quantize
+from lightning_compress.quantization.numerics.linear import blocks, dequantize, parameters, quantize
 
 weights = torch.randn(32, 256, generator=torch.Generator().manual_seed(1))
 for row, column in ((3, 40), (11, 200), (12, 90), (25, 143)):

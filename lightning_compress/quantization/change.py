@@ -16,15 +16,9 @@ from lightning_compress.modules.routing import CHILD, unroute_
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.layers.float_values import hide_float_values_
 from lightning_compress.quantization.lora.adapters import LowRank
-from lightning_compress.quantization.schemes import (
-    DynamicInt8,
-    Scheme,
-    StaticInt8,
-    from_description,
-    needs_reduced_range,
-)
-from lightning_compress.quantization.static.plan import Plan
-from lightning_compress.quantization.static.unit import Unit
+from lightning_compress.quantization.plan import Plan
+from lightning_compress.quantization.schemes import from_description
+from lightning_compress.quantization.static.traced import Unit
 from lightning_compress.structure.change import Record, StructuralChange
 
 _EXTRA = {"prepared": "observers", "adapted": "adapters"}
@@ -156,20 +150,11 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
         CompressionError: the model hasn't the modules that the record names.
     """
     convert.revert_(model, "float")
-    scheme: Scheme = from_description(record["scheme"])
-    if isinstance(scheme, StaticInt8) and needs_reduced_range(scheme.engine) and not scheme.reduce_range:
-        warnings.warn(
-            "The int8 weights have 8 bits, with which products overflow on a CPU without VNNI, such as this one. "
-            "Quantize for it with StaticInt8(reduce_range=True).",
-            stacklevel=2,
-        )
+    scheme = from_description(record["scheme"])
     layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
-    if needs_reduced_range() and any(isinstance(one, DynamicInt8) and not one.reduce_range for one in layers.values()):
-        warnings.warn(
-            "The int8_dynamic weights have 8 bits, with which products overflow on a CPU without VNNI, such as this "
-            "one: they are rounded to 7 bits here. DynamicInt8(reduce_range=True) does so from the float weights.",
-            stacklevel=2,
-        )
+    used = [*([scheme] if record["units"] else ()), *layers.values()]
+    for text in dict.fromkeys(filter(None, (other.warning() for other in used))):
+        warnings.warn(text, stacklevel=2)
     for part in (*record["units"], *record["layers"]):
         module = module_at(model, part["path"])
         if (shapes := part.get("shapes", convert.shapes_of(module))) != convert.shapes_of(module):

@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -19,25 +19,18 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.modules.fast_path import quiet_fast_path_, restore_fast_path_
 from lightning_compress.modules.paths import is_at_or_below, is_below, module_at
 from lightning_compress.modules.routing import CHILD, forget_aside_, restore_aside_, route_, set_aside_, unroute_
-from lightning_compress.quantization.layers.fake_quantizers import fake_quantized, trained_weight, why_float
 from lightning_compress.quantization.layers.float_values import hide_float_values_, show_float_values_
 from lightning_compress.quantization.layers.packed import PackedLayer
 from lightning_compress.quantization.layers.packed_weight import PackedWeight
 from lightning_compress.quantization.layers.per_token import give_tokens_scales_
 from lightning_compress.quantization.layers.plan import Weights, quantized_form
+from lightning_compress.quantization.layers.schemes import NF4
 from lightning_compress.quantization.lora.adapters import LowRank, adapt_, merge_
-from lightning_compress.quantization.schemes import (
-    NF4,
-    DynamicInt8,
-    Scheme,
-    StaticInt8,
-    WeightOnly,
-    describe,
-    from_description,
-)
-from lightning_compress.quantization.static.plan import Plan
-from lightning_compress.quantization.static.traced import Traced, share_buffers
-from lightning_compress.quantization.static.unit import prepared_form
+from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.numerics.scheme import Scheme
+from lightning_compress.quantization.plan import Plan
+from lightning_compress.quantization.schemes import describe, from_description
+from lightning_compress.quantization.static.traced import Traced, prepared_form, share_buffers
 
 RECORD = "_quantization"
 """The attribute of a model that holds what was done to it."""
@@ -83,12 +76,11 @@ def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) ->
     """Put observers (for training, fake-quantizers) into the units of ``plan``. Parameters stay the same objects."""
     built = []
     for unit in plan.units:
-        assert isinstance(scheme, StaticInt8)
         module = module_at(model, unit.path)
         modes = {inner: inner.training for inner in module.modules()}
         module.train(training)
         try:
-            traced = prepared_form(module, unit, scheme, training=training)
+            traced = prepared_form(module, unit, cast(StaticInt8, scheme), training=training)
         finally:
             for inner, mode in modes.items():
                 inner.training = mode
@@ -98,9 +90,9 @@ def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) ->
         traced.take_qconfigs_(module)
         route_(module, traced)
         traced.keep_frozen_batchnorm_()
-    for path, one in trained_in_few_bits(model, plan).items() if training else ():
+    for path, layer_scheme in trained_in_few_bits(model, plan).items() if training else ():
         module = module_at(model, path)
-        route_(module, fake_quantized(module, one))
+        route_(module, layer_scheme.training_form(module))
     quiet_fast_path_(model)
     model.__dict__[RECORD] = record = {
         "form": "prepared",
@@ -114,13 +106,12 @@ def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) ->
         layer["shapes"] = shapes_of(module_at(model, layer["path"]))
 
 
-def trained_in_few_bits(model: nn.Module, plan: Plan) -> dict[str, WeightOnly]:
+def trained_in_few_bits(model: nn.Module, plan: Plan) -> dict[str, Scheme]:
     """The layers that are fake-quantized one by one while they train; those inside of units aren't."""
     return {
-        path: one
-        for path, one in plan.layers.items()
-        if isinstance(one, WeightOnly)
-        and not why_float(module_at(model, path), one)
+        path: scheme
+        for path, scheme in plan.layers.items()
+        if not scheme.why_rounded_last(module_at(model, path))
         and not any(is_at_or_below(path, unit.path) for unit in plan.units)
     }
 
@@ -141,13 +132,13 @@ def convert_(model: nn.Module, weights: Weights = MappingProxyType({}), judge: b
     """
     record = record_of(model)
     assert record is not None and record["form"] == "prepared"
-    scheme = from_description(record["scheme"])
+    scheme = cast(StaticInt8, from_description(record["scheme"]))  # what units are in
     layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
     converted: dict[str, nn.Module] = {}
     for unit in record["units"]:
         path = unit["path"]
         traced = module_at(model, path)._modules[CHILD]
-        assert isinstance(traced, Traced) and isinstance(scheme, StaticInt8)
+        assert isinstance(traced, Traced)
         wrong = traced.wrong_kernels(scheme) if judge else dict.fromkeys(unit["unconverted"], "")
         unconverted = [name for name in wrong if name]
         graph = traced.converted(scheme, unconverted)
@@ -186,8 +177,7 @@ def decide_per_token_(model: nn.Module, cosine: Callable[[], float]) -> None:
 
 
 def _leaves_open(scheme: Mapping[str, Any]) -> bool:
-    one = from_description(scheme)
-    return isinstance(one, DynamicInt8) and one.per_token is None
+    return from_description(scheme).decides_per_token
 
 
 def _tell_of_wrong_kernels(wrong: Mapping[str, str], floats: dict[str, str]) -> None:
@@ -206,8 +196,8 @@ def _layer_forms(model: nn.Module, layers: Mapping[str, Scheme], weights: Weight
     made: dict[str, nn.Module] = {}
     modules = {path: module_at(model, path) for path in layers}
     for path, scheme in layers.items():
-        if isinstance(scheme, WeightOnly) and (fake := modules[path]._modules.get(CHILD)) is not None:
-            weights = {**weights, path: trained_weight(fake, scheme)}
+        if (form := modules[path]._modules.get(CHILD)) is not None:
+            weights = {**weights, path: scheme.trained_weight(form)}
     keys = {path: id(dict(module._parameters).get("weight")) for path, module in modules.items()}
     shared = {keys[path]: weights[path] for path in layers if path in weights}
     for path, scheme in layers.items():

@@ -21,22 +21,22 @@ from lightning_compress.modules.isolation import evaluation_mode, isolated_rando
 from lightning_compress.probe import data_feed, is_own, to_module
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.float_twin import FloatTwin
+from lightning_compress.quantization.numerics.scheme import Scheme
+from lightning_compress.quantization.plan import explain, summary
 from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator, time_against_float
-from lightning_compress.quantization.quantize import Recipe, own_parameters_, quantize_
-from lightning_compress.quantization.schemes import Scheme
-from lightning_compress.quantization.static.plan import explain, summary
-from lightning_compress.silent_copy import make_probe, unsilence_
+from lightning_compress.quantization.quantize import own_parameters_, quantize_
+from lightning_compress.quantization.recipe import Recipe
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Targets
 
 
 class PostTrainingQuantization(CompressionCallback):
-    """Quantizes a trained model when `test`, `validate` or `predict` starts: its metrics are those of the int8 model.
+    """Quantizes a trained model when `test`, `validate` or `predict` starts: its metrics are those of that model.
 
     Afterwards the float model is back. The validation within a fit sees the float model.
 
-    Static int8 is calibrated on ``calibration_dataloader()`` of the datamodule, or of the module, if there is one, else
-    on the train loader; never on test data. ``trainer.test(model, test_loader)`` takes the module's:
+    Static int8 and GPTQ are calibrated on ``calibration_dataloader()`` of the datamodule, or of the module, if there is
+    one, else on the train loader; never on test data. ``trainer.test(model, test_loader)`` takes the module's:
     ``model.calibration_dataloader = lambda: train_loader``. Shuffling is the same in every run and on every rank.
 
     Batches go through ``calibration_step(batch)`` of the module, if it has one, else as its own evaluation feeds them:
@@ -45,19 +45,21 @@ class PostTrainingQuantization(CompressionCallback):
     tried, ``forward`` at last. The log says which way was taken.
 
     Args:
-        scheme: ``int8_static``, ``int8_dynamic``, ``int8_weight_only`` or a scheme object.
+        scheme: ``int8_static``, ``int8_dynamic``, ``int8_weight_only``, ``int4_weight_only``, ``nf4`` or ``gptq`` (see
+            `quantize`), a scheme object, or the import path of a class of yours. Int8 runs on the CPU alone.
         flow: what makes static int8, ``fx`` or ``pt2e`` (see `quantize`); ``auto`` is ``fx``, and ``pt2e`` where that
             can quantize nothing.
         calibration_batches: how many batches calibrate at most.
         targets: which layers; by default all that the scheme has kernels for.
-        overrides: pattern of layers' paths to the scheme that they get instead, ``int8_dynamic`` or
-            ``int8_weight_only``; the last match wins.
-        keep: leave the module int8 after the test, to save it; the next fit with this callback trains its float form.
-        compare: log the float model's metrics too, as ``float/...``. Its test step then runs beside the int8 model's,
-            with every batch.
+        overrides: pattern of layers' paths to the scheme that they get instead, any but ``int8_static``; the last
+            match wins.
+        keep: leave the module quantized after the test, to save it; the next fit with this callback trains its float
+            form.
+        compare: log the float model's metrics too, as ``float/...``. Its test step then runs beside the quantized
+            model's, with every batch.
 
     Attributes:
-        quantized_model: the int8 module of the last test, validate or predict, None before.
+        quantized_model: the quantized module of the last test, validate or predict, None before.
 
     Raises:
         CompressionError: in the constructor for bad arguments; on test start if there is nothing to calibrate on, or
@@ -188,8 +190,9 @@ class PostTrainingQuantization(CompressionCallback):
 
     def _quantize_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: pl.LightningModule) -> str:
         """Quantize ``probe``, a copy of the module; returns what is to be said of the way that batches took."""
-        if not self.recipe.calibrates and not (self.recipe.looks and _offers_calibration(trainer, pl_module)):
-            with evaluation_mode(probe):
+        takes_batch = self.recipe.decides_per_token and _offers_calibration(trainer, pl_module)
+        if not self.recipe.calibrates and not takes_batch:
+            with evaluating(probe):
                 quantize_(probe, self.recipe, None, ())
             return ""
         loader = _calibration_loader(trainer, pl_module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -20,21 +20,14 @@ from lightning_compress.modules.isolation import evaluation_mode, isolated_rando
 from lightning_compress.probe import observe_steps, shape_feed
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.change import CHANGE, copy_ranges_
-from lightning_compress.quantization.layers.plan import check_overrides
-from lightning_compress.quantization.quantize import adjusted
-from lightning_compress.quantization.schemes import (
-    AVERAGING_CONSTANT,
-    GPTQ,
-    Packed,
-    Scheme,
-    StaticInt8,
-    WeightOnly,
-    describe,
-    resolve,
-)
-from lightning_compress.quantization.slower import slower_than_float
-from lightning_compress.quantization.static.calibrate import calibrate
-from lightning_compress.quantization.static.plan import explain, make_plan, summary
+from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.numerics.scheme import Scheme
+from lightning_compress.quantization.plan import explain, make_plan, summary
+from lightning_compress.quantization.quantize import slower_than_float
+from lightning_compress.quantization.recipe import check_overrides
+from lightning_compress.quantization.schemes import describe, resolve
+from lightning_compress.quantization.static.calibrate import adjusted, calibrate
+from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT
 from lightning_compress.quantization.static.traced import Traced
 from lightning_compress.silent_copy import make_probe
 from lightning_compress.structure.listener import averaged_copies
@@ -107,10 +100,7 @@ class QuantizationAwareTraining(WindowedCallback):
     ) -> None:
         super().__init__(window)
         resolved = resolve(scheme)
-        if not isinstance(resolved, StaticInt8 | WeightOnly):
-            raise invalid("scheme", "be int8_static or weight-only for training", scheme, "Use 'int8_static'.")
-        if isinstance(resolved, WeightOnly) and not resolved.symmetric:
-            raise invalid("scheme", "be symmetric for training", scheme, "Use symmetric=True: torchao trains no other.")
+        resolved.check_trains()
         if flow not in ("auto", "fx"):
             raise invalid("flow", "be 'auto' or 'fx' for training", flow)
         for name, value in (("freeze_observers", freeze_observers), ("freeze_batchnorm", freeze_batchnorm)):
@@ -121,8 +111,9 @@ class QuantizationAwareTraining(WindowedCallback):
         self.targets = targets
         self.overrides = overrides
         self._overrides = check_overrides(overrides)
-        if any(isinstance(one, GPTQ) for one in self._overrides.values()):
-            raise invalid("overrides", "name no gptq in training", overrides, "Use PostTrainingQuantization for that.")
+        if calibrating := [layers.name for layers in self._overrides.values() if layers.calibrates]:
+            remedy = "Use PostTrainingQuantization for that."
+            raise invalid("overrides", f"name no {calibrating[0]} in training", overrides, remedy)
         self.freeze_observers = freeze_observers
         self.freeze_batchnorm = freeze_batchnorm
         self.convert = convert
@@ -198,9 +189,10 @@ class QuantizationAwareTraining(WindowedCallback):
         for seen in observe_steps(trainer, pl_module, batch, batch_idx, record_calls):
             log.merge(seen)
         plan = make_plan(pl_module, log, self.scheme, self.targets, self._overrides, "fx", training=True)
-        if isinstance(self.scheme, StaticInt8) and _may_rescale(trainer):
-            with evaluation_mode(pl_module):
-                plan.units = [adjusted(pl_module, unit, log, self.scheme, training=True) for unit in plan.units]
+        if plan.units and _may_rescale(trainer):
+            scheme = cast(StaticInt8, self.scheme)
+            with evaluating(pl_module):
+                plan.units = [adjusted(pl_module, unit, log, scheme, training=True) for unit in plan.units]
         convert.prepare_(pl_module, plan, self.scheme, training=True)
         self.sync_(trainer, pl_module)
         if trainer.training:
@@ -260,7 +252,7 @@ class QuantizationAwareTraining(WindowedCallback):
     def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule, floats: pl.LightningModule) -> None:
         """Say if the last batch of the training takes longer than in float; both forms are copies."""
         batch, self._batch = self._batch, None
-        int8 = not all(isinstance(one, Packed) for one in (self.scheme, *self._overrides.values()))
+        int8 = any(scheme.needs_cpu for scheme in (self.scheme, *self._overrides.values()))
         if batch is None or (int8 and pl_module.device.type != "cpu"):
             return
         with torch.no_grad(), isolated_random_state():

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
+import statistics
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
 from itertools import chain, islice
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
-from lightning_compress.errors import CompressionError, invalid, nearest
+from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.calls import run_example, run_step, way_without_trainer
 from lightning_compress.modules.copying import copy_module, copy_tensors
-from lightning_compress.modules.isolation import evaluation_mode, isolated_evaluation, isolated_random_state
-from lightning_compress.modules.outputs import least_cosine, outer_outputs
-from lightning_compress.modules.paths import clean_name, compressible_modules, device_of, is_at_or_below
+from lightning_compress.modules.isolation import evaluating, leaving_no_trace
+from lightning_compress.modules.latency import round_ratios
+from lightning_compress.modules.outputs import outer_outputs
+from lightning_compress.modules.paths import device_of
 from lightning_compress.quantization.convert import (
     convert_,
     decide_per_token_,
@@ -29,21 +28,23 @@ from lightning_compress.quantization.convert import (
     record_of,
 )
 from lightning_compress.quantization.layers.gptq_calibration import calibrated_weights
-from lightning_compress.quantization.layers.plan import Overrides, Weights, check_overrides, packable
-from lightning_compress.quantization.schemes import GPTQ, DynamicInt8, Packed, Scheme, StaticInt8, resolve
-from lightning_compress.quantization.slower import slower_than_float
-from lightning_compress.quantization.static.calibrate import calibrate
-from lightning_compress.quantization.static.equalize import adjust_
-from lightning_compress.quantization.static.flows import FLOWS, load
-from lightning_compress.quantization.static.plan import make_plan, per_token_line
-from lightning_compress.quantization.static.signature import canonical
-from lightning_compress.quantization.static.unit import Unit
+from lightning_compress.quantization.layers.plan import Weights
+from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.numerics.scheme import Scheme
+from lightning_compress.quantization.plan import make_plan, per_token_line
+from lightning_compress.quantization.recipe import Overrides, Recipe
+from lightning_compress.quantization.static.calibrate import adjusted, calibrate
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Targets
 
 _logger = logging.getLogger("lightning_compress")
 
 Model = TypeVar("Model", bound=nn.Module)
+
+NOISE = 1.05
+"""Three quarters of the rounds must exceed this ratio: a busy machine slows single rounds."""
+
+_SECONDS, _LEAST, _MOST, _WARM_UP = 0.3, 3, 20, 1
 
 
 def quantize(
@@ -55,19 +56,24 @@ def quantize(
     overrides: Overrides | None = None,
     flow: Literal["auto", "fx", "pt2e"] = "auto",
 ) -> Model:
-    """A new model with the same interface whose layers compute in int8, on the CPU; ``model`` is left as it is.
+    """A new model with the same interface and weights of 2 to 8 bits; ``model`` is left as it is.
 
     Args:
         model: any float module; a batch goes through its own ``calibration_step(batch)``, or ``forward``.
-        scheme: ``int8_static``, ``int8_dynamic``, ``int8_weight_only``, or a scheme object.
-        calibration: batches, such as a DataLoader; needed by ``int8_static``. A batch is what ``forward`` takes, or a
-            tuple whose first element is, or a dict whose keys name the parameters of ``forward``.
+        scheme: ``int8_static`` and ``int8_dynamic`` compute in int8, on the CPU; ``int8_weight_only``,
+            ``int4_weight_only``, ``nf4`` and ``gptq`` store weights in few bits and compute in float, on the model's
+            device. Or a scheme object, or the import path of a class of yours.
+        calibration: batches, such as a DataLoader; needed by ``int8_static`` and ``gptq``. A batch is what ``forward``
+            takes, or a tuple whose first element is, or a dict whose keys name the parameters of ``forward``.
         calibration_batches: how many of them at most.
         targets: which layers; by default all that the scheme has kernels for.
-        overrides: pattern of layers' paths to the scheme that they get instead, ``int8_dynamic`` or
-            ``int8_weight_only``; the last match wins.
+        overrides: pattern of layers' paths to the scheme that they get instead, any but ``int8_static``; the last
+            match wins.
         flow: what makes static int8: ``fx`` runs int8 kernels at once, ``pt2e`` sees through more code and is compiled
             by inductor at the first call. ``auto`` is ``fx``, and ``pt2e`` where that can quantize nothing.
+
+    Returns:
+        A copy, whose layers that can't be quantized are float still.
 
     Raises:
         CompressionError: bad arguments, no layer that can be quantized, or a model that is quantized already.
@@ -104,7 +110,7 @@ def _say(
 ) -> None:
     """Log what a user would not expect: layers that need more than their scheme's default, and a form that is slow."""
     found = per_token_line(record_of(quantized) or {})
-    lines = [found] if found and recipe.looks else []
+    lines = [found] if found and recipe.decides_per_token else []
     if batch is not None and device_of(model) == device_of(quantized):
         floats = copy_module(model, list(model.parameters()))
         lines += [line for line in [slower_than_float(floats, quantized, run, batch)] if line]
@@ -122,48 +128,6 @@ def own_parameters_(model: nn.Module, shared: Collection[nn.Parameter]) -> None:
                 if id(parameter) not in copies:
                     copies[id(parameter)] = copy.deepcopy(parameter)
                 setattr(module, name, copies[id(parameter)])  # recurrent layers keep a second list of theirs
-
-
-class Recipe:
-    """What to quantize with, checked; the arguments are those of `quantize`.
-
-    Raises:
-        CompressionError: one of them is wrong.
-    """
-
-    def __init__(
-        self,
-        scheme: str | Scheme,
-        calibration_batches: int,
-        targets: Targets | None,
-        overrides: Overrides | None,
-        flow: str,
-    ) -> None:
-        self.scheme = resolve(scheme)
-        if not isinstance(targets, Targets | None):
-            raise invalid("targets", "be a Targets", targets, "Write Targets(include=[...]).")
-        self.targets = targets
-        self.overrides = check_overrides(overrides)
-        if flow not in ("auto", *FLOWS):
-            raise invalid("flow", f"be one of auto, {', '.join(FLOWS)}", flow, nearest(str(flow), FLOWS))
-        if flow != "auto" and not isinstance(self.scheme, StaticInt8):
-            raise invalid("flow", "be 'auto' for a scheme that works layer by layer", flow)
-        self.flow = flow
-        if not isinstance(calibration_batches, int) or calibration_batches < 1:
-            raise invalid("calibration_batches", "be at least 1", calibration_batches)
-        self.calibration_batches = calibration_batches
-        schemes = (self.scheme, *self.overrides.values())
-        self.calibrates = [one for one in schemes if isinstance(one, StaticInt8 | GPTQ)]
-        self.looks = any(isinstance(one, DynamicInt8) and one.per_token is None for one in schemes)
-        self.needs_cpu = not all(isinstance(one, Packed) for one in schemes)
-
-    def only_read(self, model: nn.Module) -> list[nn.Parameter]:
-        """Parameters that a copy to be quantized may share with ``model``, so that they aren't in memory twice."""
-        if self.needs_cpu:
-            return []
-        written = {id(layer.weight) for layer in model.modules() if getattr(layer, "max_norm", None) is not None}
-        found = (parameter for layer in model.modules() for parameter in packable(layer))
-        return [parameter for parameter in found if id(parameter) not in written]
 
 
 def quantize_(
@@ -187,17 +151,17 @@ def quantize_(
     if first is None and recipe.calibrates:
         remedy = "Pass a loader of representative batches."
         raise invalid("calibration", f"be given for {recipe.calibrates[0].name}", None, remedy)
-    if isinstance(scheme, StaticInt8):
+    if scheme.whole:
         _check_float32(model)
     with outer_outputs(model) as expected:
         if first is not None:
-            log = dry_run(model, copy_tensors(first), run, keep_inputs=isinstance(scheme, StaticInt8))
+            log = dry_run(model, copy_tensors(first), run, keep_inputs=scheme.whole)
         elif getattr(model, "example_input_array", None) is not None:
             log = dry_run(model, None, lambda model, _: run_example(model), keep_inputs=False)
     plan = make_plan(model, log, scheme, recipe.targets, recipe.overrides, recipe.flow, training=False)
-    if isinstance(scheme, StaticInt8) and log is not None:
-        plan.units = [adjusted(model, unit, log, scheme) for unit in plan.units]
-    fitted = {path: one for path, one in plan.layers.items() if isinstance(one, GPTQ)}
+    if log is not None:
+        plan.units = [adjusted(model, unit, log, cast(StaticInt8, scheme)) for unit in plan.units]
+    fitted = {path: wish for path, wish in plan.layers.items() if wish.fits}
     batches = chain([first], batches)
     weights: Weights = {}
     if fitted:
@@ -207,14 +171,18 @@ def quantize_(
     if plan.units:
         calibrate(model, batches, recipe.calibration_batches, run)
     convert_(model, weights)
-    if first is not None:
+    if first is None:
+        return
+    if not recipe.decides_per_token:
+        _check_runs(model, first, run)
+        return
 
-        def cosine() -> float:
-            with outer_outputs(model) as got:
-                _check_runs(model, first, run)
-            return least_cosine(*([output for _, output in calls] for calls in (expected, got)))
+    def cosine() -> float:
+        with outer_outputs(model) as got:
+            _check_runs(model, first, run)
+        return least_cosine(*([output for _, output in calls] for calls in (expected, got)))
 
-        decide_per_token_(model, cosine)
+    decide_per_token_(model, cosine)
 
 
 def _check_float32(model: nn.Module) -> None:
@@ -237,38 +205,54 @@ def _check_runs(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], An
         ) from error
 
 
-def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8, training: bool = False) -> Unit:
-    """Equalize and smooth the weights of one unit of a model in evaluation, as far as `fx` can trace it.
-
-    Before ``training`` frozen weights stay as they are, and so does each ReLU6: what is trained is the same function.
-    """
-    module = compressible_modules(model)[unit.path]
-    inputs = unit.signature.tensors(*canonical(module, *log.inputs[unit.path]))
-    assert inputs is not None
-    inputs = [one.float() if one.is_floating_point() else one for one in inputs]  # of a step in mixed precision
-    try:
-        graph = load("fx").trace(module, unit.signature, ()).graph
-    except Exception:  # as with any tracing of a user's forward
-        return unit
-    assert isinstance(graph, GraphModule)
-    owners = Counter(id(one) for layer in model.modules() for one in layer.parameters(recurse=False))
-    kept = {key for key, count in owners.items() if count > 1}
-    kept |= {
-        id(one)
-        for name, one in module.named_parameters()
-        if any(is_at_or_below(clean_name(name), path) for path in unit.floats)
-    }
-    if training:
-        kept |= {id(one) for one in module.parameters() if not one.requires_grad}
-    widen = unit.flow == "fx" and not training
-    with isolated_random_state():
-        relu6 = adjust_(graph, inputs, kept, equalize=scheme.equalize, smooth=scheme.smooth, widen=widen)
-    return replace(unit, widened=tuple(relu6))
-
-
 def dry_run(
     model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] = run_step, keep_inputs: bool = True
 ) -> CallLog:
     """What one look at the model calls in evaluation."""
     with isolated_evaluation(model):
         return record_calls(model, lambda: run(model, batch), keep_inputs)
+
+
+def slower_than_float(
+    floats: nn.Module,
+    quantized: nn.Module,
+    run: Callable[[nn.Module, Any], Any],
+    batch: Any,
+    *,
+    fixed_rounds: bool = False,
+) -> str:
+    """A line for the log and the report if ``quantized`` takes longer than ``floats``; empty if it doesn't.
+
+    Both take turns for about 0.3 s, 4 calls of each at least. Forms that are compiled at their first call aren't timed.
+
+    Args:
+        floats: the float model, or a copy of it; what can't be put back afterwards, such as lists that grow, changes.
+        quantized: likewise.
+        run: how a batch goes through.
+        batch: of the shapes that matter.
+        fixed_rounds: the same number of calls whatever they take, where other processes must follow.
+    """
+    record = record_of(quantized) or {}
+    if any(unit["flow"] == "pt2e" for unit in record.get("units", ())):
+        return ""
+    seconds = 0.0 if fixed_rounds else _SECONDS
+    try:
+        ratios = round_ratios(
+            floats,
+            quantized,
+            lambda model: run(model, copy_tensors(batch)),
+            max_seconds=seconds,
+            min_rounds=_LEAST,
+            max_rounds=_MOST,
+            warm_up=_WARM_UP,
+        )
+    except Exception as error:  # it is the user's; to be timed is no reason to fail
+        _logger.debug("The quantized model wasn't timed: %s", error)
+        return ""
+    lower, median, _ = statistics.quantiles(ratios, n=4, method="inclusive")
+    if lower <= NOISE:
+        return ""
+    return (
+        f"slower than float here: a batch takes {median:.2f} times as long in the quantized form (the median of "
+        f"{len(ratios)} rounds in turns)"
+    )

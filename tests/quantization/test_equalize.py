@@ -17,7 +17,7 @@ from lightning_compress import CompressionError, PostTrainingQuantization, Stati
 from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.static.equalize import adjust_, equalize_, pairs, smooth_
 from lightning_compress.quantization.static.flows import fx
-from lightning_compress.quantization.static.signature import Signature
+from lightning_compress.quantization.static.flows.flow import Signature
 from tests.support.modules import ZooModule, quiet_trainer
 from tests.support.oracles import assert_same_state, differing, snapshot
 from tests.support.zoo import ZOO, Row, row

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_compress import PostTrainingQuantization, QLoRA, QuantizationAwareTraining
 from lightning_compress.messages import MOST_LINES
-from lightning_compress.quantization.static.plan import explain, summary
+from lightning_compress.quantization.plan import explain, summary
 from tests.support.modules import ZooModule, quiet_trainer
 from tests.support.wide import WIDE
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from lightning_compress import GPTQ, CompressionError, WeightOnly, quantize
 from lightning_compress.quantization.convert import record_of
-from lightning_compress.quantization.layers import gptq_calibration
+from lightning_compress.quantization.layers import gptq_calibration, schemes
 from lightning_compress.quantization.numerics.gptq import gptq
 from tests.support.few_bits import CHILD, rounded
 from tests.support.oracles import assert_same_state, hooks, snapshot
@@ -336,13 +336,13 @@ def test_a_hessian_that_is_not_finite_is_refused(value: float) -> None:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The Hessians that GPTQ is given, in the order of the layers: ``(groups, columns, columns)`` each."""
     found: list[Tensor] = []
-    inner = gptq_calibration.gptq
+    inner = schemes.gptq
 
     def spy(matrix: Tensor, hessian: Tensor, *args: Any, **kwargs: Any) -> Any:
         found.append(hessian.double().clone())
         return inner(matrix, hessian, *args, **kwargs)
 
-    monkeypatch.setattr(gptq_calibration, "gptq", spy)
+    monkeypatch.setattr(schemes, "gptq", spy)
     return found
 
 
@@ -400,9 +400,9 @@ def test_of_any_convolution(
     )
     x = torch.randn(*[2] * batched, 4, *[6, 5, 5][:dims])
     found: list[Tensor] = []
-    inner = gptq_calibration.gptq
+    inner = schemes.gptq
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gptq_calibration, "gptq", lambda m, h, *rest: found.append(h.double()) or inner(m, h, *rest))
+        patch.setattr(schemes, "gptq", lambda m, h, *rest: found.append(h.double()) or inner(m, h, *rest))
         quantize(nn.Sequential(layer), GPTQ(4, None), calibration=[x, 2 * x])
     [hessian] = found
     expected = torch.stack(by_derivative(layer, x))

@@ -26,7 +26,7 @@ from lightning_compress import (
     quantize,
 )
 from lightning_compress.quantization.convert import record_of
-from lightning_compress.quantization.schemes import needs_reduced_range
+from lightning_compress.quantization.numerics.int8 import needs_reduced_range
 from tests.quantization.test_qat import fake_quantizers, int8_layers
 from tests.quantization.test_quantize import agreement
 from tests.support import fits

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import NF4, WeightOnly, quantize
-from lightning_compress.quantization.schemes import Packed
+from lightning_compress.quantization.layers.schemes import Packed
 from tests.support.few_bits import rounded
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress import CompressionError, DynamicInt8, StaticInt8, Targets, quantize
-from lightning_compress.quantization.schemes import needs_reduced_range
+from lightning_compress.quantization.numerics.int8 import needs_reduced_range
 from tests.support.modules import Classifier, float_leaves
 from tests.support.oracles import assert_same_state, hooks, same_random_state, snapshot
 from tests.support.zoo import ZOO, Row, row

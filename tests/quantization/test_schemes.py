@@ -11,7 +11,8 @@ from lightning_compress import (
     QuantizationAwareTraining,
     StaticInt8,
 )
-from lightning_compress.quantization.schemes import SCHEMES, describe, from_description, needs_reduced_range, resolve
+from lightning_compress.quantization.numerics.int8 import needs_reduced_range
+from lightning_compress.quantization.schemes import SCHEMES, describe, from_description, resolve
 
 
 @pytest.mark.parametrize("name", SCHEMES)

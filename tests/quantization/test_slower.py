@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lightning_compress import CompressionReport, PostTrainingQuantization, QuantizationAwareTraining, quantize
 from lightning_compress.modules import latency
-from lightning_compress.quantization import convert, slower
-from lightning_compress.quantization.slower import slower_than_float
+from lightning_compress.quantization import convert
+from lightning_compress.quantization.quantize import slower_than_float
+from tests.conftest import QUANTIZE
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, hooks, same_random_state, snapshot
@@ -37,7 +38,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Clock:
     clock = Clock(request.param)
     monkeypatch.setattr(latency.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(slower, "round_ratios", latency.round_ratios)
+    monkeypatch.setattr(QUANTIZE, "round_ratios", latency.round_ratios)
     CLOCKS.append(clock)
     return clock
 
@@ -121,7 +122,7 @@ def test_training_says_so_when_it_converts(clock: Clock) -> None:
 
 
 def test_the_report_shows_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(slower, "round_ratios", lambda *_, **__: (2.0,) * 3)
+    monkeypatch.setattr(QUANTIZE, "round_ratios", lambda *_, **__: (2.0,) * 3)
     report = CompressionReport(str(tmp_path), picture=False, max_seconds=0.01)
     ptq = PostTrainingQuantization("int8_dynamic")
     quiet_trainer(callbacks=[ptq, report]).test(Classifier(), TinyData(), verbose=False)
@@ -146,12 +147,12 @@ def test_a_slow_model_is_called_a_few_times_only(clock: Clock) -> None:
 def test_single_slow_rounds_are_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(2, 2)
     for ratios, expected in [((0.9, 1.0, 5.0, 5.0), False), ((1.2, 1.1, 1.3), True), ((0.9, 1.2, 1.2, 1.2, 1.2), True)]:
-        monkeypatch.setattr(slower, "round_ratios", lambda *_, ratios=ratios, **__: ratios)
+        monkeypatch.setattr(QUANTIZE, "round_ratios", lambda *_, ratios=ratios, **__: ratios)
         assert bool(slower_than_float(model, model, lambda *_: None, None)) == expected
 
 
 def test_what_cannot_be_run_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slower, "round_ratios", latency.round_ratios)
+    monkeypatch.setattr(QUANTIZE, "round_ratios", latency.round_ratios)
 
     def run(model: nn.Module, batch: Any) -> Any:
         raise ValueError("a user's")

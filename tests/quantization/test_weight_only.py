@@ -32,8 +32,7 @@ from lightning_compress import (
 from lightning_compress.cli import main
 from lightning_compress.quantization.convert import form_of, record_of
 from lightning_compress.quantization.layers import packed
-from lightning_compress.quantization.schemes import Packed
-from tests.contracts.test_yaml import CLASSIFIER, DATA, TRAINER
+from lightning_compress.quantization.layers.schemes import Packed
 from tests.quantization.test_quantize import agreement
 from tests.support.architectures import SharedModule, TiedLanguageModel
 from tests.support.data import TinyData

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lightning_compress.modules.attention import attend
 from lightning_compress.quantization.layers.linear import DynamicLinear
-from lightning_compress.quantization.schemes import DynamicInt8
 
 
 class QuantizedAttention(nn.Module):
@@ -109,7 +108,7 @@ class DynamicAttention(QuantizedAttention):
 
     Example:
         >>> import torch
-        >>> attention = DynamicAttention.from_float(nn.MultiheadAttention(16, 4, batch_first=True), DynamicInt8())
+        >>> attention = DynamicAttention.from_float(nn.MultiheadAttention(16, 4, batch_first=True), reduce_range=False)
         >>> x = torch.randn(2, 5, 16)
         >>> output, weights = attention(x, x, x)
         >>> output.shape, weights.shape, attention.in_proj[0].weight.dtype
@@ -119,9 +118,9 @@ class DynamicAttention(QuantizedAttention):
     whole = True
 
     @classmethod
-    def from_float(cls, layer: nn.MultiheadAttention, scheme: DynamicInt8) -> DynamicAttention:
+    def from_float(cls, layer: nn.MultiheadAttention, reduce_range: bool, per_token: bool = False) -> DynamicAttention:
         """The dynamic form of an attention layer, on the CPU."""
-        return cls(layer, lambda _, linear: DynamicLinear.from_float(linear, scheme))
+        return cls(layer, lambda _, linear: DynamicLinear.from_float(linear, reduce_range, per_token))
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, weights = super().forward(query, *args, **kwargs)

@@ -11,27 +11,24 @@ from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.quantization.layers.packed import matrix_of
 from lightning_compress.quantization.layers.packed_weight import LinearWeight
 from lightning_compress.quantization.numerics import linear
-from lightning_compress.quantization.schemes import Scheme, WeightOnly
 
 
-def why_float(layer: nn.Module, scheme: Scheme) -> str:
+def why_not(layer: nn.Module, symmetric: bool, group_size: int | None) -> str:
     """Why a layer trains in float and is rounded afterwards only; empty if it can be fake-quantized."""
-    if not isinstance(scheme, WeightOnly):
-        return f"no fake-quantizer for {scheme.name}"
     if type(layer) not in (nn.Linear, nn.Embedding):
         return f"no fake-quantizer for the weights of {type(layer).__name__}"
     if isinstance(layer, nn.Embedding) and layer.sparse:
         return "torchao's fake-quantizer takes no sparse gradients"
-    if not scheme.symmetric:
+    if not symmetric:
         return "torchao's fake-quantizer has no integer zero points"
     if layer.weight.dtype == torch.float64:
         return "torchao's fake-quantizer takes no float64"
-    if matrix_of(layer).shape[1] % (scheme.group_size or 1):
-        return f"its {matrix_of(layer).shape[1]} inputs don't divide into groups of {scheme.group_size}"
+    if matrix_of(layer).shape[1] % (group_size or 1):
+        return f"its {matrix_of(layer).shape[1]} inputs don't divide into groups of {group_size}"
     return ""
 
 
-def fake_quantized(layer: nn.Module, scheme: WeightOnly) -> nn.Module:
+def fake_quantized(layer: nn.Module, bits: int, group_size: int | None) -> nn.Module:
     """``layer`` as one that rounds its weight in each forward and passes gradients straight through.
 
     The parameters stay the same objects. The scale is ``max|W| / (2^(bits-1) - 1/2)`` of each group, which clips the
@@ -41,9 +38,9 @@ def fake_quantized(layer: nn.Module, scheme: WeightOnly) -> nn.Module:
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
     kind: dict[str, Any] = {"granularity": "per_channel"}
-    if scheme.group_size is not None:
-        kind = {"group_size": scheme.group_size}
-    weights = IntxFakeQuantizeConfig(getattr(torch, f"int{scheme.bits}"), scale_precision=torch.bfloat16, **kind)
+    if group_size is not None:
+        kind = {"group_size": group_size}
+    weights = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), scale_precision=torch.bfloat16, **kind)
     holder = nn.ModuleDict({"layer": layer})
     with isolated_random_state():  # it makes a new layer first
         quantize_(holder, QATConfig(weight_config=weights, step="prepare"), filter_fn=lambda module, _: module is layer)
@@ -51,10 +48,10 @@ def fake_quantized(layer: nn.Module, scheme: WeightOnly) -> nn.Module:
 
 
 @torch.no_grad()
-def trained_weight(fake: Any, scheme: WeightOnly) -> LinearWeight:
+def trained_weight(fake: Any, bits: int, group_size: int | None) -> LinearWeight:
     """The weight of a fake-quantized layer in the codes that it trained with."""
     rounded = fake.weight_fake_quantizer(fake.weight).float()
     scale = fake.weight_fake_quantizer.scale.float().view(len(rounded), -1)
-    blocks = linear.blocks(rounded, scheme.group_size)  # they are codes times the scale already
-    codes = linear.quantize(blocks, scale.unsqueeze(-1), torch.tensor(2.0 ** (scheme.bits - 1)), scheme.bits)
-    return LinearWeight(codes.flatten(1), scale, None, scheme.bits, scheme.group_size)
+    blocks = linear.blocks(rounded, group_size)  # they are codes times the scale already
+    codes = linear.quantize(blocks, scale.unsqueeze(-1), torch.tensor(2.0 ** (bits - 1)), bits)
+    return LinearWeight(codes.flatten(1), scale, None, bits, group_size)

@@ -20,10 +20,8 @@ from lightning_compress.modules.paths import compressible_modules
 from lightning_compress.modules.routing import CHILD, route_, unroute_
 from lightning_compress.quantization.layers.attention import QuantizedAttention
 from lightning_compress.quantization.layers.packed import matrix_of
-from lightning_compress.quantization.layers.packed_weight import LinearWeight
 from lightning_compress.quantization.layers.plan import quantized_form
-from lightning_compress.quantization.numerics.gptq import gptq
-from lightning_compress.quantization.schemes import GPTQ
+from lightning_compress.quantization.numerics.scheme import Scheme
 
 _SHARE = 4
 """Hessians that are held at a time take at most one part in so many of the model's own memory (or there is one)."""
@@ -39,8 +37,8 @@ class _Enough(BaseException):
 
 
 def calibrated_weights(
-    model: nn.Module, layers: Mapping[str, GPTQ], batches: Sequence[Any], run: Run = run_step
-) -> dict[str, LinearWeight]:
+    model: nn.Module, layers: Mapping[str, Scheme], batches: Sequence[Any], run: Run = run_step
+) -> dict[str, Any]:
     """The packed weights of ``layers``, by path, each fitted to the inputs that it gets from quantized ones before it.
 
     Layers are taken in the order in which they are called, as many at a time as their Hessians have room for: within
@@ -61,8 +59,8 @@ def calibrated_weights(
     modules = compressible_modules(model)
     room = sum(each.numel() * each.element_size() for each in model.parameters()) // _SHARE
     routed: list[nn.Module] = []
-    made: dict[str, LinearWeight] = {}
-    with isolated_evaluation(model):
+    made: dict[str, Any] = {}
+    with leaving_no_trace(model):
         try:
             parts: dict[str, _Part] = {}
             for path, scheme in layers.items():
@@ -98,27 +96,16 @@ class _Part(NamedTuple):
     """Layers with one weight between them: nearly always one."""
 
     layers: list[Any]
-    scheme: GPTQ
+    scheme: Scheme
 
 
-def _fit(part: _Part, hessian: Tensor | None, path: str) -> LinearWeight:
+def _fit(part: _Part, hessian: Tensor | None, path: str) -> Any:
     if hessian is None:
         raise CompressionError("`calibration` must hold samples. Received: empty batches.")
-    scheme, matrix = part.scheme, matrix_of(part.layers[0])
     try:
-        codes, scale, zero = gptq(
-            matrix.unflatten(0, (len(hessian), -1)),
-            hessian,
-            scheme.bits,
-            scheme.group_size,
-            scheme.symmetric,
-            scheme.damping,
-            scheme.activation_order,
-        )
+        return part.scheme.fit(matrix_of(part.layers[0]), hessian)
     except CompressionError as error:
         raise CompressionError(f"{error} Seen by `{path.replace(f'.{CHILD}', '')}`.") from error
-    codes, scale, zero = codes.flatten(0, 1), scale.flatten(0, 1), zero.flatten(0, 1)
-    return LinearWeight(codes, scale, None if scheme.symmetric else zero, scheme.bits, scheme.group_size)
 
 
 def _stages(parts: Mapping[str, _Part], room: int) -> Iterator[dict[str, _Part]]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.quantization.schemes import DynamicInt8, describe, needs_reduced_range
-from lightning_compress.quantization.static.traced import refuse_to_move
+from lightning_compress.quantization.numerics.int8 import needs_reduced_range, refuse_to_move
 
 OUTLIER = 6.0
 """A column of activations is an outlier where its largest magnitude exceeds so many times the mean of the columns'."""
@@ -54,10 +53,10 @@ class DynamicLinear(nn.Module):
         self._packed: dict[str, Any] = {}
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, scheme: DynamicInt8) -> DynamicLinear:
+    def from_float(cls, linear: nn.Linear, reduce_range: bool, per_token: bool = False) -> DynamicLinear:
         """The dynamic form of a linear layer, on the CPU."""
         bias = None if linear.bias is None else linear.bias.cpu()
-        return cls(linear.weight.cpu(), bias, describe(scheme)["reduce_range"], bool(scheme.per_token))
+        return cls(linear.weight.cpu(), bias, reduce_range, per_token)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32 and x.dim() > 1 and not self.per_token and self._fits_one_scale(x):

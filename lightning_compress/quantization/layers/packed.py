@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_compress.quantization.layers import int4_kernel
 from lightning_compress.quantization.layers.packed_weight import PackedWeight
@@ -127,3 +128,19 @@ class PackedEmbedding(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.weight.values(input.flatten()).to(self._like.dtype).view(*input.shape, self.weight.columns)
+
+
+PACKED: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv1d: PackedConv,
+    nn.Conv2d: PackedConv,
+    nn.Conv3d: PackedConv,
+    nn.Embedding: PackedEmbedding,
+}
+
+
+def packable(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a layer that a packed scheme can take the place of."""
+    if type(layer) not in {*PACKED, nn.MultiheadAttention, NonDynamicallyQuantizableLinear}:
+        return []
+    return [parameter for parameter in layer._parameters.values() if parameter is not None]

@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_compress.errors import invalid
 from lightning_compress.quantization.layers.linear import DynamicLinear
-from lightning_compress.quantization.schemes import DynamicInt8, describe
 
 _HALF_ENGINES = ("x86", "fbgemm")
 """The engines of torch that multiply float activations with 16-bit weights."""
@@ -31,7 +30,7 @@ class DynamicRecurrent(nn.Module):
 
     Example:
         >>> lstm = nn.LSTM(8, 16, batch_first=True)
-        >>> recurrent = DynamicRecurrent.from_float(lstm, DynamicInt8())
+        >>> recurrent = DynamicRecurrent(lstm, reduce_range=False)
         >>> output, (h, c) = recurrent(torch.randn(2, 5, 8))
         >>> output.shape, h.shape, recurrent.hh[0].weight.dtype
         (torch.Size([2, 5, 16]), torch.Size([1, 2, 16]), torch.int8)
@@ -57,11 +56,6 @@ class DynamicRecurrent(nn.Module):
                     held.append(DynamicLinear(getattr(layer, weight).cpu(), values, reduce_range))
                     self.used |= {weight, bias} if layer.bias else {weight}
         self._packed: list[Any] | None = None
-
-    @classmethod
-    def from_float(cls, layer: nn.LSTM | nn.GRU, scheme: DynamicInt8) -> DynamicRecurrent:
-        """The dynamic form of an LSTM or a GRU without projections, on the CPU."""
-        return cls(layer, describe(scheme)["reduce_range"])
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """As the float layer's.

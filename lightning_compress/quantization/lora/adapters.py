@@ -20,8 +20,8 @@ from lightning_compress.quantization.layers.float_values import hide_float_value
 from lightning_compress.quantization.layers.packed import matrix_of, product
 from lightning_compress.quantization.layers.packed_weight import NF4Weight, PackedWeight
 from lightning_compress.quantization.layers.plan import plan_layers
-from lightning_compress.quantization.schemes import NF4
-from lightning_compress.quantization.static.plan import without_kernel
+from lightning_compress.quantization.layers.schemes import NF4
+from lightning_compress.quantization.layers.without_kernel import without_kernel
 from lightning_compress.targets import Targets, matches
 
 

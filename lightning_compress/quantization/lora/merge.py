@@ -15,6 +15,9 @@ def merge_adapters(model: Model) -> Model:
     Args:
         model: with adapters; it is left as it is.
 
+    Returns:
+        A copy of plain float layers, with the keys that the model had before adapters came.
+
     Raises:
         CompressionError: the model has no adapters.
     """

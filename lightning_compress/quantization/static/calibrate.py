@@ -1,20 +1,27 @@
-"""Calibration: runs batches through a prepared model so that its observers see the activations' ranges."""
+"""Calibration: evens out the ranges of weights first, then lets observers see those of activations on batches."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.modules.call_log import CallLog
 from lightning_compress.modules.calls import run_step
-from lightning_compress.modules.isolation import isolated_evaluation
-from lightning_compress.modules.paths import clean_name
+from lightning_compress.modules.isolation import leaving_no_trace, random_state_kept
+from lightning_compress.modules.paths import clean_name, compressible_modules, is_at_or_below
 from lightning_compress.modules.routing import CHILD
-from lightning_compress.quantization.static.traced import Traced
+from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.static.equalize import adjust_
+from lightning_compress.quantization.static.flows.flow import canonical
+from lightning_compress.quantization.static.traced import Traced, Unit, trace_by
 
 
 def calibrate(
@@ -64,3 +71,33 @@ def _observing(model: nn.Module) -> Iterator[None]:
     finally:
         for module in traced:
             module.calibrating = False
+
+
+def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8, training: bool = False) -> Unit:
+    """Equalize and smooth the weights of one unit of a model in evaluation, as far as `fx` can trace it.
+
+    Before ``training`` frozen weights stay as they are, and so does each ReLU6: what is trained is the same function.
+    """
+    module = compressible_modules(model)[unit.path]
+    inputs = unit.signature.tensors(*canonical(module, *log.inputs[unit.path]))
+    assert inputs is not None
+    # Those of a step in mixed precision are in float32 here.
+    inputs = [tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs]
+    try:
+        graph = trace_by("fx", module, replace(unit, hooked=())).graph
+    except Exception:  # as with any tracing of a user's forward
+        return unit
+    assert isinstance(graph, GraphModule)
+    owners = Counter(id(parameter) for layer in model.modules() for parameter in layer.parameters(recurse=False))
+    fixed = {key for key, count in owners.items() if count > 1}
+    fixed |= {
+        id(parameter)
+        for name, parameter in module.named_parameters()
+        if any(is_at_or_below(clean_name(name), path) for path in unit.floats)
+    }
+    if training:
+        fixed |= {id(parameter) for parameter in module.parameters() if not parameter.requires_grad}
+    widen = unit.flow == "fx" and not training
+    with random_state_kept():
+        relu6 = adjust_(graph, inputs, fixed, equalize=scheme.equalize, smooth=scheme.smooth, widen=widen)
+    return replace(unit, widened=tuple(relu6))

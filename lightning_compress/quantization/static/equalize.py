@@ -6,7 +6,7 @@ Works on the traced form of a module, whose layers are the module's own: it is t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lightning_compress.modules.outputs import cosine, same_outputs
 from lightning_compress.quantization.static.flows.graphs import value_read
+from lightning_compress.quantization.static.traced import widen_
 
 ALPHA = 0.5
 """How much of an outlier's range moves from the activations into the weights."""
@@ -40,7 +41,7 @@ _POOLING_FUNCTIONS: tuple[Any, ...] = (
 
 @torch.no_grad()
 def adjust_(
-    graph: GraphModule, inputs: list[Tensor], kept: set[int], *, equalize: bool, smooth: bool, widen: bool
+    graph: GraphModule, inputs: list[Tensor], fixed: set[int], *, equalize: bool, smooth: bool, widen: bool
 ) -> list[str]:
     """`equalize_` and `smooth_` a traced graph; returns the ReLU6 that became ReLU.
 
@@ -50,7 +51,7 @@ def adjust_(
     Args:
         graph: from the flow `fx`, in evaluation; the parameters of its layers change in place.
         inputs: of the graph.
-        kept: ids of parameters that stay: excluded ones, and those that have other owners.
+        fixed: ids of parameters that stay: excluded ones, and those that have other owners.
         equalize: between layers.
         smooth: behind LayerNorm.
         widen: may turn ReLU6 into ReLU.
@@ -60,10 +61,10 @@ def adjust_(
     for wider in (True, False) if widen and equalize else (False,):
         accepted, relu6 = False, list[str]()
         try:
-            relu6 = equalize_(graph, kept, wider) if equalize else []
+            relu6 = equalize_(graph, fixed, wider) if equalize else []
             widen_(graph, relu6)
             if smooth:
-                smooth_(graph, kept, inputs)
+                smooth_(graph, fixed, inputs)
             after = graph(*inputs)
             accepted = cosine(before, after) >= _LIKENESS if relu6 else same_outputs(before, after)
         finally:
@@ -74,13 +75,6 @@ def adjust_(
         if accepted:
             return relu6
     return []
-
-
-def widen_(graph: nn.Module, relu6: Collection[str], kind: type[nn.Module] = nn.ReLU) -> None:
-    """Put a ReLU in the place of each of these ReLU6 of a traced graph; the traced module keeps its own."""
-    for path in relu6:
-        parent, _, name = path.rpartition(".")
-        setattr(graph.get_submodule(parent), name, kind())
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,7 @@ def _divide_output_(layer: Any, scales: Tensor) -> None:
 
 
 @torch.no_grad()
-def equalize_(graph: GraphModule, kept: set[int], widen: bool) -> list[str]:
+def equalize_(graph: GraphModule, fixed: set[int], widen: bool) -> list[str]:
     """Equalize all pairs of layers of a traced ``graph`` in evaluation; returns the ReLU6 that are to become ReLU.
 
     Each channel i of ``W2 f(W1 x)`` is divided by ``s_i`` in ``W1`` and multiplied by it in ``W2``, which leaves the
@@ -151,14 +145,14 @@ def equalize_(graph: GraphModule, kept: set[int], widen: bool) -> list[str]:
 
     Args:
         graph: from the flow `fx`; the parameters of its layers change in place.
-        kept: ids of parameters that stay: excluded ones, and those that have other owners.
+        fixed: ids of parameters that stay: excluded ones, and those that have other owners.
         widen: also across ReLU6, which isn't homogeneous.
 
     References:
         Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019
         (arXiv:1906.04721), section 4.1, equation 11, divided by the geometric mean over the channels.
     """
-    found = [pair for pair in pairs(graph, kept) if widen or not pair.relu6]
+    found = [pair for pair in pairs(graph, fixed) if widen or not pair.relu6]
     for _ in range(_ROUNDS):
         moved = 0.0
         for pair in found:
@@ -170,9 +164,9 @@ def equalize_(graph: GraphModule, kept: set[int], widen: bool) -> list[str]:
     return sorted({path for pair in found for path in pair.relu6})
 
 
-def pairs(graph: GraphModule, kept: set[int]) -> Iterator[Pair]:
+def pairs(graph: GraphModule, fixed: set[int]) -> Iterator[Pair]:
     """The pairs of layers of ``graph`` that can be equalized."""
-    layer = _OwnLayers(graph, kept)
+    layer = _OwnLayers(graph, fixed)
 
     for node in graph.graph.nodes:
         if (first := layer(node, (*_CONVOLUTIONS, nn.Linear))) is None:
@@ -199,20 +193,20 @@ def pairs(graph: GraphModule, kept: set[int]) -> Iterator[Pair]:
 class _OwnLayers:
     """The layers of a graph that a single node calls, with parameters that no other has."""
 
-    def __init__(self, graph: GraphModule, kept: set[int]) -> None:
+    def __init__(self, graph: GraphModule, fixed: set[int]) -> None:
         self._graph = graph
         called = [node for node in graph.graph.nodes if node.op == "call_module"]
         self._calls = Counter(node.target for node in called)
         owners = Counter(id(one) for node in called for one in graph.get_submodule(str(node.target)).parameters())
         owners.update(id(value_read(graph, node)) for node in graph.graph.nodes if node.op == "get_attr")
-        self._kept = kept | {key for key, count in owners.items() if count > 1}
+        self._fixed = fixed | {key for key, count in owners.items() if count > 1}
 
     def __call__(self, node: Node, kinds: tuple[type[nn.Module], ...]) -> Any:
         """The module that ``node`` calls, if it is one and just of one of these kinds."""
         if node.op != "call_module" or self._calls[node.target] > 1:
             return None
         module = self._graph.get_submodule(str(node.target))
-        own = not any(id(parameter) in self._kept for parameter in module.parameters())
+        own = not any(id(parameter) in self._fixed for parameter in module.parameters())
         return module if own and type(module) in kinds else None
 
 
@@ -240,7 +234,7 @@ def _flattens(graph: GraphModule, node: Node) -> bool:
 
 
 @torch.no_grad()
-def smooth_(graph: GraphModule, kept: set[int], inputs: list[Tensor]) -> None:
+def smooth_(graph: GraphModule, fixed: set[int], inputs: list[Tensor]) -> None:
     """Move the ranges of LayerNorms' channels into the linear layers that read them, and them alone.
 
     ``s_j = max|X_j|^a / max|W_j|^(1-a)`` with a = 0.5, divided by their geometric mean; the LayerNorm is divided by it,
@@ -248,13 +242,13 @@ def smooth_(graph: GraphModule, kept: set[int], inputs: list[Tensor]) -> None:
 
     Args:
         graph: from the flow `fx`; the parameters of its layers change in place.
-        kept: ids of parameters that stay: excluded ones, and those that have other owners.
+        fixed: ids of parameters that stay: excluded ones, and those that have other owners.
         inputs: of the graph, to see the ranges X of activations on.
 
     References:
         Xiao et al., "SmoothQuant", 2022 (arXiv:2211.10438), equation 4.
     """
-    seen, layer = _Outputs(graph), _OwnLayers(graph, kept)
+    seen, layer = _Outputs(graph), _OwnLayers(graph, fixed)
     seen.run(*inputs)
     for node, largest in seen.largest.items():
         norm = layer(node, (nn.LayerNorm,))

@@ -2,115 +2,45 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError, in_a_line
-from lightning_compress.messages import by_reason, named, they
 from lightning_compress.modules.call_log import CallLog
-from lightning_compress.modules.layer_weights import PRUNABLE
+from lightning_compress.modules.compare_outputs import same_outputs, same_structure
+from lightning_compress.modules.copying import copy_module, copy_tensors
+from lightning_compress.modules.fast_path import without_fast_path
+from lightning_compress.modules.isolation import random_state_kept
 from lightning_compress.modules.paths import clean_name, compressible_modules, is_at_or_below, is_below
-from lightning_compress.quantization.layers.plan import REPLACED, of_one_weight, plan_layers
-from lightning_compress.quantization.schemes import Packed, Scheme, StaticInt8, describe, from_description
-from lightning_compress.quantization.static.signature import Signature, canonical
-from lightning_compress.quantization.static.unit import Unit, holds_layers, no_kernel, verify
+from lightning_compress.quantization.layers.without_kernel import (
+    REPLACED,
+    has_kernel,
+    holds_layers,
+    is_told_of,
+    left_float,
+    may_have_kernel,
+    of_one_weight,
+    own_matrices,
+    tied_to_float,
+    unused,
+    without_kernel,
+)
+from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.static.flows.flow import Signature, canonical
+from lightning_compress.quantization.static.traced import Unit, prepared_form
 from lightning_compress.targets import Targets
 
-_logger = logging.getLogger("lightning_compress")
-
-_LONGEST = 200
-
-_AS_A_WHOLE = "not as a whole: "
+AS_A_WHOLE = "not as a whole: "
+"""Begins the reason of what is tried in parts."""
 
 _TRACERS = {"fx": "torch.fx", "pt2e": "torch.export"}
-
-_MANY = 8
-"""From so many pieces on a static int8 model is worth a hint."""
-
-QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-_OF_PARAMETERS = (nn.ParameterList, nn.ParameterDict)
-
-
-@dataclass
-class Plan:
-    """What would be quantized, and what stays float and why.
-
-    Attributes:
-        units: modules that are traced as a whole.
-        layers: paths of layers that are quantized one by one, each with its scheme; in units or not.
-        floats: paths of what stays float, each with the reason.
-    """
-
-    units: list[Unit] = field(default_factory=list)
-    layers: dict[str, Scheme] = field(default_factory=dict)
-    floats: dict[str, str] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.units or self.layers)
-
-    def describe(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
-        return {
-            "units": [unit.describe() for unit in self.units],
-            "layers": [{"path": path, "scheme": describe(scheme)} for path, scheme in self.layers.items()],
-            "floats": dict(self.floats),
-        }
-
-
-def make_plan(
-    model: nn.Module,
-    log: CallLog | None,
-    scheme: Scheme,
-    targets: Targets | None,
-    overrides: Mapping[str, Scheme],
-    flow: str,
-    *,
-    training: bool,
-) -> Plan:
-    """What of ``model`` to quantize, and how; changes nothing. The arguments are those of `quantize`.
-
-    Raises:
-        CompressionError: there is nothing that can be quantized, or a pattern matches nothing.
-    """
-    if targets is not None:
-        targets.check_patterns(model)
-    called, replaced = (None, ()) if log is None else (log.inputs, log.replaced)
-    layers, floats = plan_layers(model, called, scheme, targets, overrides, replaced)
-    if isinstance(scheme, StaticInt8):
-        assert log is not None
-        chosen = "fx" if flow == "auto" else flow
-        plan = plan_units(model, log, scheme, targets, layers, training=training, flow=chosen)
-        if flow == "auto" and not plan.units and not training:
-            other = plan_units(model, log, scheme, targets, layers, training=training, flow="pt2e")
-            if other.units:
-                _logger.warning(
-                    "flow 'fx' can quantize nothing here, 'pt2e' can: %s", "; ".join(explain(plan.describe()))
-                )
-                plan = other
-    else:
-        plan = Plan(layers=layers, floats=without_kernel(model, scheme))
-    plan.floats = {path: reason for path, reason in (plan.floats | floats).items() if path not in layers}
-    if not plan:
-        raise _nothing_to_quantize(plan.floats)
-    return plan
-
-
-def _nothing_to_quantize(floats: dict[str, str]) -> CompressionError:
-    """The error of a model in which no layer can be quantized, with the reasons."""
-    reasons = "; ".join(f"{path or 'the module'}: {reason}" for path, reason in list(floats.items())[:5])
-    return CompressionError(
-        "The model must have a layer that the scheme can quantize. Received: none. "
-        f"{reasons or 'It has no convolution or linear layer'}."
-    )
 
 
 def plan_units(
@@ -118,12 +48,12 @@ def plan_units(
     log: CallLog,
     scheme: StaticInt8,
     targets: Targets | None,
-    layers: Mapping[str, Scheme],
+    layers: Collection[str],
     *,
     training: bool,
     flow: str,
-) -> Plan:
-    """The largest units of ``model`` that can be quantized. Changes nothing.
+) -> tuple[list[Unit], dict[str, str]]:
+    """The largest units of ``model`` that can be quantized, and what stays float, with the reason. Changes nothing.
 
     A module is accepted if nothing outside calls into it, it traces, and its prepared form, with fake-quantization off,
     gives the outputs that it gave, in training (same random state) and in evaluation. Else its children are tried.
@@ -133,7 +63,7 @@ def plan_units(
         log: what a run of the model called.
         scheme: the numbers.
         targets: which layers may be quantized; None is all.
-        layers: layers that are quantized one by one.
+        layers: paths of layers that are quantized one by one.
         training: for quantization-aware training, else for calibration.
         flow: name of the flow.
     """
@@ -141,25 +71,14 @@ def plan_units(
         compressible_modules(model), log, scheme, _excluded(model, targets, layers), set(layers), training, flow
     )
     planner.visit("")
-    plan = planner.plan
+    units, floats = planner.units, planner.left_float
     modules, tied = compressible_modules(model), tied_to_float(model)
     float_owners = {other for path, other in of_one_weight(modules) if path in tied and other not in tied}
     for path, reason in (tied | without_kernel(model, scheme)).items():
-        inside = any(is_at_or_below(path, unit.path) for unit in plan.units)
-        if not inside or path in float_owners or (path in modules and not _is_told_of(modules[path], flow)):
-            plan.floats.setdefault(path, reason)
-    plan.layers = dict(layers)
-    return plan
-
-
-def _is_told_of(layer: nn.Module, flow: str) -> bool:
-    """Whether a unit tells itself that this layer in it stays float.
-
-    It isn't told of where it stands in a layer of torch that isn't looked into.
-    """
-    if flow == "pt2e":
-        return not isinstance(layer, nn.Embedding)
-    return is_parametrized(layer) or not _is_layer_of_torch(layer)
+        inside = any(is_at_or_below(path, unit.path) for unit in units)
+        if not inside or path in float_owners or (path in modules and not is_told_of(modules[path], flow)):
+            floats.setdefault(path, reason)
+    return units, floats
 
 
 @dataclass
@@ -173,7 +92,8 @@ class _Planner:
     layers: set[str]
     training: bool
     flow: str
-    plan: Plan = field(default_factory=Plan)
+    units: list[Unit] = field(default_factory=list)
+    left_float: dict[str, str] = field(default_factory=dict)
 
     def visit(self, path: str) -> None:
         """Plan ``path`` as one unit, or else what is below it."""
@@ -184,14 +104,14 @@ class _Planner:
         if not _is_shell(path, module):
             unit, reason = self.try_unit(path)
             if unit is not None:
-                self.plan.units.append(unit)
+                self.units.append(unit)
                 return
             if self.excluded.issuperset(wanted):  # their kernels were found wrong
                 return
             if path in wanted and not holds_layers(module):
-                self.plan.floats[path] = reason if _has_kernel(module) else no_kernel(module, self.scheme)
+                self.left_float[path] = reason if has_kernel(module) else self.scheme.no_kernel(module)
             elif path in self.calls.inputs:
-                self.plan.floats[path] = f"{_AS_A_WHOLE}{reason}"
+                self.left_float[path] = f"{AS_A_WHOLE}{reason}"
         for name, _ in module.named_children():
             child = clean_name(f"{path}.{name}".lstrip("."))
             if child != path and child in self.modules:
@@ -227,7 +147,8 @@ class _Planner:
             args, kwargs = canonical(module, *self.calls.inputs[path])
             while True:
                 unit = Unit(path, Signature(args, kwargs), hooked, floats, self.flow)
-                with redirect_stderr(StringIO()):  # torch.fx prints each error of a graph before it is raised
+                # torch.fx prints each error of a graph before it is raised.
+                with redirect_stderr(StringIO()), random_state_kept():
                     verdict = verify(module, unit, args, kwargs, self.scheme, self.training)
                 if not verdict.wrong.keys() - set(floats):
                     break
@@ -245,9 +166,9 @@ class _Planner:
             return None, verdict.reason
         tied = tied_to_float(self.modules[""])
         for name in floats:
-            self.plan.floats.setdefault(prefix + name, tied.get(prefix + name, "excluded"))
+            self.left_float.setdefault(prefix + name, tied.get(prefix + name, "excluded"))
         left = {(prefix + name).rstrip("."): why for name, why in verdict.left.items() if name not in floats}
-        self.plan.floats |= left
+        self.left_float |= left
         return unit, ""
 
     def _floats_in(self, modules: Mapping[str, nn.Module], prefix: str) -> Iterator[str]:
@@ -264,171 +185,24 @@ class _Planner:
     def leave_float(self, wrong: Mapping[str, str]) -> None:
         """Exclude layers whose kernels are wrong from this unit, and from those that are tried when it can't be one."""
         self.excluded |= wrong.keys()
-        self.plan.floats |= wrong
+        self.left_float |= wrong
 
 
 def _is_shell(path: str, module: nn.Module) -> bool:
     """Whether the root is a LightningModule around networks, which keep their names, and no network itself."""
-    return path == "" and hasattr(module, "training_step") and not any(map(_has_kernel, module.children()))
+    return path == "" and hasattr(module, "training_step") and not any(map(has_kernel, module.children()))
 
 
 def _quantizable(path: str, modules: dict[str, nn.Module]) -> Iterator[str]:
     """Paths at or below ``path`` of layers that int8 may have kernels for."""
     for inner, module in modules.items():
-        if (inner == path or is_below(inner, path)) and _may_have_kernel(module):
+        if (inner == path or is_below(inner, path)) and may_have_kernel(module):
             yield inner
-
-
-def _may_have_kernel(module: nn.Module) -> bool:
-    """Whether it has a kernel, or is of the user's own with matrices, which its forward may use as a layer does."""
-    if isinstance(module, QUANTIZABLE) and is_parametrized(module, "weight"):
-        return True
-    return _has_kernel(module) or (not _is_layer_of_torch(module) and any(True for _ in own_matrices(module)))
-
-
-def _is_layer_of_torch(module: nn.Module) -> bool:
-    """Whether it is a class of torch's that computes; one that only holds parameters is as the user's own."""
-    return type(module).__module__.startswith("torch.") and not isinstance(module, _OF_PARAMETERS)
-
-
-def own_matrices(module: nn.Module) -> Iterator[str]:
-    """Names of the matrices among a module's own parameters."""
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() > 1 and parameter.is_floating_point():
-            yield name
-
-
-def _has_kernel(module: nn.Module) -> bool:
-    # A weight that is computed (weight norm, as a parametrization or as a hook) can't be taken as it stands, nor can
-    # that of a layer that attention reads.
-    is_layer = isinstance(module, QUANTIZABLE) and not isinstance(module, NonDynamicallyQuantizableLinear)
-    return is_layer and module._parameters.get("weight") is not None
-
-
-def tied_to_float(model: nn.Module) -> dict[str, str]:
-    """Layers whose weight an embedding or the like owns too, with that as the reason: int8 would only add a copy."""
-    modules = compressible_modules(model)
-    return {
-        path: f"its weight is tied to `{other}`, which stays float"
-        for path, other in of_one_weight(modules)
-        if _has_kernel(modules[path]) and not _has_kernel(modules[other])
-    }
-
-
-def without_kernel(model: nn.Module, scheme: Scheme) -> dict[str, str]:
-    """What computes with a matrix and has no kernel in ``scheme``, with that as the reason.
-
-    These are layers; of a module of the user's own that only holds layers, the matrices that it owns beside them.
-    """
-    found = {}
-    for path, module in compressible_modules(model).items():
-        if is_parametrized(module):
-            found[path] = no_kernel(module, scheme)
-        elif isinstance(module, ParametrizationList | NonDynamicallyQuantizableLinear):
-            continue  # the latter is a part of attention, which is told of as a whole
-        elif _has_kernel(module) and (isinstance(scheme, StaticInt8) or type(module) in QUANTIZABLE):
-            continue
-        elif isinstance(module, PRUNABLE) and holds_layers(module):
-            found[path] = no_kernel(module, scheme)
-        elif holds_layers(module):
-            found |= _own_matrices(path, module)
-        elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
-            found[path] = no_kernel(module, scheme)
-    return found
-
-
-def _own_matrices(path: str, module: nn.Module) -> dict[str, str]:
-    reason = f"no kernel for the own parameters of {type(module).__name__}"
-    wide = (name for name in own_matrices(module) if sum(size > 1 for size in module.get_parameter(name).shape) > 1)
-    return {f"{path}.{name}".lstrip("."): reason for name in wide}
-
-
-def summary(record: Mapping[str, Any]) -> str:
-    """What is quantized, for the log: units by their flow, layers by their scheme.
-
-    Args:
-        record: what `Plan.describe` gave.
-    """
-    ways: dict[str, list[str]] = {}
-    for unit in record["units"]:
-        ways.setdefault(f"flow {unit['flow']}", []).append(unit["path"])
-    for layer in record["layers"]:
-        ways.setdefault(layer["scheme"]["name"], []).append(layer["path"])
-    return "; ".join(f"{named(paths)} ({way})" for way, paths in ways.items())
-
-
-def per_token_line(record: Mapping[str, Any]) -> str:
-    """Which linear and attention layers in dynamic int8 have a scale for each token; empty if none has."""
-    paths = [
-        layer["path"]
-        for layer in record.get("layers", ())
-        if layer["scheme"].get("per_token") and "weight_ih_l0" not in layer.get("shapes", ())
-    ]
-    if not paths:
-        return ""
-    return (
-        f"{named(paths)}: a scale for each token, with outlier columns in float; this takes longer. By default it is "
-        "for layers that one scale for all activations leaves too far off; DynamicInt8(per_token=False) is without"
-    )
-
-
-def explain(record: Mapping[str, Any]) -> list[str]:
-    """What stays float, and what has a form that users should know of: a line for each reason.
-
-    Args:
-        record: what `Plan.describe` gave.
-    """
-    parted, floats = _left_float(record)
-    lines = [f"{they(paths, 'is', 'are')} quantized in parts, {reason}" for reason, paths in by_reason(parted).items()]
-    lines += [f"{they(paths, 'stays', 'stay')} float: {reason}" for reason, paths in by_reason(floats).items()]
-    hooked = [name for unit in record["units"] for name in unit["hooked"]]
-    if hooked:
-        lines.append(
-            f"{named(hooked)}: forward hooks (a distillation's taps are some) fire while training, and not in int8"
-        )
-    stored: dict[int, list[str]] = {}
-    for layer in record["layers"]:
-        scheme = from_description(layer["scheme"])
-        if isinstance(scheme, Packed):
-            stored.setdefault(scheme.bits, []).append(layer["path"])
-    for bits, paths in stored.items():
-        lines.append(
-            f"{named(paths)}: weights are stored in {bits} bits and computed with in float; this is smaller, not faster"
-        )
-    if line := per_token_line(record):
-        lines.append(line)
-    if len(record["units"]) >= _MANY and record["units"][0]["flow"] == "fx":
-        lines.append(
-            f"quantized in {len(record['units'])} pieces, with activations rounded at each border; flow='pt2e' may "
-            "take it whole, and int8_dynamic keeps the outputs of linear layers in float"
-        )
-    if any(unit["flow"] == "pt2e" for unit in record["units"]):
-        lines.append(
-            "flow pt2e: compiled by inductor at the first call with each new shape, which takes a while; not timed "
-            "against float"
-        )
-    return lines
-
-
-def _left_float(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """Reasons by path: of what is quantized in parts, and of what isn't at all; each told of the innermost alone."""
-    quantized = [part["path"] for part in (*record["units"], *record["layers"])]
-    reasons = {path: reason.partition("\n")[0][:_LONGEST] for path, reason in record["floats"].items()}
-    parted, floats = {}, {}
-    for path, reason in reasons.items():
-        inner = {other: why for other, why in reasons.items() if is_below(other, path)}
-        whole = reason.startswith(_AS_A_WHOLE)
-        if whole and any(is_below(other, path) for other in quantized):
-            if reason not in inner.values():
-                parted[path] = reason
-        elif not (whole and inner):
-            floats[path] = reason.removeprefix(_AS_A_WHOLE)
-    return parted, floats
 
 
 def _excluded(model: nn.Module, targets: Targets | None, layers: Collection[str]) -> set[str]:
     """Paths of quantizable layers that the user's targets leave out."""
-    found = {path: module for path, module in compressible_modules(model).items() if _may_have_kernel(module)}
+    found = {path: module for path, module in compressible_modules(model).items() if may_have_kernel(module)}
     tied = set(tied_to_float(model))
     if targets is None:
         return tied
@@ -444,3 +218,81 @@ def _excluded(model: nn.Module, targets: Targets | None, layers: Collection[str]
             f"The model has {', '.join(list(found)[:8]) or 'none'}."
         )
     return (set(found) - chosen) | tied
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out when a unit was tried.
+
+    Attributes:
+        reason: why it can't be one; empty if it can.
+        left: its layers (paths in the unit) that stay float, each with the reason.
+        wrong: its layers that must stay float as their int8 kernels are wrong, each with the reason; without them it
+            could be a unit.
+    """
+
+    reason: str
+    left: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+
+def verify(
+    module: nn.Module, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], scheme: StaticInt8, training: bool
+) -> Verdict:
+    """Whether the prepared form can stand for ``module``.
+
+    It can if, with fake-quantization off, it gives the outputs that ``module`` gives in each mode, and then converts
+    into kernels each of which computes its own layer. Works on copies.
+    """
+    left, inputs = dict[str, str](), list[Tensor]()
+    for mode in (True, False) if training else (False,):
+        original, twin = _without_hooks(module), _without_hooks(module)
+        twin.train(training)
+        traced = prepared_form(twin, unit, scheme, training=training)
+        flow = traced.upstream
+        if not flow.quantizes(traced.graph):
+            return Verdict("no layer in it can be quantized")
+        flow.fake_quantize_(traced.graph, False)
+        traced.calibrating = True  # so that its int8 form knows the ranges
+        for model in (original, twin, traced):
+            model.train(mode)
+        buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
+        expected = _run(original, args, kwargs)
+        changed = [
+            name for name, buffer in original.named_buffers() if not same_outputs(buffers.get(name), buffer, 0.0)
+        ]
+        if changed and not mode:
+            return Verdict(f"it changes its `{changed[0]}` in evaluation, which an int8 form doesn't")
+        tensors = unit.signature.tensors(*copy_tensors((args, kwargs)))
+        assert tensors is not None
+        if not same_outputs(expected, _run(traced, tuple(tensors), {})):
+            return Verdict(f"its traced form computes something else in {'training' if mode else 'evaluation'}")
+        layers = {clean_name(name): child for name, child in twin.named_modules()}
+        inputs = _on_cpu(tensors)
+        left = left_float(layers, flow.float_weights(traced.graph), scheme) | unused(twin, traced.names)
+    # Found out now, not when hours of training end; some int8 kernels of torch compute something else altogether.
+    int8 = flow.convert(traced.graph, scheme)
+    with torch.compiler.set_stance("force_eager"):
+        if not same_structure(expected, _run(traced.as_int8(int8), tuple(inputs), {})):
+            return Verdict("its int8 form gives outputs of another structure")
+    wrong = flow.wrong_kernels(traced.graph, int8, scheme, inputs)
+    return Verdict(wrong.pop("", ""), left, wrong)
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    twin = copy_module(module)
+    for inner in twin.modules():
+        inner._forward_hooks.clear()
+    return twin
+
+
+def _on_cpu(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors]
+
+
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = copy_tensors((args, kwargs))
+    device = next((leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
+    with torch.no_grad(), random_state_kept(), without_fast_path(), torch.autocast(device, enabled=False):
+        torch.manual_seed(0)
+        return module(*args, **kwargs)

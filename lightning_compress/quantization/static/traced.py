@@ -1,11 +1,12 @@
-"""The traced form of a unit: fake-quantized while it trains, int8 once converted."""
+"""A unit, a module that is quantized as a whole, and its traced form: fake-quantized while it trains, then int8."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,52 @@ from torch import Tensor, nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.routing import CHILD, RoutedForm, is_set_aside
-from lightning_compress.quantization.static import flows
-from lightning_compress.quantization.static.flows import Trace
-from lightning_compress.quantization.static.signature import Signature, canonical
+from lightning_compress.quantization.numerics.int8 import StaticInt8, refuse_to_move
+from lightning_compress.quantization.static.flows import load
+from lightning_compress.quantization.static.flows.flow import Flow, Signature, Trace, canonical
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One module to be traced and quantized as a whole.
+
+    Attributes:
+        path: where it stands, without ``_orig_mod``.
+        signature: the calls that it is traced for.
+        hooked: inner modules (paths in the unit) whose forward hooks must go on firing.
+        floats: inner modules (paths in the unit) that stay float by the user's choice.
+        flow: name of the flow that traces it.
+        widened: inner ReLU6 (paths in the unit) that are ReLU in its traced form.
+        unconverted: inner layers (paths in the unit) that were prepared, and are float in its int8 form all the same:
+            their kernels were found wrong when it was converted.
+    """
+
+    path: str
+    signature: Signature
+    hooked: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
+    flow: str = "fx"
+    widened: tuple[str, ...] = ()
+    unconverted: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {
+            "path": self.path,
+            "example": self.signature.example,
+            "hooked": list(self.hooked),
+            "floats": list(self.floats),
+            "flow": self.flow,
+            "widened": list(self.widened),
+            "unconverted": list(self.unconverted),
+        }
+
+    @classmethod
+    def from_description(cls, plain: dict[str, Any]) -> Unit:
+        args, kwargs = plain["example"]
+        signature = Signature(tuple(args), kwargs)
+        lists = {name: tuple(plain[name]) for name in ("hooked", "floats", "widened", "unconverted")}
+        return cls(plain["path"], signature, flow=plain["flow"], **lists)
 
 
 class Traced(RoutedForm):
@@ -57,11 +101,16 @@ class Traced(RoutedForm):
         self.shared_buffers: list[tuple[nn.Module, str, nn.Module, str]] = []
         self._qconfigs: list[tuple[nn.Module, Any]] = []
 
+    @property
+    def upstream(self) -> Flow:
+        """The flow that made it."""
+        return load(self.flow)
+
     def forward(self, *tensors: Tensor) -> Any:
         observe = self.calibrating or (self.training and not self.observers_frozen)
         if observe != self._observing and not self.is_int8:
             # Evaluation never moves an observer, whoever runs it.
-            flows.load(self.flow).observe_(self.graph, observe)
+            self.upstream.observe_(self.graph, observe)
             self._observing = observe
         if self.batchnorm_frozen and self.training:
             self.graph.apply(freeze_batchnorm_)
@@ -105,20 +154,20 @@ class Traced(RoutedForm):
         """Take off the parent's modules what upstream leaves on them, which can't be pickled."""
         self._qconfigs = [(inner, vars(inner).pop("qconfig")) for inner in parent.modules() if "qconfig" in vars(inner)]
 
-    def converted(self, scheme: Any, floats: Collection[str] = ()) -> Any:
+    def converted(self, scheme: StaticInt8, floats: Collection[str] = ()) -> Any:
         """The graph in int8, but for the layers in ``floats``; the one that is prepared is left as it is."""
         with self._as_prepared():
-            return flows.load(self.flow).convert(self.graph, scheme, floats)
+            return self.upstream.convert(self.graph, scheme, floats)
 
     def as_int8(self, graph: nn.Module) -> Traced:
         """The same for ``graph``, what `converted` gave."""
         trace = Trace(graph, self.structure, self.names, self.numbers)
         return Traced(graph, trace, self.signature, self.used, self.flow, is_int8=True)
 
-    def wrong_kernels(self, scheme: Any) -> dict[str, str]:
+    def wrong_kernels(self, scheme: StaticInt8) -> dict[str, str]:
         """The layers (paths in the parent) whose int8 kernels compute something else now, each with the reason."""
-        examples, flow = self.signature.inputs, flows.load(self.flow)
-        with isolated_random_state(), self._as_prepared():
+        examples, flow = self.signature.inputs, self.upstream
+        with random_state_kept(), self._as_prepared():
             inputs = [torch.randn(one.shape) if one.is_floating_point() else one.clone() for one in examples]
             int8 = flow.convert(self.graph, scheme)
             return flow.wrong_kernels(self.graph, int8, scheme, inputs, drawn_only=True)
@@ -160,16 +209,6 @@ class Traced(RoutedForm):
         return self
 
 
-def refuse_to_move(fn: Callable[[Tensor], Tensor]) -> None:
-    """Raise if ``fn``, about to be applied to an int8 module, takes tensors off the CPU: nothing there runs them."""
-    moved = fn(torch.empty(0))
-    if moved.device.type != "cpu" or moved.dtype != torch.float32:
-        raise CompressionError(
-            f"An int8 model must stay on the CPU, with float32 around it. Received: a move to {moved.device}, "
-            f"{moved.dtype}. Use Trainer(accelerator='cpu'), or fit again to train the float model on."
-        )
-
-
 def freeze_batchnorm_(module: Any) -> None:
     """Stop the statistics of a layer with a fused BatchNorm."""
     if hasattr(module, "freeze_bn_stats"):
@@ -191,3 +230,37 @@ def share_buffers(traced: Traced, parent: nn.Module) -> None:
         for name, buffer in module._buffers.items()
         if id(buffer) in owned
     ]
+
+
+def trace_by(flow: str, module: nn.Module, unit: Unit) -> Trace:
+    """The traced form of ``module`` by the flow of this name; what its forward draws meanwhile is put back."""
+    with random_state_kept():
+        return load(flow).trace(module, unit.signature, unit.hooked)
+
+
+def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:
+    """The traced, prepared form of ``module``; sharing its parameters, not yet in its place."""
+    flow, trace = load(unit.flow), trace_by(unit.flow, module, unit)
+    widen_(trace.graph, unit.widened)
+    prepared = flow.prepare(trace.graph, scheme, training=training, floats=unit.floats)
+    return Traced(prepared, trace, unit.signature, _replaced(module, trace.names), unit.flow)
+
+
+def _replaced(module: nn.Module, names: Collection[str]) -> frozenset[str]:
+    """Names of the module's own children and tensors in which these stand, or that hold nothing but the same again."""
+    used = {name.partition(".")[0] for name in names}
+    taken = {
+        id(parameter) for name in used & module._modules.keys() for parameter in module.get_submodule(name).parameters()
+    }
+    for name, child in module._modules.items():
+        parameters = [] if child is None else list(child.parameters())
+        if parameters and all(id(parameter) in taken for parameter in parameters):
+            used.add(name)
+    return frozenset(used)
+
+
+def widen_(graph: nn.Module, relu6: Collection[str], kind: type[nn.Module] = nn.ReLU) -> None:
+    """Put a ReLU in the place of each of these ReLU6 of a traced graph; the traced module keeps its own."""
+    for path in relu6:
+        parent, _, name = path.rpartition(".")
+        setattr(graph.get_submodule(parent), name, kind())

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from lightning_compress import NoEffectWarning, quantize
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.convert import record_of
-from lightning_compress.quantization.static.flows import pt2e
+from lightning_compress.quantization.static.flows import int8_graph, pt2e
 from tests.quantization.flows.test_kernels import Skip, images
 
 
@@ -85,7 +85,7 @@ def test_what_the_compiler_makes_is_judged_at_its_first_call(is_off: bool, monke
             assert spoil_(graph, lambda node: node is convolutions[0])
         return graph.forward
 
-    monkeypatch.setattr(pt2e, "compile_fx", compiler)
+    monkeypatch.setattr(int8_graph, "compile_fx", compiler)
     model, x = Skip().eval(), images()
     if not is_off:
         assert cosine(quantize(model, calibration=[x], flow="pt2e").eval()(x), model(x)) > 0.999

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lightning_compress import QuantizationAwareTraining, StaticInt8, Targets, load_compressed, quantize
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.convert import record_of
-from lightning_compress.quantization.schemes import needs_reduced_range
+from lightning_compress.quantization.numerics.int8 import needs_reduced_range
 from lightning_compress.quantization.static.flows import fx, kernels
-from lightning_compress.quantization.static.signature import Signature
-from lightning_compress.quantization.static.unit import Unit, prepared_form
+from lightning_compress.quantization.static.flows.flow import Signature
+from lightning_compress.quantization.static.traced import Unit, prepared_form
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress import NF4, CompressionError, DynamicInt8, QLoRA, WeightOnly, merge_adapters, quantize
-from lightning_compress.quantization.schemes import Scheme
+from lightning_compress.quantization.numerics.scheme import Scheme
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 

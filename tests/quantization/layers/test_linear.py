@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_compress import CompressionError, DynamicInt8, load_compressed, quantize, save_compressed
-from lightning_compress.quantization import schemes
 from lightning_compress.quantization.change import rebuild_
 from lightning_compress.quantization.convert import record_of
-from lightning_compress.quantization.layers import linear
+from lightning_compress.quantization.layers import linear, schemes
 from lightning_compress.quantization.layers.linear import DynamicLinear
+from lightning_compress.quantization.numerics import int8
 
 ENGINES = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
 
@@ -93,7 +93,7 @@ def test_8_bit_codes_would_overflow_where_7_bits_are_asked_for(monkeypatch: pyte
     form = DynamicLinear(torch.ones(4, 64), None, reduce_range=False)
     monkeypatch.setattr(linear, "needs_reduced_range", lambda engine: False)
     overflows = form(torch.full((2, 64), 255.0))[0, 0].item() < 0.9 * 64 * 255
-    assert not overflows or schemes.needs_reduced_range()  # a convolution may overflow where this doesn't
+    assert not overflows or int8.needs_reduced_range()  # a convolution may overflow where this doesn't
 
 
 @pytest.mark.parametrize(("reduced", "largest"), [(False, 127), (True, 64)])
@@ -124,9 +124,7 @@ def test_a_file_with_8_bits_says_that_it_is_rounded_where_it_must_be(
 ) -> None:
     model = nn.Sequential(nn.Linear(8, 4))
     save_compressed(quantize(model, DynamicInt8(reduce_range=False)), tmp_path / "eight.pt")
-    from lightning_compress.quantization import convert
-
-    monkeypatch.setattr(convert, "needs_reduced_range", lambda *_: not vnni)
+    monkeypatch.setattr(schemes, "needs_reduced_range", lambda *_: not vnni)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_compressed(tmp_path / "eight.pt", nn.Sequential(nn.Linear(8, 4)))
@@ -137,16 +135,16 @@ def test_a_file_with_8_bits_says_that_it_is_rounded_where_it_must_be(
 def test_asks_the_kernel_where_the_cpu_says_that_it_has_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
     # As ONEDNN_MAX_CPU_ISA does it on a CPU with VNNI.
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
-    monkeypatch.setattr(schemes, "_kernel_overflows", lambda engine: True)
-    assert schemes.needs_reduced_range() and not schemes.needs_reduced_range("qnnpack")
-    monkeypatch.setattr(schemes, "_kernel_overflows", lambda engine: False)
-    assert not schemes.needs_reduced_range()
+    monkeypatch.setattr(int8, "_kernel_overflows", lambda engine: True)
+    assert int8.needs_reduced_range() and not int8.needs_reduced_range("qnnpack")
+    monkeypatch.setattr(int8, "_kernel_overflows", lambda engine: False)
+    assert not int8.needs_reduced_range()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_probe_of_a_kernel_leaves_the_engine_as_it_was(engine: str) -> None:
     before = torch.backends.quantized.engine
-    overflows = schemes._kernel_overflows.__wrapped__(engine)
+    overflows = int8._kernel_overflows.__wrapped__(engine)
     assert torch.backends.quantized.engine == before
     assert engine != "qnnpack" or not overflows
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_compress import DynamicInt8, PostTrainingQuantization, Targets, quantize
 from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.layers.linear import DynamicLinear
-from lightning_compress.quantization.static.plan import explain
+from lightning_compress.quantization.plan import explain
 from tests.support.modules import quiet_trainer
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization.layers.recurrent import DynamicRecurrent
-from lightning_compress.quantization.schemes import DynamicInt8
+from lightning_compress.quantization.layers.schemes import DynamicInt8
 
 SCHEME = DynamicInt8(reduce_range=True)  # that of any CPU
 
@@ -76,7 +75,7 @@ def test_computes_what_the_float_layer_with_rounded_weights_does(
 ) -> None:
     layer = kind(5, 12, num_layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional)
     layer.dropout = 0.5  # left out in evaluation; set here, as the constructor warns where there is one layer
-    dynamic, oracle = DynamicRecurrent.from_float(layer, SCHEME), rounded(layer)
+    dynamic, oracle = SCHEME.form(layer), rounded(layer)
     x = torch.randn(3, 7, 5) if batch_first else torch.randn(7, 3, 5)
     for args in [(x,), (x, states(layer, 3)), (x[0],), (x[0], states(layer))]:
         assert_near(dynamic(*args), oracle(*args))
@@ -89,7 +88,7 @@ def test_computes_what_the_float_layer_with_rounded_weights_does(
 @torch.no_grad()
 def test_packed_sequences_come_back_packed(kind: Any, bidirectional: bool) -> None:
     layer = kind(5, 12, 2, bidirectional=bidirectional)
-    dynamic, oracle = DynamicRecurrent.from_float(layer, SCHEME), rounded(layer)
+    dynamic, oracle = SCHEME.form(layer), rounded(layer)
     sequences = [torch.randn(length, 5) for length in (2, 6, 4)]
     ordered = sorted(sequences, key=len, reverse=True)
     padded = pack_padded_sequence(nn.utils.rnn.pad_sequence(sequences), torch.tensor([2, 6, 4]), enforce_sorted=False)
@@ -109,7 +108,7 @@ def test_an_outlier_channel_costs_the_others_nothing(kind: Any) -> None:
     x = torch.randn(20, 8, 64)
     x[..., 3] *= 50
     # One scale for the whole input gives 0.98.
-    assert cosine(DynamicRecurrent.from_float(layer, SCHEME)(x)[0], layer(x)[0]) > 0.9995
+    assert cosine(SCHEME.form(layer)(x)[0], layer(x)[0]) > 0.9995
 
 
 @BOTH
@@ -118,7 +117,7 @@ def test_an_outlier_channel_costs_the_others_nothing(kind: Any) -> None:
 @torch.no_grad()
 def test_runs_on_any_engine(kind: Any, engine: str) -> None:
     layer = kind(16, 24, 2)
-    dynamic, x = DynamicRecurrent.from_float(layer, SCHEME), torch.randn(9, 4, 16)
+    dynamic, x = SCHEME.form(layer), torch.randn(9, 4, 16)
     before = torch.backends.quantized.engine
     try:
         torch.backends.quantized.engine = engine
@@ -131,7 +130,7 @@ def test_runs_on_any_engine(kind: Any, engine: str) -> None:
 @torch.no_grad()
 def test_a_fresh_layer_and_the_state_dict_give_the_same_bits(kind: Any) -> None:
     layer, x = kind(5, 12, 2, bidirectional=True), torch.randn(7, 3, 5)
-    dynamic, fresh = (DynamicRecurrent.from_float(each, SCHEME) for each in (layer, kind(5, 12, 2, bidirectional=True)))
+    dynamic, fresh = (SCHEME.form(each) for each in (layer, kind(5, 12, 2, bidirectional=True)))
     expected = dynamic(x)
     assert not torch.equal(fresh(x)[0], expected[0])  # and it has packed the weights that now go
     stream = io.BytesIO()
@@ -144,7 +143,7 @@ def test_a_fresh_layer_and_the_state_dict_give_the_same_bits(kind: Any) -> None:
 @BOTH
 @torch.no_grad()
 def test_copies_and_pickles_after_use(kind: Any) -> None:
-    dynamic, x = DynamicRecurrent.from_float(kind(5, 12), SCHEME), torch.randn(7, 3, 5)
+    dynamic, x = SCHEME.form(kind(5, 12)), torch.randn(7, 3, 5)
     expected = dynamic(x)
     for twin in (copy.deepcopy(dynamic), pickle.loads(pickle.dumps(dynamic))):
         assert_same(twin(x), expected)
@@ -155,7 +154,7 @@ def test_holds_int8_weights_in_place_of_all_tensors_of_the_layer(kind: Any) -> N
     for bias in (False, True):
         layer = kind(50, 64, 2, bidirectional=True, bias=bias)
         before = copy.deepcopy(layer.state_dict())
-        dynamic = DynamicRecurrent.from_float(layer, SCHEME)
+        dynamic = SCHEME.form(layer)
         assert dynamic.used == set(dict(layer.named_parameters()))
         assert not list(dynamic.parameters())
         size, float_size = (sum(t.nbytes for t in m.state_dict().values()) for m in (dynamic, layer))
@@ -165,7 +164,7 @@ def test_holds_int8_weights_in_place_of_all_tensors_of_the_layer(kind: Any) -> N
 
 @BOTH
 def test_refuses_to_move(kind: Any) -> None:
-    dynamic = DynamicRecurrent.from_float(kind(5, 12), SCHEME)
+    dynamic = SCHEME.form(kind(5, 12))
     for move in (lambda: dynamic.to("meta"), dynamic.half, dynamic.double):
         with pytest.raises(CompressionError, match="must stay on the CPU"):
             move()
@@ -180,7 +179,7 @@ def test_keeps_the_dtype_and_the_random_state_in_inference_mode(kind: Any, dtype
     narrow = tuple(t.to(dtype) for t in hx) if isinstance(hx, tuple) else hx.to(dtype)
     before = torch.get_rng_state()
     with torch.inference_mode():
-        dynamic = DynamicRecurrent.from_float(layer, SCHEME)
+        dynamic = SCHEME.form(layer)
         expected = layer(x.to(dtype), narrow)
         assert_near(dynamic(x.to(dtype), narrow), expected, 2 * STEP)
     assert torch.equal(torch.get_rng_state(), before)
@@ -191,7 +190,7 @@ def test_keeps_the_dtype_and_the_random_state_in_inference_mode(kind: Any, dtype
 @BOTH
 def test_initial_states_of_another_shape_are_refused(kind: Any) -> None:
     layer = kind(5, 12, 2)
-    dynamic, x = DynamicRecurrent.from_float(layer, SCHEME), torch.randn(7, 3, 5)
+    dynamic, x = SCHEME.form(layer), torch.randn(7, 3, 5)
     lstm = kind is nn.LSTM
     wrong = [states(layer, 1), states(layer), torch.zeros(2, 3, 12) if lstm else torch.zeros(1, 3, 12)]
     for hx in wrong:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_compress.quantization.numerics import blocks, dequantize, parameters, quantize
+from lightning_compress.quantization.numerics.linear import blocks, dequantize, parameters, quantize
 
 TINY = float(torch.finfo(torch.bfloat16).tiny)
 

@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from torch import Tensor
 
-from lightning_compress.quantization.numerics import NF4_VALUES, nf4_codes, nf4_values
-from lightning_compress.quantization.numerics.nf4 import SCALE_BLOCK, scale_codes, scale_values
+from lightning_compress.quantization.numerics.nf4 import (
+    NF4_VALUES,
+    SCALE_BLOCK,
+    nf4_codes,
+    nf4_values,
+    scale_codes,
+    scale_values,
+)
 from tests.support.few_bits import NF4_CONSTANTS
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_compress.quantization.numerics import pack, packed_length, unpack
+from lightning_compress.quantization.numerics.packing import pack, packed_length, unpack
 from tests.support.few_bits import unpack_slowly
 
 

@@ -1,15 +1,22 @@
-"""Exported graphs before they are quantized: their weights and paddings in the form in which upstream takes them."""
+"""Exported graphs before they are quantized: weights, paddings and sources in the form in which upstream takes them."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from lightning_compress.quantization.static.flows.functional import in_numbers
-from lightning_compress.quantization.static.flows.graphs import constants, drop_unused_, evaluate, source_of, value_read
+from lightning_compress.quantization.static.flows.graphs import (
+    constants,
+    drop_unused_,
+    evaluate,
+    in_numbers,
+    source_of,
+    value_read,
+)
 
 _EXPORTED = (torch.ops.aten.linear.default, torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default)
 
@@ -36,7 +43,7 @@ def number_paddings_(graph: GraphModule) -> None:
 
 @torch.no_grad()
 def fold_weights_(graph: GraphModule) -> None:
-    """In an exported graph, read the values that computed weights have now; see `functional.fold_layers_`."""
+    """In an exported graph, read the values that computed weights have now; see `graphs.fold_layers_`."""
     constant = constants(graph)
     for node in list(graph.graph.nodes):
         weight = node.args[1] if node.target in _EXPORTED else None
@@ -47,3 +54,32 @@ def fold_weights_(graph: GraphModule) -> None:
             with graph.graph.inserting_before(node):
                 node.update_arg(1, graph.graph.get_attr(name))
     drop_unused_(graph, constant)
+
+
+_SOURCES = {
+    **{torch.ops.aten.linear.default: nn.Linear},
+    **{torch.ops.aten.conv1d.default: nn.Conv1d, torch.ops.aten.conv2d.default: nn.Conv2d},
+    **{torch.ops.aten.relu.default: nn.ReLU, torch.ops.aten.relu_.default: nn.ReLU},
+    **{torch.ops.aten.relu6.default: nn.ReLU6, torch.ops.aten.relu6_.default: nn.ReLU6},
+    **{torch.ops.aten.hardtanh.default: nn.Hardtanh, torch.ops.aten.hardtanh_.default: nn.Hardtanh},
+    **{torch.ops.aten.hardswish.default: nn.Hardswish, torch.ops.aten.hardswish_.default: nn.Hardswish},
+    **{torch.ops.aten.silu.default: nn.SiLU, torch.ops.aten.silu_.default: nn.SiLU},
+    **{torch.ops.aten.leaky_relu.default: nn.LeakyReLU, torch.ops.aten.leaky_relu_.default: nn.LeakyReLU},
+    **{torch.ops.aten.gelu.default: nn.GELU, torch.ops.aten.tanh.default: nn.Tanh},
+}
+"""The layers by which upstream's quantizer knows operations, for itself and in patterns that it fuses."""
+
+
+def name_sources_(graph: GraphModule, floats: Collection[str]) -> None:
+    """Give each operation a source of its own, by what it computes.
+
+    Upstream goes by the module that called it: the calls of one module would be one operation, and those in a layer of
+    the user's own, or in attention, none that it knows.
+    """
+    for node in graph.graph.nodes:
+        source = _SOURCES.get(node.target, node.target)
+        if source in (nn.Linear, nn.Conv1d, nn.Conv2d):
+            weight = str(node.args[1].target).removeprefix("module.") if node.args[1].op == "get_attr" else ""
+            if not weight or any(weight.startswith(f"{path}.") or weight == path for path in floats):
+                source = node.target
+        node.meta["source_fn_stack"] = [(node.name, source)]

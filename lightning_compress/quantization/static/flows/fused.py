@@ -1,7 +1,8 @@
-"""Keeps layers with a fused BatchNorm right where its scale is zero, as in a pruned channel.
+"""The weights of layers with a fused BatchNorm: what range they have, and how those of a scale of zero stay right.
 
 Upstream quantizes ``w * gamma / std`` and divides the output by ``gamma / std`` again, which makes NaN of a gamma of
-zero. There the weight is quantized as if gamma were 1; the BatchNorm itself, and so the output, keeps its gamma.
+zero, as in a pruned channel. There the weight is quantized as if gamma were 1; the BatchNorm itself, and so the
+output, keeps its gamma.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import enable_observer
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def guard_(graph: nn.Module) -> None:
@@ -44,3 +47,30 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     channels = (1, -1, *[1] * (self.weight.dim() - 2))
     y = y / scale.view(channels)
     return self.bn(y if self.bias is None else y + self.bias.view(channels))  # type: ignore[no-any-return]
+
+
+def observe_weights_(prepared: nn.Module, anew: bool = False) -> None:
+    """Let every weight's fake-quantizer see its weight once: its range has its shape before anything copies it.
+
+    ``anew`` forgets what it saw before, so that the range is that of the weight as it is now: averaged, frozen or
+    masked.
+    """
+    with torch.no_grad():
+        for module in prepared.modules():
+            fake_quantize = getattr(module, "weight_fake_quant", None)
+            if not isinstance(fake_quantize, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
+                continue
+            if anew:
+                fake_quantize.activation_post_process.reset_min_max_vals()  # type: ignore[operator, union-attr]
+                fake_quantize.apply(enable_observer)
+            fake_quantize(_folded_weight(module))
+
+
+def _folded_weight(module: nn.Module) -> Tensor:
+    """The weight that will be quantized: with the BatchNorm that was fused into the layer."""
+    weight, bn = module.weight, getattr(module, "bn", None)
+    assert isinstance(weight, Tensor)
+    if not isinstance(bn, _BatchNorm) or bn.running_var is None:
+        return weight
+    scale = (bn.running_var + bn.eps).rsqrt() * (1.0 if bn.weight is None else bn.weight)
+    return weight * scale.view(-1, *[1] * (weight.dim() - 1))

@@ -1,13 +1,12 @@
 """The fx flow: `torch.ao.quantization` in graph mode, int8 kernels in eager mode with no compiler.
 
-Everything that upstream is to remove in torch 2.15 is imported in this file, `fused.py` and `in_place.py` alone.
+Everything that upstream is to remove in torch 2.15 is imported in this file, `fx_trace.py` and `fused.py` alone.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.ao.nn.quantized import LeakyReLU
 from torch.ao.quantization import (
     FusedMovingAvgObsFakeQuantize,
     HistogramObserver,
@@ -31,33 +31,27 @@ from torch.ao.quantization import (
     get_default_qconfig_mapping,
 )
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
-from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx, prepare_qat_fx
-from torch.fx import GraphModule, Proxy
+from torch.fx import GraphModule
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_compress.modules.isolation import isolated_random_state, isolated_state
-from lightning_compress.modules.outputs import Structure, flatten
-from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
-from lightning_compress.quantization.static.flows import Trace
-from lightning_compress.quantization.static.flows.float_weights import weights_read
-from lightning_compress.quantization.static.flows.functional import (
+from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT
+from lightning_compress.quantization.static.flows.fused import guard_, observe_weights_, unguard_
+from lightning_compress.quantization.static.flows.fx_trace import WITH_KERNEL, Opaque
+from lightning_compress.quantization.static.flows.fx_trace import trace as trace  # of `Flow`
+from lightning_compress.quantization.static.flows.graphs import (
+    AGAIN,
+    Function,
     fold_layers_,
     hide_functions_,
-    name_layers_,
-    with_padding_in_numbers,
+    weights_read,
     without_parametrization,
 )
-from lightning_compress.quantization.static.flows.fused import guard_, unguard_
-from lightning_compress.quantization.static.flows.graphs import AGAIN, Function
-from lightning_compress.quantization.static.flows.in_place import out_of_place_
-from lightning_compress.quantization.static.flows.integers import hide_integers_
 from lightning_compress.quantization.static.flows.kernels import furthest, mark_, quantized_steps, reasons
-from lightning_compress.quantization.static.signature import Signature
 
 FLOAT_TYPES = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Layers that static int8 leaves in float: torch has no static kernel for them."""
@@ -69,162 +63,6 @@ WRONG_KERNELS: tuple[Any, ...] = (
 """What has int8 kernels in torch that compute something else: with `onednn` wherever the channel counts differ, with
 `fbgemm` where the kernel is two rows high. `x86` takes the one or the other by the CPU, and a copy or a file that is
 loaded takes what its own process would, so it doesn't help that this one is right."""
-
-_WITH_KERNEL = (nn.Linear, _ConvNd)
-
-
-class Opaque(nn.Module):
-    """A layer with children of its own, called as it is; hidden, as upstream would swap its children in place."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["module"] = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["module"](*args, **kwargs)
-
-
-class _Tracer(QuantizationTracer):
-    """Traces the forward of one module for calls of one signature."""
-
-    def __init__(self, signature: Signature, hooked: Collection[str]) -> None:
-        super().__init__([], [Opaque])
-        self._signature = signature
-        self._hooked = set(hooked)
-        self._inserted: dict[str, nn.Module] = {}
-        self._calls: Counter[str] = Counter()
-        self._read: dict[int, Tensor] = {}
-        self.structure = Structure(None)
-        self.names: set[str] = set()
-        self.numbers: dict[str, Tensor] = {}
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        count = len(self._signature.inputs)
-        proxies = [self.create_proxy("placeholder", f"input_{index}", (), {}) for index in range(count)]
-        args, kwargs = self._signature.rebuild(proxies)
-        # All tensors that aren't parameters or buffers are constants, in the order in which they are met: what a module
-        # keeps as an attribute need not be there where it is traced next.
-        self.tensor_attrs.clear()
-
-        def forward(root: nn.Module, *_: Any) -> list[Any]:
-            tensors, self.structure = flatten(type(root).forward(root, *args, **kwargs))
-            return tensors
-
-        return forward, [self.root, *proxies]
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        path = self.path_of_module(m)
-        self.names.add(path)
-        if self.is_leaf_module(m, path) and next(m.children(), None) is not None:
-            return self._insert(path, Opaque(m), args, kwargs)
-        self._calls[path] += 1
-        again = isinstance(m, _WITH_KERNEL) and self.is_leaf_module(m, path) and self._calls[path] > 1
-        if again or isinstance(getattr(m, "padding", None), str):
-            # An int8 layer has one output range: each further call gets a layer of its own, of the same weights.
-            name = f"{path}{AGAIN}{self._calls[path]}" if again else path
-            output = self._insert(name, with_padding_in_numbers(_shallow_copy(m)), args, kwargs)
-        else:
-            output = super().call_module(m, forward, args, kwargs)
-        if path in self._hooked and isinstance(output, Proxy):
-            # The traced form calls no module that it inlined; an identity passes its output on to its hooks.
-            output = self._insert(f"hooked_{len(self._inserted)}", _hook_point(m), (output,), {})
-        return output
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        self._read[id(attr_val)] = attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def _insert(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._inserted[name] = module
-        return self.create_proxy("call_module", name, args, kwargs)
-
-    def graph_module(self, module: nn.Module) -> GraphModule:
-        # Constants, and what the forward keeps: all of it is of this trace.
-        with isolated_random_state(), isolated_state(module.modules()):
-            graph = self.trace(module)
-            leaves = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
-            found: dict[str, Any] = {name: self._inserted.get(name) or _attribute(module, name) for name in leaves}
-            # A file fills them in place, which takes memory of their own for each element.
-            found |= {name: value.contiguous() for name, value in found.items() if name in vars(module)}
-        for name in self._hooked & found.keys() - self._inserted.keys():
-            found[name] = _shallow_copy(found[name])  # without its hooks: the identity behind it calls them
-        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        self.names |= read
-        buffers = {name: buffer for name, buffer in module.named_buffers() if id(buffer) in self._read}
-        self.numbers = {name: buffer.detach().clone().cpu() for name, buffer in buffers.items() if name not in read}
-        traced = GraphModule(found, graph)
-        traced.train(module.training)
-        name_layers_(traced)
-        hide_integers_(traced, [not each.is_floating_point() for each in self._signature.inputs])
-        return traced
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module
-
-
-class _ReplayHooks:
-    """Calls the forward hooks that a module has at that moment, with the module's output."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, point: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for key, hook in list(self.module._forward_hooks.items()):
-            if key in self.module._forward_hooks_with_kwargs:
-                hook(self.module, (), {}, output)
-            else:
-                hook(self.module, (), output)
-
-
-def _hook_point(module: nn.Module) -> nn.Identity:
-    point = nn.Identity()
-    point.register_forward_hook(_ReplayHooks(module))
-    return point
-
-
-def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> Trace:
-    """The traced form of ``module``, sharing its leaves.
-
-    Inner modules in ``hooked`` keep calling their forward hooks. Raises whatever `torch.fx` raises where control flow
-    depends on data.
-    """
-    tracer = _Tracer(signature, hooked)
-    if not _is_layer(module):
-        graph = tracer.graph_module(module)
-        return Trace(graph, tracer.structure, frozenset(tracer.names), tracer.numbers)
-    graph = tracer.graph_module(_Holder(_shallow_copy(module)).train(module.training))
-    return Trace(graph, tracer.structure, frozenset((*module._parameters, *module._buffers, *module._modules)), {})
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
-
-
-class _Holder(nn.Module):
-    """Holds one layer of torch, which is called in its traced form and never traced itself."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.layer(*args, **kwargs)
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """A second module around the same tensors, as the first one's forward will be routed to where this one stands."""
-    twin = type(module).__new__(type(module))  # `copy` refuses parametrizations
-    vars(twin).update(vars(module))
-    for kind in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
-        twin.__dict__[kind] = type(getattr(module, kind))()
-    for kind in ("_parameters", "_buffers", "_modules"):
-        getattr(twin, kind).update(getattr(module, kind))
-    return twin
 
 
 def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()) -> GraphModule:
@@ -256,7 +94,7 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
         guard_(prepared)
     # Upstream leaves some of the weights' observers on the CPU.
     prepared = prepared.to(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))
-    _observe_weights_(prepared)
+    observe_weights_(prepared)
     return prepared
 
 
@@ -278,7 +116,7 @@ def fake_quantize_(prepared: nn.Module, on: bool) -> None:
 
 def quantizes(prepared: nn.Module) -> bool:
     """Whether any layer computes in int8."""
-    return any(_has_kernel(inner) and isinstance(inner, _WITH_KERNEL) for inner in prepared.modules())
+    return any(_has_kernel(inner) and isinstance(inner, WITH_KERNEL) for inner in prepared.modules())
 
 
 def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> GraphModule:
@@ -311,7 +149,7 @@ def _convert_with(
         graph = copy.deepcopy(prepared).cpu().eval()
         for module in graph.modules():
             module._forward_hooks.clear()
-        _observe_weights_(graph, anew=True)
+        observe_weights_(graph, anew=True)
         unguard_(graph)
         mark_(graph)
         _leave_float_(graph, floats)
@@ -387,7 +225,7 @@ _OBSERVERS = {
 
 def _weight_observer(observer: Any, scheme: StaticInt8) -> Any:
     """Upstream's own, in 7 bits where the CPU needs that, and with the range of the weight as it is at that moment."""
-    reduced, kind = bool(describe(scheme)["reduce_range"]), getattr(observer, "p", partial(observer)).func
+    reduced, kind = scheme.reduced, getattr(observer, "p", partial(observer)).func
     if kind is FusedMovingAvgObsFakeQuantize:
         # A range that follows slowly would clip what grows.
         bounds = {"quant_min": -64, "quant_max": 63} if reduced else {}
@@ -418,28 +256,13 @@ def _engine(name: str) -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def _observe_weights_(prepared: nn.Module, anew: bool = False) -> None:
-    """Let every weight's fake-quantizer see its weight once: its range has its shape before anything copies it.
-
-    ``anew`` forgets what it saw before, so that the range is that of the weight as it is now: averaged, frozen or
-    masked.
-    """
-    with torch.no_grad():
-        for module in prepared.modules():
-            fake_quantize = getattr(module, "weight_fake_quant", None)
-            if not isinstance(fake_quantize, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
-                continue
-            if anew:
-                fake_quantize.activation_post_process.reset_min_max_vals()  # type: ignore[operator, union-attr]
-                fake_quantize.apply(enable_observer)
-            fake_quantize(_folded_weight(module))
-
-
-def _folded_weight(module: nn.Module) -> Tensor:
-    """The weight that will be quantized: with the BatchNorm that was fused into the layer."""
-    weight, bn = module.weight, getattr(module, "bn", None)
-    assert isinstance(weight, Tensor)
-    if not isinstance(bn, _BatchNorm) or bn.running_var is None:
-        return weight
-    scale = (bn.running_var + bn.eps).rsqrt() * (1.0 if bn.weight is None else bn.weight)
-    return weight * scale.view(-1, *[1] * (weight.dim() - 1))
+def out_of_place_(int8: GraphModule) -> None:
+    """Ask no leaky ReLU of an int8 graph to work in place."""
+    for module in int8.modules():
+        if isinstance(module, LeakyReLU):
+            module.inplace = False
+    nodes = [node for node in int8.graph.nodes if node.target is torch.ops.quantized.leaky_relu]
+    for node in nodes:
+        node.update_kwarg("inplace", False)
+    if nodes:
+        int8.recompile()

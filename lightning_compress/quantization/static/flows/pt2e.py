@@ -8,49 +8,27 @@ compiled by inductor at its first call; uncompiled it rounds to int8 and compute
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 
-from lightning_compress.errors import CompressionError, NoEffectWarning, in_a_line
-from lightning_compress.modules.isolation import isolated_evaluation, isolated_random_state
+from lightning_compress.errors import CompressionError
+from lightning_compress.modules.isolation import leaving_no_trace
 from lightning_compress.modules.outputs import Structure, flatten
-from lightning_compress.quantization.schemes import AVERAGING_CONSTANT, StaticInt8, describe
-from lightning_compress.quantization.static.flows import Trace
-from lightning_compress.quantization.static.flows.exported_kernels import compiled_is_off, exported_steps
-from lightning_compress.quantization.static.flows.exported_weights import fold_weights_, number_paddings_
-from lightning_compress.quantization.static.flows.float_weights import weights_read
+from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.static.flows.exported_kernels import exported_steps
+from lightning_compress.quantization.static.flows.exported_weights import fold_weights_, name_sources_, number_paddings_
+from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT, Signature, Trace
+from lightning_compress.quantization.static.flows.graphs import weights_read
+from lightning_compress.quantization.static.flows.int8_graph import Exported, Int8Graph, quiet
 from lightning_compress.quantization.static.flows.kernels import furthest, reasons
-from lightning_compress.quantization.static.signature import Signature
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Upstream warns of its kernels for other devices, and of what follows from torch's own changes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        levels = {logging.getLogger(name): logging.getLogger(name).level for name in ("torch", "torchao")}
-        for logger in levels:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in levels.items():
-                logger.setLevel(level)
-
-
-with _quiet(), torch._inductor.config.patch(pre_grad_custom_pass=torch._inductor.config.pre_grad_custom_pass):
-    # Importing them sets this flag of inductor's for the whole process; only our own compilations are to have it.
-    from torch._inductor.compile_fx import compile_fx
+with quiet():
     from torchao.quantization.pt2e.observer import (
         HistogramObserver,
         MinMaxObserver,
@@ -59,17 +37,7 @@ with _quiet(), torch._inductor.config.patch(pre_grad_custom_pass=torch._inductor
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationSpec
-    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-        QuantizationConfig,
-        X86InductorQuantizer,
-        quant_lift_up,
-    )
-
-_INDUCTOR = {"freezing": True, "pre_grad_custom_pass": quant_lift_up}
-_ROUNDINGS = (
-    torch.ops.quantized_decomposed.quantize_per_tensor.default,
-    torch.ops.quantized_decomposed.dequantize_per_tensor.default,
-)
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import QuantizationConfig, X86InductorQuantizer
 
 
 class _Call(nn.Module):
@@ -89,109 +57,6 @@ class _Call(nn.Module):
         return outputs
 
 
-class Exported(nn.Module):
-    """Holds an exported graph, which knows no modes: switching them would reset its dropout and BatchNorm."""
-
-    def __init__(self, graph: GraphModule) -> None:
-        super().__init__()
-        self.graph = graph
-
-    def train(self, mode: bool = True) -> Exported:
-        self.training = mode
-        return self
-
-    def forward(self, *tensors: Tensor) -> Any:
-        return self.graph(*tensors)
-
-
-class Int8Graph(Exported):
-    """A converted graph, compiled at its first call; scales and zero points are in its state, not in its code alone.
-
-    Raises:
-        CompressionError: called with a shape that it wasn't exported for.
-    """
-
-    qparams: Tensor
-
-    def __init__(self, graph: GraphModule) -> None:
-        super().__init__(graph)
-        values = [[float(value) for value in node.args[1:3]] for node in self._roundings()]  # type: ignore[arg-type]
-        self.register_buffer("qparams", torch.tensor(values, dtype=torch.float64).reshape(-1, 2))
-        self._compiled: Any = None
-        self._dynamic: bool | None = None
-        self._gave_up = False
-        self._compilations = 0
-        self._known: set[Any] = set()  # calls that were compiled for
-
-    def _roundings(self) -> list[Node]:
-        return [node for node in self.graph.graph.nodes if node.target in _ROUNDINGS]
-
-    @torch.no_grad()
-    def forward(self, *tensors: Tensor) -> Any:
-        if self._gave_up or torch.compiler.is_compiling():  # the latter also while it is exported
-            return self.graph(*tensors)
-        key = (*[(tensor.shape, tensor.dtype) for tensor in tensors], torch.is_inference_mode_enabled())
-        if key in self._known:
-            return self._compiled(*tensors)
-        return self._first_call(key, *tensors)
-
-    def _first_call(self, key: Any, *tensors: Tensor) -> Any:
-        """Compile for a new shape: for any where inductor can, else for this one, else not at all."""
-        reason = ""
-        for dynamic in (None, False) if self._compiled is None else (self._dynamic, False):
-            if self._compiled is None or dynamic != self._dynamic:
-                self._compiled = torch.compile(self.graph.forward, backend=self._compile, dynamic=dynamic)
-                self._dynamic = dynamic
-            before = self._compilations
-            try:
-                # Weights become constants that are packed once; that is decided while compiling.
-                with _quiet(), torch._inductor.config.patch(_INDUCTOR):
-                    output = self._compiled(*tensors)
-            except Exception as error:  # of the compiler, or of what it made
-                reason = in_a_line(error)
-                self._check_shapes(*tensors)
-                continue
-            if self._compilations == before:
-                return output
-            self._known.add(key)
-            if not (off := compiled_is_off(self.graph, tensors, output)):
-                return output
-            reason = off
-            self._compiled = None
-        self._gave_up = True
-        warnings.warn(
-            f"pt2e: the int8 form isn't compiled by inductor ({reason}). It runs uncompiled, and so slower than "
-            "float32. Install a C++ compiler, or use flow='fx'.",
-            NoEffectWarning,
-            stacklevel=2,
-        )
-        return self.graph(*tensors)
-
-    def _check_shapes(self, *tensors: Tensor) -> None:
-        try:
-            self.graph(*tensors)
-        except AssertionError as error:
-            raise CompressionError(
-                "An int8 form that pt2e made must be called with the shapes that it was exported for. "
-                f"Received: {[tuple(tensor.shape) for tensor in tensors]}, {error}. Calibrate with such a batch."
-            ) from error
-
-    def _compile(self, graph: GraphModule, inputs: list[Tensor]) -> Any:
-        self._compilations += 1
-        return compile_fx(graph, inputs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        for node, (scale, zero_point) in zip(self._roundings(), self.qparams.tolist(), strict=True):
-            node.args = (node.args[0], scale, int(zero_point), *node.args[3:])
-        self.graph.recompile()
-        self._compiled = None
-        self._known.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None, "_known": set()}
-
-
 def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> Trace:
     """The exported form of ``module`` in evaluation.
 
@@ -204,7 +69,7 @@ def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ())
     inputs = tuple(tensor.to(device) for tensor in _sizes_above_one(signature.inputs))
     structures: list[Structure] = []
     call = _Call(module, signature, structures.append)
-    with _quiet(), isolated_evaluation(module):
+    with quiet(), leaving_no_trace(module):
         call(*inputs)  # so that it is exported with what it makes at its first call, whether it has been called or not
         exported = _export(call, inputs)
     read = [str(node.target) for node in exported.graph.nodes if node.op == "get_attr" and node.users]
@@ -246,46 +111,17 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
     quantizer = X86InductorQuantizer().set_global(_configuration(scheme))
     for path in floats:
         quantizer.set_module_name_qconfig(f"module.{path}", None)
-    with _quiet(), torch.no_grad(), isolated_random_state():
+    with quiet(), torch.no_grad(), torch.random.fork_rng():
         copied = copy.deepcopy(graph.graph)
         number_paddings_(copied)
         fold_weights_(copied)
-        _name_sources_(copied, floats)
+        name_sources_(copied, floats)
         prepared = prepare_pt2e(copied, quantizer)
         for node, tensor in _tensors(prepared):
             for user in node.users:
                 if isinstance(observer := _called(prepared, user), PerChannelMinMaxObserver):
                     observer(tensor)  # so that it has its shape before a checkpoint is loaded
     return Exported(prepared)
-
-
-_SOURCES = {
-    **{torch.ops.aten.linear.default: nn.Linear},
-    **{torch.ops.aten.conv1d.default: nn.Conv1d, torch.ops.aten.conv2d.default: nn.Conv2d},
-    **{torch.ops.aten.relu.default: nn.ReLU, torch.ops.aten.relu_.default: nn.ReLU},
-    **{torch.ops.aten.relu6.default: nn.ReLU6, torch.ops.aten.relu6_.default: nn.ReLU6},
-    **{torch.ops.aten.hardtanh.default: nn.Hardtanh, torch.ops.aten.hardtanh_.default: nn.Hardtanh},
-    **{torch.ops.aten.hardswish.default: nn.Hardswish, torch.ops.aten.hardswish_.default: nn.Hardswish},
-    **{torch.ops.aten.silu.default: nn.SiLU, torch.ops.aten.silu_.default: nn.SiLU},
-    **{torch.ops.aten.leaky_relu.default: nn.LeakyReLU, torch.ops.aten.leaky_relu_.default: nn.LeakyReLU},
-    **{torch.ops.aten.gelu.default: nn.GELU, torch.ops.aten.tanh.default: nn.Tanh},
-}
-"""The layers by which upstream's quantizer knows operations, for itself and in patterns that it fuses."""
-
-
-def _name_sources_(graph: GraphModule, floats: Collection[str]) -> None:
-    """Give each operation a source of its own, by what it computes.
-
-    Upstream goes by the module that called it: the calls of one module would be one operation, and those in a layer of
-    the user's own, or in attention, none that it knows.
-    """
-    for node in graph.graph.nodes:
-        source = _SOURCES.get(node.target, node.target)
-        if source in (nn.Linear, nn.Conv1d, nn.Conv2d):
-            weight = str(node.args[1].target).removeprefix("module.") if node.args[1].op == "get_attr" else ""
-            if not weight or any(weight.startswith(f"{path}.") or weight == path for path in floats):
-                source = node.target
-        node.meta["source_fn_stack"] = [(node.name, source)]
 
 
 def _tensors(graph: GraphModule) -> Iterator[tuple[Node, Tensor]]:
@@ -310,7 +146,7 @@ _OBSERVERS = {
 
 
 def _configuration(scheme: StaticInt8) -> QuantizationConfig:
-    reduced = describe(scheme)["reduce_range"]
+    reduced = scheme.reduced
     activations = QuantizationSpec(
         dtype=torch.uint8,
         quant_min=0,
@@ -367,7 +203,7 @@ def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = (
             "A layer that is converted must compute what it computed before. Received: "
             f"{', '.join(map(repr, floats))}, whose int8 form doesn't. Exclude it in `targets`, or use flow='fx'."
         )
-    with _quiet(), torch.no_grad(), isolated_random_state():
+    with quiet(), torch.no_grad(), torch.random.fork_rng():
         converted = convert_pt2e(copy.deepcopy(prepared.graph).cpu())
     _drop_unread_(converted)
     return Int8Graph(converted)
@@ -381,7 +217,7 @@ def wrong_kernels(
     That is, uncompiled: `Int8Graph` judges its compiled form when there is one.
     """
     assert isinstance(prepared, Exported) and isinstance(int8, Exported)
-    with _quiet():
+    with quiet():
         run = partial(exported_steps, int8.graph, copy.deepcopy(prepared.graph).cpu())
         return reasons(furthest(run, inputs, drawn_only), {})
 

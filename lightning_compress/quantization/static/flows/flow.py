@@ -1,16 +1,82 @@
-"""The shape of a call: where its tensors stand, and the values of everything else."""
+"""What a flow is: the functions that its module has, the calls that it traces, and the traced form that it gives."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.modules.outputs import Structure
+from lightning_compress.quantization.numerics.int8 import StaticInt8
+
+AVERAGING_CONSTANT = 0.1
+"""Weight of each new batch in a moving average of activation ranges; with torch's 0.01 a short fit would end first."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The traced form of a module.
+
+    Attributes:
+        graph: shares the parameters, takes the tensors of a call in order, and gives those of the output in a list.
+        structure: what the module puts its output into.
+        names: the layers and tensors (paths in the module) that the graph took the place of.
+        numbers: buffers (paths in the module) whose values the graph's code holds.
+    """
+
+    graph: nn.Module
+    structure: Structure
+    names: frozenset[str]
+    numbers: dict[str, Tensor]
+
+
+class Flow(Protocol):
+    """What a flow does with one module; the callers know no more of it than this."""
+
+    def trace(self, module: nn.Module, signature: Signature, hooked: Collection[str]) -> Trace:
+        """The traced form of a module for calls of one signature."""
+
+    def prepare(self, graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str]) -> nn.Module:
+        """The form that observes (for training, fake-quantizes too), but for the layers in ``floats``."""
+
+    def observe_(self, prepared: nn.Module, on: bool) -> None:
+        """Let the activations' ranges move, or freeze them."""
+
+    def fake_quantize_(self, prepared: nn.Module, on: bool) -> None:
+        """Round values, or let them through."""
+
+    def float_weights(self, prepared: nn.Module) -> dict[str, str]:
+        """What stays float: paths in the module of layers, or of single matrices, each with the reason.
+
+        The reason is empty where it is the kind of layer.
+        """
+
+    def quantizes(self, prepared: nn.Module) -> bool:
+        """Whether any layer computes in int8."""
+
+    def convert(self, prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> nn.Module:
+        """A new int8 form on the CPU, but for the layers in ``floats``; ``prepared`` is left as it is."""
+
+    def wrong_kernels(
+        self, prepared: nn.Module, int8: nn.Module, scheme: StaticInt8, inputs: list[Tensor], drawn_only: bool = False
+    ) -> dict[str, str]:
+        """Paths of the layers whose kernels compute something else, each with a reason; empty for what is no layer.
+
+        Args:
+            prepared: what was converted.
+            int8: what `convert` made of it.
+            scheme: the numbers.
+            inputs: tensors of a call.
+            drawn_only: the values of ``inputs`` mean nothing; judge by activations that are drawn.
+        """
+
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
 

@@ -1,0 +1,137 @@
+"""Static int8 as a scheme, and what int8 kernels ask of a CPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_compress.errors import CompressionError, invalid, nearest
+from lightning_compress.quantization.numerics.scheme import Scheme
+
+ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
+
+
+OBSERVERS = ("minmax", "histogram", "moving_average")
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class StaticInt8(Scheme):
+    """8-bit weights and activations, with the activations' ranges fixed by calibration or training.
+
+    ``Q = clamp(round(R / S) + Z)``: weights symmetric with a scale for each output channel, activations asymmetric per
+    tensor. What the defaults gain, and what was left out, is in ``docs/quantization.md``.
+
+    Args:
+        engine: the int8 kernels of torch: ``x86`` (the default), ``fbgemm``, ``onednn`` or ``qnnpack``.
+        observer: how calibration finds the activations' ranges: ``minmax`` takes the extremes of all batches,
+            ``histogram`` the range of least squared error, in several times the time, ``moving_average`` a mean of the
+            batches' extremes, for batches of 32 and more (training always does so).
+        reduce_range: 7-bit weights, without which CPUs that lack VNNI overflow in int8 products; None asks this CPU.
+        equalize: before calibration, give the channels between two layers like ranges; the float function stays.
+        smooth: before calibration, move the ranges of LayerNorm's outlier channels into the linear layers behind it.
+
+    Raises:
+        CompressionError: ``engine`` or ``observer`` has no such name.
+
+    References:
+        Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+        2018 (arXiv:1712.05877), equation 1. Nagel et al., 2019 (arXiv:1906.04721), for ``equalize``; Xiao et al.,
+        2022 (arXiv:2211.10438), for ``smooth``.
+    """
+
+    engine: str = "x86"
+    observer: str = "minmax"
+    reduce_range: bool | None = None
+    equalize: bool = True
+    smooth: bool = True
+    name = "int8_static"
+    whole = True
+    calibrates = True
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise invalid("engine", f"be one of {', '.join(ENGINES)}", self.engine, nearest(self.engine, ENGINES))
+        if self.observer not in OBSERVERS:
+            remedy = nearest(self.observer, OBSERVERS)
+            raise invalid("observer", f"be one of {', '.join(OBSERVERS)}", self.observer, remedy)
+
+    @property
+    def reduced(self) -> bool:
+        """Whether weights have 7 bits."""
+        return needs_reduced_range(self.engine) if self.reduce_range is None else self.reduce_range
+
+    def settled(self) -> dict[str, Any]:
+        return {"reduce_range": self.reduced}
+
+    def no_kernel(self, layer: nn.Module | None) -> str:
+        if isinstance(layer, _LAYERS + _TRANSPOSED) and not is_parametrized(layer):
+            if isinstance(layer, _TRANSPOSED):
+                return f"torch has no int8 kernel of {type(layer).__name__} that is right on every CPU"
+            if layer._parameters.get("weight") is None:
+                return "its weight is computed by a hook (weight norm, pruning)"
+            return f"no static int8 kernel for this {type(layer).__name__} as it is used here"
+        return super().no_kernel(layer).replace(self.name, "static int8")
+
+    def warning(self) -> str:
+        if self.reduced or not needs_reduced_range(self.engine):
+            return ""
+        return (
+            "The int8 weights have 8 bits, with which products overflow on a CPU without VNNI, such as this one. "
+            "Quantize for it with StaticInt8(reduce_range=True)."
+        )
+
+    def check_trains(self) -> None:
+        pass
+
+
+def needs_reduced_range(engine: str = "x86") -> bool:
+    """Whether int8 products overflow on this CPU, as it adds pairs of them in 16 bit (all but VNNI, and qnnpack).
+
+    ``2 * 255 * 127`` exceeds 32767, with weights of 7 bits ``2 * 255 * 64`` does not.
+    """
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    # The kernel is asked too: settings such as ONEDNN_MAX_CPU_ISA can keep it from what the CPU has.
+    return engine != "qnnpack" and (supported is None or not supported() or _kernel_overflows(engine))
+
+
+@cache
+def _kernel_overflows(engine: str) -> bool:
+    """Whether a linear or a convolution kernel gets the largest products wrong; each may be another kind of kernel."""
+    before = torch.backends.quantized.engine
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        warnings.simplefilter("ignore")  # torch announces the end of its quantized tensors
+        try:
+            torch.backends.quantized.engine = engine
+            weight = torch.full((16, 16), 127, dtype=torch.int8)
+            total = weight.shape[1] * 255 * 127
+            linear = torch.ops.quantized.linear_prepack(torch._make_per_tensor_quantized_tensor(weight, 1.0, 0), None)
+            kernel = torch._make_per_tensor_quantized_tensor(weight.view(16, 16, 1, 1), 1.0, 0)
+            conv = torch.ops.quantized.conv2d_prepack(kernel, None, [1, 1], [0, 0], [1, 1], 1)
+            image = torch.quantize_per_tensor(torch.full((1, 16, 8, 8), 255.0), 1.0, 0, torch.quint8)
+            found = (
+                torch.ops.quantized.linear_dynamic(torch.full((1, 16), 255.0), linear, False),
+                torch.ops.quantized.conv2d(image, conv, total / 200, 0).dequantize(),
+            )
+        finally:
+            torch.backends.quantized.engine = before
+    return any(bool(product.min() < 0.99 * total) for product in found)
+
+
+def refuse_to_move(fn: Callable[[Tensor], Tensor]) -> None:
+    """Raise if ``fn``, about to be applied to an int8 module, takes tensors off the CPU: nothing there runs them."""
+    moved = fn(torch.empty(0))
+    if moved.device.type != "cpu" or moved.dtype != torch.float32:
+        raise CompressionError(
+            f"An int8 model must stay on the CPU, with float32 around it. Received: a move to {moved.device}, "
+            f"{moved.dtype}. Use Trainer(accelerator='cpu'), or fit again to train the float model on."
+        )

@@ -1,0 +1,182 @@
+"""What of a model is quantized, and how: units and single layers; what stays float, with the reasons."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import nn
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.messages import by_reason, named, they
+from lightning_compress.modules.call_log import CallLog
+from lightning_compress.modules.paths import is_below
+from lightning_compress.quantization.layers.plan import plan_layers
+from lightning_compress.quantization.layers.without_kernel import without_kernel
+from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.numerics.scheme import Scheme
+from lightning_compress.quantization.schemes import describe, from_description
+from lightning_compress.quantization.static.plan import AS_A_WHOLE, plan_units
+from lightning_compress.quantization.static.traced import Unit
+from lightning_compress.targets import Targets
+
+_logger = logging.getLogger("lightning_compress")
+
+_LONGEST = 200
+
+_MANY = 8
+"""From so many pieces on a static int8 model is worth a hint."""
+
+
+@dataclass
+class Plan:
+    """What would be quantized, and what stays float and why.
+
+    Attributes:
+        units: modules that are traced as a whole.
+        layers: paths of layers that are quantized one by one, each with its scheme; in units or not.
+        floats: paths of what stays float, each with the reason.
+    """
+
+    units: list[Unit] = field(default_factory=list)
+    layers: dict[str, Scheme] = field(default_factory=dict)
+    floats: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.units or self.layers)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {
+            "units": [unit.describe() for unit in self.units],
+            "layers": [{"path": path, "scheme": describe(scheme)} for path, scheme in self.layers.items()],
+            "floats": dict(self.floats),
+        }
+
+
+def make_plan(
+    model: nn.Module,
+    log: CallLog | None,
+    scheme: Scheme,
+    targets: Targets | None,
+    overrides: Mapping[str, Scheme],
+    flow: str,
+    *,
+    training: bool,
+) -> Plan:
+    """What of ``model`` to quantize, and how; changes nothing. The arguments are those of `quantize`.
+
+    Raises:
+        CompressionError: there is nothing that can be quantized, or a pattern matches nothing.
+    """
+    if targets is not None:
+        targets.check_patterns(model)
+    called, replaced = (None, ()) if log is None else (log.inputs, log.replaced)
+    layers, floats = plan_layers(model, called, scheme, targets, overrides, replaced)
+    if scheme.whole:
+        assert log is not None
+
+        def by(name: str) -> Plan:
+            whole = cast(StaticInt8, scheme)
+            units, left = plan_units(model, log, whole, targets, layers, training=training, flow=name)
+            return Plan(units, layers, left)
+
+        plan = by("fx" if flow == "auto" else flow)
+        if flow == "auto" and not plan.units and not training and (other := by("pt2e")).units:
+            _logger.warning("flow 'fx' can quantize nothing here, 'pt2e' can: %s", "; ".join(explain(other.describe())))
+            plan = other
+    else:
+        plan = Plan(layers=layers, floats=without_kernel(model, scheme))
+    plan.floats = {path: reason for path, reason in (plan.floats | floats).items() if path not in layers}
+    if not plan:
+        raise _nothing_to_quantize(plan.floats)
+    return plan
+
+
+def _nothing_to_quantize(floats: dict[str, str]) -> CompressionError:
+    """The error of a model in which no layer can be quantized, with the reasons."""
+    reasons = "; ".join(f"{path or 'the module'}: {reason}" for path, reason in list(floats.items())[:5])
+    return CompressionError(
+        "The model must have a layer that the scheme can quantize. Received: none. "
+        f"{reasons or 'It has no convolution or linear layer'}."
+    )
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """What is quantized, for the log: units by their flow, layers by their scheme.
+
+    Args:
+        record: what `Plan.describe` gave.
+    """
+    ways: dict[str, list[str]] = {}
+    for unit in record["units"]:
+        ways.setdefault(f"flow {unit['flow']}", []).append(unit["path"])
+    for layer in record["layers"]:
+        ways.setdefault(layer["scheme"]["name"], []).append(layer["path"])
+    return "; ".join(f"{named(paths)} ({way})" for way, paths in ways.items())
+
+
+def per_token_line(record: Mapping[str, Any]) -> str:
+    """Which linear and attention layers in dynamic int8 have a scale for each token; empty if none has."""
+    paths = [
+        layer["path"]
+        for layer in record.get("layers", ())
+        if layer["scheme"].get("per_token") and "weight_ih_l0" not in layer.get("shapes", ())
+    ]
+    if not paths:
+        return ""
+    return (
+        f"{named(paths)}: a scale for each token, with outlier columns in float; this takes longer. By default it is "
+        "for layers that one scale for all activations leaves too far off; DynamicInt8(per_token=False) is without"
+    )
+
+
+def explain(record: Mapping[str, Any]) -> list[str]:
+    """What stays float, and what has a form that users should know of: a line for each reason.
+
+    Args:
+        record: what `Plan.describe` gave.
+    """
+    parted, floats = _left_float(record)
+    lines = [f"{they(paths, 'is', 'are')} quantized in parts, {reason}" for reason, paths in by_reason(parted).items()]
+    lines += [f"{they(paths, 'stays', 'stay')} float: {reason}" for reason, paths in by_reason(floats).items()]
+    hooked = [name for unit in record["units"] for name in unit["hooked"]]
+    if hooked:
+        lines.append(
+            f"{named(hooked)}: forward hooks (a distillation's taps are some) fire while training, and not in int8"
+        )
+    notes: dict[str, list[str]] = {}
+    for layer in record["layers"]:
+        notes.setdefault(from_description(layer["scheme"]).note(), []).append(layer["path"])
+    lines += [f"{named(paths)}: {note}" for note, paths in notes.items() if note]
+    if line := per_token_line(record):
+        lines.append(line)
+    if len(record["units"]) >= _MANY and record["units"][0]["flow"] == "fx":
+        lines.append(
+            f"quantized in {len(record['units'])} pieces, with activations rounded at each border; flow='pt2e' may "
+            "take it whole, and int8_dynamic keeps the outputs of linear layers in float"
+        )
+    if any(unit["flow"] == "pt2e" for unit in record["units"]):
+        lines.append(
+            "flow pt2e: compiled by inductor at the first call with each new shape, which takes a while; not timed "
+            "against float"
+        )
+    return lines
+
+
+def _left_float(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Reasons by path: of what is quantized in parts, and of what isn't at all; each told of the innermost alone."""
+    quantized = [part["path"] for part in (*record["units"], *record["layers"])]
+    reasons = {path: reason.partition("\n")[0][:_LONGEST] for path, reason in record["floats"].items()}
+    parted, floats = {}, {}
+    for path, reason in reasons.items():
+        inner = {other: why for other, why in reasons.items() if is_below(other, path)}
+        whole = reason.startswith(AS_A_WHOLE)
+        if whole and any(is_below(other, path) for other in quantized):
+            if reason not in inner.values():
+                parted[path] = reason
+        elif not (whole and inner):
+            floats[path] = reason.removeprefix(AS_A_WHOLE)
+    return parted, floats

@@ -1,0 +1,225 @@
+"""Traces a module for the flow fx: one signature, each call of a layer its own, integers out of upstream's sight."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.ao.quantization.fx.tracer import QuantizationTracer
+from torch.fx import GraphModule, Node, Proxy
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_compress.modules.isolation import attributes_kept
+from lightning_compress.modules.outputs import Structure, flatten
+from lightning_compress.quantization.static.flows.flow import Signature, Trace
+from lightning_compress.quantization.static.flows.graphs import (
+    AGAIN,
+    Function,
+    name_layers_,
+    name_of,
+    replace_,
+    value_read,
+    with_padding_in_numbers,
+)
+
+WITH_KERNEL = (nn.Linear, _ConvNd)
+
+
+class Opaque(nn.Module):
+    """A layer with children of its own, called as it is; hidden, as upstream would swap its children in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["module"] = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["module"](*args, **kwargs)
+
+
+class _Tracer(QuantizationTracer):
+    """Traces the forward of one module for calls of one signature."""
+
+    def __init__(self, signature: Signature, hooked: Collection[str]) -> None:
+        super().__init__([], [Opaque])
+        self._signature = signature
+        self._hooked = set(hooked)
+        self._inserted: dict[str, nn.Module] = {}
+        self._calls: Counter[str] = Counter()
+        self._read: dict[int, Tensor] = {}
+        self.structure = Structure(None)
+        self.names: set[str] = set()
+        self.numbers: dict[str, Tensor] = {}
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        count = len(self._signature.inputs)
+        proxies = [self.create_proxy("placeholder", f"input_{index}", (), {}) for index in range(count)]
+        args, kwargs = self._signature.rebuild(proxies)
+        # All tensors that aren't parameters or buffers are constants, in the order in which they are met: what a module
+        # keeps as an attribute need not be there where it is traced next.
+        self.tensor_attrs.clear()
+
+        def forward(root: nn.Module, *_: Any) -> list[Any]:
+            tensors, self.structure = flatten(type(root).forward(root, *args, **kwargs))
+            return tensors
+
+        return forward, [self.root, *proxies]
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.path_of_module(m)
+        self.names.add(path)
+        if self.is_leaf_module(m, path) and next(m.children(), None) is not None:
+            return self._insert(path, Opaque(m), args, kwargs)
+        self._calls[path] += 1
+        again = isinstance(m, WITH_KERNEL) and self.is_leaf_module(m, path) and self._calls[path] > 1
+        if again or isinstance(getattr(m, "padding", None), str):
+            # An int8 layer has one output range: each further call gets a layer of its own, of the same weights.
+            name = f"{path}{AGAIN}{self._calls[path]}" if again else path
+            output = self._insert(name, with_padding_in_numbers(_shallow_copy(m)), args, kwargs)
+        else:
+            output = super().call_module(m, forward, args, kwargs)
+        if path in self._hooked and isinstance(output, Proxy):
+            # The traced form calls no module that it inlined; an identity passes its output on to its hooks.
+            output = self._insert(f"hooked_{len(self._inserted)}", _hook_point(m), (output,), {})
+        return output
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        self._read[id(attr_val)] = attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _insert(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._inserted[name] = module
+        return self.create_proxy("call_module", name, args, kwargs)
+
+    def graph_module(self, module: nn.Module) -> GraphModule:
+        with attributes_kept(module.modules()):  # constants, and what the forward keeps: all of it is of this trace
+            graph = self.trace(module)
+            leaves = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
+            found: dict[str, Any] = {name: self._inserted.get(name) or _attribute(module, name) for name in leaves}
+            # A file fills them in place, which takes memory of their own for each element.
+            found |= {name: value.contiguous() for name, value in found.items() if name in vars(module)}
+        for name in self._hooked & found.keys() - self._inserted.keys():
+            found[name] = _shallow_copy(found[name])  # without its hooks: the identity behind it calls them
+        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        self.names |= read
+        buffers = {name: buffer for name, buffer in module.named_buffers() if id(buffer) in self._read}
+        self.numbers = {name: buffer.detach().clone().cpu() for name, buffer in buffers.items() if name not in read}
+        traced = GraphModule(found, graph)
+        traced.train(module.training)
+        name_layers_(traced)
+        hide_integers_(traced, [not each.is_floating_point() for each in self._signature.inputs])
+        return traced
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
+
+
+class _ReplayHooks:
+    """Calls the forward hooks that a module has at that moment, with the module's output."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, point: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for key, hook in list(self.module._forward_hooks.items()):
+            if key in self.module._forward_hooks_with_kwargs:
+                hook(self.module, (), {}, output)
+            else:
+                hook(self.module, (), output)
+
+
+def _hook_point(module: nn.Module) -> nn.Identity:
+    point = nn.Identity()
+    point.register_forward_hook(_ReplayHooks(module))
+    return point
+
+
+def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> Trace:
+    """The traced form of ``module``, sharing its leaves.
+
+    Inner modules in ``hooked`` keep calling their forward hooks. Raises whatever `torch.fx` raises where control flow
+    depends on data.
+    """
+    tracer = _Tracer(signature, hooked)
+    if not _is_layer(module):
+        graph = tracer.graph_module(module)
+        return Trace(graph, tracer.structure, frozenset(tracer.names), tracer.numbers)
+    graph = tracer.graph_module(_Holder(_shallow_copy(module)).train(module.training))
+    return Trace(graph, tracer.structure, frozenset((*module._parameters, *module._buffers, *module._modules)), {})
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+
+
+class _Holder(nn.Module):
+    """Holds one layer of torch, which is called in its traced form and never traced itself."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """A second module around the same tensors, as the first one's forward will be routed to where this one stands."""
+    twin = type(module).__new__(type(module))  # `copy` refuses parametrizations
+    vars(twin).update(vars(module))
+    for kind in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
+        twin.__dict__[kind] = type(getattr(module, kind))()
+    for kind in ("_parameters", "_buffers", "_modules"):
+        getattr(twin, kind).update(getattr(module, kind))
+    return twin
+
+
+# Upstream takes every tensor for a float one, and would round integers.
+
+_GIVE_INTEGERS = ("long", "int", "bool", "argmax", "argmin", "argsort", "eq", "ne", "lt", "le", "gt", "ge")
+_KEEP_INTEGERS = (
+    *("add", "iadd", "sub", "mul", "imul", "mod", "remainder", "floordiv", "floor_divide", "clamp", "cat", "stack"),
+    *("view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "expand", "repeat", "contiguous"),
+    *("clone", "detach", "where", "getitem", "repeat_interleave", "cumsum", "relu", "min", "max"),
+)
+
+
+def hide_integers_(graph: GraphModule, are_integers: Sequence[bool]) -> None:
+    """Put operations on integers into modules, which stay as they are.
+
+    Args:
+        graph: traced.
+        are_integers: of its inputs, in order.
+    """
+    found, inputs = set[Node](), iter(are_integers)
+    for node in list(graph.graph.nodes):
+        name, tensor = name_of(node), value_read(graph, node)
+        if node.op == "placeholder":
+            is_integer = next(inputs)
+        elif node.op == "get_attr":
+            is_integer = isinstance(tensor, Tensor) and not tensor.is_floating_point()
+        else:
+            is_operation = node.op in ("call_function", "call_method")
+            kept = [each in found for each in node.all_input_nodes if not _is_size(each)]
+            hidden = is_operation and name in _KEEP_INTEGERS and any(kept)
+            is_integer = (is_operation and name in _GIVE_INTEGERS) or (hidden and all(kept))
+            if hidden and name != "getitem" and (all(kept) or name in ("add", "iadd", "mul", "imul")):
+                function = getattr(Tensor, name) if node.op == "call_method" else node.target
+                node = replace_(graph, node, f"integers_{node.name}", Function(function), node.args, node.kwargs)
+        if is_integer:
+            found.add(node)
+
+
+def _is_size(node: Any) -> bool:
+    if not isinstance(node, Node):  # the shape of a parameter
+        return True
+    if node.target is operator.getitem:
+        return _is_size(node.args[0])
+    return (node.target is getattr and node.args[1] == "shape") or (node.op == "call_method" and node.target == "size")
