@@ -17,9 +17,9 @@ from .errors import CompressionError, MissingExtraError, NoEffectWarning
 from .pruning import Rewind, ScheduledPruning, prune_, sparsity
 from .quantization import GPTQ, NF4, DynamicInt8, StaticInt8, WeightOnly, quantize
 from .quantization.lora.merge import merge_adapters
-from .quantization.lora.qlora import QLoRA
 from .quantization.ptq import PostTrainingQuantization
 from .quantization.qat import QuantizationAwareTraining
+from .quantization.qlora import QLoRA
 from .report import CompressionReport, compare, measure
 from .schedules import Cosine, Exponential, Linear, OneShot, Polynomial, Steps
 from .structure.files import load_compressed, save_compressed

@@ -56,7 +56,7 @@ MAY_IMPORT_LIGHTNING = {
     "channels/callback.py",
     "pruning/callback.py",
     "quantization/qat.py",
-    "quantization/lora/qlora.py",
+    "quantization/qlora.py",
     "quantization/ptq.py",
     "distillation/callback.py",
     "distillation/module.py",

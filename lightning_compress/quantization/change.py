@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,14 +10,10 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.fast_path import restore_fast_path_
-from lightning_compress.modules.paths import module_at
 from lightning_compress.modules.routing import CHILD, unroute_
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.layers.float_values import hide_float_values_
 from lightning_compress.quantization.lora.adapters import LowRank
-from lightning_compress.quantization.plan import Plan
-from lightning_compress.quantization.schemes import from_description
-from lightning_compress.quantization.static.traced import Unit
 from lightning_compress.structure.change import Record, StructuralChange
 
 _EXTRA = {"prepared": "observers", "adapted": "adapters"}
@@ -150,31 +145,14 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
         CompressionError: the model hasn't the modules that the record names.
     """
     convert.revert_(model, "float")
-    scheme = from_description(record["scheme"])
-    layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
-    used = [*([scheme] if record["units"] else ()), *layers.values()]
-    for text in dict.fromkeys(filter(None, (other.warning() for other in used))):
-        warnings.warn(text, stacklevel=2)
-    for part in (*record["units"], *record["layers"]):
-        module = module_at(model, part["path"])
-        if (shapes := part.get("shapes", convert.shapes_of(module))) != convert.shapes_of(module):
-            # Packed rows of different lengths can take the same bytes.
-            raise RuntimeError(
-                f"size mismatch for {part['path']}: {shapes} in the file, {convert.shapes_of(module)} here."
-            )
+    convert.take_stored_(model, record)
     if record["form"] == "adapted":
         convert.adapt_and_record_(
             model, [layer["path"] for layer in record["layers"]], LowRank(**record["low_rank"]), record
         )
         convert.forget_(model)
         return
-    for unit in record["units"]:
-        buffers = dict(module_at(model, unit["path"]).named_buffers())
-        for name, value in unit.get("numbers", {}).items():  # a trace has in its code what the forward makes of them
-            if name in buffers:
-                buffers[name].copy_(value)
-    units = [Unit.from_description(unit) for unit in record["units"]]
-    convert.prepare_(model, Plan(units, layers, dict(record["floats"])), scheme, training=record["training"])
+    convert.prepare_(model, record)
     if record["form"] == "converted":
         convert.convert_(model, judge=False)  # it has no weights yet
 

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 from torch import nn
 
-from lightning_compress.errors import CompressionError
 from lightning_compress.modules.fast_path import quiet_fast_path_, restore_fast_path_
 from lightning_compress.modules.paths import is_at_or_below, is_below, module_at
 from lightning_compress.modules.routing import CHILD, forget_aside_, restore_aside_, route_, set_aside_, unroute_
@@ -28,9 +27,8 @@ from lightning_compress.quantization.layers.schemes import NF4
 from lightning_compress.quantization.lora.adapters import LowRank, adapt_, merge_
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
-from lightning_compress.quantization.plan import Plan
 from lightning_compress.quantization.schemes import describe, from_description
-from lightning_compress.quantization.static.traced import Traced, prepared_form, share_buffers
+from lightning_compress.quantization.static.traced import Traced, Unit, prepared_form, share_buffers
 
 RECORD = "_quantization"
 """The attribute of a model that holds what was done to it."""
@@ -48,15 +46,6 @@ def form_of(model: nn.Module) -> str:
     return "float" if record is None else str(record["form"])
 
 
-def refuse_adapted(model: nn.Module) -> None:
-    """Raise if a model has adapters where a technique needs its float weights."""
-    if form_of(model) == "adapted":
-        raise CompressionError(
-            "`model` must have float weights. Received: one with adapters over 4-bit weights. "
-            "Merge them first: merge_adapters(model)."
-        )
-
-
 def keep_record_(part: nn.Module, model: nn.Module, path: str) -> None:
     """Let ``part``, a copy of the module at ``path`` of ``model``, know by itself what was done to it."""
     record = copy.deepcopy(record_of(model))
@@ -64,61 +53,72 @@ def keep_record_(part: nn.Module, model: nn.Module, path: str) -> None:
         return
     for name in ("units", "layers"):
         record[name] = [
-            {**each, "path": each["path"].removeprefix(path).lstrip(".")}
-            for each in record[name]
-            if is_at_or_below(each["path"], path)
+            {**entry, "path": entry["path"].removeprefix(path).lstrip(".")}
+            for entry in record[name]
+            if is_at_or_below(entry["path"], path)
         ]
     if record["units"] or record["layers"]:
         part.__dict__[RECORD] = record
 
 
-def prepare_(model: nn.Module, plan: Plan, scheme: Scheme, *, training: bool) -> None:
-    """Put observers (for training, fake-quantizers) into the units of ``plan``. Parameters stay the same objects."""
-    built = []
-    for unit in plan.units:
-        module = module_at(model, unit.path)
+def prepare_(model: nn.Module, described: Mapping[str, Any]) -> None:
+    """Put observers (for training, fake-quantizers) where they belong. Parameters stay the same objects.
+
+    Args:
+        model: float.
+        described: the plan as plain data, as `Plan.describe` gives it and a checkpoint has it.
+    """
+    record = copy.deepcopy({**described, "form": "prepared"})
+    scheme, training, built = cast(StaticInt8, from_description(record["scheme"])), record["training"], []
+    for plain in record["units"]:
+        unit, module = Unit.from_description(plain), module_at(model, plain["path"])
         modes = {inner: inner.training for inner in module.modules()}
         module.train(training)
         try:
-            traced = prepared_form(module, unit, cast(StaticInt8, scheme), training=training)
+            traced = prepared_form(module, unit, scheme, training=training)
         finally:
             for inner, mode in modes.items():
                 inner.training = mode
         share_buffers(traced, module)
         built.append((module, traced))
+        plain["numbers"] = traced.numbers
     for module, traced in built:
         traced.take_qconfigs_(module)
         route_(module, traced)
         traced.keep_frozen_batchnorm_()
-    for path, layer_scheme in trained_in_few_bits(model, plan).items() if training else ():
-        module = module_at(model, path)
-        route_(module, layer_scheme.training_form(module))
-    quiet_fast_path_(model)
-    model.__dict__[RECORD] = record = {
-        "form": "prepared",
-        "scheme": describe(scheme),
-        "training": training,
-        **plan.describe(),
-    }
-    for described, (_, traced) in zip(record["units"], built, strict=True):
-        described["numbers"] = traced.numbers
     for layer in record["layers"]:
-        layer["shapes"] = shapes_of(module_at(model, layer["path"]))
-
-
-def trained_in_few_bits(model: nn.Module, plan: Plan) -> dict[str, Scheme]:
-    """The layers that are fake-quantized one by one while they train; those inside of units aren't."""
-    return {
-        path: scheme
-        for path, scheme in plan.layers.items()
-        if not scheme.why_rounded_last(module_at(model, path))
-        and not any(is_at_or_below(path, unit.path) for unit in plan.units)
-    }
+        module, scheme_of_layer = module_at(model, layer["path"]), from_description(layer["scheme"])
+        layer["shapes"] = shapes_of(module)
+        in_unit = any(is_at_or_below(layer["path"], unit["path"]) for unit in record["units"])
+        if training and not in_unit and not scheme_of_layer.why_rounded_last(module):
+            route_(module, scheme_of_layer.training_form(module))
+    quiet_fast_path_(model)
+    model.__dict__[RECORD] = record
 
 
 def shapes_of(layer: nn.Module) -> dict[str, list[int]]:
     """The shapes of a layer's own parameters, as a record has them."""
-    return {name: list(one.shape) for name, one in layer._parameters.items() if one is not None}
+    return {name: list(tensor.shape) for name, tensor in layer._parameters.items() if tensor is not None}
+
+
+def take_stored_(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Check that a float model is the one of a stored record, and take the buffers whose values its traces hold.
+
+    Raises:
+        CompressionError: the model hasn't the modules that the record names.
+        RuntimeError: they have other shapes.
+    """
+    plain = [*([record["scheme"]] if record["units"] else ()), *(layer["scheme"] for layer in record["layers"])]
+    for text in dict.fromkeys(filter(None, (from_description(scheme).warning() for scheme in plain))):
+        warnings.warn(text, stacklevel=3)
+    for part in (*record["units"], *record["layers"]):
+        module = module_at(model, part["path"])
+        if (shapes := part.get("shapes", shapes_of(module))) != shapes_of(module):
+            # Packed rows of different lengths can take the same bytes.
+            raise RuntimeError(f"size mismatch for {part['path']}: {shapes} in the file, {shapes_of(module)} here.")
+        buffers = dict(module.named_buffers())
+        for name in part.get("numbers", {}).keys() & buffers.keys():
+            buffers[name].copy_(part["numbers"][name])
 
 
 def convert_(model: nn.Module, weights: Weights = MappingProxyType({}), judge: bool = True) -> None:
@@ -171,13 +171,10 @@ def decide_per_token_(model: nn.Module, cosine: Callable[[], float]) -> None:
     """
     record = record_of(model)
     assert record is not None
-    open_ones = {layer["path"]: layer["scheme"] for layer in record["layers"] if _leaves_open(layer["scheme"])}
-    for path in give_tokens_scales_(model, open_ones, cosine):
-        open_ones[path]["per_token"] = True
-
-
-def _leaves_open(scheme: Mapping[str, Any]) -> bool:
-    return from_description(scheme).decides_per_token
+    schemes = {layer["path"]: layer["scheme"] for layer in record["layers"]}
+    undecided = [path for path, scheme in schemes.items() if from_description(scheme).decides_per_token]
+    for path in give_tokens_scales_(model, undecided, cosine):
+        schemes[path]["per_token"] = True
 
 
 def _tell_of_wrong_kernels(wrong: Mapping[str, str], floats: dict[str, str]) -> None:

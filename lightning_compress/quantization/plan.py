@@ -35,11 +35,15 @@ class Plan:
     """What would be quantized, and what stays float and why.
 
     Attributes:
+        scheme: of the units, and of what no override names.
+        training: whether units and layers are trained in their numbers.
         units: modules that are traced as a whole.
         layers: paths of layers that are quantized one by one, each with its scheme; in units or not.
         floats: paths of what stays float, each with the reason.
     """
 
+    scheme: Scheme
+    training: bool
     units: list[Unit] = field(default_factory=list)
     layers: dict[str, Scheme] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
@@ -50,6 +54,8 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
         return {
+            "scheme": describe(self.scheme),
+            "training": self.training,
             "units": [unit.describe() for unit in self.units],
             "layers": [{"path": path, "scheme": describe(scheme)} for path, scheme in self.layers.items()],
             "floats": dict(self.floats),
@@ -81,14 +87,14 @@ def make_plan(
         def by(name: str) -> Plan:
             whole = cast(StaticInt8, scheme)
             units, left = plan_units(model, log, whole, targets, layers, training=training, flow=name)
-            return Plan(units, layers, left)
+            return Plan(scheme, training, units, layers, left)
 
         plan = by("fx" if flow == "auto" else flow)
         if flow == "auto" and not plan.units and not training and (other := by("pt2e")).units:
             _logger.warning("flow 'fx' can quantize nothing here, 'pt2e' can: %s", "; ".join(explain(other.describe())))
             plan = other
     else:
-        plan = Plan(layers=layers, floats=without_kernel(model, scheme))
+        plan = Plan(scheme, training, [], layers, without_kernel(model, scheme))
     plan.floats = {path: reason for path, reason in (plan.floats | floats).items() if path not in layers}
     if not plan:
         raise _nothing_to_quantize(plan.floats)

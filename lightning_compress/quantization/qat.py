@@ -16,8 +16,10 @@ from lightning_compress.messages import in_short, named
 from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.calls import run_step
 from lightning_compress.modules.copying import copy_tensors
-from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state, restore_modes_, training_modes
-from lightning_compress.probe import observe_steps, shape_feed
+from lightning_compress.modules.isolation import evaluating, restore_modes_, training_modes
+from lightning_compress.modules.paths import module_at
+from lightning_compress.modules.routing import CHILD
+from lightning_compress.probe import look, make_probe, shape_feed
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.change import CHANGE, copy_ranges_
 from lightning_compress.quantization.numerics.int8 import StaticInt8
@@ -193,15 +195,15 @@ class QuantizationAwareTraining(WindowedCallback):
             scheme = cast(StaticInt8, self.scheme)
             with evaluating(pl_module):
                 plan.units = [adjusted(pl_module, unit, log, scheme, training=True) for unit in plan.units]
-        convert.prepare_(pl_module, plan, self.scheme, training=True)
+        described = plan.describe()
+        convert.prepare_(pl_module, described)
         self.sync_(trainer, pl_module)
         if trainer.training:
             rebuild_ddp(trainer, pl_module)
-        floats = plan.layers.keys() - convert.trained_in_few_bits(pl_module, plan).keys()
-        self._notes = explain(plan.describe())
-        if floats:
-            self._notes.append(f"{named(sorted(floats))}: trained in float, rounded when the fit ends")
-        head = f"{type(self).__name__}: quantizes {summary(plan.describe())}."
+        self._notes = explain(described)
+        if floats := sorted(path for path in plan.layers if CHILD not in module_at(pl_module, path)._modules):
+            self._notes.append(f"{named(floats)}: trained in float, rounded when the fit ends")
+        head = f"{type(self).__name__}: quantizes {summary(described)}."
         rank_zero_info("\n  ".join(in_short([head, *self._notes])))
 
     def _freeze(self, pl_module: pl.LightningModule) -> None:

@@ -167,7 +167,7 @@ def quantize_(
     if fitted:
         batches = list(islice(batches, recipe.calibration_batches))
         weights = calibrated_weights(model, fitted, batches, run)
-    prepare_(model, plan, scheme, training=False)
+    prepare_(model, plan.describe())
     if plan.units:
         calibrate(model, batches, recipe.calibration_batches, run)
     convert_(model, weights)

@@ -72,7 +72,7 @@ class Around(Callback):
         (QuantizationAwareTraining("int4_weight_only"), "on_train_batch_start"),
         (QuantizationAwareTraining(), "on_fit_end"),
     ],
-    ids=str,
+    ids=["ptq", "ptq gptq", "qat", "qat 4 bits", "qat at its end"],
 )
 def test_in_a_trainer(callback: Any, hook: str) -> None:
     before, after = Around(hook), Around(hook)

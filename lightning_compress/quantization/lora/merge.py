@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.copying import copy_module
-from lightning_compress.quantization import convert
+from lightning_compress.structure.change import is_float, recorded, to_float_
 from lightning_compress.structure.checkpoint import detach
 from lightning_compress.structure.files import Model
 
@@ -21,11 +21,13 @@ def merge_adapters(model: Model) -> Model:
     Raises:
         CompressionError: the model has no adapters.
     """
-    if convert.form_of(model) != "adapted":
+    forms = [record.get("form") for change, record in recorded(model) if not change.is_float]
+    if forms != ["adapted"]:
         raise CompressionError(
-            f"`model` must have adapters. Received: one that is {convert.form_of(model)}. Fit it with QLoRA first."
+            f"`model` must have adapters. Received: one that is {'float' if is_float(model) else forms[0]}. Fit it "
+            "with QLoRA first."
         )
     twin = copy_module(model)
-    convert.revert_(twin, "float")
+    to_float_(twin)
     detach(twin)
     return twin

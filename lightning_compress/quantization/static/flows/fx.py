@@ -51,7 +51,7 @@ from lightning_compress.quantization.static.flows.graphs import (
     weights_read,
     without_parametrization,
 )
-from lightning_compress.quantization.static.flows.kernels import furthest, mark_, quantized_steps, reasons
+from lightning_compress.quantization.static.flows.kernels import furthest, quantized_steps, reasons
 
 FLOAT_TYPES = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Layers that static int8 leaves in float: torch has no static kernel for them."""
@@ -151,7 +151,8 @@ def _convert_with(
             module._forward_hooks.clear()
         observe_weights_(graph, anew=True)
         unguard_(graph)
-        mark_(graph)
+        for node in graph.graph.nodes:
+            node.stack_trace = node.name  # what a kernel is made of keeps its trace, though not its name
         _leave_float_(graph, floats)
         converted = upstream(graph)
         out_of_place_(converted)

@@ -88,12 +88,6 @@ def steps_apart(got: Tensor, expected: Tensor, step: float | Tensor, where: Tens
 # Graphs with kernels of torch.ao: activations are quantized tensors, and a kernel is a node.
 
 
-def mark_(graph: GraphModule) -> None:
-    """Give each node its name for good: what a kernel is made of keeps its trace, though not its name."""
-    for node in graph.graph.nodes:
-        node.stack_trace = node.name
-
-
 @torch.no_grad()
 def quantized_steps(
     int8: GraphModule, reference: GraphModule, inputs: list[Tensor], generator: torch.Generator | None
