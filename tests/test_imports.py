@@ -58,6 +58,7 @@ MAY_IMPORT_LIGHTNING = {
     "quantization/qat.py",
     "quantization/qlora.py",
     "quantization/ptq.py",
+    "quantization/trainer.py",
     "distillation/callback.py",
     "distillation/module.py",
     "distillation/callback_base.py",
@@ -72,7 +73,8 @@ MAY_ALSO_IMPORT = {
     "report/render.py": {"rich"},
     "report/files.py": {"rich"},
     "distillation/teacher_check.py": {"torchmetrics"},
-    "quantization/ptq.py": {"tqdm"},
+    "quantization/trainer.py": {"tqdm"},
+    "quantization/static/flows/int8_graph.py": {"torchao"},
     "quantization/static/flows/pt2e.py": {"torchao"},
     "quantization/layers/fake_quantizers.py": {"torchao"},
 }

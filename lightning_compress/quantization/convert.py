@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from lightning_compress.modules.fast_path import quiet_fast_path_, restore_fast_path_
@@ -21,7 +22,6 @@ from lightning_compress.modules.routing import CHILD, forget_aside_, restore_asi
 from lightning_compress.quantization.layers.float_values import hide_float_values_, show_float_values_
 from lightning_compress.quantization.layers.packed import PackedLayer
 from lightning_compress.quantization.layers.packed_weight import PackedWeight
-from lightning_compress.quantization.layers.per_token import give_tokens_scales_
 from lightning_compress.quantization.layers.plan import Weights, quantized_form
 from lightning_compress.quantization.layers.schemes import NF4
 from lightning_compress.quantization.lora.adapters import LowRank, adapt_, merge_
@@ -101,6 +101,13 @@ def shapes_of(layer: nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in layer._parameters.items() if tensor is not None}
 
 
+def convert_prepared_(model: nn.Module) -> None:
+    """Convert a prepared module, also under `torch.inference_mode`."""
+    if form_of(model) == "prepared":
+        with torch.inference_mode(False), torch.no_grad():
+            convert_(model)
+
+
 def take_stored_(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Check that a float model is the one of a stored record, and take the buffers whose values its traces hold.
 
@@ -160,21 +167,6 @@ def convert_(model: nn.Module, weights: Weights = MappingProxyType({}), judge: b
         _swap_in_(module_at(model, path), child)
     quiet_fast_path_(model)
     record["form"] = "converted"
-
-
-def decide_per_token_(model: nn.Module, cosine: Callable[[], float]) -> None:
-    """Give those layers of a converted model a scale for each token that need one, where the scheme leaves it open.
-
-    Args:
-        model: converted.
-        cosine: runs it, and compares its outputs with those of the float model.
-    """
-    record = record_of(model)
-    assert record is not None
-    schemes = {layer["path"]: layer["scheme"] for layer in record["layers"]}
-    undecided = [path for path, scheme in schemes.items() if from_description(scheme).decides_per_token]
-    for path in give_tokens_scales_(model, undecided, cosine):
-        schemes[path]["per_token"] = True
 
 
 def _tell_of_wrong_kernels(wrong: Mapping[str, str], floats: dict[str, str]) -> None:

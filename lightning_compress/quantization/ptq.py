@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
 from contextlib import closing
-from itertools import islice
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
-from torch.utils import _pytree as pytree
-from tqdm.auto import tqdm
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_compress.callback import CompressionCallback
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import in_short
-from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state, restore_modes_, training_modes
-from lightning_compress.probe import data_feed, is_own, to_module
+from lightning_compress.modules.isolation import evaluating, restore_modes_, training_modes
+from lightning_compress.probe import data_feed, make_probe, unsilence_
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.float_twin import FloatTwin
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import explain, summary
-from lightning_compress.quantization.qat import convert_prepared_, refuse_accelerator, time_against_float
 from lightning_compress.quantization.quantize import own_parameters_, quantize_
 from lightning_compress.quantization.recipe import Recipe
+from lightning_compress.quantization.trainer import (
+    calibration_batches,
+    calibration_loader,
+    generators_kept,
+    offers_calibration,
+    refuse_accelerator,
+    stage_of,
+    time_against_float,
+)
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Targets
 
@@ -95,6 +100,7 @@ class PostTrainingQuantization(CompressionCallback):
         self._modes: dict[Any, bool] = {}
         self._notes: list[str] = []
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             if self.recipe.needs_cpu:
@@ -104,12 +110,14 @@ class PostTrainingQuantization(CompressionCallback):
             convert.revert_(pl_module, "float")
         super().setup(trainer, pl_module, stage)
 
+    @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.compare:
             self._twin = self._make_twin(trainer, pl_module)
         self._quantize(trainer, pl_module)
         self._beside("start")
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "validate":  # and not in a fit
             self.on_test_start(trainer, pl_module)
@@ -124,11 +132,13 @@ class PostTrainingQuantization(CompressionCallback):
                 return None
         return FloatTwin(probe.eval(), "test" if trainer.testing else "validation", pl_module.log)
 
+    @override
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._beside("epoch_start")
 
     on_validation_epoch_start = on_test_epoch_start
 
+    @override
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -140,11 +150,13 @@ class PostTrainingQuantization(CompressionCallback):
 
     on_validation_batch_start = on_test_batch_start
 
+    @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._beside("epoch_end")
 
     on_validation_epoch_end = on_test_epoch_end
 
+    @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._beside("end")
 
@@ -154,9 +166,11 @@ class PostTrainingQuantization(CompressionCallback):
         if self._twin is not None:
             self._twin.call(hook)
 
+    @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._quantize(trainer, pl_module)
 
+    @override
     def on_predict_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -167,7 +181,7 @@ class PostTrainingQuantization(CompressionCallback):
         if convert.form_of(pl_module) == "converted":
             return
         if convert.form_of(pl_module) == "prepared":
-            convert_prepared_(pl_module)
+            convert.convert_prepared_(pl_module)
             return
         with torch.inference_mode(False), isolated_random_state():
             torch.manual_seed(0)  # every rank shuffles alike
@@ -190,15 +204,15 @@ class PostTrainingQuantization(CompressionCallback):
 
     def _quantize_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: pl.LightningModule) -> str:
         """Quantize ``probe``, a copy of the module; returns what is to be said of the way that batches took."""
-        takes_batch = self.recipe.decides_per_token and _offers_calibration(trainer, pl_module)
+        takes_batch = self.recipe.decides_per_token and offers_calibration(trainer, pl_module)
         if not self.recipe.calibrates and not takes_batch:
             with evaluating(probe):
                 quantize_(probe, self.recipe, None, ())
             return ""
-        loader = _calibration_loader(trainer, pl_module)
-        feed = data_feed(trainer, probe, _stage(trainer))
-        found = _calibration_batches(loader, trainer, probe, self.recipe.calibration_batches)
-        with evaluation_mode(probe), isolated_random_state(loader), closing(found):
+        loader = calibration_loader(trainer, pl_module)
+        feed = data_feed(trainer, probe, stage_of(trainer))
+        found = calibration_batches(loader, trainer, probe, self.recipe.calibration_batches)
+        with evaluating(probe), generators_kept(loader), closing(found):
             batches = feed.choose(probe, found)
             quantize_(probe, self.recipe, next(batches, None), batches, feed)
         return f"; {feed}"
@@ -210,7 +224,7 @@ class PostTrainingQuantization(CompressionCallback):
             return
         with torch.inference_mode(False), isolated_random_state():
             quantized = make_probe(trainer, self.quantized_model)
-            line = time_against_float(trainer, floats, quantized, batch, _stage(trainer))
+            line = time_against_float(trainer, floats, quantized, batch, stage_of(trainer))
         if line:
             self._notes.append(line)
             rank_zero_info(f"{type(self).__name__}: {line}.")
@@ -233,73 +247,10 @@ class PostTrainingQuantization(CompressionCallback):
         self._modes = {}
         super().close(pl_module)
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_modes": {}, "_twin": None, "_floats": None, "quantized_model": None}
 
     @override
     def report_notes(self) -> list[str]:
         return self._notes
-
-
-def _stage(trainer: pl.Trainer) -> str:
-    return "test" if trainer.testing else "validation" if trainer.validating else "predict"
-
-
-def _offers_calibration(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    sources = (getattr(trainer, "datamodule", None), pl_module)
-    return any(getattr(source, "calibration_dataloader", None) is not None for source in sources)
-
-
-def _calibration_batches(
-    loader: Any, trainer: pl.Trainer, probe: pl.LightningModule, limit: int
-) -> Generator[Any, None, None]:
-    """Batches as steps get them, with a progress bar."""
-    if isinstance(loader, dict | list | tuple) and not _holds_batches(loader):
-        loader = CombinedLoader(loader, "max_size_cycle")  # as a fit reads several loaders
-    if type(loader).__name__ == "CombinedLoader":  # of either package
-        loader = (batch for batch, *_ in loader)
-    bar = trainer.progress_bar_callback
-    try:
-        count = min(limit, len(loader))
-    except TypeError:  # an iterable dataset has no length, nor have combined loaders
-        count = limit
-    hidden = bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero
-    for batch in tqdm(islice(loader, limit), "Calibrating", count, leave=False, disable=hidden):
-        yield to_module(trainer, probe, batch)
-
-
-def _holds_batches(loaders: Any) -> bool:
-    """Whether what could be several loaders is a list of batches."""
-    leaves = pytree.tree_leaves(loaders)
-    return any(isinstance(leaf, torch.Tensor) or not isinstance(leaf, Iterable) for leaf in leaves)
-
-
-def _calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """``calibration_dataloader`` of the datamodule or the module, else the train loader of either."""
-    datamodule = getattr(trainer, "datamodule", None)
-    sources = [source for source in (datamodule, pl_module) if source is not None]
-    for source in sources:
-        if getattr(source, "calibration_dataloader", None) is not None:
-            return _loader(source, "calibration_dataloader")
-    for source in sources:
-        if is_own(source, "train_dataloader"):
-            return _loader(source, "train_dataloader")
-    raise CompressionError(
-        "`calibration_dataloader` must be there to calibrate on. Received: bare loaders. Test and validation data "
-        "calibrate nothing. Pass a datamodule (its train loader serves), or define `calibration_dataloader()` on the "
-        "module or datamodule, such as: model.calibration_dataloader = lambda: train_loader"
-    )
-
-
-def _loader(source: Any, name: str) -> Any:
-    if isinstance(source, torch.nn.Module):
-        return getattr(source, name)()
-    # Under `test` only setup("test") has run. Where that made the training data too, a second setup could split anew.
-    try:
-        loader = getattr(source, name)()
-        if getattr(loader, "dataset", loader) is not None:
-            return loader
-    except Exception:  # there is no training data yet
-        pass
-    source.setup("fit")
-    return getattr(source, name)()

@@ -9,29 +9,34 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
 
 from lightning_compress.callback import compression_callbacks, rebuild_ddp, warn_of_other_settings
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import invalid
 from lightning_compress.messages import in_short, named
 from lightning_compress.modules.call_log import CallLog, record_calls
-from lightning_compress.modules.calls import run_step
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.isolation import evaluating, restore_modes_, training_modes
 from lightning_compress.modules.paths import module_at
 from lightning_compress.modules.routing import CHILD
-from lightning_compress.probe import look, make_probe, shape_feed
+from lightning_compress.probe import look, make_probe
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.change import CHANGE, copy_ranges_
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import explain, make_plan, summary
-from lightning_compress.quantization.quantize import slower_than_float
 from lightning_compress.quantization.recipe import check_overrides
 from lightning_compress.quantization.schemes import describe, resolve
 from lightning_compress.quantization.static.calibrate import adjusted, calibrate
 from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT
 from lightning_compress.quantization.static.traced import Traced
-from lightning_compress.silent_copy import make_probe
+from lightning_compress.quantization.trainer import (
+    may_rescale,
+    refuse_accelerator,
+    run_training_step,
+    time_against_float,
+)
 from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Targets
 from lightning_compress.window import Bounds, Window, fit_length
@@ -101,14 +106,13 @@ class QuantizationAwareTraining(WindowedCallback):
         convert: bool = True,
     ) -> None:
         super().__init__(window)
-        resolved = resolve(scheme)
-        resolved.check_trains()
+        self.scheme = resolve(scheme)
+        self.scheme.check_trains()
         if flow not in ("auto", "fx"):
             raise invalid("flow", "be 'auto' or 'fx' for training", flow)
-        for name, value in (("freeze_observers", freeze_observers), ("freeze_batchnorm", freeze_batchnorm)):
+        for name, value in {"freeze_observers": freeze_observers, "freeze_batchnorm": freeze_batchnorm}.items():
             if not 0.0 < value <= 1.0:
                 raise invalid(name, "lie in (0, 1]", value, "It is a fraction of the window; 1 never freezes.")
-        self.scheme = resolved
         self.flow = flow
         self.targets = targets
         self.overrides = overrides
@@ -129,6 +133,7 @@ class QuantizationAwareTraining(WindowedCallback):
         """Whether quantization begins when the last channels have left, as no window says when."""
         return self.window == _WINDOW
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage in ("test", "predict"):
             refuse_accelerator(trainer)
@@ -148,10 +153,11 @@ class QuantizationAwareTraining(WindowedCallback):
         record = convert.record_of(pl_module)
         return "" if record is None or record["scheme"] == describe(self.scheme) else str(record["scheme"])
 
+    @override
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if other := self._other_scheme(pl_module):  # of the checkpoint that this fit resumes from
-            now = {"scheme": str(describe(self.scheme))}
-            warn_of_other_settings(type(self).__name__, {"scheme": other}, now, "codes")
+            now = str(describe(self.scheme))
+            warn_of_other_settings(type(self).__name__, {"scheme": other}, {"scheme": now}, "codes")
         if self.targets is not None:
             self.targets.check_patterns(pl_module)
         # Not before modules have the modes in which they train: one in evaluation mode counts as frozen.
@@ -159,6 +165,7 @@ class QuantizationAwareTraining(WindowedCallback):
             if isinstance(module, Traced):
                 module.thaw_batchnorm_()
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._bounds is None and self.waits:
             bounds = self.window.bounds(*fit_length(trainer))
@@ -166,6 +173,7 @@ class QuantizationAwareTraining(WindowedCallback):
             self._bounds = Bounds(max(bounds.start, last), max(bounds.end, last + 1))
         super().on_train_start(trainer, pl_module)
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -191,10 +199,10 @@ class QuantizationAwareTraining(WindowedCallback):
         for seen in observe_steps(trainer, pl_module, batch, batch_idx, record_calls):
             log.merge(seen)
         plan = make_plan(pl_module, log, self.scheme, self.targets, self._overrides, "fx", training=True)
-        if plan.units and _may_rescale(trainer):
-            scheme = cast(StaticInt8, self.scheme)
+        if plan.units and may_rescale(trainer):
+            static = cast(StaticInt8, self.scheme)
             with evaluating(pl_module):
-                plan.units = [adjusted(pl_module, unit, log, scheme, training=True) for unit in plan.units]
+                plan.units = [adjusted(pl_module, unit, log, static, training=True) for unit in plan.units]
         described = plan.describe()
         convert.prepare_(pl_module, described)
         self.sync_(trainer, pl_module)
@@ -213,10 +221,12 @@ class QuantizationAwareTraining(WindowedCallback):
                 module.observers_frozen = progress >= self.freeze_observers < 1.0
                 module.batchnorm_frozen = progress >= self.freeze_batchnorm < 1.0
 
+    @override
     def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for averaged in averaged_copies(trainer):
             CHANGE.sync_(averaged, pl_module)
 
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         others = compression_callbacks(trainer)
         due = convert.form_of(pl_module) == "float" and self._trained >= 0
@@ -229,12 +239,10 @@ class QuantizationAwareTraining(WindowedCallback):
         if self.convert and convert.form_of(pl_module) == "prepared":
             floats = make_probe(trainer, pl_module, list(pl_module.parameters()))
             convert.revert_(floats, "float")
-            convert_prepared_(pl_module)
+            convert.convert_prepared_(pl_module)
             self._time(trainer, pl_module, floats)
         if convert.form_of(pl_module) == "float":
-            rank_zero_warn(
-                "QuantizationAwareTraining: the fit ended before the window began; the model is still float."
-            )
+            rank_zero_warn(f"{type(self).__name__}: the fit ended before the window began; the model is still float.")
 
     def _prepare_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare when a fit has ended in which no step was left, with ranges of activations from its last batches."""
@@ -242,13 +250,8 @@ class QuantizationAwareTraining(WindowedCallback):
         recent = move_data_to_device(trainer.strategy.broadcast(list(self._recent)), pl_module.device)
         self._prepare(trainer, pl_module, *recent[-1])
         probe = make_probe(trainer, pl_module)
-
-        def run(model: Any, item: tuple[Any, int]) -> Any:
-            batch, batch_idx = item
-            return model.training_step(batch, batch_idx) if model.automatic_optimization else run_step(model, batch)
-
         with trainer.precision_plugin.train_step_context():
-            calibrate(probe, recent, len(recent), run)
+            calibrate(probe, recent, len(recent), run_training_step)
         copy_ranges_(pl_module, probe)
 
     def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule, floats: pl.LightningModule) -> None:
@@ -263,86 +266,41 @@ class QuantizationAwareTraining(WindowedCallback):
             self._notes.append(line)
             rank_zero_info(f"{type(self).__name__}: {line}.")
 
+    @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._convert_loaded(pl_module)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._convert_loaded(pl_module)
-
-    def _convert_loaded(self, pl_module: pl.LightningModule) -> None:
         if convert.form_of(pl_module) == "float":
             rank_zero_warn(
                 "QuantizationAwareTraining: these weights were saved before quantization began; they run as float."
             )
         elif self.convert:
-            convert_prepared_(pl_module)
-            restore_modes_(
-                {module: mode for module, mode in self._modes.items() if module not in set(pl_module.modules())}
-            )
+            convert.convert_prepared_(pl_module)
+            inside = set(pl_module.modules())
+            restore_modes_({module: mode for module, mode in self._modes.items() if module not in inside})
 
+    on_predict_start = on_test_start
+
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == "fit" and convert.form_of(pl_module) != "adapted":
             convert.revert_(pl_module, "float")
         super().on_exception(trainer, pl_module, exception)
 
+    @override
     def close(self, pl_module: pl.LightningModule) -> None:
         super().close(pl_module)
-        self._modes = {}
-        self._batch = None
+        self._modes, self._batch = {}, None
         self._recent.clear()
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_modes": {}, "_batch": None, "_recent": deque(maxlen=_FEW)}
 
+    @override
     def unfinished(self) -> str:
         if self._trained == 0:
             return "no step was left for it. Let channels leave earlier, or train longer."
         return "what was to be frozen may not have been. Shorten the window, or train longer."
 
+    @override
     def report_notes(self) -> list[str]:
         return [*super().report_notes(), *self._notes]
-
-
-def _may_rescale(trainer: pl.Trainer) -> bool:
-    """Whether there are neither momenta nor averages yet: they would be those of weights of another scale."""
-    averages = next(averaged_copies(trainer), None) is not None or any(
-        callback.averages_weights for callback in compression_callbacks(trainer)
-    )
-    return not averages and not any(optimizer.state for optimizer in trainer.optimizers)
-
-
-def convert_prepared_(pl_module: pl.LightningModule) -> None:
-    """Convert a prepared module, also under `torch.inference_mode`."""
-    if convert.form_of(pl_module) == "prepared":
-        with torch.inference_mode(False), torch.no_grad():
-            convert.convert_(pl_module)
-
-
-def time_against_float(
-    trainer: pl.Trainer, floats: pl.LightningModule, quantized: pl.LightningModule, batch: Any, stage: str
-) -> str:
-    """A line for the log and the report if a batch takes longer in the quantized copy than in the float one.
-
-    Args:
-        trainer: that runs the module.
-        floats: a copy whose steps can be run, see `make_probe`.
-        quantized: likewise.
-        batch: on the module's device.
-        stage: ``test``, ``validation`` or ``predict``: that step comes first.
-    """
-    feed = shape_feed(trainer, floats, stage, train=True)
-    try:
-        feed.choose(floats, iter([batch]))
-    except CompressionError:  # nothing runs, and nothing can be timed
-        return ""
-    return slower_than_float(floats, quantized, feed, batch, fixed_rounds=trainer.world_size > 1)
-
-
-def refuse_accelerator(trainer: pl.Trainer) -> None:
-    """Raise where int8 is to run on a device that has no kernels for it."""
-    device = trainer.strategy.root_device
-    if device.type != "cpu":
-        raise CompressionError(
-            f"`accelerator` must be 'cpu' to run int8. Received: a Trainer on {device}. "
-            "Training may run on it; test and predict with Trainer(accelerator='cpu')."
-        )

@@ -95,6 +95,7 @@ class QLoRA(CompressionCallback):
         self._begun = True
         self._stepped = False
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._module = weakref.ref(pl_module)
@@ -149,6 +150,7 @@ class QLoRA(CompressionCallback):
                 "weights into the module first, and fit without `ckpt_path`."
             )
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         begin_training_mode_(trainer, pl_module, type(self).__name__)
         record = convert.record_of(pl_module)
@@ -180,11 +182,13 @@ class QLoRA(CompressionCallback):
         self._notes = self._explain(pl_module, record)
         rank_zero_info("\n  ".join(in_short(self._notes)))
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         keep_training_mode_(trainer, pl_module, type(self).__name__, batch_idx)
 
+    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -216,6 +220,7 @@ class QLoRA(CompressionCallback):
             *(f"{they(names, 'stays', 'stay')} float: {why}" for why, names in by_reason(record["floats"]).items()),
         ]
 
+    @override
     def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for averaged in averaged_copies(trainer):
             CHANGE.sync_(averaged, pl_module)
@@ -231,6 +236,7 @@ class QLoRA(CompressionCallback):
             raise CompressionError("`merge` must come after a fit. Received: no module. Use merge_adapters(model).")
         return merge_adapters(module)
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if not self._begun:
             convert.revert_(pl_module, "float")  # its float weights are still there
@@ -255,6 +261,7 @@ class QLoRA(CompressionCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version(state_dict, type(self).__name__)
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_module": None}
 

@@ -22,17 +22,18 @@ from lightning_compress.modules.outputs import outer_outputs
 from lightning_compress.modules.paths import device_of
 from lightning_compress.quantization.convert import (
     convert_,
-    decide_per_token_,
     forget_,
     prepare_,
     record_of,
 )
 from lightning_compress.quantization.layers.gptq_calibration import calibrated_weights
+from lightning_compress.quantization.layers.per_token import give_tokens_scales_
 from lightning_compress.quantization.layers.plan import Weights
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import make_plan, per_token_line
 from lightning_compress.quantization.recipe import Overrides, Recipe
+from lightning_compress.quantization.schemes import from_description
 from lightning_compress.quantization.static.calibrate import adjusted, calibrate
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Targets
@@ -182,7 +183,22 @@ def quantize_(
             _check_runs(model, first, run)
         return least_cosine(*([output for _, output in calls] for calls in (expected, got)))
 
-    decide_per_token_(model, cosine)
+    _decide_per_token_(model, cosine)
+
+
+def _decide_per_token_(model: nn.Module, cosine: Callable[[], float]) -> None:
+    """Give those layers of a converted model a scale for each token that need one, where the scheme leaves it open.
+
+    Args:
+        model: converted.
+        cosine: runs it, and compares its outputs with those of the float model.
+    """
+    record = record_of(model)
+    assert record is not None
+    schemes = {layer["path"]: layer["scheme"] for layer in record["layers"]}
+    undecided = [path for path, scheme in schemes.items() if from_description(scheme).decides_per_token]
+    for path in give_tokens_scales_(model, undecided, cosine):
+        schemes[path]["per_token"] = True
 
 
 def _check_float32(model: nn.Module) -> None:

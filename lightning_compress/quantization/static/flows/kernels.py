@@ -92,7 +92,7 @@ def steps_apart(got: Tensor, expected: Tensor, step: float | Tensor, where: Tens
 def quantized_steps(
     int8: GraphModule, reference: GraphModule, inputs: list[Tensor], generator: torch.Generator | None
 ) -> dict[str, float]:
-    """How far each kernel of ``int8`` is off its layer in ``reference``, both made of one graph that was marked."""
+    """How far each kernel of ``int8`` is off its layer in ``reference``; nodes know their names by their traces."""
     kernels = _Kernels(int8, generator)
     kernels.run(*inputs)
     layers = _Layers(reference, kernels)

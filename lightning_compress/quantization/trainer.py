@@ -1,0 +1,148 @@
+"""What the callbacks take from a Trainer: batches that calibrate, the time of a batch, the right device."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from lightning_compress.callback import compression_callbacks
+from lightning_compress.errors import CompressionError
+from lightning_compress.modules.calls import run_step
+from lightning_compress.probe import is_own, shape_feed, to_module
+from lightning_compress.quantization.quantize import slower_than_float
+from lightning_compress.structure.listener import averaged_copies
+
+
+def stage_of(trainer: pl.Trainer) -> str:
+    """The stage that is running, as feeds call it."""
+    return "test" if trainer.testing else "validation" if trainer.validating else "predict"
+
+
+def offers_calibration(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Whether datamodule or module have a ``calibration_dataloader``."""
+    sources = (getattr(trainer, "datamodule", None), pl_module)
+    return any(getattr(source, "calibration_dataloader", None) is not None for source in sources)
+
+
+def calibration_batches(
+    loader: Any, trainer: pl.Trainer, probe: pl.LightningModule, limit: int
+) -> Generator[Any, None, None]:
+    """Batches as steps get them, with a progress bar."""
+    if isinstance(loader, dict | list | tuple) and not _holds_batches(loader):
+        loader = CombinedLoader(loader, "max_size_cycle")  # as a fit reads several loaders
+    if type(loader).__name__ == "CombinedLoader":  # of either package
+        loader = (batch for batch, *_ in loader)
+    bar = trainer.progress_bar_callback
+    try:
+        count = min(limit, len(loader))
+    except TypeError:  # an iterable dataset has no length, nor have combined loaders
+        count = limit
+    hidden = bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero
+    for batch in tqdm(islice(loader, limit), "Calibrating", count, leave=False, disable=hidden):
+        yield to_module(trainer, probe, batch)
+
+
+def _holds_batches(loaders: Any) -> bool:
+    """Whether what could be several loaders is a list of batches."""
+    leaves = pytree.tree_leaves(loaders)
+    return any(isinstance(leaf, torch.Tensor) or not isinstance(leaf, Iterable) for leaf in leaves)
+
+
+@contextmanager
+def generators_kept(loader: Any) -> Iterator[None]:
+    """A loader that shuffles by a generator of its own goes on as if nobody had read it."""
+    holders = [
+        holder
+        for leaf in pytree.tree_leaves(getattr(loader, "iterables", loader))
+        for holder in (leaf, getattr(leaf, "sampler", None), getattr(leaf, "dataset", None))
+    ]
+    found = [getattr(holder, "generator", None) for holder in holders]
+    states = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+    """``calibration_dataloader`` of the datamodule or the module, else the train loader of either."""
+    datamodule = getattr(trainer, "datamodule", None)
+    sources = [source for source in (datamodule, pl_module) if source is not None]
+    for source in sources:
+        if getattr(source, "calibration_dataloader", None) is not None:
+            return _loader(source, "calibration_dataloader")
+    for source in sources:
+        if is_own(source, "train_dataloader"):
+            return _loader(source, "train_dataloader")
+    raise CompressionError(
+        "`calibration_dataloader` must be there to calibrate on. Received: bare loaders. Test and validation data "
+        "calibrate nothing. Pass a datamodule (its train loader serves), or define `calibration_dataloader()` on the "
+        "module or datamodule, such as: model.calibration_dataloader = lambda: train_loader"
+    )
+
+
+def _loader(source: Any, name: str) -> Any:
+    if isinstance(source, torch.nn.Module):
+        return getattr(source, name)()
+    # Under `test` only setup("test") has run. Where that made the training data too, a second setup could split anew.
+    try:
+        loader = getattr(source, name)()
+        if getattr(loader, "dataset", loader) is not None:
+            return loader
+    except Exception:  # there is no training data yet
+        pass
+    source.setup("fit")
+    return getattr(source, name)()
+
+
+def time_against_float(
+    trainer: pl.Trainer, floats: pl.LightningModule, quantized: pl.LightningModule, batch: Any, stage: str
+) -> str:
+    """A line for the log and the report if a batch takes longer in the quantized copy than in the float one.
+
+    Args:
+        trainer: that runs the module.
+        floats: a copy whose steps can be run, see `make_probe`.
+        quantized: likewise.
+        batch: on the module's device.
+        stage: ``test``, ``validation`` or ``predict``: that step comes first.
+    """
+    feed = shape_feed(trainer, floats, stage, train=True)
+    try:
+        feed.choose(floats, iter([batch]))
+    except CompressionError:  # nothing runs, and nothing can be timed
+        return ""
+    return slower_than_float(floats, quantized, feed, batch, fixed_rounds=trainer.world_size > 1)
+
+
+def refuse_accelerator(trainer: pl.Trainer) -> None:
+    """Raise where int8 is to run on a device that has no kernels for it."""
+    device = trainer.strategy.root_device
+    if device.type != "cpu":
+        raise CompressionError(
+            f"`accelerator` must be 'cpu' to run int8. Received: a Trainer on {device}. "
+            "Training may run on it; test and predict with Trainer(accelerator='cpu')."
+        )
+
+
+def may_rescale(trainer: pl.Trainer) -> bool:
+    """Whether there are neither momenta nor averages yet: they would be those of weights of another scale."""
+    averages = next(averaged_copies(trainer), None) is not None or any(
+        callback.averages_weights for callback in compression_callbacks(trainer)
+    )
+    return not averages and not any(optimizer.state for optimizer in trainer.optimizers)
+
+
+def run_training_step(model: Any, item: tuple[Any, int]) -> Any:
+    """Run a batch, given with its index, as it was trained; where the step itself optimizes, as without a Trainer."""
+    batch, batch_idx = item
+    return model.training_step(batch, batch_idx) if model.automatic_optimization else run_step(model, batch)
