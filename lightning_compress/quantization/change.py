@@ -167,9 +167,9 @@ def _added_keys(model: nn.Module) -> dict[str, str | None]:
 def _check_shapes(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Raise `RuntimeError` where an int8 layer would take weights of another shape: it doesn't look at them itself."""
     for key, value in model.state_dict().items():
-        mine, other = _shapes(value), _shapes(state.get(key))
-        if key in state and mine != other:
-            raise RuntimeError(f"size mismatch for {key}: {other} in the checkpoint, {mine} in the model.")
+        own, other = _shapes(value), _shapes(state.get(key))
+        if key in state and own != other:
+            raise RuntimeError(f"size mismatch for {key}: {other} in the checkpoint, {own} in the model.")
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:

@@ -81,7 +81,7 @@ def prepare_(model: nn.Module, described: Mapping[str, Any]) -> None:
                 inner.training = mode
         share_buffers(traced, module)
         built.append((module, traced))
-        plain["numbers"] = traced.numbers
+        plain["numbers"] = traced.baked
     for module, traced in built:
         traced.take_qconfigs_(module)
         route_(module, traced)

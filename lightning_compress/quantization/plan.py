@@ -36,7 +36,7 @@ class Plan:
 
     Attributes:
         scheme: of the units, and of what no override names.
-        training: whether units and layers are trained in their numbers.
+        training: whether it trains so, or is calibrated.
         units: modules that are traced as a whole.
         layers: paths of layers that are quantized one by one, each with its scheme; in units or not.
         floats: paths of what stays float, each with the reason.

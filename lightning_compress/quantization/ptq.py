@@ -96,7 +96,7 @@ class PostTrainingQuantization(CompressionCallback):
         self.quantized_model: pl.LightningModule | None = None
         self._twin: FloatTwin | None = None
         self._floats: pl.LightningModule | None = None
-        self._ours = False
+        self._changed = False
         self._modes: dict[Any, bool] = {}
         self._notes: list[str] = []
 
@@ -192,7 +192,7 @@ class PostTrainingQuantization(CompressionCallback):
             self._floats = make_probe(trainer, pl_module, list(pl_module.parameters()))
             convert.transplant_(pl_module, probe)
             own_parameters_(probe, shared)
-        self._ours = True
+        self._changed = True
         record = convert.record_of(pl_module)
         assert record is not None
         self._notes = explain(record)
@@ -239,11 +239,11 @@ class PostTrainingQuantization(CompressionCallback):
 
     def _restore(self, pl_module: pl.LightningModule, keep: bool = False) -> None:
         self._twin = self._floats = None
-        if self._ours:
+        if self._changed:
             if not keep:
                 convert.revert_(pl_module, "float")
             restore_modes_(self._modes)  # also those of what is kept aside
-        self._ours = False
+        self._changed = False
         self._modes = {}
         super().close(pl_module)
 

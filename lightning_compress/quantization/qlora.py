@@ -86,7 +86,9 @@ class QLoRA(CompressionCallback):
         self.low_rank = LowRank(rank, alpha, dropout)
         if not isinstance(targets, Targets | None):
             raise invalid("targets", "be a Targets", targets, "Write Targets(include=[...]).")
-        if not isinstance(modules_to_train, list | tuple) or not all(isinstance(one, str) for one in modules_to_train):
+        if not isinstance(modules_to_train, list | tuple) or not all(
+            isinstance(pattern, str) for pattern in modules_to_train
+        ):
             raise invalid("modules_to_train", "be a list of patterns", modules_to_train)
         self.targets = targets
         self.modules_to_train = list(modules_to_train)
@@ -155,7 +157,7 @@ class QLoRA(CompressionCallback):
         begin_training_mode_(trainer, pl_module, type(self).__name__)
         record = convert.record_of(pl_module)
         assert record is not None
-        saved, now = ({key: str(value) for key, value in one.items()} for one in (record, self._asked()))
+        saved, now = ({key: str(value) for key, value in settings.items()} for settings in (record, self._asked()))
         warn_of_other_settings(type(self).__name__, saved, now, "adapters")
         adapters = {id(parameter) for name, parameter in pl_module.named_parameters() if _is_adapter(name)}
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -269,7 +271,7 @@ class QLoRA(CompressionCallback):
 def _plain(targets: Targets | None) -> dict[str, Any] | None:
     if targets is None:
         return None
-    types = None if targets.types is None else [each.__qualname__ for each in targets.types]
+    types = None if targets.types is None else [kind.__qualname__ for kind in targets.types]
     return {"include": targets.include and list(targets.include), "exclude": list(targets.exclude), "types": types}
 
 

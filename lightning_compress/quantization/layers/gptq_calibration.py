@@ -57,7 +57,7 @@ def calibrated_weights(
     if not batches:
         raise CompressionError("`calibration` must give at least one batch. Received: an empty loader.")
     modules = compressible_modules(model)
-    room = sum(each.numel() * each.element_size() for each in model.parameters()) // _SHARE
+    room = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // _SHARE
     routed: list[nn.Module] = []
     made: dict[str, Any] = {}
     with leaving_no_trace(model):

@@ -78,8 +78,8 @@ class PackedWeight(nn.Module):
             if value is None:
                 missing_keys.append(prefix + name)
             elif value.shape != tensor.shape or value.dtype != tensor.dtype:
-                mine, other = (f"{tuple(one.shape)} of {one.dtype}" for one in (tensor, value))
-                error_msgs.append(f"size mismatch for {prefix}{name}: {other} in the checkpoint, {mine} in the model.")
+                own, other = (f"{tuple(values.shape)} of {values.dtype}" for values in (tensor, value))
+                error_msgs.append(f"size mismatch for {prefix}{name}: {other} in the checkpoint, {own} in the model.")
             else:
                 setattr(self, name, value.to(tensor.device, copy=True))
 

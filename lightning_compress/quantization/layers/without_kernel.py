@@ -168,7 +168,7 @@ def unused(module: nn.Module, names: Collection[str]) -> dict[str, str]:
         clean_name(path): "the first batch doesn't call it"
         for path, layer in module.named_modules()
         if path and not holds_layers(layer) and not isinstance(layer, ParametrizationList)
-        if (matrices := [id(one) for one in layer.parameters(recurse=False) if one.dim() > 1])
+        if (matrices := [id(tensor) for tensor in layer.parameters(recurse=False) if tensor.dim() > 1])
         if not read.intersection(matrices)
     }
 

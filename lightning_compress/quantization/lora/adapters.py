@@ -153,14 +153,16 @@ def adapt_(
         show_float_values_(layer)
     quiet_fast_path_(model)
     adapters = {id(parameter) for child in _adapted(model).values() for parameter in (child.lora_A, child.lora_B)}
-    kept = [modules[path] for path in modules if any(matches(path, pattern) for pattern in trained)]
-    free = {id(parameter) for module in kept for parameter in module.parameters() if parameter.is_floating_point()}
+    trained_on = [modules[path] for path in modules if any(matches(path, pattern) for pattern in trained)]
+    free = {
+        id(parameter) for module in trained_on for parameter in module.parameters() if parameter.is_floating_point()
+    }
     # What only helps in training (a distillation's regressors) isn't among the modules, and goes on as it was.
-    ours = {id(parameter) for module in modules.values() for parameter in module._parameters.values()}
+    owned = {id(parameter) for module in modules.values() for parameter in module._parameters.values()}
     for name, parameter in model.named_parameters():
         if id(parameter) in free:
             parameter.requires_grad_(True)
-        elif id(parameter) in ours - adapters:
+        elif id(parameter) in owned - adapters:
             if parameter.is_leaf:  # those of a copied scripted module aren't
                 parameter.requires_grad_(False)
             continue

@@ -77,18 +77,18 @@ def gptq(
         hessian = hessian.gather(-1, order.unsqueeze(-2).expand_as(hessian))
         hessian = hessian.gather(-2, order.unsqueeze(-1).expand_as(hessian))
     factor = _inverse_factor(hessian, damping)
-    scale, zero = (each.squeeze(-1) for each in linear.parameters(linear.blocks(weights, size), bits, symmetric))
+    scale, zero = (values.squeeze(-1) for values in linear.parameters(linear.blocks(weights, size), bits, symmetric))
     codes = torch.empty_like(weights, dtype=torch.uint8)
     if order is not None:
         weights = _columns(weights, order)
-        fixed = [_columns(each, order // size) for each in (scale, zero)]
+        fixed = [_columns(values, order // size) for values in (scale, zero)]
     for start in range(0, columns, _BATCH):
         stop = min(start + _BATCH, columns)
         errors = weights.new_empty(*weights.shape[:-1], stop - start)
         for i in range(start, stop):
             column = weights[..., i]
             if order is not None:
-                s, z = (each[..., i] for each in fixed)
+                s, z = (values[..., i] for values in fixed)
             else:
                 block = i // size
                 if i % size == 0:
@@ -97,7 +97,7 @@ def gptq(
                     now = weights[..., i:end].clone()
                     now[..., max(stop - i, 0) :] -= errors[..., : i - start] @ factor[..., start:i, max(stop, i) : end]
                     found = linear.parameters(now, bits, symmetric)
-                    scale[..., block], zero[..., block] = (each.squeeze(-1) for each in found)
+                    scale[..., block], zero[..., block] = (values.squeeze(-1) for values in found)
                 s, z = scale[..., block], zero[..., block]
             codes[..., i] = q = linear.quantize(column, s, z, bits)
             error = (column - linear.dequantize(q, s, z)) / factor[..., i, i, None]

@@ -103,5 +103,5 @@ def scale_codes(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def scale_values(codes: Tensor, offset: Tensor, step: Tensor) -> Tensor:
     """``A = exp(offset + step Q)``, with an offset and a step for each code or for each block of codes."""
     if offset.shape != codes.shape:
-        offset, step = (each.repeat_interleave(SCALE_BLOCK)[: len(codes)] for each in (offset, step))
+        offset, step = (values.repeat_interleave(SCALE_BLOCK)[: len(codes)] for values in (offset, step))
     return torch.exp(offset.float() + step.float() * codes)

@@ -197,7 +197,7 @@ class _OwnLayers:
         self._graph = graph
         called = [node for node in graph.graph.nodes if node.op == "call_module"]
         self._calls = Counter(node.target for node in called)
-        owners = Counter(id(one) for node in called for one in graph.get_submodule(str(node.target)).parameters())
+        owners = Counter(id(tensor) for node in called for tensor in graph.get_submodule(str(node.target)).parameters())
         owners.update(id(value_read(graph, node)) for node in graph.graph.nodes if node.op == "get_attr")
         self._fixed = fixed | {key for key, count in owners.items() if count > 1}
 

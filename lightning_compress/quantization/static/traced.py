@@ -89,7 +89,7 @@ class Traced(RoutedForm):
         self.signature = signature
         self.structure = trace.structure
         self.names = trace.names
-        self.numbers = trace.numbers
+        self.baked = trace.baked
         self.used = used
         self.flow = flow
         self.is_int8 = is_int8
@@ -161,14 +161,14 @@ class Traced(RoutedForm):
 
     def as_int8(self, graph: nn.Module) -> Traced:
         """The same for ``graph``, what `converted` gave."""
-        trace = Trace(graph, self.structure, self.names, self.numbers)
+        trace = Trace(graph, self.structure, self.names, self.baked)
         return Traced(graph, trace, self.signature, self.used, self.flow, is_int8=True)
 
     def wrong_kernels(self, scheme: StaticInt8) -> dict[str, str]:
         """The layers (paths in the parent) whose int8 kernels compute something else now, each with the reason."""
         examples, flow = self.signature.inputs, self.upstream
         with random_state_kept(), self._as_prepared():
-            inputs = [torch.randn(one.shape) if one.is_floating_point() else one.clone() for one in examples]
+            inputs = [torch.randn(zeros.shape) if zeros.is_floating_point() else zeros.clone() for zeros in examples]
             int8 = flow.convert(self.graph, scheme)
             return flow.wrong_kernels(self.graph, int8, scheme, inputs, drawn_only=True)
 

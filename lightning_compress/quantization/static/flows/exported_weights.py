@@ -34,10 +34,10 @@ def number_paddings_(graph: GraphModule) -> None:
             size: int = weight.dim() - 2
             defaults: list[Any] = [None, [1], "valid", [1], 1]
             bias, stride, padding, dilation, groups = [*list(node.args[2:]), *defaults[len(node.args) - 2 :]]
-            numbers = in_numbers(padding, weight.shape[2:], [*dilation] * (size // len(dilation)))
-            if not isinstance(numbers, str):
+            sizes = in_numbers(padding, weight.shape[2:], [*dilation] * (size // len(dilation)))
+            if not isinstance(sizes, str):
                 node.target = _PADDED[node.target]
-                node.args = (*node.args[:2], bias, stride, list(numbers), dilation, groups)
+                node.args = (*node.args[:2], bias, stride, list(sizes), dilation, groups)
     graph.recompile()
 
 

@@ -28,13 +28,13 @@ class Trace:
         graph: shares the parameters, takes the tensors of a call in order, and gives those of the output in a list.
         structure: what the module puts its output into.
         names: the layers and tensors (paths in the module) that the graph took the place of.
-        numbers: buffers (paths in the module) whose values the graph's code holds.
+        baked: buffers (paths in the module) whose values the graph's code holds.
     """
 
     graph: nn.Module
     structure: Structure
     names: frozenset[str]
-    numbers: dict[str, Tensor]
+    baked: dict[str, Tensor]
 
 
 class Flow(Protocol):

@@ -80,7 +80,7 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
         _fold_parametrizations_(graph)
     hide_functions_(graph)
     mapping = _qconfig_mapping(scheme, training)
-    tied = {id(one) for layer in graph.modules() if isinstance(layer, FLOAT_TYPES) for one in layer.parameters()}
+    tied = {id(weight) for layer in graph.modules() if isinstance(layer, FLOAT_TYPES) for weight in layer.parameters()}
     for path, module in graph.named_modules():
         stays = is_parametrized(module) or isinstance(getattr(module, "padding", None), str)
         if stays or _is_one_of(path, floats) or id(getattr(module, "weight", None)) in tied:

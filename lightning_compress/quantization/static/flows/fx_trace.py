@@ -51,7 +51,7 @@ class _Tracer(QuantizationTracer):
         self._read: dict[int, Tensor] = {}
         self.structure = Structure(None)
         self.names: set[str] = set()
-        self.numbers: dict[str, Tensor] = {}
+        self.baked: dict[str, Tensor] = {}
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         count = len(self._signature.inputs)
@@ -107,11 +107,11 @@ class _Tracer(QuantizationTracer):
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         self.names |= read
         buffers = {name: buffer for name, buffer in module.named_buffers() if id(buffer) in self._read}
-        self.numbers = {name: buffer.detach().clone().cpu() for name, buffer in buffers.items() if name not in read}
+        self.baked = {name: buffer.detach().clone().cpu() for name, buffer in buffers.items() if name not in read}
         traced = GraphModule(found, graph)
         traced.train(module.training)
         name_layers_(traced)
-        hide_integers_(traced, [not each.is_floating_point() for each in self._signature.inputs])
+        hide_integers_(traced, [not tensor.is_floating_point() for tensor in self._signature.inputs])
         return traced
 
 
@@ -150,7 +150,7 @@ def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ())
     tracer = _Tracer(signature, hooked)
     if not _is_layer(module):
         graph = tracer.graph_module(module)
-        return Trace(graph, tracer.structure, frozenset(tracer.names), tracer.numbers)
+        return Trace(graph, tracer.structure, frozenset(tracer.names), tracer.baked)
     graph = tracer.graph_module(_Holder(_shallow_copy(module)).train(module.training))
     return Trace(graph, tracer.structure, frozenset((*module._parameters, *module._buffers, *module._modules)), {})
 
@@ -207,10 +207,10 @@ def hide_integers_(graph: GraphModule, are_integers: Sequence[bool]) -> None:
             is_integer = isinstance(tensor, Tensor) and not tensor.is_floating_point()
         else:
             is_operation = node.op in ("call_function", "call_method")
-            kept = [each in found for each in node.all_input_nodes if not _is_size(each)]
-            hidden = is_operation and name in _KEEP_INTEGERS and any(kept)
-            is_integer = (is_operation and name in _GIVE_INTEGERS) or (hidden and all(kept))
-            if hidden and name != "getitem" and (all(kept) or name in ("add", "iadd", "mul", "imul")):
+            integers = [source in found for source in node.all_input_nodes if not _is_size(source)]
+            hidden = is_operation and name in _KEEP_INTEGERS and any(integers)
+            is_integer = (is_operation and name in _GIVE_INTEGERS) or (hidden and all(integers))
+            if hidden and name != "getitem" and (all(integers) or name in ("add", "iadd", "mul", "imul")):
                 function = getattr(Tensor, name) if node.op == "call_method" else node.target
                 node = replace_(graph, node, f"integers_{node.name}", Function(function), node.args, node.kwargs)
         if is_integer:

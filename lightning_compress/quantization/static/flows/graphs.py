@@ -70,7 +70,7 @@ def constants(graph: GraphModule) -> set[Node]:
     found: set[Node] = set()
     for node in graph.graph.nodes:
         inputs = node.all_input_nodes
-        if node.op == "get_attr" or (node.op != "output" and inputs and all(each in found for each in inputs)):
+        if node.op == "get_attr" or (node.op != "output" and inputs and all(source in found for source in inputs)):
             found.add(node)
     return found
 
@@ -80,7 +80,7 @@ def evaluate(graph: GraphModule, node: Node, known: dict[Node, Any] | None = Non
     known = {} if known is None else known
     if node in known:
         return known[node]
-    args, kwargs = map_arg((node.args, node.kwargs), lambda each: evaluate(graph, each, known))
+    args, kwargs = map_arg((node.args, node.kwargs), lambda source: evaluate(graph, source, known))
     if node.op == "get_attr":
         value = value_read(graph, node).detach()
     elif node.op == "call_module":
@@ -129,8 +129,8 @@ def name_layers_(graph: GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.target in LAYERS:
             weight, bias = (node_of(node, name) for name in ("weight", "bias"))
-            found = [value_read(graph, each) for each in (weight, bias) if each is not None]
-            if all(isinstance(each, nn.Parameter) for each in found):
+            found = [value_read(graph, part) for part in (weight, bias) if part is not None]
+            if all(isinstance(value, nn.Parameter) for value in found):
                 _call_layer_(graph, node, str(weight.target), *found)  # type: ignore[union-attr]
 
 
@@ -154,7 +154,7 @@ def _settle_kinds_(graph: GraphModule) -> None:
 
 
 def _replaced(tree: Any, node: Node, value: Any) -> Any:
-    return map_arg(tree, lambda each: value if each is node else each)
+    return map_arg(tree, lambda leaf: value if leaf is node else leaf)
 
 
 @torch.no_grad()
