@@ -8,14 +8,13 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_compress.callback import CompressionCallback
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import in_short
-from lightning_compress.modules.isolation import evaluating, restore_modes_, training_modes
-from lightning_compress.probe import data_feed, make_probe, unsilence_
+from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state, restore_modes_, training_modes
+from lightning_compress.probe import data_feed
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.float_twin import FloatTwin
 from lightning_compress.quantization.numerics.scheme import Scheme
@@ -31,6 +30,7 @@ from lightning_compress.quantization.trainer import (
     stage_of,
     time_against_float,
 )
+from lightning_compress.silent_copy import make_probe, unsilence_
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Targets
 
@@ -206,13 +206,13 @@ class PostTrainingQuantization(CompressionCallback):
         """Quantize ``probe``, a copy of the module; returns what is to be said of the way that batches took."""
         takes_batch = self.recipe.decides_per_token and offers_calibration(trainer, pl_module)
         if not self.recipe.calibrates and not takes_batch:
-            with evaluating(probe):
+            with evaluation_mode(probe):
                 quantize_(probe, self.recipe, None, ())
             return ""
         loader = calibration_loader(trainer, pl_module)
         feed = data_feed(trainer, probe, stage_of(trainer))
         found = calibration_batches(loader, trainer, probe, self.recipe.calibration_batches)
-        with evaluating(probe), generators_kept(loader), closing(found):
+        with evaluation_mode(probe), generators_kept(loader), closing(found):
             batches = feed.choose(probe, found)
             quantize_(probe, self.recipe, next(batches, None), batches, feed)
         return f"; {feed}"

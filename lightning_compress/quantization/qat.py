@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_compress.callback import compression_callbacks, rebuild_ddp, warn_of_other_settings
@@ -17,10 +16,10 @@ from lightning_compress.errors import invalid
 from lightning_compress.messages import in_short, named
 from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.copying import copy_tensors
-from lightning_compress.modules.isolation import evaluating, restore_modes_, training_modes
+from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state, restore_modes_, training_modes
 from lightning_compress.modules.paths import module_at
 from lightning_compress.modules.routing import CHILD
-from lightning_compress.probe import look, make_probe
+from lightning_compress.probe import observe_steps
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.change import CHANGE, copy_ranges_
 from lightning_compress.quantization.numerics.int8 import StaticInt8
@@ -37,6 +36,7 @@ from lightning_compress.quantization.trainer import (
     run_training_step,
     time_against_float,
 )
+from lightning_compress.silent_copy import make_probe
 from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Targets
 from lightning_compress.window import Bounds, Window, fit_length
@@ -201,7 +201,7 @@ class QuantizationAwareTraining(WindowedCallback):
         plan = make_plan(pl_module, log, self.scheme, self.targets, self._overrides, "fx", training=True)
         if plan.units and may_rescale(trainer):
             static = cast(StaticInt8, self.scheme)
-            with evaluating(pl_module):
+            with evaluation_mode(pl_module):
                 plan.units = [adjusted(pl_module, unit, log, static, training=True) for unit in plan.units]
         described = plan.describe()
         convert.prepare_(pl_module, described)

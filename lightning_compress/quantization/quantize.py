@@ -16,9 +16,9 @@ from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.calls import run_example, run_step, way_without_trainer
 from lightning_compress.modules.copying import copy_module, copy_tensors
-from lightning_compress.modules.isolation import evaluating, leaving_no_trace
+from lightning_compress.modules.isolation import evaluation_mode, isolated_evaluation
 from lightning_compress.modules.latency import round_ratios
-from lightning_compress.modules.outputs import outer_outputs
+from lightning_compress.modules.outputs import least_cosine, outer_outputs
 from lightning_compress.modules.paths import device_of
 from lightning_compress.quantization.convert import (
     convert_,

@@ -39,6 +39,7 @@ from tests.support.data import TinyData
 from tests.support.few_bits import CHILD, NF4_CONSTANTS, rounded
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, hooks, same_random_state, snapshot
+from tests.test_yaml import CLASSIFIER, DATA, TRAINER
 
 ROUNDED: list[Packed] = [
     WeightOnly(8),

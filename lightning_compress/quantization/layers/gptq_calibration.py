@@ -60,7 +60,7 @@ def calibrated_weights(
     room = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // _SHARE
     routed: list[nn.Module] = []
     made: dict[str, Any] = {}
-    with leaving_no_trace(model):
+    with isolated_evaluation(model):
         try:
             parts: dict[str, _Part] = {}
             for path, scheme in layers.items():

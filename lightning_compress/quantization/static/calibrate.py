@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.call_log import CallLog
 from lightning_compress.modules.calls import run_step
-from lightning_compress.modules.isolation import leaving_no_trace, random_state_kept
+from lightning_compress.modules.isolation import isolated_evaluation, isolated_random_state
 from lightning_compress.modules.paths import clean_name, compressible_modules, is_at_or_below
 from lightning_compress.modules.routing import CHILD
 from lightning_compress.quantization.numerics.int8 import StaticInt8
@@ -98,6 +98,6 @@ def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8, tra
     if training:
         fixed |= {id(parameter) for parameter in module.parameters() if not parameter.requires_grad}
     widen = unit.flow == "fx" and not training
-    with random_state_kept():
+    with isolated_random_state():
         relu6 = adjust_(graph, inputs, fixed, equalize=scheme.equalize, smooth=scheme.smooth, widen=widen)
     return replace(unit, widened=tuple(relu6))

@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError, in_a_line
 from lightning_compress.modules.call_log import CallLog
-from lightning_compress.modules.compare_outputs import same_outputs, same_structure
 from lightning_compress.modules.copying import copy_module, copy_tensors
 from lightning_compress.modules.fast_path import without_fast_path
-from lightning_compress.modules.isolation import random_state_kept
+from lightning_compress.modules.isolation import isolated_random_state
+from lightning_compress.modules.outputs import same_outputs, same_structure
 from lightning_compress.modules.paths import clean_name, compressible_modules, is_at_or_below, is_below
 from lightning_compress.quantization.layers.without_kernel import (
     REPLACED,
@@ -148,7 +148,7 @@ class _Planner:
             while True:
                 unit = Unit(path, Signature(args, kwargs), hooked, floats, self.flow)
                 # torch.fx prints each error of a graph before it is raised.
-                with redirect_stderr(StringIO()), random_state_kept():
+                with redirect_stderr(StringIO()), isolated_random_state():
                     verdict = verify(module, unit, args, kwargs, self.scheme, self.training)
                 if not verdict.wrong.keys() - set(floats):
                     break
@@ -293,6 +293,6 @@ def _on_cpu(tensors: list[Tensor]) -> list[Tensor]:
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = copy_tensors((args, kwargs))
     device = next((leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
-    with torch.no_grad(), random_state_kept(), without_fast_path(), torch.autocast(device, enabled=False):
+    with torch.no_grad(), isolated_random_state(), without_fast_path(), torch.autocast(device, enabled=False):
         torch.manual_seed(0)
         return module(*args, **kwargs)

@@ -167,7 +167,7 @@ class Traced(RoutedForm):
     def wrong_kernels(self, scheme: StaticInt8) -> dict[str, str]:
         """The layers (paths in the parent) whose int8 kernels compute something else now, each with the reason."""
         examples, flow = self.signature.inputs, self.upstream
-        with random_state_kept(), self._as_prepared():
+        with isolated_random_state(), self._as_prepared():
             inputs = [torch.randn(zeros.shape) if zeros.is_floating_point() else zeros.clone() for zeros in examples]
             int8 = flow.convert(self.graph, scheme)
             return flow.wrong_kernels(self.graph, int8, scheme, inputs, drawn_only=True)
@@ -234,7 +234,7 @@ def share_buffers(traced: Traced, parent: nn.Module) -> None:
 
 def trace_by(flow: str, module: nn.Module, unit: Unit) -> Trace:
     """The traced form of ``module`` by the flow of this name; what its forward draws meanwhile is put back."""
-    with random_state_kept():
+    with isolated_random_state():
         return load(flow).trace(module, unit.signature, unit.hooked)
 
 

@@ -38,6 +38,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT
 from lightning_compress.quantization.static.flows.fused import guard_, observe_weights_, unguard_

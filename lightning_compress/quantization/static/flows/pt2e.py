@@ -18,7 +18,7 @@ from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.isolation import leaving_no_trace
+from lightning_compress.modules.isolation import isolated_evaluation
 from lightning_compress.modules.outputs import Structure, flatten
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.static.flows.exported_kernels import exported_steps
@@ -69,7 +69,7 @@ def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ())
     inputs = tuple(tensor.to(device) for tensor in _sizes_above_one(signature.inputs))
     structures: list[Structure] = []
     call = _Call(module, signature, structures.append)
-    with quiet(), leaving_no_trace(module):
+    with quiet(), isolated_evaluation(module):
         call(*inputs)  # so that it is exported with what it makes at its first call, whether it has been called or not
         exported = _export(call, inputs)
     read = [str(node.target) for node in exported.graph.nodes if node.op == "get_attr" and node.users]
