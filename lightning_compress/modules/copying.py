@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -27,20 +27,21 @@ def copy_batch(batch: Any) -> Any:
         return copy_tensors(batch)
 
 
-def copy_module(module: Module, shared: Collection[nn.Parameter] = ()) -> Module:
+def copy_module(module: Module, shared: Collection[nn.Parameter] | Mapping[int, Any] = ()) -> Module:
     """Make a deep copy to try things on; computed tensors that a module keeps as attributes are detached in it.
 
     Args:
         module: the original.
-        shared: parameters that the copy has too, to save their memory.
+        shared: parameters that the copy has too, to save their memory; or, by the `id` of what the original has, what
+            the copy has in its place.
 
     Raises:
         CompressionError: the module can't be copied.
     """
     leaves = (leaf for inner in module.modules() for leaf in pytree.tree_leaves(vars(inner)))
     tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None)
-    memo = {id(tensor): tensor.detach().clone() for tensor in tensors}
-    memo |= {id(parameter): parameter for parameter in shared}
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in tensors}
+    memo |= shared if isinstance(shared, Mapping) else {id(parameter): parameter for parameter in shared}
     try:
         twin = copy.deepcopy(module, memo)
     except (RuntimeError, TypeError, ValueError) as error:

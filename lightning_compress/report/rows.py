@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_compress.deployable import drop_helpers_
 from lightning_compress.errors import in_a_line
+from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.isolation import isolated_inference
 from lightning_compress.report.inputs import batch_size_of, call, called_in_turn, resize_batch, to_device
 from lightning_compress.report.latency import measure_latency
@@ -145,7 +145,7 @@ def structural_copy(model: Model) -> Model:
     tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor))
     shared = {id(tensor): _on_cpu(tensor) for tensor in tensors}
     try:
-        copied = copy.deepcopy(model, shared)
+        copied = copy_module(model, shared)
     except Exception:
         # Not every module can be copied; measuring it as it stands restores it too, only a later change would show.
         return model

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
+from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.report.evaluations import samples_of
 
@@ -28,6 +29,10 @@ def validate_copy(trainer: Any, pl_module: Any) -> tuple[dict[str, Any], tuple[i
         pl_module: its module, on its device.
     """
     device = trainer.strategy.root_device
+    aliases = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        for parameter in pl_module.parameters()
+    }
     kind = next(kind for kind in type(trainer).__mro__ if kind.__module__.endswith("trainer.trainer"))
     with isolated_random_state(), _in_silence():
         loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
@@ -43,22 +48,8 @@ def validate_copy(trainer: Any, pl_module: Any) -> tuple[dict[str, Any], tuple[i
             enable_model_summary=False,
         )
         with isolated_random_state(loaders):
-            own.validate(_copy(pl_module), dataloaders=tree_map(_own_iterator, loaders), verbose=False)
+            own.validate(copy_module(pl_module, aliases), dataloaders=tree_map(_own_iterator, loaders), verbose=False)
         return own.callback_metrics, samples_of(own.val_dataloaders, own.num_val_batches)
-
-
-def _copy(pl_module: Any) -> Any:
-    aliases = {
-        id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-        for parameter in pl_module.parameters()
-    }
-    twin = copy.deepcopy(pl_module, aliases)
-    if getattr(twin, "_compiler_ctx", None) is not None:
-        # Of a module that went through `torch.compile` as a whole: they are bound to the original.
-        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            twin.__dict__.pop(name, None)
-        twin._compiler_ctx = None
-    return twin
 
 
 def _own_iterator(loader: Any) -> Any:

@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress import RemovalPlan, Targets, plan_removal, remove_channels_
-from lightning_compress.modules.resizing import resize_, resize_state_, take
 from tests.support.oracles import assert_same_state, snapshot
 
 SHAPES = {"0": (12, 6), "2": (10, 12), "4": (3, 10)}
@@ -142,18 +139,6 @@ def test_optimizers_that_never_stepped() -> None:
     assert optimizer.state[model[0].weight]["exp_avg"].shape == model[0].weight.shape
 
 
-def test_state_of_an_unknown_layout_starts_anew() -> None:
-    weight, other = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight, other], 0.1)
-    optimizer.state[weight] = {"factors": [torch.eye(5)], "step": 3}
-    optimizer.state[other] = {"momentum_buffer": torch.ones(2)}
-    kept = {0: torch.tensor([1, 2])}
-    resize_(weight, kept)
-    assert resize_state_([optimizer], {weight: (torch.Size([4, 3]), kept)}) == ["SGD"]
-    assert weight not in optimizer.state
-    assert_same_state(optimizer.state[other], {"momentum_buffer": torch.ones(2)})
-
-
 @pytest.mark.parametrize("include", [None, ["2"]], ids=["all", "all_but_the_first"])
 def test_lbfgs_starts_anew(include: list[str] | None) -> None:
     model = mlp()
@@ -188,40 +173,3 @@ def test_what_is_no_list_of_optimizers_is_refused_or_understood(wrong: Any) -> N
         assert_same_state(before, model)
     else:
         step_(model, optimizer, 1)
-
-
-sizes = st.lists(st.integers(1, 4), min_size=1, max_size=4)
-
-
-@given(sizes, st.data())
-def test_slices_are_those_of_numpy(shape: list[int], data: st.DataObject) -> None:
-    tensor = torch.arange(float(np.prod(shape))).view(shape)
-    kept = _indices(shape, data)
-    expected = tensor.numpy()
-    for dim, indices in kept.items():
-        expected = np.take(expected, indices, axis=dim)
-    got = take(tensor, {dim: torch.tensor(indices) for dim, indices in kept.items()})
-    assert_same_state(got, torch.from_numpy(expected.copy()))
-
-
-@given(sizes, st.data())
-def test_cut_twice_is_cut_once_to_what_stays_in_both(shape: list[int], data: st.DataObject) -> None:
-    first, second = _indices(shape, data), _indices(shape, data)
-    twice, once = (nn.Parameter(torch.arange(float(np.prod(shape))).view(shape)) for _ in range(2))
-    twice.grad, once.grad = twice.detach() + 0.5, once.detach() + 0.5
-    both = {dim: sorted(set(first.get(dim, range(size))) & set(second.get(dim, range(size)))) for dim, size in
-            enumerate(shape)}  # fmt: skip
-    resize_(twice, {dim: torch.tensor(indices) for dim, indices in first.items()})
-    left = {dim: [first[dim].index(one) for one in indices if one in first[dim]] if dim in first else indices
-            for dim, indices in second.items()}  # fmt: skip
-    resize_(twice, {dim: torch.tensor(indices, dtype=torch.int64) for dim, indices in left.items()})
-    resize_(once, {dim: torch.tensor(indices, dtype=torch.int64) for dim, indices in both.items()})
-    assert_same_state([twice, twice.grad], [once, once.grad])
-
-
-def _indices(shape: list[int], data: st.DataObject) -> dict[int, list[int]]:
-    kept = {}
-    for dim, size in enumerate(shape):
-        if data.draw(st.booleans()):
-            kept[dim] = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1)))
-    return kept
