@@ -19,6 +19,11 @@ class Criterion:
             optimizer step with its own ``last`` result, zeros at first.
         signed: whether scores are ranked as they are, the most negative first, and not by their magnitude.
         needs_gradients: whether scores are carried along from step to step, in one more tensor of the weights' size.
+
+    Example:
+        >>> relative = Criterion(lambda weight: weight.abs() / weight.abs().sum())
+        >>> relative.score(torch.tensor([1.0, -3.0]))
+        tensor([0.2500, 0.7500])
     """
 
     score: Callable[..., Tensor]

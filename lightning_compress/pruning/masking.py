@@ -57,6 +57,7 @@ class MaskingCallback(WindowedCallback):
 
     @property
     def pruner(self) -> Pruner:
+        """The pruner of the fit that runs."""
         if self._pruner is None:
             raise CompressionError(f"{type(self).__name__} has no weights before a fit starts.")
         return self._pruner

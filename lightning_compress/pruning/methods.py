@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.pruning.criteria import CRITERIA, Criterion
+from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.n_m import Pattern
 from lightning_compress.pruning.smallest import take_smallest
 
@@ -33,14 +33,12 @@ class PruningMethod(ABC):
         fixes_sparsity: whether it decides itself how much goes.
         compares_layers: whether it can rank several tensors together.
         needs_gradients: whether its scores are carried along from step to step.
-        draws: whether it may draw random numbers.
     """
 
     structured = False
     fixes_sparsity = False
     compares_layers = True
     needs_gradients = False
-    draws = True
 
     @abstractmethod
     def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
@@ -76,10 +74,6 @@ class LowestScores(PruningMethod):
     @property
     def needs_gradients(self) -> bool:  # type: ignore[override]
         return self.criterion.needs_gradients
-
-    @property
-    def draws(self) -> bool:  # type: ignore[override]
-        return self.criterion not in CRITERIA.values()  # a user's own may
 
     def scores(self, weight: Tensor) -> Tensor:
         return _checked(self.criterion.score(weight), weight)

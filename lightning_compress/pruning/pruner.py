@@ -14,6 +14,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name
 from lightning_compress.modules.resizing import Cut, forget_, lies_along, with_inner
 from lightning_compress.pruning import dependents
+from lightning_compress.pruning.criteria import CRITERIA
 from lightning_compress.pruning.dependents import Dependent, Observations, reduce_mask
 from lightning_compress.pruning.masks import check_masks
 from lightning_compress.pruning.methods import LowestScores, Masks, pruned
@@ -150,8 +151,9 @@ class Pruner:
             self.masks = {name: mask & self.given[name] for name, mask in self.masks.items()}
             return
         start = check_masks({}, self.weights) if regrow else self.masks
-        # Not where nothing is drawn: setting torch's seeds takes longer than small masks do.
-        with own_random_state(seed) if self.method.draws else nullcontext():
+        # Not for ours, which draw nothing: setting torch's seeds takes longer than small masks do.
+        draws_nothing = isinstance(self.method, LowestScores) and self.method.criterion in CRITERIA.values()
+        with nullcontext() if draws_nothing else own_random_state(seed):
             ranked = {
                 name: self._score(name) if self.method.needs_gradients else self.method.scores(self._effective(name))
                 for name in self.weights

@@ -144,12 +144,8 @@ def _criterion_of(function: Any, method: str) -> Criterion:
     count = sum(parameter.default is parameter.empty for parameter in parameters)
     if count in (1, 3) and not any(parameter.kind in _VARIADIC for parameter in parameters):
         return Criterion(function, needs_gradients=count == 3)
-    raise invalid(
-        "method",
-        "name a subclass of torch.nn.utils.prune.BasePruningMethod, or a criterion",
-        method,
-        "A criterion is a function of (weight), or of (weight, gradient, last score).",
-    )
+    remedy = "A criterion is a function of (weight), or of (weight, gradient, last score)."
+    raise invalid("method", "name a subclass of torch.nn.utils.prune.BasePruningMethod, or a criterion", method, remedy)
 
 
 def _checked_class(cls: type[prune.BasePruningMethod], method: str) -> type[prune.BasePruningMethod]:
