@@ -222,19 +222,17 @@ class Targets:
         """Say why a parameter is no weight, or its layer not targeted; empty if it is a weight of a targeted layer."""
         module = modules[path]
         types = (*PRUNABLE, nn.Embedding, nn.EmbeddingBag) if self.types is None else tuple(self.types)
-        of_torch = tuple(
-            kind for kind in types if kind.__module__.startswith("torch.nn.modules.") and kind is not nn.Module
-        )
-        of_user = tuple(kind for kind in types if kind not in of_torch)
-        if direct or isinstance(module, of_user) or holds_list_of(module, name, types):
+        own = tuple(kind for kind in types if kind is nn.Module or not kind.__module__.startswith("torch.nn.modules."))
+        known = tuple(kind for kind in types if kind not in own)
+        if direct or isinstance(module, own) or holds_list_of(module, name, types):
             return why_no_weight(module, name)
-        if isinstance(module, of_torch) and name in named_weights(module):
+        if isinstance(module, known) and name in named_weights(module):
             return ""
         reason = why_no_weight(module, name)
         named = any(names_itself(pattern, path) for pattern in self.include or ())
         if self.types is None and named and self._is_leaf(path, modules):
             return reason
-        if isinstance(module, of_torch) or (reason and not reason.startswith(UNSURE)):
+        if isinstance(module, known) or (reason and not reason.startswith(UNSURE)):
             return reason or NO_WEIGHT[1]
         return f"{type(module).__name__} {_OTHER_TYPE} (name it in `types`, or this in `include`)"
 

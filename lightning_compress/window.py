@@ -121,9 +121,6 @@ def fit_length(trainer: pl.Trainer) -> tuple[float, float]:
 
     The rest is the whole fit, unless the Trainer goes on from an earlier fit or from a checkpoint that knew nothing of
     the window. The extra epoch in which stochastic weight averaging renews BatchNorm statistics makes no steps.
-
-    Returns:
-        The number for the rest of the fit, and that for one epoch.
     """
     batches = trainer.num_training_batches
     epochs = _epochs(trainer)
