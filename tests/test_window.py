@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, Stochasti
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_compress import CompressionError, Window
-from lightning_compress.callback import CompressionCallback
 from lightning_compress.window import Bounds, fit_length
+from lightning_compress.windowed_callback import WindowedCallback
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, ManualClassifier, quiet_trainer
 
@@ -124,8 +124,10 @@ def test_absolute_windows_need_only_their_own_unit(window: Window) -> None:
 # The length that is foreseen, against a count of the batches that made a step.
 
 
-class Recorder(CompressionCallback):
+class Recorder(WindowedCallback):
     """Notes when it is told to act, and what was foreseen."""
+
+    key = "recorder"
 
     def __init__(self, window: Window = Window()) -> None:  # noqa: B008
         super().__init__(window)
