@@ -34,7 +34,7 @@ _USES = {
 """What a use says to a form that it can't take."""
 
 
-class Quantization:
+class Quantization(StructuralChange):
     """The forms of a quantized module: prepared, converted, adapted."""
 
     key = "quantization"
@@ -43,9 +43,6 @@ class Quantization:
     def record(self, module: nn.Module) -> Record | None:
         record: Record | None = module.__dict__.get(convert.RECORD)
         return record
-
-    def infer(self, module: nn.Module, state: Mapping[str, Any]) -> Record | None:
-        return None
 
     def same(self, module: nn.Module, record: Record | None) -> bool:
         own = convert.record_of(module)
@@ -188,4 +185,4 @@ def copy_ranges_(twin: nn.Module, model: nn.Module) -> None:
             target[key].copy_(source[key])
 
 
-CHANGE: StructuralChange = Quantization()
+CHANGE = Quantization()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -19,8 +20,10 @@ The room of a change has its key as its name, and the change itself as ``CHANGE`
 """
 
 
-class StructuralChange(Protocol):
+class StructuralChange:
     """How one technique changes a module's structure, and how the change survives a checkpoint.
+
+    What isn't abstract does nothing by default.
 
     Attributes:
         key: the change's entry in a checkpoint, and its place in `ORDER`.
@@ -30,6 +33,7 @@ class StructuralChange(Protocol):
     key: str
     is_float: bool
 
+    @abstractmethod
     def record(self, module: nn.Module) -> Record | None:
         """What was done to ``module``; None if nothing was."""
 
@@ -39,10 +43,13 @@ class StructuralChange(Protocol):
         Raises:
             CompressionError: the shapes alone don't tell.
         """
+        return None
 
+    @abstractmethod
     def same(self, module: nn.Module, record: Record | None) -> bool:
         """Whether ``module`` has the structure of ``record`` as far as loading cares."""
 
+    @abstractmethod
     def apply_(self, module: nn.Module, record: Record) -> None:
         """Give a module that lacks this change the structure of ``record``; its weights are loaded afterwards.
 
@@ -50,6 +57,7 @@ class StructuralChange(Protocol):
             CompressionError: the module isn't the one that the record tells of.
         """
 
+    @abstractmethod
     def revert_(self, module: nn.Module) -> None:
         """Take the change back, with the values that the module had; adapters are merged.
 
@@ -72,6 +80,7 @@ class StructuralChange(Protocol):
 
     def extra_state(self, module: nn.Module, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Take what isn't the user's out of state dicts of ``module``; returns it as parts of our entry."""
+        return {}
 
     def load_extra_(self, module: nn.Module, states: Sequence[dict[str, Any]], entry: Record) -> None:
         """Put into state dicts of the user's keys what `extra_state` took, from the entry.
@@ -85,6 +94,7 @@ class StructuralChange(Protocol):
 
     def replaces_average(self, record: Record) -> bool:
         """Whether the weights are those that serve: an average of float weights is dropped from a file."""
+        return False
 
     def check(self, record: Record, use: str) -> None:
         """Raise if a module or file with this record can't be used so.
