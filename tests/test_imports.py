@@ -43,7 +43,7 @@ INSIDE = {
 # The files that import what a string names.
 BY_NAME = {
     "structure/change.py",  # the changes of structure, whose rooms stand above
-    "pruning/methods.py",  # a user's own pruning method
+    "pruning/recipe.py",  # a user's own method or criterion
 }
 
 # The files that decide when things happen; all others compute on tensors and run without a Trainer.
@@ -55,6 +55,7 @@ MAY_IMPORT_LIGHTNING = {
     "cli.py",
     "channels/callback.py",
     "pruning/callback.py",
+    "pruning/masking.py",
     "quantization/qat.py",
     "quantization/qlora.py",
     "quantization/ptq.py",

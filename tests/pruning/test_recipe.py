@@ -14,11 +14,11 @@ from torch.nn.utils import prune
 from lightning_compress import CompressionError, Linear, ScheduledPruning, Window, prune_
 from lightning_compress.cli import main
 from lightning_compress.pruning.recipe import TORCH_METHODS, find_method
+from tests.contracts.test_yaml import configure, only
 from tests.pruning import rules
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, count_zeros, same_random_state, snapshot
-from tests.test_yaml import configure, only
 
 OWN = "tests.pruning.rules."
 
