@@ -37,7 +37,7 @@ OTHER_FOLDER = pytest.mark.filterwarnings(
 
 
 class Random(ConvNet):
-    """Everything that a look might move: BatchNorm, dropout, a counter, a generator of its own."""
+    """Everything that a dry run might move: BatchNorm, dropout, a counter, a generator of its own."""
 
     def __init__(self) -> None:
         super().__init__(dropout=0.5)

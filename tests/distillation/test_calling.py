@@ -47,7 +47,7 @@ class OfSamples(Masked):
         return batch[1] > 0
 
 
-def made(
+def build(
     kind: type[DistillationModule], losses: list[DistillationLoss], dense: bool = False
 ) -> tuple[DistillationModule, nn.Module]:
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def made(
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
 def test_features_take_tokens_and_logits_the_samples_that_have_any(caplog: Any) -> None:
-    module, teacher = made(Masked, [SoftTarget(temperature=1.0), FeatureMSE("body", "body")])
+    module, teacher = build(Masked, [SoftTarget(temperature=1.0), FeatureMSE("body", "body")])
     _, terms, logits = module.distill((TOKENS, LENGTHS))
     keep, valid = LENGTHS > 0, torch.arange(5) < LENGTHS[:, None]
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_features_take_tokens_and_logits_the_samples_that_have_any(caplog: Any) 
 
 
 def test_a_mask_of_samples_holds_for_all_positions_of_dense_logits() -> None:
-    module, teacher = made(OfSamples, [SoftTarget(temperature=1.0), FeatureMSE("body", "body")], dense=True)
+    module, teacher = build(OfSamples, [SoftTarget(temperature=1.0), FeatureMSE("body", "body")], dense=True)
     _, terms, logits = module.distill((TOKENS, LENGTHS))
     keep = LENGTHS > 0
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_a_mask_of_samples_holds_for_all_positions_of_dense_logits() -> None:
 
 
 def test_a_mask_that_fits_no_logits_is_an_error_where_these_alone_are_compared() -> None:
-    module, _ = made(Masked, [SoftTarget()])
+    module, _ = build(Masked, [SoftTarget()])
     with pytest.raises(CompressionError, match=r"`valid` must have the positions' shape \(6,\).*\(6, 5\)"):
         module.distill((TOKENS, LENGTHS))
 
@@ -94,7 +94,7 @@ def test_a_mask_of_pixels_leaves_features_of_another_size_whole_and_says_so() ->
         def valid_positions(self, batch: Any) -> Tensor:
             return torch.ones(6, 7, 7, dtype=torch.bool)
 
-    module, _ = made(Pixels, [FeatureMSE("body", "body")])
+    module, _ = build(Pixels, [FeatureMSE("body", "body")])
     module.distill((TOKENS, LENGTHS))
     assert "are no positions of feature_mse (6, 5, 8), where all count." in module.objective.notes["feature_mse"]
 

@@ -1,4 +1,4 @@
-"""Teachers made in the run: a snapshot and a moving average of the student, against loops by hand."""
+"""Teachers that are made of the student in a fit: a snapshot and an average, against loops by hand."""
 
 from __future__ import annotations
 
