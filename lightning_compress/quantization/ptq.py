@@ -24,7 +24,6 @@ from lightning_compress.quantization.recipe import Recipe
 from lightning_compress.quantization.trainer import (
     calibration_batches,
     calibration_loader,
-    generators_kept,
     offers_calibration,
     refuse_accelerator,
     stage_of,
@@ -212,7 +211,7 @@ class PostTrainingQuantization(CompressionCallback):
         loader = calibration_loader(trainer, pl_module)
         feed = data_feed(trainer, probe, stage_of(trainer))
         found = calibration_batches(loader, trainer, probe, self.recipe.calibration_batches)
-        with evaluation_mode(probe), generators_kept(loader), closing(found):
+        with evaluation_mode(probe), isolated_random_state(loader), closing(found):
             batches = feed.choose(probe, found)
             quantize_(probe, self.recipe, next(batches, None), batches, feed)
         return f"; {feed}"

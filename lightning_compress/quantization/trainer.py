@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
 from itertools import islice
 from typing import Any
 
@@ -54,23 +53,6 @@ def _holds_batches(loaders: Any) -> bool:
     """Whether what could be several loaders is a list of batches."""
     leaves = pytree.tree_leaves(loaders)
     return any(isinstance(leaf, torch.Tensor) or not isinstance(leaf, Iterable) for leaf in leaves)
-
-
-@contextmanager
-def generators_kept(loader: Any) -> Iterator[None]:
-    """A loader that shuffles by a generator of its own goes on as if nobody had read it."""
-    holders = [
-        holder
-        for leaf in pytree.tree_leaves(getattr(loader, "iterables", loader))
-        for holder in (leaf, getattr(leaf, "sampler", None), getattr(leaf, "dataset", None))
-    ]
-    found = [getattr(holder, "generator", None) for holder in holders]
-    states = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
 
 
 def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:

@@ -33,13 +33,13 @@ from lightning_compress.cli import main
 from lightning_compress.quantization.convert import form_of, record_of
 from lightning_compress.quantization.layers import packed
 from lightning_compress.quantization.layers.schemes import Packed
+from tests.contracts.test_yaml import CLASSIFIER, DATA, TRAINER
 from tests.quantization.test_quantize import agreement
 from tests.support.architectures import SharedModule, TiedLanguageModel
 from tests.support.data import TinyData
 from tests.support.few_bits import CHILD, NF4_CONSTANTS, rounded
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, hooks, same_random_state, snapshot
-from tests.test_yaml import CLASSIFIER, DATA, TRAINER
 
 ROUNDED: list[Packed] = [
     WeightOnly(8),

@@ -147,8 +147,7 @@ class _Planner:
             args, kwargs = canonical(module, *self.calls.inputs[path])
             while True:
                 unit = Unit(path, Signature(args, kwargs), hooked, floats, self.flow)
-                # torch.fx prints each error of a graph before it is raised.
-                with redirect_stderr(StringIO()), isolated_random_state():
+                with redirect_stderr(StringIO()):  # torch.fx prints each error of a graph before it is raised
                     verdict = verify(module, unit, args, kwargs, self.scheme, self.training)
                 if not verdict.wrong.keys() - set(floats):
                     break
@@ -236,6 +235,7 @@ class Verdict:
     wrong: dict[str, str] = field(default_factory=dict)
 
 
+@isolated_random_state()
 def verify(
     module: nn.Module, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], scheme: StaticInt8, training: bool
 ) -> Verdict:

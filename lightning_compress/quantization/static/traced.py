@@ -233,9 +233,8 @@ def share_buffers(traced: Traced, parent: nn.Module) -> None:
 
 
 def trace_by(flow: str, module: nn.Module, unit: Unit) -> Trace:
-    """The traced form of ``module`` by the flow of this name; what its forward draws meanwhile is put back."""
-    with isolated_random_state():
-        return load(flow).trace(module, unit.signature, unit.hooked)
+    """The traced form of ``module`` by the flow of this name."""
+    return load(flow).trace(module, unit.signature, unit.hooked)
 
 
 def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:

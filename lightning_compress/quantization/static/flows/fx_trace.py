@@ -12,7 +12,7 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx import GraphModule, Node, Proxy
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_compress.modules.isolation import isolated_state
+from lightning_compress.modules.isolation import isolated_random_state, isolated_state
 from lightning_compress.modules.outputs import Structure, flatten
 from lightning_compress.quantization.static.flows.flow import Signature, Trace
 from lightning_compress.quantization.static.flows.graphs import (
@@ -96,7 +96,8 @@ class _Tracer(QuantizationTracer):
         return self.create_proxy("call_module", name, args, kwargs)
 
     def graph_module(self, module: nn.Module) -> GraphModule:
-        with isolated_state(module.modules()):  # constants, and what the forward keeps: all of it is of this trace
+        # Constants, and what the forward keeps: all of it is of this trace.
+        with isolated_random_state(), isolated_state(module.modules()):
             graph = self.trace(module)
             leaves = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
             found: dict[str, Any] = {name: self._inserted.get(name) or _attribute(module, name) for name in leaves}

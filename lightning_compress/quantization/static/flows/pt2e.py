@@ -18,7 +18,7 @@ from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.isolation import isolated_evaluation
+from lightning_compress.modules.isolation import isolated_evaluation, isolated_random_state
 from lightning_compress.modules.outputs import Structure, flatten
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.static.flows.exported_kernels import exported_steps
@@ -111,7 +111,7 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
     quantizer = X86InductorQuantizer().set_global(_configuration(scheme))
     for path in floats:
         quantizer.set_module_name_qconfig(f"module.{path}", None)
-    with quiet(), torch.no_grad(), torch.random.fork_rng():
+    with quiet(), torch.no_grad(), isolated_random_state():
         copied = copy.deepcopy(graph.graph)
         number_paddings_(copied)
         fold_weights_(copied)
@@ -203,7 +203,7 @@ def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = (
             "A layer that is converted must compute what it computed before. Received: "
             f"{', '.join(map(repr, floats))}, whose int8 form doesn't. Exclude it in `targets`, or use flow='fx'."
         )
-    with quiet(), torch.no_grad(), torch.random.fork_rng():
+    with quiet(), torch.no_grad(), isolated_random_state():
         converted = convert_pt2e(copy.deepcopy(prepared.graph).cpu())
     _drop_unread_(converted)
     return Int8Graph(converted)
