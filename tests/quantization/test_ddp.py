@@ -7,7 +7,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_compress import PostTrainingQuantization, QuantizationAwareTraining, ScheduledPruning, Window
-from tests.quantization.test_qat import At, int8_weights, observers
+from tests.quantization.prepared import At
+from tests.quantization.test_qat import observers
+from tests.quantization.test_qat_fits import int8_weights
 from tests.support.data import TinyData
 from tests.support.ddp import run_ranks
 from tests.support.modules import Classifier, quiet_trainer

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_compress import CompressionError, PostTrainingQuantization, StaticInt8, Targets, quantize
-from tests.quantization.test_qat import At, attributes, int8_layers
+from tests.quantization.prepared import At, int8_layers
+from tests.quantization.test_qat_fits import attributes
 from tests.support.data import TinyData, keyword_loader
 from tests.support.modules import Classifier, KeywordClassifier, ZooModule, quiet_trainer
 from tests.support.oracles import assert_same_state, hooks, same_random_state, snapshot

@@ -1,49 +1,25 @@
-"""`PostTrainingQuantization` with `compare` and `keep`, its `quantized_model`, and what it reads to calibrate."""
+"""`PostTrainingQuantization` with `compare`: one test logs the metrics of both models."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, Sampler
-from torchmetrics import Accuracy, MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassPrecision, MulticlassRecall
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
-from lightning_compress import CompressionError, PostTrainingQuantization, load_compressed
-from tests.quantization.test_qat import At, attributes, int8_layers
+from lightning_compress import PostTrainingQuantization
+from tests.quantization.logging_modules import SCHEMES, Blank, Draws, Metrics, Plain, fitted, metrics_of
+from tests.quantization.test_qat_fits import attributes
 from tests.support.data import TinyData
-from tests.support.modules import Classifier, quiet_trainer
-from tests.support.oracles import assert_same_state, same_random_state, snapshot
-
-SCHEMES = ["int8_static", "int8_dynamic", "int8_weight_only"]
-
-
-class Blank(Classifier):
-    """A classifier without steps that log, for the tests to add them."""
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        raise NotImplementedError
-
-    def loss(self, batch: Any) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-
-class Plain(Blank):
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("loss", self.loss(batch))  # the batch size is found out
-        self.log("largest", self(batch[0]).amax(), reduce_fx="max", batch_size=len(batch[0]))
+from tests.support.modules import quiet_trainer
+from tests.support.oracles import assert_same_state, snapshot
 
 
 class Dict(Blank):
@@ -55,31 +31,6 @@ class Dict(Blank):
 
     def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log("from outputs", outputs["loss"], batch_size=len(batch[0]))
-
-
-class Metrics(Blank):
-    """Metric objects: by themselves, in a collection, computed by hand, and not even registered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.accuracy = Accuracy("multiclass", num_classes=4)
-        self.several = MetricCollection([MulticlassPrecision(4), MulticlassRecall(4)], prefix="of/")
-        self.by_hand = MeanMetric()
-        self.aside = [MeanMetric()]
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        logits = self(batch[0])
-        self.accuracy(logits, batch[1])
-        self.several(logits, batch[1])
-        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
-        self.log_dict(self.several, on_step=False, on_epoch=True)
-        self.by_hand.update(self.loss(batch))
-        self.aside[0].update(logits.amax(1).mean())
-
-    def on_test_epoch_end(self) -> None:
-        for name, metric in (("by hand", self.by_hand), ("aside", self.aside[0])):
-            self.log(name, metric.compute())
-            metric.reset()
 
 
 class Collects(Blank):
@@ -102,14 +53,6 @@ class Collects(Blank):
         self.log_dict({"deviation": torch.cat(self.seen).std(), "batches": float(len(self.seen))})
 
 
-class Draws(Blank):
-    """Noise in the test step, as in diffusion."""
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        x = batch[0] + torch.randn_like(batch[0])
-        self.log("loss", self.loss((x, batch[1])))
-
-
 class InPlace(Blank):
     """Normalizes its batch in place."""
 
@@ -117,21 +60,6 @@ class InPlace(Blank):
         batch[0].mul_(2).add_(1)
         self.log("loss", self.loss(batch))
         batch.pop()
-
-
-def fitted(kind: type[L.LightningModule]) -> Any:
-    torch.manual_seed(0)
-    module = kind()
-    quiet_trainer(max_epochs=2).fit(module, TinyData())
-    return module
-
-
-def metrics_of(module: Any, data: Any = None, trainer: Any = None, **options: Any) -> dict[str, float]:
-    """The metrics of one test, of all loaders together."""
-    trainer = trainer or quiet_trainer(callbacks=[PostTrainingQuantization(**options)] if options else [])
-    torch.manual_seed(1)
-    metrics = trainer.test(module, data or TinyData(), verbose=False)
-    return {name: value for one in metrics for name, value in one.items()}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -333,237 +261,3 @@ def test_compare_where_the_module_is_int8_already_is_not_left_out_silently() -> 
     first, second = metrics_of(module, trainer=trainer), metrics_of(module, trainer=trainer)
     assert {name: first[f"float/{name}"] for name in floats} == floats
     assert second == first
-
-
-# keep
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_kept_int8_it_is_saved_loaded_and_trained_on_in_float(scheme: str, tmp_path: Path) -> None:
-    # Q6, Q23.
-    module, data = fitted(Metrics), TinyData()
-    before, floats = snapshot(module), metrics_of(module)
-    trainer = quiet_trainer(max_epochs=3, callbacks=[PostTrainingQuantization(scheme, keep=True)])
-    metrics = metrics_of(module, trainer=trainer)
-    assert metrics != floats
-    assert "body.weight" not in module.state_dict() or module.state_dict()["body.weight"].dtype == torch.int8
-    assert metrics_of(module) == metrics  # without any callback
-    trainer.save_checkpoint(tmp_path / "int8.ckpt")
-    loaded = load_compressed(str(tmp_path / "int8.ckpt"), Metrics())
-    assert metrics_of(loaded) == metrics
-    trainer.fit(module, data)
-    assert list(module.state_dict()) == list(before)
-    assert not any(torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
-    plain = fitted(Metrics)
-    quiet_trainer(max_epochs=3).fit(plain, data)
-    assert_same_state(plain, module)
-
-
-def test_kept_int8_it_is_not_trained_by_a_trainer_without_us() -> None:
-    module = fitted(Plain)
-    metrics_of(module, scheme="int8_static", keep=True)
-    with pytest.raises((CompressionError, ValueError, RuntimeError)):
-        quiet_trainer().fit(module, TinyData())
-
-
-def test_kept_int8_it_predicts_what_it_predicted() -> None:
-    module, data = fitted(Plain), TinyData()
-    trainer = quiet_trainer(callbacks=[PostTrainingQuantization(keep=True)])
-    first = trainer.predict(module, data)
-    assert int8_layers(module)
-    for got, wanted in zip(quiet_trainer().predict(module, data), first, strict=True):
-        assert torch.equal(got, wanted)
-
-
-# quantized_model
-
-
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_quantized_model_stays_what_it_was(scheme: str, keep: bool) -> None:
-    module, data, x = fitted(Plain), TinyData(), torch.randn(5, 16)
-    ptq = PostTrainingQuantization(scheme, keep=keep)
-    assert ptq.quantized_model is None
-    trainer = quiet_trainer(max_epochs=3, callbacks=[ptq])
-    metrics = metrics_of(module, trainer=trainer)
-    int8 = ptq.quantized_model
-    assert int8 is not None and int8 is not module and type(int8) is Plain
-    expected, state = int8.eval()(x), snapshot(int8)
-    trainer.fit(module, data)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.zero_()
-    assert torch.equal(int8(x), expected)
-    assert_same_state(state, int8)
-    assert metrics_of(int8) == metrics
-    metrics_of(module, trainer=trainer)
-    assert ptq.quantized_model is not int8
-    assert torch.equal(int8(x), expected)
-
-
-def test_a_copy_or_pickle_of_the_callback_leaves_the_quantized_model_out() -> None:
-    ptq = PostTrainingQuantization(calibration_batches=3, compare=True, overrides={"head": "int8_weight_only"})
-    module = fitted(Plain)
-    metrics = metrics_of(module, trainer=quiet_trainer(callbacks=[ptq]))
-    assert ptq.quantized_model is not None
-    for again in (copy.deepcopy(ptq), pickle.loads(pickle.dumps(ptq))):
-        assert again.quantized_model is None
-        assert metrics_of(module, trainer=quiet_trainer(callbacks=[again])) == metrics
-    assert ptq.quantized_model is not None
-
-
-# What it reads, and shows.
-
-
-class Counted(TinyData):
-    """Notes which samples were read to calibrate, and with which loader."""
-
-    def __init__(self, shuffle: Any = "torch", workers: int = 0) -> None:
-        super().__init__()
-        self.read: list[int] = []
-        self.shuffle = shuffle
-
-    def train_dataloader(self) -> Any:
-        source, read = self.train, self.read
-
-        class Reads:
-            def __len__(self) -> int:
-                return len(source)
-
-            def __getitem__(self, index: int) -> Any:
-                read.append(index)
-                return source[index]
-
-        class Shuffles(Sampler[int]):
-            def __init__(self, kind: str) -> None:
-                self.kind = kind
-
-            def __iter__(self) -> Iterator[int]:
-                order = list(range(50))
-                random.shuffle(order) if self.kind == "random" else np.random.shuffle(order)
-                return iter(order)
-
-        sampler = RandomSampler(Reads()) if self.shuffle == "torch" else Shuffles(self.shuffle)
-        return DataLoader(Reads(), batch_size=8, sampler=sampler)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("limit", [1, 3, 7, 99])
-def test_calibration_reads_no_more_than_it_may(limit: int) -> None:
-    data = Counted()
-    metrics_of(fitted(Plain), data, scheme="int8_static", calibration_batches=limit)
-    assert len(data.read) == min(50, 8 * limit)
-    assert len(set(data.read)) == len(data.read)
-
-
-def test_an_endless_loader_without_a_length() -> None:
-    taken: list[int] = []
-
-    class Endless(TinyData):
-        def train_dataloader(self) -> Any:
-            def stream() -> Any:
-                while True:
-                    taken.append(1)
-                    yield torch.randn(8, 16), torch.zeros(8, dtype=torch.long)
-
-            return stream()
-
-    metrics_of(fitted(Plain), Endless(), scheme="int8_static", calibration_batches=5)
-    assert len(taken) == 5
-
-
-_ELSEWHERE = pytest.mark.xfail(strict=True, reason="only torch's generator is seeded and put back to calibrate")
-
-
-@pytest.mark.parametrize(
-    "shuffle", ["torch", pytest.param("random", marks=_ELSEWHERE), pytest.param("numpy", marks=_ELSEWHERE)]
-)
-def test_a_shuffling_loader_gives_the_same_order_in_every_run_and_draws_nothing(shuffle: str) -> None:
-    module, orders = fitted(Plain), []
-    for seed in (0, 1):
-        data = Counted(shuffle)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        trainer = quiet_trainer(callbacks=[PostTrainingQuantization(calibration_batches=3)], num_sanity_val_steps=0)
-        with same_random_state():
-            state = torch.get_rng_state()
-            trainer.test(module, data, verbose=False)
-            torch.set_rng_state(state)  # Lightning's own test loader draws from torch
-        orders.append(data.read)
-    assert orders[0] == orders[1]
-    assert orders[0] != sorted(orders[0])
-
-
-def test_calibration_leaves_torchs_generator_alone() -> None:
-    at_start: list[Tensor] = []
-
-    class Notes(PostTrainingQuantization):
-        def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-            at_start.append(torch.get_rng_state())
-            super().on_test_start(trainer, pl_module)
-            at_start.append(torch.get_rng_state())
-
-    for options in ({}, {"compare": True}, {"scheme": "int8_dynamic"}):
-        metrics_of(fitted(Draws), Counted(), trainer=quiet_trainer(callbacks=[Notes(**options)]))
-    assert len(at_start) == 6
-    assert all(torch.equal(a, b) for a, b in zip(at_start[::2], at_start[1::2], strict=True))
-
-
-@pytest.mark.parametrize("kind", ["list", "dict", "combined"])
-def test_train_loaders_that_lightning_combines_are_combined_for_calibration_too(kind: str) -> None:
-    class Combines(TinyData):
-        def train_dataloader(self) -> Any:
-            pair = [self.loader(self.train), self.loader(self.val)]
-            named = dict(zip("ab", pair, strict=True))
-            return {"list": pair, "dict": named, "combined": CombinedLoader(named, "min_size")}[kind]
-
-    class Pairs(Plain):
-        def calibration_step(self, batch: Any) -> Any:
-            first, second = batch if kind == "list" else (batch["a"], batch["b"])
-            return self(torch.cat([first[0], second[0]]))
-
-    module = fitted(Plain)
-    pairs = Pairs()
-    pairs.load_state_dict(module.state_dict())
-    metrics = metrics_of(pairs, Combines(), scheme="int8_static")
-    assert metrics["loss"] == pytest.approx(metrics_of(module)["loss"], rel=0.1)
-
-
-def test_batch_transfer_hooks_come_before_calibration() -> None:
-    class Scales(TinyData):
-        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return [batch[0] * 100, batch[1]]
-
-    module = fitted(Plain)
-    floats, int8 = metrics_of(module, Scales()), metrics_of(module, Scales(), scheme="int8_static")
-    assert int8["largest"] == pytest.approx(floats["largest"], rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("bar", "shown"),
-    [
-        (lambda: {"enable_progress_bar": False}, False),
-        (lambda: {"enable_progress_bar": True}, True),
-        (lambda: {"enable_progress_bar": True, "callbacks": [TQDMProgressBar(refresh_rate=0)]}, False),
-        (lambda: {"enable_progress_bar": True, "callbacks": [RichProgressBar()]}, True),
-    ],
-    ids=["none", "default", "disabled", "rich"],
-)
-def test_progress_of_calibration_is_shown_where_lightnings_is(
-    bar: Any, shown: bool, capfd: pytest.CaptureFixture[str]
-) -> None:
-    options = bar()
-    callbacks = [PostTrainingQuantization(calibration_batches=3), *options.pop("callbacks", [])]
-    module = fitted(Plain)
-    capfd.readouterr()
-    quiet_trainer(callbacks=callbacks, **options).test(module, TinyData(), verbose=False)
-    assert ("Calibrating" in "".join(capfd.readouterr())) is shown
-
-
-def test_while_it_compares_the_module_itself_is_int8() -> None:
-    seen: list[int] = []
-    watch = At(on_test_batch_end=lambda t, m: seen.append(len(int8_layers(m))))
-    quiet_trainer(callbacks=[PostTrainingQuantization(compare=True), watch]).test(
-        fitted(Plain), TinyData(), verbose=False
-    )
-    assert set(seen) == {2}

@@ -23,7 +23,9 @@ from lightning_compress import (
     save_compressed,
 )
 from lightning_compress.quantization.convert import convert_, forget_
-from tests.quantization.test_qat import At, attributes, fake_quantizers, int8_layers, observers
+from tests.quantization.prepared import At, fake_quantizers, int8_layers
+from tests.quantization.test_qat import observers
+from tests.quantization.test_qat_fits import attributes
 from tests.support import fits
 from tests.support.data import TinyData
 from tests.support.fits import every_epoch, read_checkpoint, resume

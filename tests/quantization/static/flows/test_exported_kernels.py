@@ -15,7 +15,7 @@ from lightning_compress import NoEffectWarning, quantize
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.static.flows import int8_graph, pt2e
-from tests.quantization.flows.test_kernels import Skip, images
+from tests.quantization.static.flows.test_kernels import Skip, images
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
