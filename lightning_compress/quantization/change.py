@@ -64,10 +64,8 @@ class Quantization(StructuralChange):
         restore_fast_path_(module)
 
     def finish_(self, module: nn.Module) -> None:
-        if convert.form_of(module) == "prepared":
-            with torch.inference_mode(False), torch.no_grad():
-                convert.convert_(module)
-        elif convert.form_of(module) == "adapted":
+        convert.convert_prepared_(module)
+        if convert.form_of(module) == "adapted":
             convert.revert_(module, "float")
 
     def forget_(self, module: nn.Module) -> None:

@@ -48,9 +48,6 @@ class Plan:
     layers: dict[str, Scheme] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
 
-    def __bool__(self) -> bool:
-        return bool(self.units or self.layers)
-
     def describe(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
         return {
@@ -96,7 +93,7 @@ def make_plan(
     else:
         plan = Plan(scheme, training, [], layers, without_kernel(model, scheme))
     plan.floats = {path: reason for path, reason in (plan.floats | floats).items() if path not in layers}
-    if not plan:
+    if not plan.units and not plan.layers:
         raise _nothing_to_quantize(plan.floats)
     return plan
 

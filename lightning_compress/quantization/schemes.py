@@ -70,7 +70,9 @@ def _known(name: str) -> Any:
 def describe(scheme: Scheme) -> dict[str, Any]:
     """A scheme as plain data, with what was asked of this CPU filled in."""
     fields: dict[str, Any] = asdict(scheme)  # type: ignore[call-overload]
-    return {"class": _class_name(scheme), "name": scheme.name, **fields, **scheme.settled()}
+    if fields.get("reduce_range", False) is None:
+        fields["reduce_range"] = scheme.reduced
+    return {"class": _class_name(scheme), "name": scheme.name, **fields}
 
 
 def from_description(description: Mapping[str, Any]) -> Scheme:

@@ -53,21 +53,7 @@ class QuantizedAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`.
-
-        Args:
-            query: ``(L, N, embed_dim)``, ``(N, L, embed_dim)`` if `batch_first`, or ``(L, embed_dim)``.
-            key: ``(S, N, kdim)`` and so on.
-            value: ``(S, N, vdim)`` and so on.
-            key_padding_mask: ``(N, S)`` or ``(S,)``; True or -inf at keys to leave out, else a number to add.
-            need_weights: also return the attention weights.
-            attn_mask: ``(L, S)`` or ``(N * num_heads, L, S)``, with the same meaning.
-            average_attn_weights: the mean of the weights over all heads.
-            is_causal: says that ``attn_mask`` is the causal mask.
-
-        Returns:
-            The output, of the shape of ``query``, and None or the weights: ``(N, L, S)``, ``(N, num_heads, L, S)`` if
-            they aren't averaged, both without N if ``query`` has none.
+        """As `nn.MultiheadAttention.forward`, with its shapes, and masks that are boolean or float.
 
         Raises:
             CompressionError: a mask has another shape or is neither boolean nor float, or is_causal without attn_mask.

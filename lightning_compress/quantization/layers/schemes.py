@@ -52,12 +52,8 @@ class DynamicInt8(Scheme):
             raise invalid("per_token", "be true, false or none", self.per_token)
 
     @property
-    def reduced(self) -> bool:
-        """Whether weights have 7 bits."""
+    def reduced(self) -> bool:  # type: ignore[override]
         return needs_reduced_range() if self.reduce_range is None else self.reduce_range
-
-    def settled(self) -> dict[str, Any]:
-        return {"reduce_range": self.reduced}
 
     @property
     def decides_per_token(self) -> bool:  # type: ignore[override]

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +65,8 @@ class StaticInt8(Scheme):
             raise invalid("observer", f"be one of {', '.join(OBSERVERS)}", self.observer, remedy)
 
     @property
-    def reduced(self) -> bool:
-        """Whether weights have 7 bits."""
+    def reduced(self) -> bool:  # type: ignore[override]
         return needs_reduced_range(self.engine) if self.reduce_range is None else self.reduce_range
-
-    def settled(self) -> dict[str, Any]:
-        return {"reduce_range": self.reduced}
 
     def no_kernel(self, layer: nn.Module | None) -> str:
         if isinstance(layer, _LAYERS + _TRANSPOSED) and not is_parametrized(layer):

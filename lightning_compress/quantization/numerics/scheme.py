@@ -29,6 +29,7 @@ class Scheme(ABC):
         fits: whether `fit` rounds a weight for the inputs that its layer gets from calibration batches.
         needs_cpu: whether its forms compute on the CPU alone. If not, a model isn't copied as a whole to be quantized,
             so `form` must only read the layer's parameters.
+        reduced: whether weights have 7 bits, where this CPU decides about a ``reduce_range`` of None.
         spares_embeddings: whether embeddings are left out unless they are named.
         spares_last_layer: whether the last layer is.
         decides_per_token: whether a batch decides which of its `DynamicLinear` forms have a scale for each token.
@@ -39,6 +40,7 @@ class Scheme(ABC):
     calibrates = False
     fits = False
     needs_cpu = True
+    reduced = False
     spares_embeddings = False
     spares_last_layer = False
     decides_per_token = False
@@ -79,10 +81,6 @@ class Scheme(ABC):
             return f"the weight of this {kind} is computed by a parametrization"
         remedy = " (`overrides` can give it int8_dynamic)" if type(layer) in _DYNAMIC else ""
         return f"no {self.name} kernel for {kind}{remedy}"
-
-    def settled(self) -> dict[str, Any]:
-        """Settings that this CPU decided, as a file is to hold them."""
-        return {}
 
     def note(self) -> str:
         """What users should know of its layers, for the log and the report; empty if nothing."""

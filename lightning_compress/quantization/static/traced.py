@@ -19,6 +19,8 @@ from lightning_compress.quantization.numerics.int8 import StaticInt8, refuse_to_
 from lightning_compress.quantization.static.flows import load
 from lightning_compress.quantization.static.flows.flow import Flow, Signature, Trace, canonical
 
+_LISTS = ("hooked", "floats", "widened", "unconverted")
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -45,21 +47,14 @@ class Unit:
 
     def describe(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
-        return {
-            "path": self.path,
-            "example": self.signature.example,
-            "hooked": list(self.hooked),
-            "floats": list(self.floats),
-            "flow": self.flow,
-            "widened": list(self.widened),
-            "unconverted": list(self.unconverted),
-        }
+        lists = {name: list(getattr(self, name)) for name in _LISTS}
+        return {"path": self.path, "example": self.signature.example, "flow": self.flow, **lists}
 
     @classmethod
     def from_description(cls, plain: dict[str, Any]) -> Unit:
         args, kwargs = plain["example"]
         signature = Signature(tuple(args), kwargs)
-        lists = {name: tuple(plain[name]) for name in ("hooked", "floats", "widened", "unconverted")}
+        lists = {name: tuple(plain[name]) for name in _LISTS}
         return cls(plain["path"], signature, flow=plain["flow"], **lists)
 
 

@@ -67,14 +67,7 @@ loaded takes what its own process would, so it doesn't help that this one is rig
 
 
 def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()) -> GraphModule:
-    """``graph`` with fake-quantizers (training) or observers (calibration); Parameters are kept as they are.
-
-    Args:
-        graph: what `trace` returned.
-        scheme: the numbers.
-        training: fuse and fake-quantize for training, else only observe.
-        floats: paths in the graph that stay float.
-    """
+    """``graph`` with fake-quantizers (training) or observers (calibration); Parameters are kept as they are."""
     assert isinstance(graph, GraphModule)
     if not training:
         fold_layers_(graph)
@@ -121,13 +114,7 @@ def quantizes(prepared: nn.Module) -> bool:
 
 
 def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> GraphModule:
-    """A new int8 graph on the CPU; ``prepared`` is left as it is.
-
-    Args:
-        prepared: what `prepare` returned, after it has seen values.
-        scheme: the numbers.
-        floats: paths of prepared layers that are float in the int8 graph nonetheless.
-    """
+    """A new int8 graph on the CPU, but for the layers in ``floats``; ``prepared`` is left as it is."""
     return _convert_with(convert_fx, prepared, scheme, floats)
 
 
