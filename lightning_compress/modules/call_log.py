@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.modules.copying import copy_tensors
-from lightning_compress.modules.gone_weight import needs_values
 from lightning_compress.modules.paths import clean_name, is_at_or_below, is_below
+from lightning_compress.modules.routing import needs_values
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,16 +66,21 @@ def round_ratios(
         >>> len(ratios) >= 5
         True
     """
-    device = device_of(before)
+    with isolated_inference(before), isolated_inference(after):
+        rounds = time_in_turns([finished_call(before, run), finished_call(after, run)], **limits)
+    return tuple(second / first for first, second in rounds)
 
-    def timed(model: nn.Module) -> None:
+
+def finished_call(model: nn.Module, run: Callable[[nn.Module], Any]) -> Callable[[], None]:
+    """Return a call of ``run(model)`` that lasts until the model's device has done its work."""
+    device = device_of(model)
+
+    def call() -> None:
         run(model)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    with isolated_inference(before), isolated_inference(after):
-        rounds = time_in_turns([partial(timed, before), partial(timed, after)], **limits)
-    return tuple(second / first for first, second in rounds)
+    return call
 
 
 def latency_ratio(before: nn.Module, after: nn.Module, run: Callable[[nn.Module], Any]) -> float:

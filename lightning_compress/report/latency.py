@@ -8,14 +8,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_compress.modules.isolation import isolated_inference
-from lightning_compress.modules.latency import time_in_turns
-from lightning_compress.modules.paths import device_of
+from lightning_compress.modules.latency import finished_call, time_in_turns
 from lightning_compress.report.inputs import call
 
 # Fewer rounds than the least can't tell a difference from chance: of 8 ratios 7 must lie on one side of 1.
@@ -94,7 +94,7 @@ def measure_latency(
     """
     turns = uuid.uuid4().hex[:8]
     slots = {
-        (name, size): _Slot(_timed_call(model, inputs), max_seconds / _MOST_ROUNDS)
+        (name, size): _Slot(finished_call(model, partial(call, inputs=inputs)), max_seconds / _MOST_ROUNDS)
         for name, (model, by_size) in models.items()
         for size, inputs in by_size.items()
     }
@@ -112,17 +112,6 @@ def measure_latency(
     return {
         name: tuple(slots[name, size].summary(size, turns) for size in by_size) for name, (_, by_size) in models.items()
     }
-
-
-def _timed_call(model: nn.Module, inputs: Any) -> Callable[[], None]:
-    device = device_of(model)
-
-    def run() -> None:
-        call(model, inputs)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
-    return run
 
 
 @dataclass
