@@ -175,9 +175,7 @@ class ScheduledPruning(MaskingCallback):
             # All ranks hold the same weights and seed; a user's own method may still draw from elsewhere.
             pruner.masks = trainer.strategy.broadcast(pruner.masks)
         if self._rewind_point is not None and pruned(pruner.masks.values()) > pruned(before.values()):
-            rewinding.rewind_(self._rewind_point, pl_module, trainer.optimizers)
-            for copy in averaged_copies(trainer):
-                rewinding.rewind_tensors_(self._rewind_point, copy)
+            rewinding.rewind_(self._rewind_point, pl_module, trainer.optimizers, averaged_copies(trainer))
             for other in compression_callbacks(trainer):
                 other.sync_(trainer, pl_module)
             rank_zero_info(

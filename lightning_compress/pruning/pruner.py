@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.paths import clean_name
 from lightning_compress.modules.resizing import Cut, forget_, lies_along, with_inner
 from lightning_compress.pruning import dependents
@@ -138,9 +139,6 @@ class Pruner:
         """Let the masks grow to ``fraction`` of the budget, under a random state of their own.
 
         With ``regrow`` all weights are ranked anew, and what comes back takes the value that it had when it went.
-
-        Raises:
-            CompressionError: the criterion needs gradients, and none were seen.
         """
         if self.method.needs_gradients and fraction > 0 and not self.scores:
             raise CompressionError(
@@ -292,6 +290,8 @@ def _factor(mask: Tensor, weight: Tensor, old: Tensor | None) -> Tensor:
 @contextmanager
 def own_random_state(seed: int) -> Iterator[None]:
     """Draw from a state of our own, and put the global ones back."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with isolated_random_state():
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # else its seed would be ours once it is
+            torch.cuda.manual_seed_all(seed)
         yield

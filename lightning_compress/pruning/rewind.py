@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,32 +97,28 @@ def record_point(model: nn.Module, optimizers: Sequence[Optimizer]) -> RewindPoi
         name: copies.setdefault(id(tensor), tensor.detach().cpu().clone()) for name, tensor in _tensors(model).items()
     }
     states = [
-        [_copied(optimizer.state.get(parameter, {})) for parameter in _parameters(optimizer)]
+        [_copied(dict(optimizer.state.get(parameter, {})), "cpu") for parameter in _parameters(optimizer)]
         for optimizer in with_inner(optimizers)
     ]
     return {"tensors": tensors, "optimizers": states}
 
 
 @torch.no_grad()
-def rewind_(point: RewindPoint, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Bring model and optimizers back to a point; parameters stay the same objects, learning rates as they are."""
-    rewind_tensors_(point, model)
+def rewind_(point: RewindPoint, model: nn.Module, optimizers: Sequence[Optimizer], copies: Iterable[nn.Module]) -> None:
+    """Bring model, copies and optimizers back to a point; parameters stay the same objects, learning rates stay."""
+    for module in (model, *copies):
+        now = _tensors(module)
+        for name, tensor in point["tensors"].items():
+            if name in now:
+                now[name].copy_(tensor)
     for optimizer, states in zip(with_inner(optimizers), point["optimizers"], strict=True):
         for parameter, state in zip(_parameters(optimizer), states, strict=False):
             current = optimizer.state.pop(parameter, {})
+            devices = {name: value.device for name, value in current.items() if isinstance(value, Tensor)}
             if state:
                 optimizer.state[parameter] = {
-                    name: _like(value, current.get(name), parameter) for name, value in state.items()
+                    name: _copied(value, devices.get(name, parameter.device)) for name, value in state.items()
                 }
-
-
-@torch.no_grad()
-def rewind_tensors_(point: RewindPoint, model: nn.Module) -> None:
-    """Bring a model, or a copy of it, back to a point."""
-    now = _tensors(model)
-    for name, tensor in point["tensors"].items():
-        if name in now:
-            now[name].copy_(tensor)
 
 
 def cut_point(point: RewindPoint, optimizers: Sequence[Optimizer], cut: Cut) -> RewindPoint:
@@ -146,15 +142,7 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _copied(state: Any) -> Any:
+def _copied(state: Any, device: Any) -> Any:
     return pytree.tree_map(
-        lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf), dict(state)
-    )
-
-
-def _like(value: Any, current: Any, parameter: Tensor) -> Any:
-    """Copy ``value`` to the device where the optimizer keeps it."""
-    device = current.device if isinstance(current, Tensor) else parameter.device
-    return pytree.tree_map(
-        lambda leaf: leaf.clone().to(device) if isinstance(leaf, Tensor) else copy.deepcopy(leaf), value
+        lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf), state
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy
 import torch
 from torch import Tensor
 from torch.nn.utils import prune
@@ -94,6 +97,10 @@ def products(weight: Tensor, gradient: Tensor, last: Tensor) -> Tensor:
 
 def noise(weight: Tensor, scale: float = 1.0) -> Tensor:
     return scale * torch.rand_like(weight)
+
+
+def noise_of_all(weight: Tensor) -> Tensor:
+    return weight.abs() + random.random() + torch.from_numpy(numpy.random.rand(*weight.shape))
 
 
 def two(weight: Tensor, gradient: Tensor) -> Tensor:

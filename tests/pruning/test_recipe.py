@@ -115,6 +115,11 @@ def test_what_a_criterion_of_the_users_draws_is_not_of_the_global_generators() -
     assert not torch.equal(first["0.weight"], other["0.weight"])
 
 
+def test_what_a_criterion_of_the_users_draws_from_python_and_numpy_is_put_back() -> None:
+    with same_random_state():
+        prune_(network_of_ones(), 0.5, OWN + "noise_of_all")
+
+
 def network_of_ones() -> nn.Sequential:
     layer = nn.utils.skip_init(nn.Linear, 8, 8)
     nn.init.ones_(layer.weight)
