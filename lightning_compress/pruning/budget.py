@@ -15,16 +15,7 @@ from lightning_compress.targets import Scope, Target, matches
 
 @dataclass(frozen=True)
 class SparsityBudget:
-    """Says how much is pruned at the end, as fractions of the original weights.
-
-    Args:
-        sparsity: of all weights together (scope ``global``), or of each (scope ``layer``); None where the method
-            fixes it.
-        scope: whether the weights share one budget.
-        overrides: pattern of a layer's path to its own fraction; the last match wins. With scope ``global`` the other
-            layers make up the difference, so that ``sparsity`` holds for all together.
-        max_layer_sparsity: scope ``global``: no layer that shares the budget is pruned more than this.
-    """
+    """Says how much is pruned at the end, as fractions of the original weights: by arguments of `prune_`."""
 
     sparsity: float | None
     scope: Scope = "global"

@@ -37,8 +37,6 @@ class Source:
     """Says for which units of a weight a tensor has entries.
 
     Attributes:
-        name: of the weight.
-        layout: numbers its units.
         units: for each entry of the tensor, flat, the number of its unit; -1 where it has none of this weight.
     """
 
@@ -56,9 +54,6 @@ class Dependent:
     """Holds a tensor with entries for units of some weights; an entry goes when its units are gone from all of them.
 
     Attributes:
-        name: of the parameter.
-        parameter: the tensor itself.
-        sources: the weights.
         magnitude: whether it is a weight norm's. It then goes in place of the weight, which is a direction: its length
             is divided by, so it can't be zero.
     """

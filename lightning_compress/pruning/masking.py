@@ -29,12 +29,7 @@ from lightning_compress.windowed_callback import WindowedCallback
 
 
 class MaskingCallback(WindowedCallback):
-    """Multiplies weights by masks after each optimizer step, in place: the base of callbacks that prune.
-
-    Args:
-        recipe: what is pruned, and how much.
-        window: when masks may change.
-    """
+    """Multiplies weights by masks after each optimizer step, in place: the base of callbacks that prune."""
 
     key = "pruning"
 

@@ -59,17 +59,11 @@ class PruningMethod(ABC):
 
 @dataclass(frozen=True)
 class LowestScores(PruningMethod):
-    """Takes the lowest scores of a criterion; if a pattern is given, only as far as it allows.
-
-    Args:
-        criterion: scores single weights.
-        pattern: N:M.
-        dims: with a pattern, the input dimension of each weight.
-    """
+    """Takes the lowest scores of a criterion; if a pattern is given, only as far as it allows."""
 
     criterion: Criterion
     pattern: Pattern | None = None
-    dims: Mapping[str, int] = field(default_factory=dict)
+    dims: Mapping[str, int] = field(default_factory=dict)  # with a pattern, the input dimension of each weight
 
     @property
     def needs_gradients(self) -> bool:  # type: ignore[override]
@@ -108,11 +102,7 @@ class GivenMasks(PruningMethod):
 
 @dataclass(frozen=True)
 class TorchMethod(PruningMethod):
-    """Runs a method of torch, or a user's, that takes single elements or masks of its own.
-
-    Args:
-        cls: computes the masks.
-    """
+    """Runs a method of torch, or a user's, that takes single elements or masks of its own."""
 
     cls: type[prune.BasePruningMethod]
 
@@ -149,13 +139,7 @@ class TorchMethod(PruningMethod):
 
 @dataclass(frozen=True)
 class UnitMethod(TorchMethod):
-    """Takes whole slices along ``dim``, the nearest number; every tensor keeps at least one.
-
-    Args:
-        cls: computes the masks of one tensor.
-        dim: the dimension whose slices are the units.
-        norm: for ``ln_structured``, the order of the norm.
-    """
+    """Takes whole slices along ``dim``, the nearest number; every tensor keeps at least one."""
 
     structured = True
 

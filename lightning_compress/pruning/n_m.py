@@ -15,12 +15,7 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Pattern:
-    """Describes N:M sparsity: the fraction ``1 - n / m`` of the weights is zero.
-
-    Args:
-        n: how many of a group stay.
-        m: the size of a group.
-    """
+    """Describes N:M sparsity: ``n`` of every ``m`` weights stay, so the fraction ``1 - n / m`` is zero."""
 
     n: int
     m: int
@@ -44,11 +39,8 @@ class Pattern:
     def smallest(self, scores: Tensor, mask: Tensor, dim: int, signed: bool = False) -> Tensor:
         """Mark the ``m - n`` smallest magnitudes of every group; what ``mask`` has pruned goes first.
 
-        Args:
-            scores: any shape whose size along ``dim`` is a multiple of ``m``.
-            mask: bool, same shape; False is pruned already.
-            dim: consecutive entries along it form the groups.
-            signed: rank by the values themselves, the most negative first, and not by magnitude.
+        Groups are consecutive entries along ``dim``, whose size is a multiple of ``m``. With ``signed`` the values
+        themselves are ranked, the most negative first.
 
         Example:
             >>> weight = torch.tensor([[3.0, -1.0, 2.0, 0.5]])

@@ -25,9 +25,6 @@ class PruningPlan:
     """Says which weights of a model are pruned, and how.
 
     Attributes:
-        method: decides which go.
-        budget: how many.
-        targets: the weights.
         skipped: names of what isn't targeted, each with the reason.
         warning: what the targets name and don't reach, and why; empty if nothing.
         units: how each weight lies, for a method that takes whole units.

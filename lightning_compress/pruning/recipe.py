@@ -33,14 +33,7 @@ TORCH_METHODS: dict[str, type[prune.BasePruningMethod]] = {
 
 @dataclass(frozen=True)
 class PruningRecipe:
-    """Says what is pruned and how much of it, checked as far as that goes without a model.
-
-    Attributes:
-        method: decides which weights go.
-        budget: how many.
-        targets: of which.
-        regrow: whether a pruned weight may come back.
-    """
+    """Says what is pruned and how much of it, checked as far as that goes without a model."""
 
     method: PruningMethod
     budget: SparsityBudget

@@ -35,11 +35,7 @@ def warning(unmasked_norms: Mapping[str, str]) -> str:
 def observe(model: nn.Module, run: Callable[[], Any], units: UnitView, seen: Observations) -> None:
     """Watch what half of the units of each target become when they are zero, and note it in ``seen``.
 
-    Args:
-        model: a copy, whose values change meanwhile: all away from values that are silent by chance.
-        run: runs it.
-        units: of the targets, as named in the model.
-        seen: what was seen before.
+    ``run`` runs ``model``, a copy whose values change meanwhile: all away from values that are silent by chance.
     """
     modules = compressible_modules(model)
     tensors = {clean_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
