@@ -146,8 +146,8 @@ class ChannelPruning(WindowedCallback):
             return ""
         if other.waits or self.is_final():
             return ""
-        theirs = other._bounds or (self._bounds and other.window.bounds(*fit_length(trainer)))
-        start = self._rounds.overlap(other.window, self._bounds, theirs)
+        other_bounds = other._bounds or (self._bounds and other.window.bounds(*fit_length(trainer)))
+        start = self._rounds.overlap(other.window, self._bounds, other_bounds)
         return start and (
             f"`window` of {type(other).__name__} must start when all channels have left. Received: {other.window} "
             f"beside ChannelPruning's {self.window}. Leave it out, by which quantization waits, or start it later: "

@@ -23,7 +23,6 @@ from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.calls import bind_example, samples_in
 from lightning_compress.modules.copying import copy_module
-from lightning_compress.modules.paths import modules_of, named_tensors
 from lightning_compress.modules.resizing import Cut, resize_state_
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Scope, Targets
@@ -101,13 +100,13 @@ def plan_removal(
     if example is None:
         raise invalid("inputs", "be example inputs", None, "Pass a tensor, or set model.example_input_array.")
     check_module(model)
-    args, kwargs = bind_example(example, next((one.device for one in model.parameters()), None))
+    args, kwargs = bind_example(example, next((parameter.device for parameter in model.parameters()), None))
     with torch.inference_mode(False):
         subject = Subject(model, _runs(model, args, kwargs), samples=samples_in((args, kwargs)))
         groups = find_groups(subject)
     carried = dict[str, Tensor]()
     if recipe.importance.needs_gradients:
-        carry_scores_(groups.all, named_tensors(model), modules_of(model), recipe.importance, carried)
+        carry_scores_(model, groups.all, recipe.importance, carried)
         if not carried:
             raise CompressionError(
                 f"`importance={importance!r}` must have gradients. Received: none. Call loss.backward() before."
@@ -184,7 +183,7 @@ def remove_channels_(
     if not isinstance(plan, RemovalPlan):
         raise invalid("plan", "be a plan", plan, "`plan_removal` makes one.")
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
-    if not isinstance(optimizers, Sequence) or not all(isinstance(one, Optimizer) for one in optimizers):
+    if not isinstance(optimizers, Sequence) or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
         raise invalid("optimizers", "be a list of optimizers", optimizers)
     check_shapes(model, plan.shapes)
     with torch.inference_mode(False):

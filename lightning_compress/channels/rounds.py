@@ -18,7 +18,7 @@ from lightning_compress.channels.tracing.find_groups import find_groups
 from lightning_compress.channels.tracing.groups import DependencyGroups
 from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.messages import by_reason, named, they
-from lightning_compress.modules.paths import modules_of, named_tensors
+from lightning_compress.modules.paths import named_tensors
 from lightning_compress.schedules import OneShot, Schedule
 from lightning_compress.window import Bounds, Window
 
@@ -128,15 +128,12 @@ class Rounds:
             parameters: ids of those that the step is of.
             strength: of the penalty by which they are drawn: see `regularize_`.
         """
-        if self.groups is None:
-            return
-        groups, importance = self.groups.all, self.recipe.importance
-        tensors, modules = named_tensors(model), modules_of(model)
+        groups, importance = self.groups.all if self.groups else (), self.recipe.importance
         if importance.needs_gradients:
-            carry_scores_(groups, tensors, modules, importance, self.scores)
+            carry_scores_(model, groups, importance, self.scores)
         if strength > 0:
-            ranked = rank(groups, tensors, modules, importance, self.scores, self.recipe.seed)
-            regularize_(groups, tensors, ranked, strength, parameters)
+            ranked = rank(model, groups, importance, self.scores, self.recipe.seed)
+            regularize_(groups, named_tensors(model), ranked, strength, parameters)
 
     def is_due(self, progress: float | None) -> bool:
         """Whether the schedule asks for enough at this progress of the window to be worth a round."""

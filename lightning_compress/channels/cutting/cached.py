@@ -29,7 +29,7 @@ def cached_tensors(model: nn.Module) -> dict[str, Tensor]:
         >>> list(cached_tensors(model))
         [':table', ":cache['cpu'][0]"]
     """
-    seen = {id(one) for one in (*model.parameters(), *model.buffers())}
+    seen = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     found = {}
     for path, module in model.named_modules():
         prefix = f"{clean_name(path)}." if path else ""
@@ -92,10 +92,11 @@ def kept_of(model: nn.Module, kept: Mapping[str, KeptIndices]) -> dict[str, Kept
     tensors = cached_tensors(model) if planned else {}
     found = {}
     for name, tensor in tensors.items():
-        alike = [one for one in planned if _container(one) == _container(name)]
-        for one in sorted(alike, key=lambda one: one != name):
-            if all(dim < tensor.dim() and _fits(tensor, tensors.get(one), dim, kept[one][dim]) for dim in kept[one]):
-                found[name] = kept[one]
+        alike = [other for other in planned if _container(other) == _container(name)]
+        for other in sorted(alike, key=lambda other: other != name):
+            dims = kept[other]
+            if all(dim < tensor.dim() and _fits(tensor, tensors.get(other), dim, dims[dim]) for dim in dims):
+                found[name] = dims
                 break
     return found
 

@@ -22,13 +22,13 @@ RECORD = "_removed_channels"
 
 def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise unless the model's tensors have just the shapes that a plan was made for."""
-    mine = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-    for name in {**shapes, **mine}:
+    own = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    for name in {**shapes, **own}:
         shape = shapes.get(name)
-        if mine.get(name) != shape:
+        if own.get(name) != shape:
             raise CompressionError(
                 f"`plan` must be of this model as it is now. Received: {name} of shape {shape} in the plan, "
-                f"{mine.get(name)} in the model. Plan again."
+                f"{own.get(name)} in the model. Plan again."
             )
 
 
@@ -69,7 +69,7 @@ def cut_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[str
     set_numbers_(model, numbers)
     forget_(model)
     parameters = {name: tensors[name] for name in kept if isinstance(tensors[name], nn.Parameter)}
-    return Cut(kept, numbers, {one: (before[name], kept[name]) for name, one in parameters.items()})
+    return Cut(kept, numbers, {parameter: (before[name], kept[name]) for name, parameter in parameters.items()})
 
 
 def set_numbers_(model: nn.Module, numbers: Mapping[str, Any]) -> None:

@@ -86,9 +86,9 @@ def weight_norms(model: nn.Module) -> Normed:
     found = []
     for module in model.modules():
         for parametrized in getattr(module, "parametrizations", {}).values():
-            for one in parametrized:
-                if isinstance(one, _WeightNorm) and len(parametrized) == 1:
-                    found.append((parametrized.original0, parametrized.original1, one.dim))
+            for parametrization in parametrized:
+                if isinstance(parametrization, _WeightNorm) and len(parametrized) == 1:
+                    found.append((parametrized.original0, parametrized.original1, parametrization.dim))
         hooks: Any = module._forward_pre_hooks.values()
         for hook in hooks:
             if type(hook).__name__ == "WeightNorm":  # the older form, a hook
@@ -114,6 +114,6 @@ def keep_scales_(normed: Normed, before: dict[int, Tensor]) -> None:
         before: id of a magnitude to the indices that stayed of it.
     """
     for magnitude, direction, dim, scale in normed:
-        kept = before.get(id(magnitude))
-        left = scale if kept is None else scale.index_select(dim, kept.to(scale.device))
+        indices = before.get(id(magnitude))
+        left = scale if indices is None else scale.index_select(dim, indices.to(scale.device))
         magnitude.copy_(left * _norm(direction, dim))

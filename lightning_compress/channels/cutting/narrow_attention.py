@@ -40,7 +40,7 @@ class NarrowAttention(nn.MultiheadAttention):
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        projected = [F.linear(*each) for each in zip((query, key, value), weights, biases, strict=True)]
+        projected = [F.linear(*operands) for operands in zip((query, key, value), weights, biases, strict=True)]
         attended, shown = attend(
             projected,
             self.num_heads,

@@ -47,8 +47,8 @@ def _plain(entry: Mapping[str, Any]) -> dict[int, list[int]]:
 
 def fits(model: nn.Module, record: Record) -> bool:
     """Whether the model has the widths that a record tells of, and no others."""
-    mine = record_of(model)
-    return not (mine or record) or mine == record
+    own_record = record_of(model)
+    return not (own_record or record) or own_record == record
 
 
 def take_widths_(model: nn.Module, record: Record) -> None:
@@ -60,10 +60,10 @@ def take_widths_(model: nn.Module, record: Record) -> None:
         RuntimeError: the model was built with other widths than the record's.
     """
     tensors = named_tensors(model)
-    mine = record_of(model)
+    own_record = record_of(model)
     built = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    built.update({name: tuple(shapes[0]) for name, shapes in mine.get("shapes", {}).items()})
-    wanted = {name: tuple(shapes[0]) for name, shapes in mine.get("shapes", {}).items()}
+    built.update({name: tuple(shapes[0]) for name, shapes in own_record.get("shapes", {}).items()})
+    wanted = {name: tuple(shapes[0]) for name, shapes in own_record.get("shapes", {}).items()}
     for name, (before, now) in record.get("shapes", {}).items():
         if name not in tensors:
             continue  # what the module makes while it loads, such as adapters; what it doesn't make, the load reports
@@ -73,7 +73,7 @@ def take_widths_(model: nn.Module, record: Record) -> None:
                 f"{built[name]} here."
             )
         wanted[name] = tuple(now)
-    numbers = {name: before for name, (before, _) in mine.get("numbers", {}).items()}
+    numbers = {name: before for name, (before, _) in own_record.get("numbers", {}).items()}
     numbers.update({name: now for name, (_, now) in record.get("numbers", {}).items()})
     whole = _whole_buffers(model)
     buffers = [name for name in record.get("buffers", {}) if not is_cached(name)]
@@ -94,11 +94,11 @@ def take_widths_(model: nn.Module, record: Record) -> None:
             path, _, own = full.rpartition(".")
             if path not in modules:
                 continue
-            mine = modules[path].__dict__.setdefault(RECORD, {"shapes": {}, "numbers": {}, "buffers": {}})
-            mine[kind][own] = list(entry)
+            own_record = modules[path].__dict__.setdefault(RECORD, {"shapes": {}, "numbers": {}, "buffers": {}})
+            own_record[kind][own] = list(entry)
             if kind == "buffers":
                 kept = {int(dim): torch.tensor(indices) for dim, indices in entry.items()}
-                mine[kind][own] = {"kept": kept, "whole": whole.get(full, before_of.get(full))}
+                own_record[kind][own] = {"kept": kept, "whole": whole.get(full, before_of.get(full))}
     if record:
         note_whole_(model, {kind: record[kind] for kind in ("shapes", "numbers")})
 
@@ -146,17 +146,19 @@ def by_shapes(model: nn.Module, state: Mapping[str, Any]) -> Record:
     shapes: dict[str, list[list[int]]] = {}
     for key, value in state.items():
         name = clean_name(key)
-        mine = tensors.get(name)
-        if mine is None or not isinstance(value, Tensor) or mine.shape == value.shape or mine.dim() != value.dim():
+        tensor = tensors.get(name)
+        if tensor is None or not isinstance(value, Tensor):
+            continue
+        if tensor.shape == value.shape or tensor.dim() != value.dim():
             continue
         owner = modules.get(name.rpartition(".")[0])
-        narrower = all(theirs <= size for theirs, size in zip(value.shape, mine.shape, strict=True))
+        narrower = all(narrow <= size for narrow, size in zip(value.shape, tensor.shape, strict=True))
         if not narrower:
             return {}  # another model: loading says so
         if not isinstance(owner, STANDARD):
             raise CompressionError(
-                f"`path` must tell how {name} lost channels. Received: {tuple(value.shape)} for {tuple(mine.shape)}, "
+                f"`path` must tell how {name} lost channels. Received: {tuple(value.shape)} for {tuple(tensor.shape)}, "
                 f"in a {type(owner).__name__}. Write the file with save_compressed, or with a Trainer."
             )
-        shapes[name] = [list(mine.shape), list(value.shape)]
+        shapes[name] = [list(tensor.shape), list(value.shape)]
     return {"shapes": shapes, "numbers": {}, "buffers": {}} if shapes else {}

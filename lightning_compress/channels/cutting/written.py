@@ -50,8 +50,8 @@ def set_written_(module: nn.Module, corrections: list[Correction] | None) -> Non
 
 def corrected_sizes(module: nn.Module) -> set[tuple[int, int]]:
     """Sizes of views that the code of a module writes, each with what it is now."""
-    views = [one for one in vars(module).get(WRITTEN, ()) if one[0] == "view"]
-    return {(before, now) for one in views for _, before, now in one[4]}
+    views = [view for view in vars(module).get(WRITTEN, ()) if view[0] == "view"]
+    return {(before, now) for view in views for _, before, now in view[4]}
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -63,7 +63,7 @@ def _corrected(plain: type[nn.Module]) -> type[nn.Module]:
         return _CLASSES[plain]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(one, Proxy) for one in (*args, *kwargs.values())):
+        if any(isinstance(argument, Proxy) for argument in (*args, *kwargs.values())):
             raise TraceError("sizes that its code writes are corrected, for which shapes must be known")
         with _Corrections(self):
             return plain.forward(self, *args, **kwargs)
@@ -72,7 +72,7 @@ def _corrected(plain: type[nn.Module]) -> type[nn.Module]:
         # Pickle finds classes by their names: that of the user is found, and made into this one again.
         made: Any = plain.__reduce_ex__(self, protocol)
         function, arguments, *state = made
-        arguments = tuple(plain if one is type(self) else one for one in arguments)
+        arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
         return _remade, (function, arguments, self.__dict__[WRITTEN]), *state
 
     own = {"forward": functools.wraps(plain.forward)(forward), "__reduce_ex__": reduce, "_plain_class": plain}
@@ -161,13 +161,13 @@ def sized(corrections: Sequence[Correction], x: Tensor, written: Sequence[int]) 
 
 def _views(corrections: Sequence[Correction], x: Tensor, written: Sequence[int]) -> Iterator[Correction]:
     """The views that a call may be, the likeliest first."""
-    found = [one for one in corrections if one[0] == "view" and (one[1], one[3]) == (x.dim(), len(written))]
-    certain = [one for one in found if _is_long_as(x, one)]
+    found = [view for view in corrections if view[0] == "view" and (view[1], view[3]) == (x.dim(), len(written))]
+    certain = [view for view in found if _is_long_as(x, view)]
     # Numbers of windows or tokens may be as long as a width: what was written tells the calls apart then.
-    yield from sorted(certain, key=lambda one: (not _is_long_as(x, one, whole=True), _unconfirmed(one, written)))
-    for one in found:
-        if one not in certain and not any(x.shape[dim] % now for dim, _, now, _ in _telling(one)):
-            yield one
+    yield from sorted(certain, key=lambda view: (not _is_long_as(x, view, whole=True), _unconfirmed(view, written)))
+    for view in found:
+        if view not in certain and not any(x.shape[dim] % now for dim, _, now, _ in _telling(view)):
+            yield view
 
 
 def _is_long_as(x: Tensor, view: Correction, *, whole: bool = False) -> bool:
@@ -237,16 +237,16 @@ def _narrow(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]
 def _item(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
     x, index = args
     items = list(index) if isinstance(index, tuple) else [index]
-    if not any(isinstance(one, slice) and (one.start or one.stop) for one in items):
+    if not any(isinstance(item, slice) and (item.start or item.stop) for item in items):
         return args, kwargs
-    taken = [_dims_of(one) for one in items]
+    taken = [_dims_of(item) for item in items]
     dim = 0
-    for place, (one, dims) in enumerate(zip(items, taken, strict=True)):
-        if one is Ellipsis:
+    for place, (item, dims) in enumerate(zip(items, taken, strict=True)):
+        if item is Ellipsis:
             dim += x.dim() - sum(taken)
-        elif isinstance(one, slice) and one.step in (None, 1):
+        elif isinstance(item, slice) and item.step in (None, 1):
             places, before = _places_now(corrections, x, dim)
-            ends = [end + before if isinstance(end, int) and end < 0 else end for end in (one.start, one.stop)]
+            ends = [end + before if isinstance(end, int) and end < 0 else end for end in (item.start, item.stop)]
             if all(end is None or end in places for end in ends):
                 items[place] = slice(*(None if end is None else places[end] for end in ends))
         dim += dims
@@ -263,11 +263,11 @@ def _dims_of(item: Any) -> int:
 def _places_now(corrections: Sequence[Correction], x: Any, dim: int) -> tuple[dict[int, int], int]:
     """Where the ends of parts along one dimension lie now, by where they lay before, and how long it was."""
     dim = dim % x.dim() if x.dim() else 0
-    for one in corrections:
-        if one[0] == "parts" and one[1] == x.dim():
-            [(mine, before, now)] = one[2]
-            if (mine, now) == (dim, x.shape[dim]):
-                return {0: 0, **dict(map(tuple, one[4])), before: now}, before
+    for correction in corrections:
+        if correction[0] == "parts" and correction[1] == x.dim():
+            [(place, before, now)] = correction[2]
+            if (place, now) == (dim, x.shape[dim]):
+                return {0: 0, **dict(map(tuple, correction[4])), before: now}, before
     return {}, 0
 
 

@@ -80,7 +80,7 @@ class Sizes:
         """Elements of all parameters; not those that only help in training."""
         counts = _counts(keep)
         return float(
-            self._fixed_params + sum(math.prod(one.kept(keep, counts) for one in dims) for dims in self._params)
+            self._fixed_params + sum(math.prod(width.kept(keep, counts) for width in dims) for dims in self._params)
         )
 
     def channels(self, keep: Sequence[Tensor]) -> float:
@@ -95,8 +95,8 @@ def _counts(keep: Sequence[Tensor]) -> list[int]:
 def _width_of(parts: list[tuple[int, Tensor]], size: int) -> _Width:
     """The width that several groups have parts of."""
     groups, units = torch.full((size,), -1), torch.full((size,), -1)
-    for number, mine in parts:
-        groups[mine >= 0], units[mine >= 0] = number, mine[mine >= 0]
+    for number, part in parts:
+        groups[part >= 0], units[part >= 0] = number, part[part >= 0]
     return _Width(groups, units)
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.channels.tracing.groups import Group, Member
 from lightning_compress.errors import CompressionError, invalid, nearest
+from lightning_compress.modules.paths import modules_of, named_tensors
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ def l1(group: UnitWeights) -> Tensor | None:
     References:
         Fang et al., "DepGraph", 2023 (arXiv:2301.12900), section 3.3, for the mean over a group.
     """
-    return _mean([one.sums(one.parameter.abs()) for one in group.weights if one.parameter.dim() > 1])
+    return _mean([weight.sums(weight.parameter.abs()) for weight in group.weights if weight.parameter.dim() > 1])
 
 
 def l2(group: UnitWeights) -> Tensor | None:
     """The mean over the weights of ``sum W[u]^2``: as `l1`."""
-    return _mean([one.sums(one.parameter.square()) for one in group.weights if one.parameter.dim() > 1])
+    return _mean([weight.sums(weight.parameter.square()) for weight in group.weights if weight.parameter.dim() > 1])
 
 
 def batchnorm(group: UnitWeights) -> Tensor | None:
@@ -90,8 +91,12 @@ def batchnorm(group: UnitWeights) -> Tensor | None:
     References:
         Liu et al., "Network Slimming", 2017 (arXiv:1708.06519).
     """
-    norms = [one for one in group.weights if isinstance(one.layer, _BatchNorm) and one.parameter is one.layer.weight]
-    return _mean([norm.sums(norm.parameter.abs()) for norm in norms])
+    scales = [
+        weight
+        for weight in group.weights
+        if isinstance(weight.layer, _BatchNorm) and weight.parameter is weight.layer.weight
+    ]
+    return _mean([scale.sums(scale.parameter.abs()) for scale in scales])
 
 
 def fpgm(group: UnitWeights) -> Tensor | None:
@@ -100,7 +105,7 @@ def fpgm(group: UnitWeights) -> Tensor | None:
     References:
         He et al., "Filter Pruning via Geometric Median", 2019 (arXiv:1811.00250).
     """
-    return _mean([_distances(one) for one in group.weights if one.makes and one.parameter.dim() > 1])
+    return _mean([_distances(weight) for weight in group.weights if weight.makes and weight.parameter.dim() > 1])
 
 
 def _distances(weight: UnitWeight) -> Tensor:
@@ -180,72 +185,58 @@ def resolve_importance(name: str) -> Importance:
     return Importance(found)
 
 
-def rank(
-    groups: Sequence[Group],
-    tensors: Mapping[str, Tensor],
-    modules: Mapping[str, nn.Module],
-    importance: Importance,
-    carried: Mapping[str, Tensor],
-    seed: int,
-) -> list[Tensor]:
-    """The importance of each unit of each group, float64 ``(size,)``, over its mean, so that groups compare.
-
-    Args:
-        groups: whose units are ranked.
-        tensors: by name.
-        modules: by path.
-        importance: of `IMPORTANCES`, or a user's own.
-        carried: scores of an importance of gradients, as `carry_scores_` summed them.
-        seed: of random numbers.
+@torch.no_grad()
+def score(model: nn.Module, groups: Sequence[Group], importance: Importance, seed: int = 0) -> list[Tensor | None]:
+    """What an importance gives for each group of a model, float64 ``(size,)``, or None where it can't tell.
 
     Raises:
-        CompressionError: a user's own importance doesn't give a score of at least 0 for each unit.
+        CompressionError: a user's own doesn't give a score of at least 0 for each unit.
     """
+    tensors, modules = named_tensors(model), modules_of(model)
     generator = torch.Generator().manual_seed(seed)
-    ranked = []
+    found: list[Tensor | None] = []
     for group in groups:
-        scores = carried.get(group.name)
-        if not importance.needs_gradients:
-            scores = _score(group, tensors, modules, importance, generator)
-        mean = 0.0 if scores is None else scores.mean()
-        ranked.append(scores / mean if scores is not None and mean > 0 else torch.ones(group.size).double())
-    return ranked
+        weights = [
+            UnitWeight(parameter, modules.get(member.layer), member.makes, member, group.size)
+            for member in group.members
+            if isinstance(parameter := tensors[member.name], nn.Parameter) and parameter.is_floating_point()
+        ]
+        scores = importance.score(UnitWeights(group.size, weights, generator))
+        if scores is not None:
+            if not isinstance(scores, Tensor) or scores.shape != (group.size,) or not bool((scores >= 0).all()):
+                raise CompressionError(
+                    f"`importance` must give a score of at least 0 for each unit of a group. Received: {scores!r} for "
+                    f"{group.size} units of {group.name}."
+                )
+            scores = scores.double().cpu()
+        found.append(scores)
+    return found
 
 
 def carry_scores_(
-    groups: Sequence[Group],
-    tensors: Mapping[str, Tensor],
-    modules: Mapping[str, nn.Module],
-    importance: Importance,
-    carried: dict[str, Tensor],
+    model: nn.Module, groups: Sequence[Group], importance: Importance, carried: dict[str, Tensor]
 ) -> None:
     """Add the scores of a step by an importance of gradients to ``carried``: a group's name to its sums so far."""
-    generator = torch.Generator().manual_seed(0)
-    for group in groups:
-        if (scores := _score(group, tensors, modules, importance, generator)) is not None:
+    for group, scores in zip(groups, score(model, groups, importance), strict=True):
+        if scores is not None:
             before = carried.get(group.name)
             carried[group.name] = scores + (before if before is not None and len(before) == len(scores) else 0.0)
 
 
-@torch.no_grad()
-def _score(
-    group: Group,
-    tensors: Mapping[str, Tensor],
-    modules: Mapping[str, nn.Module],
-    importance: Importance,
-    generator: torch.Generator,
-) -> Tensor | None:
-    weights = [
-        UnitWeight(parameter, modules.get(member.layer), member.makes, member, group.size)
-        for member in group.members
-        if isinstance(parameter := tensors[member.name], nn.Parameter) and parameter.is_floating_point()
+def rank(
+    model: nn.Module, groups: Sequence[Group], importance: Importance, carried: Mapping[str, Tensor], seed: int
+) -> list[Tensor]:
+    """The importance of each unit of each group over the group's mean, so that groups compare, float64 ``(size,)``.
+
+    Args:
+        model: whose groups these are.
+        groups: whose units are ranked.
+        importance: of `IMPORTANCES`, or a user's own.
+        carried: scores of an importance of gradients, as `carry_scores_` summed them.
+        seed: of random numbers.
+    """
+    found = [carried.get(group.name) for group in groups] if importance.needs_gradients else None
+    return [
+        scores / scores.mean() if scores is not None and scores.mean() > 0 else torch.ones(group.size).double()
+        for group, scores in zip(groups, found or score(model, groups, importance, seed), strict=True)
     ]
-    scores = importance.score(UnitWeights(group.size, weights, generator))
-    if scores is None:
-        return None
-    if not isinstance(scores, Tensor) or scores.shape != (group.size,) or not bool((scores >= 0).all()):
-        raise CompressionError(
-            f"`importance` must give a score of at least 0 for each unit of a group. Received: {scores!r} for "
-            f"{group.size} units of {group.name}."
-        )
-    return scores.double().cpu()

@@ -17,7 +17,7 @@ from lightning_compress.channels.tracing.groups import DependencyGroups, Group
 from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.latency import latency_ratio
-from lightning_compress.modules.paths import modules_of, named_tensors
+from lightning_compress.modules.paths import named_tensors
 from lightning_compress.targets import Targets, matches
 
 
@@ -90,10 +90,10 @@ def _faulty(subject: Subject, groups: DependencyGroups, keep: Sequence[Tensor]) 
     together = subject.failure(groups, keep, runs=1)  # in the others every group was tried by `find_groups`
     if not together:
         return {}
-    cut = [number for number, kept in enumerate(keep) if not bool(kept.all())]
+    cut = [number for number, mask in enumerate(keep) if not bool(mask.all())]
     alone = {}
     for number in cut:
-        only = [kept if place == number else torch.ones_like(kept) for place, kept in enumerate(keep)]
+        only = [mask if place == number else torch.ones_like(mask) for place, mask in enumerate(keep)]
         if reason := subject.failure(groups, only):
             alone[number] = reason
     return alone or dict.fromkeys(cut, together)
@@ -114,8 +114,7 @@ class _Search:
         self.progress = progress
         self.sizes = Sizes(groups)
         self.every = [torch.ones(group.size, dtype=torch.bool) for group in groups.all]
-        tensors, modules = named_tensors(subject.model), modules_of(subject.model)
-        self._ranked = rank(groups.all, tensors, modules, recipe.importance, carried, recipe.seed)
+        self._ranked = rank(subject.model, groups.all, recipe.importance, carried, recipe.seed)
 
     def meet(self) -> tuple[list[Tensor], float | None]:
         """What stays of each group, and the measured latency if the budget is one."""
@@ -145,8 +144,10 @@ class _Search:
         for _ in range(20):
             middle = (low + high) / 2
             counts = [
-                min(group.size, round(middle * _original(group, self.progress))) if one.exactly is None else one.exactly
-                for group, one in zip(groups, limits, strict=True)
+                min(group.size, round(middle * _original(group, self.progress)))
+                if limit.exactly is None
+                else limit.exactly
+                for group, limit in zip(groups, limits, strict=True)
             ]
             masks = [torch.arange(group.size) < count for group, count in zip(groups, counts, strict=True)]
             low, high = (middle, high) if cost(masks) <= target else (low, middle)
@@ -170,7 +171,7 @@ class _Search:
                 break
             low, high = (low, wanted) if ratio > fraction else (wanted, high)
             wanted = (low + high) / 2
-        _, ratio, keep = min(found, key=lambda one: one[0])
+        _, ratio, keep = min(found, key=lambda trial: trial[0])
         return keep, ratio
 
     def plan(self, keep: list[Tensor], fixed: Mapping[str, str], latency: float | None) -> RemovalPlan:
@@ -257,7 +258,7 @@ def _refusal(group: Group, targets: Targets, tensors: Mapping[str, Tensor]) -> s
         if reason := targets.leaves_out(layer):
             return reason
     makers = [tensors[member.name] for member in group.members if member.makes]
-    if any(isinstance(one, nn.Parameter) and one.dim() > 1 and not one.requires_grad for one in makers):
+    if any(isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and not tensor.requires_grad for tensor in makers):
         return "frozen"
     owners = {member.name.rpartition(".")[0] for member in group.members}
     if group.spanned and not owners & set(targets.include or ()):
@@ -280,14 +281,14 @@ def _limits(groups: Sequence[Group], recipe: Recipe, progress: Progress, step: i
     limits = []
     for group in groups:
         original = _original(group, progress)
-        mine = step if recipe.round_to or original >= 4 * step else 1
-        mine = mine if group.width == group.size and original > mine else 1
-        least = max(1, math.ceil(max(recipe.min_layer_channels, share) * original), min(mine, group.size))
+        units = step if recipe.round_to or original >= 4 * step else 1
+        units = units if group.width == group.size and original > units else 1
+        least = max(1, math.ceil(max(recipe.min_layer_channels, share) * original), min(units, group.size))
         exactly = None
         for pattern, fraction in recipe.overrides.items():
             if any(matches(layer, pattern) for layer in group.layers):
                 exactly = min(group.size, max(1, round(fraction * original)))
         least = min(least, group.size)
-        most = group.size if group.size == original else max(least, group.size // mine * mine)
-        limits.append(Limits(least, most, mine, exactly))
+        most = group.size if group.size == original else max(least, group.size // units * units)
+        limits.append(Limits(least, most, units, exactly))
     return limits

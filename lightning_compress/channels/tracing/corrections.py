@@ -55,16 +55,16 @@ class WrittenSizes:
 def written_sizes(written: Sequence[Written], places: Places) -> tuple[WrittenSizes, ...]:
     """Calls that name the size of something that has labels, each kind once."""
     found = dict[object, WrittenSizes]()
-    for one in written:
-        widths = made = _widths(one.factors, places)
+    for call in written:
+        widths = made = _widths(call.factors, places)
         view = None
-        if one.view is not None:
-            shape, factors = one.view
+        if call.view is not None:
+            shape, factors = call.view
             sizes = {
                 dim: (groups, units) for dim, groups, units in _widths(factors, places) if bool((groups >= 0).any())
             }
             spans = {dim: _period(groups, units) for dim, groups, units in widths}
-            for taken, dims in _blocks(one.shape, shape) if math.prod(one.shape) == math.prod(shape) else ():
+            for taken, dims in _blocks(call.shape, shape) if math.prod(call.shape) == math.prod(shape) else ():
                 left = spans.get(taken[0], 1) if len(taken) == 1 else 1
                 for dim in reversed(dims):  # all that a width is split into, but not what it is repeated for
                     left, rest = divmod(left, shape[dim])
@@ -75,8 +75,8 @@ def written_sizes(written: Sequence[Written], places: Places) -> tuple[WrittenSi
             view = shape, made
         every = [(dim, *groups.tolist(), *units.tolist()) for dim, groups, units in (*widths, *made)]
         if every:
-            key = one.path, one.shape, one.ends, view and view[0], *every
-            found.setdefault(key, WrittenSizes(one.path, one.shape, widths, view, one.ends))
+            key = call.path, call.shape, call.ends, view and view[0], *every
+            found.setdefault(key, WrittenSizes(call.path, call.shape, widths, view, call.ends))
     return tuple(found.values())
 
 
@@ -109,13 +109,13 @@ def _blocks(shape: Sequence[int], other: Sequence[int]) -> Iterator[tuple[list[i
 
 def corrections(old: list[Correction], calls: Sequence[WrittenSizes], keep: Sequence[Tensor]) -> list[Correction]:
     """The corrections of a module after one more cut; those that it has go on from the sizes that they lead to."""
-    new = [one for call in calls if (one := (_view if call.view else _parts)(call, keep))]
+    new = [correction for call in calls if (correction := (_view if call.view else _parts)(call, keep))]
     found = []
     for before in old:
-        after = next((one for one in new if _continues(before, one)), None)
+        after = next((correction for correction in new if _continues(before, correction)), None)
         found.append(before if after is None else _together(before, after))
-        new = [one for one in new if one != after]
-    return found + [one for place, one in enumerate(new) if one not in new[:place]]
+        new = [correction for correction in new if correction != after]
+    return found + [correction for place, correction in enumerate(new) if correction not in new[:place]]
 
 
 def _view(call: WrittenSizes, keep: Sequence[Tensor]) -> Correction:
@@ -151,7 +151,7 @@ def _period(groups: Tensor, units: Tensor) -> int:
     return next(
         period
         for period in range(1, size + 1)
-        if size % period == 0 and all(torch.equal(one[period:], one[: size - period]) for one in (groups, units))
+        if size % period == 0 and all(torch.equal(side[period:], side[: size - period]) for side in (groups, units))
     )
 
 
@@ -159,10 +159,10 @@ def _continues(old: Correction, new: Correction) -> bool:
     """Whether the sizes that an old correction leads to are those that a new one starts from."""
     if old[:2] != new[:2] or (old[0] == "view" and old[3] != new[3]):
         return False
-    rows = [(one, other) for one in old[2] for other in new[2] if one[0] == other[0]]
+    rows = [(row, new_row) for row in old[2] for new_row in new[2] if row[0] == new_row[0]]
     if old[0] == "view":
-        rows += [(one, other) for one in old[4] for other in new[4] if one[0] == other[0]]
-    return len(rows) > 0 and all(one[2] == other[1] for one, other in rows)
+        rows += [(row, new_row) for row in old[4] for new_row in new[4] if row[0] == new_row[0]]
+    return len(rows) > 0 and all(row[2] == new_row[1] for row, new_row in rows)
 
 
 def _together(old: Correction, new: Correction) -> Correction:
@@ -184,6 +184,6 @@ def width_kept(groups: Tensor, units: Tensor, keep: Sequence[Tensor]) -> Tensor:
     stays = torch.ones(len(groups), dtype=torch.bool)
     for number in groups.unique().tolist():
         if number >= 0:
-            mine = groups == number
-            stays[mine] = keep[number][units[mine]]
+            inside = groups == number
+            stays[inside] = keep[number][units[inside]]
     return stays

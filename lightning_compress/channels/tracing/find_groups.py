@@ -175,7 +175,11 @@ class _Explorer:
 
     def _with_numbers(self, groups: DependencyGroups) -> DependencyGroups:
         """The groups with only the attributes and sizes that follow."""
-        attributes = [one for one in groups.attributes if one.sure or self._kind(groups, one) in self.followers]
+        attributes = [
+            attribute
+            for attribute in groups.attributes
+            if attribute.sure or self._kind(groups, attribute) in self.followers
+        ]
         written = [call for call in groups.written if self._class(call.path) in self.corrected]
         return replace(groups, attributes=tuple(attributes), written=tuple(written))
 

@@ -120,7 +120,7 @@ def attention(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out:
     out = out[0] if isinstance(out, tuple) else out
     if (inner := tracer.same((query, -1), (key, -1))) is not None:
         tracer.sets.span(inner, f"attention's scale hangs on it, in {tracer.where()}")
-    masks = [one for one in (*args[3:], *kwargs.values()) if isinstance(one, Tensor)]
+    masks = [mask for mask in (*args[3:], *kwargs.values()) if isinstance(mask, Tensor)]
     factors: list[Tensor] = []
     heads = None
     if query.dim() == 4:
@@ -162,9 +162,9 @@ def _heads(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor) -> Tensor 
 
 
 def _mask_heads(tracer: Tracer, mask: Tensor, heads: Tensor) -> None:
-    theirs = tracer.along(mask, 1)
-    if theirs is not None:
-        tracer.sets.union(heads, theirs)
+    in_mask = tracer.along(mask, 1)
+    if in_mask is not None:
+        tracer.sets.union(heads, in_mask)
     elif mask.stride(1):
         tracer.sets.freeze(heads, f"a mask with a part for each head, in {tracer.where()}")
 

@@ -31,7 +31,7 @@ class Recurrences(TorchFunctionMode):
         with _disable_current_modes():
             out = func(*args)
         if kind.endswith("_cell"):
-            states, weights, layers, both = args[1], [one for one in args[2:] if one is not None], 1, False
+            states, weights, layers, both = args[1], [weight for weight in args[2:] if weight is not None], 1, False
         else:  # of a packed sequence the lengths stand behind the data
             states, weights, _, layers, _, _, both = args[1 if isinstance(args[3], bool) else 2 :][:7]
         _follow(self.tracer, args[0], states, weights, gates, 1 + both, layers, out)
@@ -49,7 +49,7 @@ def _follow(
     out: Any,
 ) -> None:
     """Tell the tracer what its arguments say of a recurrence; weights are in torch's order, layer by layer."""
-    size, each = len(weights[0]) // gates, len(weights) // (directions * layers)
+    size, per_layer = len(weights[0]) // gates, len(weights) // (directions * layers)
     if weights[1].shape[1] != size:
         tracer.freeze((data, weights, states, out), f"a projected recurrent state, in {tracer.where()}")
         return
@@ -61,7 +61,7 @@ def _follow(
             tracer.sets.union(rows.view(-1, size), hidden)
         if weight.dim() == 1:
             continue
-        if place % each == 0 and place < directions * each:  # the first layer takes the data
+        if place % per_layer == 0 and place < directions * per_layer:  # the first layer takes the data
             columns = tracer.same((data, -1), (weight, 1))
         else:
             columns = tracer.along(weight, 1)
@@ -74,6 +74,6 @@ def _follow(
         else:  # made by whoever called, perhaps by a number that follows: the trial will tell
             for path in tracer.stack[-2:]:
                 tracer.sizes.append(Size(path, size, hidden))
-    for one in tensors_in(out):  # that of two directions stands side by side
-        width = hidden.repeat(one.shape[-1] // size)
-        tracer.set(one, (spread(one.shape[-1], width, one.dim() - 1, one.dim()),))
+    for tensor in tensors_in(out):  # that of two directions stands side by side
+        width = hidden.repeat(tensor.shape[-1] // size)
+        tracer.set(tensor, (spread(tensor.shape[-1], width, tensor.dim() - 1, tensor.dim()),))

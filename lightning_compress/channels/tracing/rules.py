@@ -180,12 +180,12 @@ def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out
         tracer.freeze(x, f"a norm over several dimensions, or without weights of its own, in {tracer.where()}")
         return None
     others = [tensor for tensor in affine if isinstance(tensor, Tensor)]
-    kept = [factor for factor in tracer.labels(x) if factor.shape[-1] == 1]
+    factors = [factor for factor in tracer.labels(x) if factor.shape[-1] == 1]
     labels = tracer.same((x, -1), *((tensor, 0) for tensor in others))
     if labels is not None:
         tracer.sets.span(labels, f"a norm spans it, in {tracer.where()}")
-        kept.append(spread(x.shape[-1], labels, x.dim() - 1, x.dim()))
-    tracer.set(out, tuple(kept))
+        factors.append(spread(x.shape[-1], labels, x.dim() - 1, x.dim()))
+    tracer.set(out, tuple(factors))
 
 
 def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:

@@ -33,11 +33,11 @@ def move(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any)
             given = _given(func, args, kwargs)
             if (size := factor.shape[given.get("dim", 0)]) > 1:
                 take_parts(tracer, factor, given.get("dim", 0), _places(given, size), certain=name == "split")
-        for one, part in zip(found, moved, strict=True):
+        for factors, part in zip(found, moved, strict=True):
             part = compressed(part)
             if name in VIEWS:
                 part = split_width(tracer, factor, part, rest[0])
-            one.append(part)
+            factors.append(part)
     if name in ("expand", "repeat"):
         found[0] += tracer.made(out, _copied(tensor, out))
     for leaf, factors in zip(outs, found, strict=True):
@@ -67,7 +67,7 @@ def _places(given: Mapping[str, Any], size: int) -> list[range]:
     if "split_size" not in given and "split_sizes" not in given:
         return [range(size)[slice(given.get("start"), given.get("end"), given.get("step"))]]
     sizes = given.get("split_sizes") or [given["split_size"]] * -(-size // given["split_size"])
-    return [range(size)[end - one : end] for one, end in zip(sizes, accumulate(sizes), strict=True)]
+    return [range(size)[end - length : end] for length, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def cat(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -84,11 +84,11 @@ def cat(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) 
         return
     across, aside = [], list[list[Tensor]]()
     for tensor in tensors:
-        mine = tracer.labels(tensor)
-        across.append([factor for factor in mine if factor.shape[dim] == 1])
+        labels = tracer.labels(tensor)
+        across.append([factor for factor in labels if factor.shape[dim] == 1])
         here = tracer.along(tensor, dim)
         aside.append([] if here is None else [here])
-    shapes = [tuple(1 if one == dim else size for one, size in enumerate(tensor.shape)) for tensor in tensors]
+    shapes = [tuple(1 if place == dim else size for place, size in enumerate(tensor.shape)) for tensor in tensors]
     factors = list(tracer.meet(list(zip(shapes, across, strict=True))))
     if any(aside):
         joined = [
@@ -140,7 +140,7 @@ def scatter(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     for tensor in (x, source):
         if (numbered := tracer.along(tensor, dim)) is not None:
             tracer.sets.freeze(numbered, f"its places are numbered in {tracer.where()}")
-        shape = tuple(1 if one == dim % x.dim() else size for one, size in enumerate(tensor.shape))
+        shape = tuple(1 if place == dim % x.dim() else size for place, size in enumerate(tensor.shape))
         operands.append((shape, [factor for factor in tracer.labels(tensor) if factor.shape[dim] == 1]))
     tracer.set(out, tracer.meet(operands))
 

@@ -34,9 +34,9 @@ def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequenc
         tracer.note_size(len(part), known[part])
         for end in {part[0], part[-1] + 1} - {0, len(labels)}:
             tracer.note_size(end, labels[:end])
-        alike = {one: mine for one, mine in known.items() if len(one) == len(part)}
+        alike = {places: taken for places, taken in known.items() if len(places) == len(part)}
         key = f"{tracer.path}:{len(labels)} by {len(part)}"
-        if len(alike) * len(part) == len(labels) == len({place for one in alike for place in one}):
+        if len(alike) * len(part) == len(labels) == len({place for places in alike for place in places}):
             tracer.splits.setdefault(key, []).append(labels)
             if certain or tracer.choices.get(key, 0) % 2 == 0:
                 tracer.sets.union(torch.stack([*alike.values()]), known[part])
@@ -65,11 +65,11 @@ def _in_order(tracer: Tracer, factors: list[Tensor], dim: int) -> list[Tensor]:
     """Widths of parameters first, outer ones before what lies within; but of heads that share keys, the more."""
     labels = [first_along(factor, dim) for factor in factors]
     origins = [tracer.origin(factor) for factor in factors]
-    counts = [len(one.unique()) for one in labels]
+    counts = [len(along.unique()) for along in labels]
     most = max((count for count, origin in zip(counts, origins, strict=True) if origin == PARAMETER), default=0)
     ranks = [
-        (-1 if origin == MADE and count > most else origin, -int((one != one[0]).nonzero()[0]))
-        for one, count, origin in zip(labels, counts, origins, strict=True)
+        (-1 if origin == MADE and count > most else origin, -int((along != along[0]).nonzero()[0]))
+        for along, count, origin in zip(labels, counts, origins, strict=True)
     ]
     return [factors[place] for place in sorted(range(len(factors)), key=ranks.__getitem__)]
 

@@ -56,12 +56,12 @@ def clusters(factors: list[Tensor]) -> list[set[int]]:
     """The dimensions of factors that share dimensions, each set once."""
     clusters: list[set[int]] = []
     for factor in factors:
-        mine = set(varying(factor))
-        for cluster in [cluster for cluster in clusters if cluster & mine]:
+        dims = set(varying(factor))
+        for cluster in [cluster for cluster in clusters if cluster & dims]:
             clusters.remove(cluster)
-            mine |= cluster
-        if mine:
-            clusters.append(mine)
+            dims |= cluster
+        if dims:
+            clusters.append(dims)
     return clusters
 
 
@@ -154,14 +154,14 @@ class Tracer(TorchDispatchMode):
     def set(self, tensor: Any, factors: Factors) -> None:
         """Say what the labels of a new tensor are."""
         if isinstance(tensor, Tensor):
-            kept = []
+            labels = []
             for factor in map(compressed, factors):
                 if varying(factor):
-                    kept.append(factor)
+                    labels.append(factor)
                 else:
                     # All of it hangs on one channel, which some index chose.
                     self.sets.freeze(factor, f"an index of its own, in {self.where()}")
-            self._labels[tensor] = tuple(kept)
+            self._labels[tensor] = tuple(labels)
 
     def where(self) -> str:
         """The module that runs, as an error names it."""
@@ -255,12 +255,12 @@ class Tracer(TorchDispatchMode):
     def meet(self, operands: list[tuple[tuple[int, ...], list[Tensor]]]) -> Factors:
         """Unite the factors of (shape, factors) operands that broadcast; returns those of the outcome."""
         factors = []
-        for dims in clusters([factor for _, mine in operands for factor in mine]):
+        for dims in clusters([factor for _, factors_of in operands for factor in factors_of]):
             labels, fixed = list[Tensor](), False
-            for shape, mine in operands:
+            for shape, factors_of in operands:
                 if all(shape[dim] == 1 for dim in dims):
                     continue  # broadcast along all of it
-                own = [factor for factor in mine if set(varying(factor)) & dims]
+                own = [factor for factor in factors_of if set(varying(factor)) & dims]
                 labels += own
                 # One without labels has a size that can't change; two widths at once can't be told apart.
                 fixed |= len(own) != 1
@@ -285,7 +285,7 @@ class Tracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         weights = list(map(self.is_weight, tensors))
-        alone = all(one or self.is_made(tensor) for one, tensor in zip(weights, tensors, strict=True))
+        alone = all(weight or self.is_made(tensor) for weight, tensor in zip(weights, tensors, strict=True))
         self.sets.in_weights = alone and any(weights)
         if alone:
             known = self._of_weights if any(weights) else self._of_code

@@ -81,9 +81,9 @@ class Witness(TorchDispatchMode):
     def distance(self, other: Witness) -> float:
         """How far all is apart that both have in the same shape, to the greatest value of each tensor."""
         pairs = list(zip(self.outputs, other.outputs, strict=True))
-        for key, mine in self.points.items():
-            theirs = other.points.get(key, [])
-            pairs += [(one[1], two[1]) for one, two in zip(mine, theirs, strict=False) if one[0] == two[0]]
+        for key, samples in self.points.items():
+            both = zip(samples, other.points.get(key, []), strict=False)
+            pairs += [(values, values_there) for (shape, values), (there, values_there) in both if shape == there]
         return max((distance(*pair) for pair in pairs), default=0.0)
 
 
@@ -105,23 +105,23 @@ def _sample(tensor: Tensor) -> Sample:
     return tensor.shape, flat[:: max(1, flat.numel() // 4096) | 1].clone()
 
 
-def distance(one: Tensor, other: Tensor) -> float:
+def distance(tensor: Tensor, other: Tensor) -> float:
     """The greatest difference of two tensors, to the greatest value of the other; of whole numbers, how many differ.
 
     Example:
         >>> distance(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])), distance(torch.arange(4), torch.arange(4))
         (0.25, 0.0)
     """
-    if not one.numel():
+    if not tensor.numel():
         return 0.0
-    if not _is_float(one):
-        return float((one != other).double().mean())
-    one, other = (torch.view_as_real(x.cpu()) if x.is_complex() else x.cpu().double() for x in (one, other))
-    finite = one.isfinite()
+    if not _is_float(tensor):
+        return float((tensor != other).double().mean())
+    tensor, other = (torch.view_as_real(x.cpu()) if x.is_complex() else x.cpu().double() for x in (tensor, other))
+    finite = tensor.isfinite()
     if not torch.equal(finite, other.isfinite()):
         return math.inf
-    one, other = one[finite], other[finite]
-    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-6)) if len(one) else 0.0
+    tensor, other = tensor[finite], other[finite]
+    return float((tensor - other).abs().max() / other.abs().max().clamp(min=1e-6)) if len(tensor) else 0.0
 
 
 def witnessed(run: Run, model: nn.Module, first: Witness | None = None, *, wide: bool = False) -> Witness:
