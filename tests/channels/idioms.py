@@ -1,4 +1,4 @@
-"""Small networks in idioms that people use, with the tensors that a removal may shrink: rows of `test_structures`."""
+"""Small networks in idioms that people use, with the tensors that a removal may shrink: rows of `test_trace`."""
 
 from __future__ import annotations
 

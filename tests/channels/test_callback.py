@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchmetrics
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -25,9 +24,9 @@ from lightning_compress import (
     Targets,
     Window,
 )
-from tests.support.data import TinyData, keyword_loader
+from tests.support.data import TinyData
 from tests.support.fits import fit
-from tests.support.modules import Classifier, KeywordClassifier, ManualClassifier, quiet_trainer
+from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, hooks, snapshot
 
 PER_EPOCH = 7  # batches of `TinyData`, the last one of 2 samples
@@ -39,7 +38,7 @@ def shrink(**settings: Any) -> ChannelPruning:
     return ChannelPruning(**{"channels": 0.5, "round_to": 1, "schedule": OneShot(), "window": window, **settings})
 
 
-class FitCalls(Callback):
+class TensorLog(Callback):
     """A copy of the module's tensors and of what optimizers remember of them, after every batch."""
 
     def __init__(self) -> None:
@@ -90,7 +89,7 @@ class Optimized(Classifier):
 
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "lbfgs"])
 def test_moments_and_buffers_are_cut_with_the_same_indices(optimizer: str) -> None:
-    before, after = FitCalls(), FitCalls()
+    before, after = TensorLog(), TensorLog()
     fit(before, shrink(), after, module=Optimized(optimizer))
     at = after.widths.index(16)
     assert at == 7 and before.widths[at] == 32
@@ -131,7 +130,7 @@ class Scheduled(Classifier):
 
 @pytest.mark.parametrize("how", ["plain", "clipped", "scheduled", "accumulated"])
 def test_training_goes_on_as_if_the_module_had_been_built_so(how: str) -> None:
-    after = FitCalls()
+    after = TensorLog()
     options = {"clipped": {"gradient_clip_val": 0.1}, "accumulated": {"accumulate_grad_batches": 2}}
     module = Scheduled() if how == "scheduled" else Classifier()
     every = 2 if how == "accumulated" else 1
@@ -180,17 +179,17 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[int, int]]] = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_channels_leave_when_the_schedule_says(name: str) -> None:
     settings, changes = SCHEDULES[name]
-    look = FitCalls()
-    fit(shrink(**{"window": Window(4, 14, unit="step"), **settings}), look)
+    log = TensorLog()
+    fit(shrink(**{"window": Window(4, 14, unit="step"), **settings}), log)
     expected, width = [], 32
     for step in range(1, 2 * PER_EPOCH + 1):
         width = changes.get(step, width)
         expected.append(width)
-    assert look.widths == expected
+    assert log.widths == expected
 
 
 def test_a_window_from_the_start_cuts_before_the_first_step() -> None:
-    steps = FitCalls()
+    steps = TensorLog()
     fit(shrink(window=Window(0, 0.5)), steps, max_epochs=1)
     assert steps.widths == [16] * PER_EPOCH
 
@@ -337,113 +336,6 @@ def test_a_budget_of_everything_leaves_nothing_behind() -> None:
 def test_no_channel_left_is_said() -> None:
     with pytest.warns(NoEffectWarning, match="no channel has left"):
         fit(shrink(channels=0.99, round_to=32))
-
-
-# Modules as people write them.
-
-
-class NoForward(Classifier):
-    def forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.head(self.norm(self.body(batch[0])).relu()), batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.training_step(batch, batch_idx)
-
-
-class Emptying(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        y, x = batch.pop(), batch.pop()
-        return F.cross_entropy(self(x.mul_(2)), y)
-
-
-class Skipping(Classifier):
-    """Of every two batches one makes no step, among them the one that the removal would look at."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(batch, batch_idx) if batch_idx % 2 else None
-
-
-class Keyword(Classifier):
-    """Its batches don't bind to forward, and its step can't be tried."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(F.cross_entropy(self(x=batch[0]), batch[1]))
-        optimizer.step()
-
-    def forward(self, *, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-    def evaluate(self, batch: Any, stage: str) -> None:
-        self(x=batch[0])
-
-
-class Example(Keyword):
-    def __init__(self) -> None:
-        super().__init__()
-        self.example_input_array = {"x": torch.zeros(3, 16)}
-
-
-class Calibrated(Keyword):
-    def calibration_step(self, batch: Any) -> Tensor:
-        return self(x=batch[0])
-
-
-@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-@pytest.mark.parametrize("kind", [NoForward, Emptying, Skipping, Example, Calibrated, ManualClassifier, Drawing])
-def test_odd_modules_shrink_and_train(kind: type[Classifier]) -> None:
-    look = FitCalls()
-    _, module = fit(shrink(importance="taylor", window=Window(4, 6, unit="step")), look, module=kind())
-    assert (module.body.out_features, module.head.in_features, module.norm.num_features) == (16, 16, 16)
-    assert not torch.equal(look.tensors[-1]["body.weight"], look.tensors[look.widths.index(16)]["body.weight"])
-
-
-def test_a_module_that_no_batch_runs_is_refused_with_the_remedy() -> None:
-    class Blind(Keyword):
-        def evaluate(self, batch: Any, stage: str) -> None: ...
-
-    module = Blind()
-    with pytest.raises(CompressionError, match="must run one batch.*example_input_array.*calibration_step"):
-        fit(shrink(), module=module)
-    assert module.body.out_features == 32 and hooks(module) == []
-
-
-def test_dict_batches_and_keywords() -> None:
-    module = KeywordClassifier()
-    pruning = shrink(window=Window(2, 4, unit="step"), scope="layer")
-    quiet_trainer(max_epochs=3, callbacks=[pruning]).fit(module, keyword_loader(), keyword_loader())
-    assert (module.embedding.embedding_dim, module.body.out_features, module.head.in_features) == (8, 16, 16)
-
-
-class Measured(Classifier):
-    """Metrics are children, and note what they have seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=4)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        logits = self(batch[0])
-        self.accuracy.update(logits, batch[1])
-        self.log("train_loss", F.cross_entropy(logits, batch[1]), on_epoch=True, on_step=False)
-        return F.cross_entropy(logits, batch[1])
-
-
-@pytest.mark.parametrize("importance", ["l2", "taylor"])
-def test_a_look_at_a_batch_leaves_metrics_and_logs_alone(importance: str) -> None:
-    module = Measured()
-    trainer, _ = fit(shrink(importance=importance, schedule=Linear()), module=module)
-    assert int(module.accuracy.tp.sum() + module.accuracy.fn.sum()) == 2 * 50
-    assert module.norm.num_batches_tracked == 2 * PER_EPOCH
-    assert trainer.callback_metrics.keys() == {"train_loss", "val_loss", "val_acc", "remaining_channels"}
 
 
 class Breaking(Classifier):

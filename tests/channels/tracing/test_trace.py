@@ -1,4 +1,4 @@
-"""Which channels hang together: against torch-pruning's graph, plain union-find, and networks that people have."""
+"""Which channels hang together: against torch-pruning's graph, and in networks that people have."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections import defaultdict
 import pytest
 import torch
 import torch_pruning as tp
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from lightning_compress import RemovalPlan, plan_removal
-from lightning_compress.channels.tracing.disjoint_sets import FIXED, DisjointSets
 from tests.channels.cuts import inexact, inputs_of, plan_of
 from tests.channels.idioms import IDIOMS, Idiom
 
@@ -55,43 +52,6 @@ def test_groups_are_those_of_torch_pruning(name: str) -> None:
 def _gone(plan: RemovalPlan, name: str, dim: int, size: int) -> list[int]:
     kept = plan.kept.get(name, {}).get(dim, torch.arange(size)).tolist()
     return [index for index in range(size) if index not in kept]
-
-
-Ties = list[tuple[int, int]]
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=14),
-    st.lists(st.integers(1, 11), max_size=3),
-    st.lists(st.integers(1, 11), max_size=3),
-)
-@settings(max_examples=150)
-def test_ties_are_resolved_as_by_union_find(ties: Ties, pins: list[int], spans: list[int]) -> None:
-    atoms = DisjointSets()
-    atoms.new(11)
-    for one, other in ties:
-        atoms.tie(torch.tensor([one]), torch.tensor([other]))
-    for one in pins:
-        atoms.pin(torch.tensor([one]), "pinned")
-    for one in spans:
-        atoms.span(torch.tensor([one]), "spanned")
-    parent = list(range(12))
-
-    def root(one: int) -> int:
-        return one if parent[one] == one else root(parent[one])
-
-    held = set(pins)
-    for one, other in ties:
-        if FIXED in (one, other):
-            held.add(max(one, other))
-        else:
-            parent[max(root(one), root(other))] = min(root(one), root(other))
-    held = {root(one) for one in held} - {FIXED}
-    units = atoms.resolve()
-    assert units.all.tolist() == [root(one) for one in range(12)]
-    assert units.of(torch.arange(12)).tolist() == [FIXED if root(one) in held else root(one) for one in range(12)]
-    assert set(units.fixed) == held
-    assert set(units.spanned) == {root(one) for one in spans}
 
 
 @pytest.mark.parametrize("idiom", IDIOMS, ids=lambda idiom: idiom[0])
