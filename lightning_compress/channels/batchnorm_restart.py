@@ -1,4 +1,4 @@
-"""Norms after a cut: running statistics of the wider network are forgotten as fast as new batches come.
+"""Restarts the running statistics of norms after a cut: those of the wider network are forgotten.
 
 Those that move by themselves get a higher momentum for a while. Those that can't (a norm in evaluation mode or frozen,
 whoever did that; momentum 0) describe inputs that are gone, so they are estimated anew where the cut changed what
@@ -39,13 +39,13 @@ class BatchNormRestart:
         norms: paths of the norms whose inputs a cut has changed.
 
     Example:
-        >>> norm, fresh = nn.BatchNorm1d(1), BatchNormRestart()
-        >>> fresh.batches = 0
+        >>> norm, restart = nn.BatchNorm1d(1), BatchNormRestart()
+        >>> restart.batches = 0
         >>> with torch.no_grad():
         ...     for value in (2.0, 4.0):
-        ...         fresh.begin_(norm)
+        ...         restart.begin_(norm)
         ...         _ = norm(torch.full((2, 1), value))
-        ...         fresh.end_(norm)
+        ...         restart.end_(norm)
         >>> norm.running_mean, norm.momentum
         (tensor([3.]), 0.1)
     """
@@ -71,7 +71,7 @@ class BatchNormRestart:
         before: Mapping[str, Tensor],
         kept: Mapping[str, KeptIndices],
     ) -> None:
-        """Channels have left: estimate at once on the batch at hand what reaches the norms behind them.
+        """Estimate the statistics of the norms behind removed channels on the batch at hand.
 
         Args:
             models: the narrower module, and its averaged copies.
@@ -94,11 +94,11 @@ class BatchNormRestart:
         _copy_(probe, models, changed)
 
     def awaits_pass(self, model: nn.Module) -> bool:
-        """Whether this batch is to be run on a copy, for statistics that can't move."""
+        """Whether a copy must run this batch too, for norms that don't update their statistics themselves."""
         return self.batches is not None and self.batches < _PASSES and bool(self._still(model))
 
     def follow_(self, models: Iterable[nn.Module], probe: nn.Module, run: Callable[[nn.Module], Any]) -> None:
-        """Estimate statistics that can't move from one more batch."""
+        """Average one more batch into the statistics of norms that don't update them themselves."""
         assert self.batches is not None
         still, weight = self._still(probe), 1.0 / (self.batches + 1)
         _watch(probe, run, lambda path, norm, now: _move_(norm, now, weight) if path in still else None)
@@ -109,7 +109,7 @@ class BatchNormRestart:
         return {path for path in self.norms if path in norms and not _follows(norms[path])}
 
     def begin_(self, model: nn.Module) -> None:
-        """Before a batch: set the momentum for it."""
+        """Set each norm's momentum for the coming batch."""
         if self.batches is None or self.batches >= _LAST:
             return
         wanted = 1.0 / (self.batches + 1)
@@ -125,7 +125,7 @@ class BatchNormRestart:
                     module.momentum = wanted if module.momentum > 0 else max(wanted, _USUAL)
 
     def end_(self, model: nn.Module) -> None:
-        """After a batch, or when a fit breaks off: momenta are what they were."""
+        """Restore each norm's momentum after a batch, or when a fit breaks off."""
         if self.batches is not None:
             self.batches += 1
         for module in model.modules():
@@ -136,14 +136,14 @@ class BatchNormRestart:
 
 
 def input_moments(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
-    """Mean and variance ``(2, channels)`` of what reaches each norm with running statistics in one run."""
+    """Return mean and variance ``(2, channels)`` of the input of each norm with running statistics in one run."""
     found: dict[str, Tensor] = {}
     _watch(model, run, lambda path, norm, now: found.update({path: now}))
     return found
 
 
 def _norms(model: nn.Module) -> dict[str, Any]:
-    """What keeps running statistics, by clean path: torch's norms, and frozen ones of other libraries."""
+    """Return what keeps running statistics, by clean path: torch's norms, and frozen ones of other libraries."""
     named = ("running_mean", "running_var")
     return {
         clean_name(path): module
@@ -153,12 +153,12 @@ def _norms(model: nn.Module) -> dict[str, Any]:
 
 
 def _follows(norm: Any) -> bool:
-    """Whether the statistics are taken from training batches, were it not for the momentum."""
+    """Whether a norm updates its statistics in training, unless its momentum is 0."""
     return isinstance(norm, _NormBase) and norm.training and norm.track_running_stats
 
 
 def _watch(model: nn.Module, run: Callable[[nn.Module], Any], see: Callable[[str, nn.Module, Tensor], Any]) -> None:
-    """Run once, and let ``see(path, norm, moments)`` have each norm's input before its first call."""
+    """Run once, and call ``see(path, norm, moments)`` with the moments of each norm's first input."""
     seen = set[str]()
 
     def enter(path: str, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -190,7 +190,7 @@ class ChannelPruning(WindowedCallback):
     def _follow_statistics_(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let norms forget the wider network in this batch, those too that can't by themselves."""
+        """Let all norms average over this batch, those too that don't update their statistics themselves."""
         if self._statistics.awaits_pass(pl_module):
             calls = FitCalls(trainer, pl_module, batch, batch_idx)
             probe = make_probe(trainer, pl_module)

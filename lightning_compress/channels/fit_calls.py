@@ -1,4 +1,4 @@
-"""A LightningModule in a fit: how it is called, what other callbacks make of it, and how all of these are cut."""
+"""Says how a LightningModule is called in a fit, by itself and by other callbacks, and cuts all of these."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ADAPTERS = "_adapters"
 
 
 def adapters_of(trainer: Any, pl_module: Any) -> dict[str, CompressionCallback]:
-    """Callbacks that train layers of their own on what the module puts out, by the name of these in its copies."""
+    """Return callbacks that train layers on the module's outputs, by the name of these layers in its copies."""
     callbacks = enumerate(compression_callbacks(trainer))
     return {f"{ADAPTERS}{number}": callback for number, callback in callbacks if callback.serves(pl_module)}
 
 
 class FitCalls:
-    """A batch, and the ways to run a copy of the module on it.
+    """Holds a batch, and the ways to run a copy of the module on it.
 
     Attributes:
         module: a copy of the module that holds the layers of other callbacks too.

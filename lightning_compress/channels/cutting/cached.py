@@ -1,4 +1,4 @@
-"""Tensors that modules keep beside their parameters and buffers: caches, tables, folded weights, in containers too."""
+"""Finds tensors that modules keep as plain attributes: caches, tables, folded weights, in containers too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 
 
 def cached_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a model's modules keep as attributes or in lists, tuples and dicts, by name.
+    """Return the tensors that modules keep as attributes or in lists, tuples and dicts, by name.
 
     Example:
         >>> model = nn.ReLU()
@@ -52,7 +52,7 @@ def _leaves(value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def kinds_of(model: nn.Module) -> set[tuple[type[nn.Module], str]]:
-    """Class and name of the attributes that hold such tensors; but for weights that a hook computes."""
+    """Return class and name of attributes that hold such tensors, but for weights that a hook computes."""
     modules = {clean_name(path): module for path, module in model.named_modules()}
     split = (name.rpartition(MARK) for name in map(_container, cached_tensors(model)))
     holders = [(modules[path.removesuffix(".")], attribute) for path, _, attribute in split]
@@ -82,7 +82,7 @@ def is_cached(name: str) -> bool:
 
 
 def kept_of(model: nn.Module, kept: Mapping[str, KeptIndices]) -> dict[str, KeptIndices]:
-    """What stays of the tensors that a model keeps now, by name.
+    """Return what stays of the tensors that a model keeps now, by name.
 
     Args:
         model: the module, or a copy of it.

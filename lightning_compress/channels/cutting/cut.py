@@ -1,4 +1,4 @@
-"""Takes channels out of a module: a plan's slices stay, everything else of its tensors goes."""
+"""Cuts channels out of a module: the slices of a plan stay, the rest of its tensors goes."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _present(model: nn.Module, kept: Mapping[str, KeptIndices]) -> dict[str, KeptIndices]:
-    """What stays, of the tensors that a model keeps beside its own as they are now: caches come and go."""
+    """Adapt a plan to the cached tensors that a model keeps now: these come and go."""
     return {**{name: dims for name, dims in kept.items() if not is_cached(name)}, **kept_of(model, kept)}
 
 
 @torch.no_grad()
 def cut_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[str, Any]) -> Cut:
-    """Keep only the slices that stay, and bring the layers' numbers in line. Parameters stay the same objects.
+    """Keep only some slices of tensors, and update the layers' attributes. Parameters stay the same objects.
 
     Args:
         model: the module, or a copy of it.
@@ -51,7 +51,7 @@ def cut_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[str
         numbers: ``path.name`` of other numbers that follow, with their new values.
 
     Returns:
-        What was done, for all that rides on the module's tensors.
+        What was done, for whatever else keeps state of the module's tensors.
     """
     tensors, kept = _all_tensors(model), _present(model, kept)
     normed = weight_norms(model)
@@ -73,7 +73,7 @@ def cut_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[str
 
 
 def set_numbers_(model: nn.Module, numbers: Mapping[str, Any]) -> None:
-    """Set the numbers that follow widths, and let torch's layers read theirs from their tensors."""
+    """Set the attributes that follow widths; torch's layers read theirs from their tensors."""
     modules = modules_of(model)
     for path, module in modules.items():
         settle_(module, numbers.get(f"{path}.groups".lstrip(".")) if isinstance(module, _ConvNd) else None)
@@ -86,7 +86,7 @@ def set_numbers_(model: nn.Module, numbers: Mapping[str, Any]) -> None:
 
 
 def _note_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[str, Any]) -> None:
-    """Write down what tensors and numbers were before the first cut, and what they are after this one.
+    """Record what tensors and attributes were before the first cut, and what they are after this one.
 
     On the module that owns them, so that a part that is taken out knows of itself, and on the whole, as an int8 form
     takes the place of such modules.
@@ -118,7 +118,7 @@ def _note_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[s
 
 
 def note_whole_(model: nn.Module, record: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write on a model what its layers' own records say."""
+    """Record on the whole model what its layers' records say."""
     for kind, entries in record.items():
         _record(model)[kind].update({name: list(entry) for name, entry in entries.items()})
 
@@ -130,7 +130,7 @@ def _record(module: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def zero_(model: nn.Module, kept: Mapping[str, KeptIndices]) -> None:
-    """Zero what `cut_` would take out: what remains computes the same."""
+    """Set to zero what `cut_` would remove: what remains computes the same."""
     tensors, kept = _all_tensors(model), _present(model, kept)
     normed = weight_norms(model)
     # A weight norm's rows go with their magnitudes: a direction of zeros has none.

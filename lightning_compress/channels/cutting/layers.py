@@ -1,4 +1,4 @@
-"""Torch's own layers after a cut: their numbers follow from the shapes of their tensors."""
+"""Updates torch's own layers after a cut: their attributes follow from the shapes of their tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STANDARD = (
 
 
 def settle_(layer: Any, groups: int | None = None) -> None:
-    """Bring a layer's own numbers in line with the shapes of its tensors.
+    """Set a layer's attributes by the shapes of its tensors.
 
     Args:
         layer: one of torch's layers; anything else is left alone.
@@ -82,7 +82,7 @@ Normed = list[tuple[Tensor, Tensor, int, Tensor]]
 
 
 def weight_norms(model: nn.Module) -> Normed:
-    """Each weight norm's magnitudes and directions, its dimension, and the scale from one to the other."""
+    """Return each weight norm's magnitudes, directions and dimension, and the ratio of magnitude to norm."""
     found = []
     for module in model.modules():
         for parametrized in getattr(module, "parametrizations", {}).values():

@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` with fewer heads than its width asks for, which torch's own forward can't run."""
+"""Runs `nn.MultiheadAttention` with fewer heads than its width asks for, which torch's own forward can't."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class NarrowAttention(nn.MultiheadAttention):
 
 
 def _narrow(kind: type[nn.MultiheadAttention]) -> type[nn.MultiheadAttention]:
-    """The same class over `NarrowAttention`: what it does around torch's forward goes on."""
+    """Return the class derived from `NarrowAttention` too: what it does around torch's forward stays."""
     if kind is nn.MultiheadAttention:
         return NarrowAttention
 

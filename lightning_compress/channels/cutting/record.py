@@ -1,4 +1,4 @@
-"""Gives a freshly built module the widths of one that lost channels, as a checkpoint tells them: plain data."""
+"""Records as plain data which channels a module has lost, and gives a full-size module the same widths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ empty if nothing was removed."""
 
 
 def record_of(model: nn.Module) -> Record:
-    """What was removed from ``model`` or parts of it, as plain data."""
+    """Return what was removed from ``model`` or parts of it, as plain data."""
     record: Record = {"shapes": {}, "numbers": {}, "buffers": {}}
     for prefix, module in _own_modules(model):
         for kind, entries in module.__dict__.get(RECORD, {}).items():
@@ -32,7 +32,7 @@ def record_of(model: nn.Module) -> Record:
 
 
 def _own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The user's modules with the prefix of their names, also those that a quantized form took the place of."""
+    """Yield the user's modules with the prefix of their names, those behind a quantized form too."""
     for path, module in model.named_modules():
         if CHILD not in path.split("."):
             here = prefix + (f"{clean_name(path)}." if path else "")
@@ -122,7 +122,7 @@ def _take_cached_(model: nn.Module, record: Record, whole: Mapping[str, Tensor |
 
 
 def _whole_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that no checkpoint holds, as they were before they shrank."""
+    """Return buffers that no checkpoint holds, as they were before they shrank."""
     found = {}
     for prefix, module in _own_modules(model):
         for name, entry in module.__dict__.get(RECORD, {}).get("buffers", {}).items():
@@ -136,7 +136,7 @@ def _forget_(model: nn.Module) -> None:
 
 
 def by_shapes(model: nn.Module, state: Mapping[str, Any]) -> Record:
-    """The record of a state dict that says nothing but its shapes: where torch's own layers are narrower in it.
+    """Infer the record of a plain state dict from its shapes: torch's own layers may be narrower in it.
 
     Raises:
         CompressionError: a tensor of another kind of layer is narrower: what follows from it isn't known.

@@ -1,4 +1,4 @@
-"""Sizes that a module's code writes or computes from others, such as ``C // heads``: corrected after a cut.
+"""Corrects sizes that a module's code writes or computes from others, such as ``C // heads``, after a cut.
 
 A module whose code does so becomes one of a class that differs in nothing but its forward, under which calls that name
 a size of before get the one of now. What is corrected is plain data on the module, so that a checkpoint can hold it.
@@ -49,7 +49,7 @@ def set_written_(module: nn.Module, corrections: list[Correction] | None) -> Non
 
 
 def corrected_sizes(module: nn.Module) -> set[tuple[int, int]]:
-    """Sizes of views that the code of a module writes, each with what it is now."""
+    """Return the sizes that a module's code writes in views, each with the size that replaces it."""
     views = [view for view in vars(module).get(WRITTEN, ()) if view[0] == "view"]
     return {(before, now) for view in views for _, before, now in view[4]}
 
@@ -58,7 +58,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _corrected(plain: type[nn.Module]) -> type[nn.Module]:
-    """The same class, but that sizes in its forward are corrected."""
+    """Return a subclass in whose forward sizes are corrected."""
     if plain in _CLASSES:
         return _CLASSES[plain]
 
@@ -88,7 +88,7 @@ def _remade(function: Callable[..., nn.Module], arguments: tuple[Any, ...], corr
 
 
 class _Corrections(TorchFunctionMode):
-    """Calls by a module's own code name the sizes of now; those of the modules that it calls are theirs."""
+    """Replaces sizes in calls by a module's own code, not in those by the modules that it calls."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def _expand(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]
 
 
 def sized(corrections: Sequence[Correction], x: Tensor, written: Sequence[int]) -> Sequence[int]:
-    """The sizes that a view of ``x`` has now where the code says ``written``."""
+    """Return the sizes of a view of ``x`` after the cut where the code says ``written``."""
     fits = -1 not in written and math.prod(written) == x.numel()
     for view in _views(corrections, x, written):
         meant = _meant(view, written)
@@ -160,7 +160,7 @@ def sized(corrections: Sequence[Correction], x: Tensor, written: Sequence[int]) 
 
 
 def _views(corrections: Sequence[Correction], x: Tensor, written: Sequence[int]) -> Iterator[Correction]:
-    """The views that a call may be, the likeliest first."""
+    """Yield the corrections that may be meant by a call, the likeliest first."""
     found = [view for view in corrections if view[0] == "view" and (view[1], view[3]) == (x.dim(), len(written))]
     certain = [view for view in found if _is_long_as(x, view)]
     # Numbers of windows or tokens may be as long as a width: what was written tells the calls apart then.
@@ -177,7 +177,7 @@ def _is_long_as(x: Tensor, view: Correction, *, whole: bool = False) -> bool:
 
 
 def _telling(view: Correction) -> list[list[int]]:
-    """What of the tensor tells the view: what shrank. The rest, such as numbers of windows, may differ by call."""
+    """Return the dimensions that identify a view: those that shrank. Others, such as windows, differ by call."""
     return [row for row in view[2] if row[1] != row[2]] or view[2]
 
 
@@ -186,7 +186,7 @@ def _unconfirmed(view: Correction, written: Sequence[int]) -> int:
 
 
 def _meant(view: Correction, written: Sequence[int]) -> list[int]:
-    """What sizes are now; what code computes from something else that was cut is neither of before nor of now."""
+    """Return the corrected sizes; one that code computes from another cut size is neither the old nor the new."""
     meant = list(written)
     for dim, before, now in view[4]:
         if written[dim] != -1 and written[dim] % before == 0:
@@ -254,14 +254,14 @@ def _item(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) 
 
 
 def _dims_of(item: Any) -> int:
-    """How many dimensions an item of an index takes."""
+    """Return how many dimensions an item of an index takes."""
     if isinstance(item, Tensor) and item.dtype == torch.bool:
         return item.dim()
     return int(item is not None and item is not Ellipsis)
 
 
 def _places_now(corrections: Sequence[Correction], x: Any, dim: int) -> tuple[dict[int, int], int]:
-    """Where the ends of parts along one dimension lie now, by where they lay before, and how long it was."""
+    """Return where the ends of parts lie now, by where they lay before, and the width before."""
     dim = dim % x.dim() if x.dim() else 0
     for correction in corrections:
         if correction[0] == "parts" and correction[1] == x.dim():

@@ -1,1 +1,1 @@
-"""Which channels go for a budget."""
+"""Chooses the channels that leave, so that a budget is met."""

@@ -1,4 +1,4 @@
-"""How many units of each group stay, so that a budget is met: parameters, multiply-accumulates or channels."""
+"""Chooses how many units of each group stay, so that a budget of parameters, macs or channels is met."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_compress.targets import Scope
 
 
 class _Width:
-    """How many places of a width stay, by what stays of the groups.
+    """Counts how many places of a width stay, by what stays of the groups.
 
     Args:
         groups: of each place, or -1.
@@ -46,7 +46,7 @@ class _Width:
 
 
 class Sizes:
-    """What a model costs, by what stays of its groups.
+    """Counts what a model costs, by what stays of its groups.
 
     Args:
         groups: as `find_groups` found it, with the multiply-accumulates of the whole model.
@@ -102,7 +102,7 @@ def _width_of(parts: list[tuple[int, Tensor]], size: int) -> _Width:
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be asked of each group: at least so many units, in steps, or just so many.
+    """Limits how many units of a group stay: at least so many, in steps, or exactly so many.
 
     Attributes:
         least: so many stay at least.
@@ -130,7 +130,7 @@ def choose(
     target: float,
     scope: Scope,
 ) -> list[Tensor]:
-    """What stays of each group, so that ``cost`` comes nearest to ``target``; the least important units go first.
+    """Choose what stays of each group, so that ``cost`` comes nearest to ``target``; the least important go first.
 
     Args:
         ranked: importance of each unit of each group.

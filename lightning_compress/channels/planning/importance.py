@@ -1,4 +1,4 @@
-"""How much each unit of a group matters. An importance is one function and its line in the table `IMPORTANCES`."""
+"""Scores how much each unit of a group matters; an importance is one function and its line in `IMPORTANCES`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_compress.modules.paths import modules_of, named_tensors
 
 @dataclass(frozen=True)
 class UnitWeight:
-    """A parameter as the units of a group share it.
+    """Holds a parameter, and which slices of it belong to which unit of a group.
 
     Attributes:
         parameter: its values, and its gradient if there is one.
@@ -35,7 +35,7 @@ class UnitWeight:
     size: int
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sums of ``values`` of the parameter's shape over each unit's slices, float64 ``(units,)``."""
+        """Sum ``values`` of the parameter's shape over each unit's slices: float64 ``(units,)``."""
         others = [dim for dim in range(values.dim()) if dim != self.member.dim]
         sums = (values.sum(others, dtype=torch.float64) if others else values.double()).cpu()
         inside = self.member.units >= 0
@@ -44,7 +44,7 @@ class UnitWeight:
 
 @dataclass(frozen=True)
 class UnitWeights:
-    """A group of channels as an importance sees it.
+    """Holds a group of channels as an importance sees it.
 
     Attributes:
         size: how many units it has.
@@ -154,7 +154,7 @@ IMPORTANCES = {
 
 
 def resolve_importance(name: str) -> Importance:
-    """The importance of a name in `IMPORTANCES`, or at an import path: an `Importance`, or just its function.
+    """Return the importance of a name in `IMPORTANCES`, or at an import path: an `Importance`, or its function.
 
     Raises:
         CompressionError: no such name, nothing at that path, or no function of one argument.
@@ -187,7 +187,7 @@ def resolve_importance(name: str) -> Importance:
 
 @torch.no_grad()
 def score(model: nn.Module, groups: Sequence[Group], importance: Importance, seed: int = 0) -> list[Tensor | None]:
-    """What an importance gives for each group of a model, float64 ``(size,)``, or None where it can't tell.
+    """Score the units of each group of a model, float64 ``(size,)``, or None where the importance can't tell.
 
     Raises:
         CompressionError: a user's own doesn't give a score of at least 0 for each unit.
@@ -226,7 +226,7 @@ def carry_scores_(
 def rank(
     model: nn.Module, groups: Sequence[Group], importance: Importance, carried: Mapping[str, Tensor], seed: int
 ) -> list[Tensor]:
-    """The importance of each unit of each group over the group's mean, so that groups compare, float64 ``(size,)``.
+    """Return each group's scores over their mean, so that groups compare: float64 ``(size,)``.
 
     Args:
         model: whose groups these are.

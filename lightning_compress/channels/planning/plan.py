@@ -1,4 +1,4 @@
-"""`RemovalPlan`: what a removal will do, as data to look at, print and apply."""
+"""`RemovalPlan` says what a removal will do, as data to inspect, print and apply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How channels are chosen: the arguments of `plan_removal` and `ChannelPruning`, checked in one place."""
+"""Checks the arguments of `plan_removal` and `ChannelPruning`: how channels are chosen."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Budget:
 
 
 def make_budget(given: Mapping[str, float | None]) -> Budget:
-    """The one budget that was given.
+    """Return the one budget that was given.
 
     Raises:
         CompressionError: none or several were, or one isn't a fraction.
@@ -80,7 +80,7 @@ def make_recipe(
     round_to: int | None,
     seed: int,
 ) -> Recipe:
-    """The recipe of these arguments.
+    """Check the arguments, and return the recipe.
 
     Raises:
         CompressionError: one of them is out of range.

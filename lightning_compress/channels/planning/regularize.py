@@ -1,4 +1,4 @@
-"""Sparse learning before channels leave: weights of the units that matter least are drawn to zero, group by group."""
+"""Draws the weights of the least important units to zero before channels leave, group by group."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def make_plan(
     carried: Mapping[str, Tensor],
     progress: Progress = Progress(),
 ) -> RemovalPlan:
-    """A plan for groups that are known, verified before it is returned.
+    """Make a plan for groups that are known; it is verified before it is returned.
 
     Args:
         subject: the model, and how it is called; a latency budget times its first run.
@@ -77,16 +77,16 @@ def make_plan(
     while True:
         search = _Search(subject, groups, recipe, progress, carried)
         keep, latency = search.meet()
-        faulty = _faulty(subject, groups, keep)
-        if not faulty:
+        failures = _failures(subject, groups, keep)
+        if not failures:
             return search.plan(keep, fixed, latency)
-        fixed = {**fixed, **{groups.all[number].name: reason for number, reason in faulty.items()}}
-        groups = groups.only([number for number in range(len(groups.all)) if number not in faulty])
+        fixed = {**fixed, **{groups.all[number].name: reason for number, reason in failures.items()}}
+        groups = groups.only([number for number in range(len(groups.all)) if number not in failures])
         _require_groups(subject.model, groups, fixed)
 
 
-def _faulty(subject: Subject, groups: DependencyGroups, keep: Sequence[Tensor]) -> dict[int, str]:
-    """The groups that can't be cut as planned, with the reason; all that are cut, where only together they can't."""
+def _failures(subject: Subject, groups: DependencyGroups, keep: Sequence[Tensor]) -> dict[int, str]:
+    """Return groups that can't be cut as planned, with the reason; all of them, where they only fail together."""
     together = subject.failure(groups, keep, runs=1)  # in the others every group was tried by `find_groups`
     if not together:
         return {}

@@ -1,1 +1,1 @@
-"""Which slices of a model's tensors hang together: a trace of its operators."""
+"""Traces a model's operators to find which slices of its tensors depend on each other."""

@@ -1,4 +1,4 @@
-"""Which sizes in a module's code a cut makes wrong, and what they are to be: from traced calls to `written`'s data."""
+"""Finds which sizes in a module's code a cut makes wrong, and what they must become, from traced calls."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class WrittenSizes:
 
 
 def written_sizes(written: Sequence[Written], places: Places) -> tuple[WrittenSizes, ...]:
-    """Calls that name the size of something that has labels, each kind once."""
+    """Return calls that name the size of something that has labels, each kind once."""
     found = dict[object, WrittenSizes]()
     for call in written:
         widths = made = _widths(call.factors, places)
@@ -92,7 +92,7 @@ def _widths(factors: Factors, places: Places) -> Widths:
 
 
 def _blocks(shape: Sequence[int], other: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Which dimensions of a view are made of which; those of size 1 are left out."""
+    """Yield which dimensions of a view are made of which; those of size 1 are left out."""
     dims, made = ([dim for dim, size in enumerate(sizes) if size != 1] for sizes in (shape, other))
     while dims or made:
         block: tuple[list[int], list[int]] = [], []
@@ -108,7 +108,7 @@ def _blocks(shape: Sequence[int], other: Sequence[int]) -> Iterator[tuple[list[i
 
 
 def corrections(old: list[Correction], calls: Sequence[WrittenSizes], keep: Sequence[Tensor]) -> list[Correction]:
-    """The corrections of a module after one more cut; those that it has go on from the sizes that they lead to."""
+    """Return a module's corrections after one more cut; old ones are continued."""
     new = [correction for call in calls if (correction := (_view if call.view else _parts)(call, keep))]
     found = []
     for before in old:
@@ -138,7 +138,7 @@ def _parts(call: WrittenSizes, keep: Sequence[Tensor]) -> Correction | None:
 
 
 def _alike(groups: Tensor, units: Tensor, keep: Sequence[Tensor]) -> tuple[int, int]:
-    """The size of a dimension before and after; where it holds several alike, such as heads of each sample, of one."""
+    """Return a dimension's size before and after; of one part, where it holds several alike (heads of samples)."""
     if bool((groups < 0).all()):
         return len(groups), len(groups)
     period = _period(groups, units)
@@ -146,7 +146,7 @@ def _alike(groups: Tensor, units: Tensor, keep: Sequence[Tensor]) -> tuple[int, 
 
 
 def _period(groups: Tensor, units: Tensor) -> int:
-    """How long what a dimension holds once or several times is; 1 where nothing of it can go."""
+    """Return the length of what a dimension holds once or several times; 1 where nothing of it can go."""
     size = len(groups)
     return next(
         period
@@ -180,7 +180,7 @@ def _together(old: Correction, new: Correction) -> Correction:
 
 
 def width_kept(groups: Tensor, units: Tensor, keep: Sequence[Tensor]) -> Tensor:
-    """For each place of a width whether it stays."""
+    """Return for each place of a width whether it stays."""
     stays = torch.ones(len(groups), dtype=torch.bool)
     for number in groups.unique().tolist():
         if number >= 0:

@@ -1,4 +1,4 @@
-"""Runs that can be compared: nothing that is drawn at random differs between a model and a narrower copy of it."""
+"""Makes runs comparable: nothing that is drawn at random differs between a model and a narrower copy of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CONSTANTS = {
 
 
 class _Constant(TorchDispatchMode):
-    """Random tensors are constants: dropout drops nothing, noise is none."""
+    """Makes random tensors constant: dropout drops nothing, noise is none."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -55,7 +55,7 @@ def _widened(leaf: Any) -> Any:
 
 
 class _Wide(TorchDispatchMode):
-    """All that is computed is computed in float64, also where code asks for less."""
+    """Computes everything in float64, also where code asks for less."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

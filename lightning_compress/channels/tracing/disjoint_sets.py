@@ -1,4 +1,4 @@
-"""Disjoint sets of labels: the smallest parts of a width that may go, and which of them can only go together."""
+"""Unites labels of the smallest parts of a width into sets that can only go together."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DisjointSets:
                 self._unions_in_weights.append((left, right))
 
     def alike_in_weights(self, labels: Tensor) -> Tensor:
-        """All labels that the computation of weights unites with these, bool ``(count,)``."""
+        """Return all labels that the computation of weights unites with these, bool ``(count,)``."""
         unit = _components(self.count, *_joined(self._unions_in_weights))
         return torch.isin(unit, unit[labels])
 
@@ -72,7 +72,7 @@ class DisjointSets:
             self._lasting.append(labels.reshape(-1))
 
     def resolve(self) -> Units:
-        """What goes with what."""
+        """Resolve all unions: which labels can only go together, and which must stay."""
         left, right = _joined(self._unions)
         free = (left != FIXED) & (right != FIXED)
         unit = _components(self.count, left[free], right[free])
@@ -109,7 +109,7 @@ class Units:
     lasting: set[int]
 
     def of(self, labels: Tensor) -> Tensor:
-        """The units of some labels; `FIXED` where they must stay."""
+        """Return the units of some labels; `FIXED` where they must stay."""
         return self.loose[labels]
 
 
@@ -119,7 +119,7 @@ def _joined(pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def _components(count: int, left: Tensor, right: Tensor) -> Tensor:
-    """The least label of each connected component."""
+    """Return the least label of each connected component."""
     least = torch.arange(count)
     while True:
         low = torch.minimum(least[left], least[right])

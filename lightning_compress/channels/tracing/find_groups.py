@@ -16,20 +16,20 @@ from lightning_compress.channels.tracing.trace import trace
 from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.modules.paths import modules_of
 
-_MOST_TRIALS = 40
+_MOST_ATTEMPTS = 40
 _MOST_TRACES = 6
 
 
 def find_groups(subject: Subject) -> DependencyGroups:
-    """What of a model can go; every group is verified on copies of it.
+    """Find the channels of a model that can go; every group is verified on copies of it.
 
     Args:
         subject: nothing of the model is changed.
     """
-    return _Explorer(subject.emptied().varied()).find_groups()
+    return _Finder(subject.emptied().varied()).find_groups()
 
 
-class _Explorer:
+class _Finder:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.modules = modules_of(subject.model)
@@ -60,7 +60,7 @@ class _Explorer:
         return self._settled(groups, failed)
 
     def _first_failure(self, groups: DependencyGroups, cut: Sequence[Group]) -> tuple[Group, str] | None:
-        """A group that can't be cut, or not with those before it, with the reason; found by halving."""
+        """Find a group that can't be cut, or not with those before it, by halving; return it with the reason."""
         reason = self._failure(groups, cut)
         if not reason:
             return None
@@ -74,7 +74,7 @@ class _Explorer:
         return cut[right], reason
 
     def _trace(self) -> DependencyGroups:
-        """Trace, and take splits that lead to nothing otherwise."""
+        """Trace, and interpret splits anew where nothing can go."""
         groups = self._trace_once()
         for _ in range(3):
             dead = [key for key, numbers in groups.splits.items() if not self._lives(groups, numbers)]
@@ -85,7 +85,7 @@ class _Explorer:
         return groups
 
     def _alike(self, keys: Sequence[str]) -> list[list[str]]:
-        """Some splits by class and kind, as what one is to be can hang on another; then all of them."""
+        """Group splits by class and kind, as one may depend on another; the last group is all of them."""
         kinds = dict[tuple[str, str], list[str]]()
         for key in keys:
             path, _, what = key.partition(":")
@@ -94,7 +94,7 @@ class _Explorer:
         return [*few, list(keys)] if len(kinds) > 1 else few
 
     def _otherwise(self, groups: DependencyGroups, keys: Sequence[str]) -> DependencyGroups | None:
-        """What the model can lose if some splits are taken otherwise; None if that is no more."""
+        """Trace with other interpretations of some splits; None if no more can go then."""
         before = dict(self.choices)
         for key in keys:
             self.choices[key] = self.choices.get(key, 0) + 1
@@ -119,7 +119,7 @@ class _Explorer:
         return [group for group in self._all(groups) if group.name not in failed]
 
     def _find_followers(self, groups: DependencyGroups, group: Group) -> bool:
-        """Whether the group can be cut once some attributes follow it; they do so from now on."""
+        """Try whether the group can be cut if some attributes follow it; they do so from now on."""
         number = _number(groups, group)
         candidates = [
             attribute
@@ -130,7 +130,7 @@ class _Explorer:
         kinds = [kind for kind in kinds if kind not in self.followers]
         known = set(self.followers)
         sets = (chosen for size in range(1, len(kinds) + 1) for chosen in combinations(kinds, size))
-        for chosen in islice(chain([tuple(kinds)] if kinds else [], sets), _MOST_TRIALS):
+        for chosen in islice(chain([tuple(kinds)] if kinds else [], sets), _MOST_ATTEMPTS):
             self.followers = known | set(chosen)
             if not self._failure(groups, [group]):
                 return True
@@ -138,7 +138,7 @@ class _Explorer:
         return False
 
     def _correct(self, groups: DependencyGroups, group: Group) -> bool:
-        """Whether the group can be cut once sizes that some code writes are corrected; they are from now on."""
+        """Try whether the group can be cut if sizes in some code are corrected; they are from now on."""
         number = _number(groups, group)
         known = set(self.corrected)
         # Code may compute the sizes of one width from another.
@@ -157,7 +157,7 @@ class _Explorer:
         return False
 
     def _choose_again(self, groups: DependencyGroups, group: Group) -> bool:
-        """Let the splits that the group goes through be taken otherwise, if there is another way."""
+        """Interpret the splits that the group goes through anew; False if there is no other way."""
         number = _number(groups, group)
         keys = [key for key, numbers in groups.splits.items() if number in numbers and self.choices.get(key, 0) < 4]
         for key in keys:
@@ -174,7 +174,7 @@ class _Explorer:
         return f"{kind.__module__}.{kind.__qualname__}"
 
     def _with_numbers(self, groups: DependencyGroups) -> DependencyGroups:
-        """The groups with only the attributes and sizes that follow."""
+        """Return the groups with only those attributes and sizes that follow."""
         attributes = [
             attribute
             for attribute in groups.attributes
@@ -184,13 +184,13 @@ class _Explorer:
         return replace(groups, attributes=tuple(attributes), written=tuple(written))
 
     def _failure(self, groups: DependencyGroups, cut: Sequence[Group], exact: bool | None = None) -> str:
-        """What is wrong without some units of these groups; not the same share of each, which could fit by chance."""
+        """Say what fails without some units of these groups: not the same share of each, which could fit by chance."""
         if not cut:
             return ""
         return self.subject.failure(self._with_numbers(groups), self._keep(groups, cut), exact)
 
     def _settled(self, groups: DependencyGroups, failed: Mapping[str, str]) -> DependencyGroups:
-        """Only the groups that passed; reasons for the rest."""
+        """Keep only the groups that passed, with reasons for the rest."""
         usable = self._usable(groups, failed)
         numbers = [number for number, group in enumerate(groups.all) if any(group is other for other in usable)]
         fixed = {**groups.fixed, **failed}
@@ -201,7 +201,7 @@ class _Explorer:
         return replace(settled, all=tuple(self._exact(groups, group) for group in settled.all))
 
     def _exact(self, groups: DependencyGroups, group: Group) -> Group:
-        """The group, not spanned if what runs across it is read by nobody."""
+        """Return the group, not spanned if no output shows what is computed across it."""
         if group.spanned and not group.lasting and not self._failure(groups, [group], exact=True):
             shows = self.subject.shows(groups, self._keep(groups, [group]))
             return replace(group, spanned="") if shows else group
@@ -217,7 +217,7 @@ def _number(groups: DependencyGroups, group: Group) -> int:
 
 
 def _unread(group: Group) -> bool:
-    """Whether it is but a part of a bare parameter that the example doesn't reach, such as places beyond its length."""
+    """Whether a group is only a part of a bare parameter that the example doesn't reach (places past its length)."""
     return len(group.members) == 1 and not group.spanned and group.members[0].name in group.layers
 
 

@@ -1,4 +1,4 @@
-"""Groups of channels that go together, as plain data: found by tracing a model, applied as slices."""
+"""Holds groups of channels that depend on each other, as plain data: traced from a model, applied as slices."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class DependencyGroups:
-    """What of a model can go.
+    """Holds the groups of channels that can go from a model.
 
     Attributes:
         all: the groups, in the order of the model's tensors.
@@ -124,7 +124,7 @@ class DependencyGroups:
     macs: int
 
     def only(self, numbers: Sequence[int]) -> DependencyGroups:
-        """The same with only some of its groups; what the others have stays."""
+        """Return only some of the groups; the others stay whole."""
         place = torch.full((len(self.all) + 1,), -1)
         place[list(numbers)] = torch.arange(len(numbers))
         costs = [
@@ -139,7 +139,7 @@ class DependencyGroups:
         )
 
     def kept_slices(self, keep: Sequence[Tensor]) -> dict[str, dict[int, Tensor]]:
-        """What stays of each tensor that shrinks, by what stays of each group (bool, ``(size,)``)."""
+        """Return what stays of each tensor that shrinks, by what stays of each group (bool, ``(size,)``)."""
         stays: dict[tuple[str, int], Tensor] = {}
         for group, mask in zip(self.all, keep, strict=True):
             if bool(mask.all()):
@@ -154,7 +154,7 @@ class DependencyGroups:
         return slices
 
     def numbers(self, keep: Sequence[Tensor]) -> dict[str, Any]:
-        """The new values of the attributes that follow, and corrections of sizes, by what stays of each group."""
+        """Return new values of attributes that follow, and corrections of sizes, by what stays of each group."""
         numbers: dict[str, Any] = {}
         for attribute in self.attributes:
             stays = width_kept(attribute.groups, attribute.units, keep)

@@ -1,4 +1,4 @@
-"""What a trace notes for those who read it: costs, and sizes that may have been written."""
+"""Holds what a trace notes for its reader: costs, and sizes that may have been written."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def convolution(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], ou
 def _grouped(
     tracer: Tracer, x: Tensor, channel: int, weight: Tensor, groups: int, transposed: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The output's labels of a grouped convolution, and the widths that its cost hangs on."""
+    """Return the output's labels of a grouped convolution, and the widths that its cost is proportional to."""
     inputs = tracer.along(x, channel)
     per_in = x.shape[channel] // groups
     # A grouped weight is (out, in / groups), transposed (in, out / groups).
@@ -138,7 +138,7 @@ def attention(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out:
 
 
 def _heads(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
-    """The heads of queries. Where several share a key, whole groups of them can go, or the same ones in each group."""
+    """Return the labels of heads. Where several share a key, whole groups can go, or the same heads of each."""
     heads, shared = tracer.along(query, 1), tracer.same((key, 1), (value, 1))
     groups = key.shape[1]
     if heads is None or (shared is None and groups > 1):

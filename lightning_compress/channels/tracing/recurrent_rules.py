@@ -1,4 +1,4 @@
-"""Recurrences are followed as wholes, whoever calls them: one hidden width through all gates, layers and directions."""
+"""Follows torch's recurrences as wholes: one hidden width through all gates, layers and directions."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _follow(
     for state in tensors_in(states):
         if tracer.along(state, -1) is not None:
             tracer.sets.union(tracer.along(state, -1), hidden)  # type: ignore[arg-type]
-        else:  # made by whoever called, perhaps by a number that follows: the trial will tell
+        else:  # made by whoever called, perhaps by a number that follows: verification will tell
             for path in tracer.stack[-2:]:
                 tracer.sizes.append(Size(path, size, hidden))
     for tensor in tensors_in(out):  # that of two directions stands side by side

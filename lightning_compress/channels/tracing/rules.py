@@ -1,4 +1,4 @@
-"""What each operator does with channels: one rule for each family of operators."""
+"""Says what each operator does with channels: one rule for each family of operators."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _BATCHNORM = ("native_batch_norm", "_native_batch_norm", "_batch_norm", "cudnn_b
 
 
 def rule_for(func: Any) -> Rule:
-    """The rule of an operator; one that isn't known lets all its channels stay."""
+    """Return the rule of an operator; an unknown one lets all its channels stay."""
     if func.namespace != "aten":
         return unknown
     name = func._schema.name.rpartition("::")[2]
@@ -61,7 +61,7 @@ def rule_for(func: Any) -> Rule:
 
 
 def unknown(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-    """Whatever an operator that isn't known gets must stay as it is."""
+    """Freeze whatever an unknown operator gets."""
     tracer.unknown(func, args, kwargs, out)
 
 

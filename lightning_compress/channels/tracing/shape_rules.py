@@ -51,19 +51,19 @@ def _without_format(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copied(tensor: Tensor, out: Tensor) -> list[int]:
-    """The dimensions along which a tensor is the same, such as one key head for many query heads; not the batch."""
+    """Return dimensions along which a tensor is repeated, such as a key head for many query heads; not the batch."""
     missing = out.dim() - tensor.dim()
     return [dim for dim in range(1, out.dim()) if dim < missing or tensor.shape[dim - missing] == 1]
 
 
 def _given(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
+    """Return the arguments of a call by name."""
     names = [argument.name for argument in func._schema.arguments]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _places(given: Mapping[str, Any], size: int) -> list[range]:
-    """The places along a width of this size that each part takes."""
+    """Return the places along a width of this size that each part takes."""
     if "split_size" not in given and "split_sizes" not in given:
         return [range(size)[slice(given.get("start"), given.get("end"), given.get("step"))]]
     sizes = given.get("split_sizes") or [given["split_size"]] * -(-size // given["split_size"])
@@ -82,18 +82,18 @@ def cat(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) 
         ]
         tracer.set(out, tracer.meet(operands))
         return
-    across, aside = [], list[list[Tensor]]()
+    across, along_dim = [], list[list[Tensor]]()
     for tensor in tensors:
         labels = tracer.labels(tensor)
         across.append([factor for factor in labels if factor.shape[dim] == 1])
         here = tracer.along(tensor, dim)
-        aside.append([] if here is None else [here])
+        along_dim.append([] if here is None else [here])
     shapes = [tuple(1 if place == dim else size for place, size in enumerate(tensor.shape)) for tensor in tensors]
     factors = list(tracer.meet(list(zip(shapes, across, strict=True))))
-    if any(aside):
+    if any(along_dim):
         joined = [
             labels[0] if labels else torch.zeros(tensor.shape[dim], dtype=torch.int64)
-            for tensor, labels in zip(tensors, aside, strict=True)
+            for tensor, labels in zip(tensors, along_dim, strict=True)
         ]
         factors.append(spread(out.shape[dim], torch.cat(joined), dim, rank))
     tracer.set(out, tuple(factors))

@@ -1,4 +1,4 @@
-"""Where a width is split, or several are flattened into one: which may shrink, by guesses that can be made anew."""
+"""Guesses which width may shrink where one is split, or several are flattened into one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_compress.channels.tracing.tracer import BUFFER, MADE, PARAMETER, 
 
 
 def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequence[int]], certain: bool = False) -> None:
-    """Parts of a width are taken. Those that are as long as each other and make up all of it stay so.
+    """Note that parts of a width are taken; equal parts that make up all of it stay equal.
 
     Args:
         tracer: notes the sizes that may have been written.
@@ -43,7 +43,7 @@ def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequenc
 
 
 def one_width(tracer: Tracer, tensor: Tensor, factors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Where several widths are flattened into one dimension only one of them can shrink: choose which."""
+    """Choose the one width that can shrink where several are flattened into one dimension."""
     for dim in range(tensor.dim()):
         here = [factor for factor in factors if factor.shape[dim] > 1]
         if len(here) > 1:
@@ -62,7 +62,7 @@ def one_width(tracer: Tracer, tensor: Tensor, factors: list[Tensor]) -> tuple[Te
 
 
 def _in_order(tracer: Tracer, factors: list[Tensor], dim: int) -> list[Tensor]:
-    """Widths of parameters first, outer ones before what lies within; but of heads that share keys, the more."""
+    """Order widths: those of parameters first, outer ones before inner ones; of heads that share keys, the more."""
     labels = [first_along(factor, dim) for factor in factors]
     origins = [tracer.origin(factor) for factor in factors]
     counts = [len(along.unique()) for along in labels]
@@ -75,7 +75,7 @@ def _in_order(tracer: Tracer, factors: list[Tensor], dim: int) -> list[Tensor]:
 
 
 def split_width(tracer: Tracer, before: Tensor, after: Tensor, sizes: Any) -> Tensor:
-    """Where a view splits one width into several dimensions, only one of them can shrink: choose which."""
+    """Choose the one dimension that can shrink where a view splits a width into several."""
     if len(varying(after)) > len(varying(before)):
         key = f"{tracer.path}:{list(after.shape)}"
         dims = varying(after)
@@ -97,7 +97,7 @@ def split_width(tracer: Tracer, before: Tensor, after: Tensor, sizes: Any) -> Te
 
 
 def _split_options(tracer: Tracer, after: Tensor, sizes: list[int]) -> list[tuple[int, ...]]:
-    """The dimensions that may go on telling channels apart, the likeliest first."""
+    """Return the dimensions that may go on telling channels apart, the likeliest first."""
     dims = varying(after)
     numbers = tracer.numbers.get(tracer.path, set())
     options: list[tuple[int, ...]] = []

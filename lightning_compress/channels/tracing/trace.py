@@ -1,4 +1,4 @@
-"""Traces a model's runs, and reads from the labels of its tensors which channels hang together."""
+"""Traces a model's runs, and reads from the labels of its tensors which channels depend on each other."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
 
 
 def trace(model: nn.Module, runs: Sequence[Run], choices: Mapping[str, int]) -> DependencyGroups:
-    """Trace some runs of ``model`` and say which channels hang together in all of them.
+    """Trace some runs of ``model`` and say which channels depend on each other in any of them.
 
     Args:
         model: nothing of it is changed but what the runs change themselves.
@@ -143,7 +143,7 @@ class _Reader:
             self._place[units, 0], self._place[units, 1] = number, torch.arange(len(units))
 
     def _grouped(self) -> tuple[list[tuple[tuple[str, int], ...]], list[list[int]]]:
-        """Units that have a place along the same dimensions are a group."""
+        """Group the units that have a place along the same dimensions."""
         where: dict[int, list[tuple[str, int]]] = {}
         for key, labels in self._registered.items():
             for unit in self.units.of(labels).unique().tolist():
@@ -155,12 +155,12 @@ class _Reader:
         return [*alike], [*alike.values()]
 
     def places(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Of labels their groups, or -1, and their units in these."""
+        """Return the groups of labels, or -1, and their units in these."""
         found = self._place[self.units.of(labels)]
         return found[..., 0], found[..., 1]
 
     def group(self, number: int) -> Group:
-        """One of the groups."""
+        """Return a group by its number."""
         units, members = self.units_of[number], []
         for name, dim in self.keys[number]:
             members.append(self._member(number, name, dim, self._registered[name, dim], self._makes(name, dim)))
@@ -184,7 +184,7 @@ class _Reader:
         return Member(name, _layer_of(name), dim, units.masked_fill(groups != number, -1), makes)
 
     def fixed(self) -> dict[str, str]:
-        """Layers whose outputs stay, with the reason."""
+        """Return the layers whose outputs stay, with the reason."""
         fixed = dict[str, str]()
         for (name, dim), labels in self._registered.items():
             units = self.units.all[labels].unique().tolist()
@@ -194,13 +194,13 @@ class _Reader:
         return fixed
 
     def costs(self) -> Iterator[Cost]:
-        """Multiply-accumulates that change."""
+        """Yield the multiply-accumulates that change."""
         for product in self.tracer.products:
             if any(bool((self.units.of(labels) != FIXED).any()) for labels in product.widths):
                 yield Cost(product.macs, tuple(self.places(labels) for labels in product.widths))
 
     def attributes(self) -> list[Attribute]:
-        """Numbers of modules that have the value of a size that was written."""
+        """Return attributes of modules that have the value of a size that was written."""
         found = list[Attribute]()
         for size in self.tracer.sizes:
             groups, units = self.places(size.labels)
@@ -220,7 +220,7 @@ class _Reader:
         return isinstance(self.tensors[name], nn.Parameter) and self.tensors[name].dim() > 1
 
     def _called(self, name: str) -> str:
-        """How a plan calls what a tensor belongs to: torch's layers by path, other modules' tensors by their names."""
+        """Return what a plan calls a tensor's owner: torch's layers by path, other modules' tensors by name."""
         layer = _layer_of(name)
         return layer if layer and isinstance(self.modules.get(layer), STANDARD) else name
 

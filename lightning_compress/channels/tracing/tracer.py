@@ -1,4 +1,4 @@
-"""Runs a model and follows every channel through it: which slices of which parameters are one and the same channel.
+"""Follows every channel through a run of a model: which slices of which parameters are the same channel.
 
 Each dimension of a parameter gets labels of its own. Every operator that reaches torch's kernels then says what becomes
 of them: a sum unites the labels of its terms, a product those of the dimension that it contracts, a view moves them.
@@ -38,12 +38,12 @@ def spread(size: int, labels: Tensor, dim: int, rank: int) -> Tensor:
 
 
 def varying(factor: Tensor) -> tuple[int, ...]:
-    """The dimensions that have a say in a factor."""
+    """Return the dimensions along which a factor varies."""
     return tuple(dim for dim, size in enumerate(factor.shape) if size > 1)
 
 
 def compressed(factor: Tensor) -> Tensor:
-    """A factor without the dimensions along which it is constant."""
+    """Return a factor without the dimensions along which it is constant."""
     for dim, size in enumerate(factor.shape):
         if size > 1:
             first = factor.narrow(dim, 0, 1)
@@ -53,7 +53,7 @@ def compressed(factor: Tensor) -> Tensor:
 
 
 def clusters(factors: list[Tensor]) -> list[set[int]]:
-    """The dimensions of factors that share dimensions, each set once."""
+    """Return sets of dimensions that factors share, each once."""
     clusters: list[set[int]] = []
     for factor in factors:
         dims = set(varying(factor))
@@ -66,7 +66,7 @@ def clusters(factors: list[Tensor]) -> list[set[int]]:
 
 
 def first_along(factor: Tensor, dim: int) -> Tensor:
-    """The labels along one dimension, at the first place of all others."""
+    """Return the labels along one dimension, at the first place of all others."""
     return factor.movedim(dim, 0).reshape(factor.shape[dim], -1)[:, 0]
 
 
@@ -127,7 +127,7 @@ class Tracer(TorchDispatchMode):
         return self.stack[-1]
 
     def labels(self, tensor: Tensor) -> Factors:
-        """What is known of a tensor; of a parameter that is seen for the first time, fresh labels."""
+        """Return the labels of a tensor; new ones for a parameter that is seen for the first time."""
         known = self._labels.get(tensor)
         if known is None:
             name = self._names.get(id(tensor))
@@ -152,7 +152,7 @@ class Tracer(TorchDispatchMode):
             self.labels_of[name] = known
 
     def set(self, tensor: Any, factors: Factors) -> None:
-        """Say what the labels of a new tensor are."""
+        """Set the labels of a new tensor."""
         if isinstance(tensor, Tensor):
             labels = []
             for factor in map(compressed, factors):
@@ -168,7 +168,7 @@ class Tracer(TorchDispatchMode):
         return f"`{self.path}`" if self.path else "the model's forward"
 
     def made(self, tensor: Tensor, dims: Iterable[int]) -> list[Tensor]:
-        """Factors of what was made as long as some width, such as a mask for every head: it goes with what it meets."""
+        """Label what code made as long as some width, such as a mask for every head: it goes with what it meets."""
         factors = []
         for dim in dims:
             if (size := tensor.shape[dim]) > 1:
@@ -194,11 +194,11 @@ class Tracer(TorchDispatchMode):
         self.sizes.append(Size(self.path, size, labels))
 
     def origin(self, factor: Tensor) -> int:
-        """Whose width it is."""
+        """Return whose width a factor is of: a `PARAMETER`'s, a `BUFFER`'s, or one that the code `MADE`."""
         return self._origins[bisect_right(self._starts, int(factor.flatten()[0])) - 1]
 
     def new(self, size: int, origin: int) -> Tensor:
-        """Fresh labels, of a width of a `PARAMETER`, a `BUFFER`, or of what the code `MADE`."""
+        """Return fresh labels for a width of a `PARAMETER`, a `BUFFER`, or of what the code `MADE`."""
         self._starts.append(self.sets.count)
         self._origins.append(origin)
         return self.sets.new(size)
@@ -225,7 +225,7 @@ class Tracer(TorchDispatchMode):
                     self.sets.freeze(factor, reason, output=output)
 
     def along(self, tensor: Tensor, dim: int) -> Tensor | None:
-        """The labels along one dimension, ``(size,)``, or None if there are none.
+        """Return the labels along one dimension, ``(size,)``, or None if there are none.
 
         Where other dimensions have a say too, what differs in them is united.
         """
@@ -275,7 +275,7 @@ class Tracer(TorchDispatchMode):
         return tuple(factors)
 
     def unknown(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        """Whatever an operator that isn't known gets must stay as it is."""
+        """Freeze whatever an unknown operator gets."""
         self.freeze((args, kwargs), f"`{func._schema.name.rpartition('::')[2]}` in {self.where()} isn't understood")
         for leaf in pytree.tree_leaves(out):
             self.set(leaf, ())

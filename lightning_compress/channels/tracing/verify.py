@@ -38,17 +38,17 @@ class Subject:
     samples: int = 1
 
     def twin(self) -> nn.Module:
-        """A copy of the model."""
+        """Return a copy of the model."""
         return self.copy(self.model)
 
     def cut(self, groups: DependencyGroups, keep: Sequence[Tensor]) -> nn.Module:
-        """A copy without the units that don't stay."""
+        """Return a copy without the units that don't stay."""
         twin = self.twin()
         cut_(twin, groups.kept_slices(keep), groups.numbers(keep))
         return twin
 
     def zeroed(self, groups: DependencyGroups, keep: Sequence[Tensor]) -> nn.Module:
-        """A copy with zeros in place of the units that don't stay."""
+        """Return a copy with zeros in place of the units that don't stay."""
         twin = self.twin()
         zero_(twin, groups.kept_slices(keep))
         return twin
@@ -56,7 +56,7 @@ class Subject:
     def failure(
         self, groups: DependencyGroups, keep: Sequence[Tensor], exact: bool | None = None, runs: int | None = None
     ) -> str:
-        """What is wrong with the model without the units that don't stay; empty if nothing is.
+        """Say what fails in the model without the units that don't stay; empty if nothing does.
 
         Where numbers differ, rounding may be all, and what near ties decide: then the cut is verified again in float64,
         with the same decisions.
@@ -96,7 +96,7 @@ class Subject:
         return False
 
     def emptied(self) -> Subject:
-        """The same without the tensors that its modules keep and would compute again.
+        """Return the same without the tensors that its modules keep and would compute again.
 
         What a cut leaves of those says nothing of those that are computed afterwards.
         """
@@ -123,7 +123,7 @@ class Subject:
         return filled
 
     def varied(self) -> Subject:
-        """The same with values of their own in tensors that are constant, if it runs so.
+        """Return the same with different values in tensors that are constant, if it runs so.
 
         Where a layer begins at zero, as heads, gates and last norms of residual branches do, what comes before it shows
         in no output.
@@ -140,7 +140,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class _Verification:
-    """One cut, and what it is held against: zeros in its place, or where it isn't exact the model as it is."""
+    """Compares one cut with a reference: zeros in its place, or where it isn't exact the model as it is."""
 
     subject: Subject
     groups: DependencyGroups
@@ -149,7 +149,7 @@ class _Verification:
     runs: Sequence[Run]
 
     def failure(self, tolerance: float, *, decided: bool = True, wide: bool = False) -> str:
-        """What is wrong, if the cut takes the decisions of what it is held against, or its own, in float64 or not."""
+        """Say what fails, if the cut takes the decisions of its reference, or its own, in float64 or not."""
         cut = self.subject.cut(self.groups, self.keep)
         own = [] if decided else [witnessed(run, cut) for run in self.runs]  # most that fail stop here
         whole = self._whole()
@@ -176,7 +176,7 @@ class _Verification:
         return self.subject.zeroed(self.groups, self.keep) if self.exact else self.subject.twin()
 
     def _rounding(self, run: Run, first: Witness) -> float:
-        """What the network makes of the last digits of its weights."""
+        """Measure how far the last digits of the weights move the outputs."""
         nudged = self._whole()
         widen_(nudged)
         generator = torch.Generator().manual_seed(0)

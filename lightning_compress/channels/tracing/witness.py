@@ -1,4 +1,4 @@
-"""Runs of a model and of a narrower copy that can be compared: what the one decides, the other decides too.
+"""Compares runs of a model and of a narrower copy: the second takes the decisions of the first.
 
 An order of scores, a threshold or an argmax falls otherwise where two numbers nearly tie, and all that follows is
 another matter then. So the second run takes the decisions of the first, and what it would decide by is compared.
@@ -29,7 +29,7 @@ _NO_DECISIONS = ("dropout", "max_pool")
 
 
 class Witness(TorchDispatchMode):
-    """Notes what a run computes on its way, and decides.
+    """Records what a run computes on its way, and decides.
 
     Args:
         first: the witness of another run, whose decisions are taken; by default none.
@@ -64,7 +64,7 @@ class Witness(TorchDispatchMode):
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Note what linear and convolution layers put out, and what is decided."""
+        """Record the outputs of linear and convolution layers, and what is decided."""
 
         def hook(path: str) -> Any:
             return lambda _, __, out: self.points.setdefault(path, []).extend(map(_sample, tensors_in(out)))
@@ -79,7 +79,7 @@ class Witness(TorchDispatchMode):
                 handle.remove()
 
     def distance(self, other: Witness) -> float:
-        """How far all is apart that both have in the same shape, to the greatest value of each tensor."""
+        """Return the greatest relative difference among all tensors that both have in the same shape."""
         pairs = list(zip(self.outputs, other.outputs, strict=True))
         for key, samples in self.points.items():
             both = zip(samples, other.points.get(key, []), strict=False)
@@ -96,7 +96,7 @@ def _decides(leaf: Any) -> bool:
 
 
 def _taken(own: Any, given: Any) -> Any:
-    """What goes on: what was decided, and numbers of its own, if there are as many of them."""
+    """Return the decision that was given, but a run's own numbers, if there are as many of them."""
     return own if _is_float(own) and own.shape == given.shape else given
 
 
@@ -106,7 +106,7 @@ def _sample(tensor: Tensor) -> Sample:
 
 
 def distance(tensor: Tensor, other: Tensor) -> float:
-    """The greatest difference of two tensors, to the greatest value of the other; of whole numbers, how many differ.
+    """Return the greatest difference, relative to the other's greatest value; of whole numbers, how many differ.
 
     Example:
         >>> distance(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])), distance(torch.arange(4), torch.arange(4))
@@ -125,7 +125,7 @@ def distance(tensor: Tensor, other: Tensor) -> float:
 
 
 def witnessed(run: Run, model: nn.Module, first: Witness | None = None, *, wide: bool = False) -> Witness:
-    """What a run of a model computes, if it takes the decisions of another one."""
+    """Run a model, taking the decisions of another run, and return what it computed."""
     witness = Witness(first)
     with deterministic(wide=wide), witness.watching(model):
         outputs = list(tensors_in(run(model)))
