@@ -140,8 +140,7 @@ class Objective:
         alone, and draw nothing from the global generator.
         """
         models = (student, self.teacher.require())
-        with isolated_random_state():
-            torch.manual_seed(torch.initial_seed())
+        with isolated_random_state(seed=torch.initial_seed()):
             plan = dry_run(self._requested, models, run, self.task_weight > 0)
         parameter = next((p for p in student.parameters() if p.is_floating_point()), None)
         if parameter is not None:

@@ -23,10 +23,11 @@ _HOOKS = _OF_TORCH - {"_parameters", "_buffers", "_modules", "training"}
 
 
 @contextmanager
-def isolated_random_state(loaders: Any = None) -> Iterator[None]:
+def isolated_random_state(seed: int | None = None, loaders: Any = None) -> Iterator[None]:
     """Put the global generators of Python, numpy and torch (all CUDA devices) back at the end of the block.
 
     Args:
+        seed: what they draw from in the block; by default they go on.
         loaders: a nest of loaders; the generators that they, their samplers and datasets hold are put back too.
     """
     numpy = sys.modules.get("numpy")
@@ -38,6 +39,13 @@ def isolated_random_state(loaders: Any = None) -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         try:
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+                if devices:  # else CUDA would remember the seed until it starts
+                    torch.cuda.manual_seed_all(seed)
+                random.seed(seed)
+                if numpy:
+                    numpy.random.seed(seed % 2**32)
             yield
         finally:
             for generator, state in states:

@@ -12,9 +12,10 @@ from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.messages import named
 from lightning_compress.modules.calls import bind_example
 from lightning_compress.modules.copying import copy_module
+from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.pruning.dependents import Observations
 from lightning_compress.pruning.methods import Masks
-from lightning_compress.pruning.pruner import Pruner, own_random_state
+from lightning_compress.pruning.pruner import Pruner
 from lightning_compress.pruning.recipe import METHOD, make_recipe
 from lightning_compress.pruning.silence import observe, warning
 from lightning_compress.structure.change import require_float
@@ -111,7 +112,7 @@ def _silence(pruner: Pruner, model: nn.Module, inputs: Any, seed: int) -> None:
         return
     probe, seen = copy_module(model).eval(), Observations()
     args, kwargs = bind_example(example, next(model.parameters()).device)
-    with own_random_state(seed):
+    with isolated_random_state(seed):
         observe(probe, lambda: probe(*args, **kwargs), pruner.units, seen)
     if found := pruner.follow(model, seen):
         warnings.warn(f"prune_: {warning(found)}", stacklevel=3)

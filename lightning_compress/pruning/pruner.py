@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ class Pruner:
         start = check_masks({}, self.weights) if regrow else self.masks
         # Not for ours, which draw nothing: setting torch's seeds takes longer than small masks do.
         draws_nothing = isinstance(self.method, LowestScores) and self.method.criterion in CRITERIA.values()
-        with nullcontext() if draws_nothing else own_random_state(seed):
+        with nullcontext() if draws_nothing else isolated_random_state(seed):
             ranked = {
                 name: self._score(name) if self.method.needs_gradients else self.method.scores(self._effective(name))
                 for name in self.weights
@@ -285,13 +285,3 @@ def _factor(mask: Tensor, weight: Tensor, old: Tensor | None) -> Tensor:
     if weight.device.type != "cpu":
         return mask
     return (torch.empty_like(weight) if old is None else old).copy_(mask)
-
-
-@contextmanager
-def own_random_state(seed: int) -> Iterator[None]:
-    """Draw from a state of our own, and put the global ones back."""
-    with isolated_random_state():
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():  # else its seed would be ours once it is
-            torch.cuda.manual_seed_all(seed)
-        yield

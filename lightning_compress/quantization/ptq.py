@@ -182,8 +182,7 @@ class PostTrainingQuantization(CompressionCallback):
         if convert.form_of(pl_module) == "prepared":
             convert.convert_prepared_(pl_module)
             return
-        with torch.inference_mode(False), isolated_random_state():
-            torch.manual_seed(0)  # every rank shuffles alike
+        with torch.inference_mode(False), isolated_random_state(seed=0):  # every rank shuffles alike
             # All is done on a copy, so that an error leaves the module as it was.
             shared = self.recipe.only_read(pl_module)
             probe = make_probe(trainer, pl_module, shared)
@@ -211,7 +210,7 @@ class PostTrainingQuantization(CompressionCallback):
         loader = calibration_loader(trainer, pl_module)
         feed = data_feed(trainer, probe, stage_of(trainer))
         found = calibration_batches(loader, trainer, probe, self.recipe.calibration_batches)
-        with evaluation_mode(probe), isolated_random_state(loader), closing(found):
+        with evaluation_mode(probe), isolated_random_state(loaders=loader), closing(found):
             batches = feed.choose(probe, found)
             quantize_(probe, self.recipe, next(batches, None), batches, feed)
         return f"; {feed}"

@@ -47,7 +47,7 @@ def validate_copy(trainer: Any, pl_module: Any) -> tuple[dict[str, Any], tuple[i
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        with isolated_random_state(loaders):
+        with isolated_random_state(loaders=loaders):
             own.validate(copy_module(pl_module, aliases), dataloaders=tree_map(_own_iterator, loaders), verbose=False)
         return own.callback_metrics, samples_of(own.val_dataloaders, own.num_val_batches)
 

@@ -119,6 +119,20 @@ def test_no_generator_is_moved(isolated: Callable[[nn.Module], AbstractContextMa
     assert not torch.equal(model(torch.ones(2, 3)), drawn)
 
 
+def test_a_seed_makes_every_generator_draw_the_same() -> None:
+    def draws() -> tuple[float, float, float]:
+        return torch.rand(()).item(), random.random(), np.random.rand()
+
+    with same_random_state(), isolated_random_state(seed=2**40 + 1):
+        first = draws()
+    with isolated_random_state(seed=2**40 + 1):
+        assert draws() == first
+    assert draws() != first != draws()
+    with isolated_random_state(seed=1):
+        expected = torch.rand(3)
+    assert torch.rand(3, generator=torch.Generator().manual_seed(1)).equal(expected)
+
+
 def test_generators_of_loaders_go_on_as_if_nobody_had_read_them() -> None:
     data = torch.utils.data.TensorDataset(torch.arange(9.0))
     by_loader, by_sampler = torch.Generator(), torch.Generator()
@@ -128,7 +142,7 @@ def test_generators_of_loaders_go_on_as_if_nobody_had_read_them() -> None:
         "b": [torch.utils.data.DataLoader(data, sampler=sampler)],
     }
     before = by_loader.get_state(), by_sampler.get_state()
-    with isolated_random_state(loaders):
+    with isolated_random_state(loaders=loaders):
         assert len(list(loaders["a"])) == len(list(loaders["b"][0])) == 9
         assert not torch.equal(before[0], by_loader.get_state()) and not torch.equal(before[1], by_sampler.get_state())
     assert torch.equal(before[0], by_loader.get_state()) and torch.equal(before[1], by_sampler.get_state())

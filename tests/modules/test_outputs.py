@@ -56,7 +56,7 @@ def test_a_container_is_rebuilt_around_other_tensors(contain: Any) -> None:
     ones = [torch.ones_like(tensor) for tensor in tensors]
     again = structure.rebuild(ones)
     assert described(again) == described(output)
-    assert all(one is got for one, got in zip(ones, flatten(again)[0], strict=True))
+    assert all(tensor is got for tensor, got in zip(ones, flatten(again)[0], strict=True))
     assert all(not tensor.any() for tensor in flatten(output)[0])  # what it was made from stays
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -103,10 +101,5 @@ def deterministic(*, wide: bool = False) -> Iterator[None]:
     Args:
         wide: whether all that is computed is computed in float64.
     """
-    with isolated_random_state(), torch.no_grad():
-        torch.manual_seed(0)
-        random.seed(0)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(0)
-        with _Constant(), _Wide() if wide else nullcontext():  # type: ignore[no-untyped-call]
-            yield
+    with isolated_random_state(seed=0), torch.no_grad(), _Constant(), _Wide() if wide else nullcontext():  # type: ignore[no-untyped-call]
+        yield

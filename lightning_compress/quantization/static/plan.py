@@ -293,6 +293,5 @@ def _on_cpu(tensors: list[Tensor]) -> list[Tensor]:
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = copy_tensors((args, kwargs))
     device = next((leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
-    with torch.no_grad(), isolated_random_state(), without_fast_path(), torch.autocast(device, enabled=False):
-        torch.manual_seed(0)
+    with torch.no_grad(), isolated_random_state(seed=0), without_fast_path(), torch.autocast(device, enabled=False):
         return module(*args, **kwargs)
