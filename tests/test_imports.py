@@ -52,7 +52,6 @@ MAY_IMPORT_LIGHTNING = {
     "callback.py",
     "silent_copy.py",
     "probe.py",
-    "silent_copy.py",
     "window.py",
     "windowed_callback.py",
     "cli.py",
