@@ -1,1 +1,1 @@
-"""What was done to a module's structure, and how it comes back."""
+"""What was done to the structure of a module, and how does it come back from a file?"""

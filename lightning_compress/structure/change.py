@@ -21,7 +21,7 @@ The room of a change has its key as its name, and the change itself as ``CHANGE`
 
 
 class StructuralChange:
-    """How one technique changes a module's structure, and how the change survives a checkpoint.
+    """Says how one technique changes a module's structure, and how the change survives a checkpoint.
 
     What isn't abstract does nothing by default.
 
@@ -35,10 +35,10 @@ class StructuralChange:
 
     @abstractmethod
     def record(self, module: nn.Module) -> Record | None:
-        """What was done to ``module``; None if nothing was."""
+        """Return what was done to ``module``; None if nothing was."""
 
     def infer(self, module: nn.Module, state: Mapping[str, Any]) -> Record | None:
-        """The record that follows from the shapes of a plain state dict; None if they are those of ``module``.
+        """Return the record that follows from the shapes of a plain state dict; None if they are those of ``module``.
 
         Raises:
             CompressionError: the shapes alone don't tell.
@@ -47,7 +47,7 @@ class StructuralChange:
 
     @abstractmethod
     def same(self, module: nn.Module, record: Record | None) -> bool:
-        """Whether ``module`` has the structure of ``record`` as far as loading cares."""
+        """Tell whether ``module`` has the structure of ``record`` as far as loading cares."""
 
     @abstractmethod
     def apply_(self, module: nn.Module, record: Record) -> None:
@@ -66,24 +66,24 @@ class StructuralChange:
         """
 
     def strip_(self, module: nn.Module) -> None:
-        """Take off ``module`` itself, one module of a copy, what the change put there; values don't matter."""
+        """Remove what the change put on ``module`` itself, a module of a copy; values don't matter."""
 
     def finish_(self, module: nn.Module) -> None:
-        """Bring ``module`` into the form that serves: what was only prepared is done, adapters are merged.
+        """Bring ``module`` into the form that serves: convert what was prepared, merge adapters.
 
         Raises:
             CompressionError: it can't be done yet.
         """
 
     def forget_(self, module: nn.Module) -> None:
-        """Let go of what `revert_` would need, where the change is final."""
+        """Drop what `revert_` would need, since the change is final."""
 
     def extra_state(self, module: nn.Module, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Take what isn't the user's out of state dicts of ``module``; returns it as parts of our entry."""
+        """Move what isn't the user's out of state dicts of ``module``, and return it as parts of our entry."""
         return {}
 
     def load_extra_(self, module: nn.Module, states: Sequence[dict[str, Any]], entry: Record) -> None:
-        """Put into state dicts of the user's keys what `extra_state` took, from the entry.
+        """Put what `extra_state` took from the entry back into state dicts with the user's keys.
 
         Raises:
             RuntimeError: a state has other shapes than ``module``, which loading wouldn't notice.
@@ -93,7 +93,7 @@ class StructuralChange:
         """Bring an averaged copy of a module in line with it."""
 
     def replaces_average(self, record: Record) -> bool:
-        """Whether the weights are those that serve: an average of float weights is dropped from a file."""
+        """Tell whether the weights are those that serve: then a file drops an average of float weights."""
         return False
 
     def check(self, record: Record, use: str) -> None:
@@ -108,19 +108,19 @@ class StructuralChange:
 
 @cache
 def changes() -> tuple[StructuralChange, ...]:
-    """All changes, from the bottom of the stack up. They are loaded by their names, as their rooms stand above this."""
+    """Load all changes, from the bottom of the stack up, by their names, since their rooms stand above this one."""
     return tuple(import_module(f"lightning_compress.{key}.change").CHANGE for key in ORDER)
 
 
 def recorded(module: nn.Module) -> Iterator[tuple[StructuralChange, Record]]:
-    """The changes that were made to ``module``, from the bottom up, with their records."""
+    """Yield the changes that were made to ``module``, from the bottom up, with their records."""
     for change in changes():
         if (record := change.record(module)) is not None:
             yield change, record
 
 
 def in_entry(entry: Mapping[str, Any]) -> Iterator[tuple[StructuralChange, Record]]:
-    """The changes that a checkpoint's entry tells of, from the bottom up, with their records."""
+    """Yield the changes in a checkpoint's entry, from the bottom up, with their records."""
     return ((change, entry[change.key]) for change in changes() if change.key in entry)
 
 
@@ -140,12 +140,12 @@ def require_float(module: nn.Module, use: str = "float") -> None:
 
 
 def is_float(module: nn.Module) -> bool:
-    """Whether ``module`` has float weights of its own, narrowed or not."""
+    """Tell whether ``module`` has float weights of its own, narrowed or not."""
     return all(change.is_float or change.record(module) is None for change in changes())
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether a change has left ``module`` in the form that serves, and that isn't trained any more."""
+    """Tell whether a change has left ``module`` in the form that serves, which isn't trained any more."""
     return any(change.replaces_average(record) for change, record in recorded(module))
 
 
@@ -161,7 +161,7 @@ def to_float_(module: nn.Module) -> None:
 
 
 def match_(module: nn.Module, entry: Mapping[str, Any]) -> None:
-    """Give ``module`` the structure that a checkpoint's entry tells of.
+    """Give ``module`` the structure of a checkpoint's entry.
 
     From the top of the stack down to the first change that differs all are reverted; from there those of the entry
     are applied.

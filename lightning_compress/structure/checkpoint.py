@@ -36,7 +36,7 @@ def attach(module: nn.Module) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Unwrap, unless the module's structure is changed: then what is saved later must still say so."""
+    """Unwrap the hooks, unless the module's structure is changed: then files that are saved later must say so."""
     if _is_wrapped(module) and not any(True for _ in recorded(module)):
         del module.__dict__["on_save_checkpoint"], module.__dict__["on_load_checkpoint"]
 
@@ -66,7 +66,7 @@ def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """What an entry says of a module's structure."""
+    """Return the entry that describes a module's structure."""
     return {"version": VERSION, **{change.key: copy.deepcopy(record) for change, record in recorded(module)}}
 
 
@@ -88,7 +88,7 @@ def _on_load(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def read_entry(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Our entry of a checkpoint, empty if it has none.
+    """Return our entry of a checkpoint, empty if it has none.
 
     Raises:
         CompressionError: a newer version wrote it.
@@ -103,7 +103,7 @@ def read_entry(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def editable(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """The checkpoint's states, made dicts of a kind that can carry the versions of its modules."""
+    """Return the checkpoint's states, as dicts of the kind that can carry the versions of modules."""
     for name in STATES:
         if name in checkpoint and not isinstance(checkpoint[name], OrderedDict):
             checkpoint[name] = OrderedDict(checkpoint[name])
@@ -130,7 +130,7 @@ def load_state(module: nn.Module, entry: Mapping[str, Any], state: dict[str, Any
 def _restore_structure_(
     module: nn.Module, entry: Mapping[str, Any], states: list[dict[str, Any]], copies: Iterable[nn.Module] = ()
 ) -> None:
-    """Give a module and its averaged copies the structure that ``entry`` tells of, and ``states`` their keys."""
+    """Give a module and its averaged copies the structure of ``entry``, and ``states`` the keys for it."""
     match_(module, entry)
     for copied in copies:
         match_(copied, entry)

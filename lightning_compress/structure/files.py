@@ -1,4 +1,4 @@
-"""Files without a Trainer: `save_compressed` and `load_compressed`."""
+"""Saves and loads files without a Trainer: `save_compressed` and `load_compressed`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def load_compressed(path: str, model: Model) -> Model:
         path: a Lightning checkpoint, ``save_weights_only`` included, or a plain state dict. No code in it is run:
             where it also holds objects of other classes, such as a network among the hyperparameters, these are left
             out, and named in a warning.
-        model: the module as its constructor makes it. It is changed in place and returned.
+        model: the module as its constructor makes it. It is changed in place.
+
+    Returns:
+        ``model``.
 
     Raises:
         CompressionError: the file can't be read, or doesn't fit; the model is unchanged then.
@@ -87,7 +90,7 @@ def load_compressed(path: str, model: Model) -> Model:
 
 
 def _load(model: nn.Module, checkpoint: dict[str, Any], entry: Mapping[str, Any]) -> None:
-    """What a Trainer does when it loads: the module's own hooks, the structure, the weights."""
+    """Do what a Trainer does when it loads: the module's own hooks, the structure, the weights."""
     for name, arguments in (("configure_model", ()), ("on_load_checkpoint", (checkpoint,))):
         if hasattr(type(model), name):
             getattr(type(model), name)(model, *arguments)
@@ -96,7 +99,7 @@ def _load(model: nn.Module, checkpoint: dict[str, Any], entry: Mapping[str, Any]
 
 
 def restored_state(module: nn.Module, key: str) -> dict[str, Any] | None:
-    """The state of the callback with ``key`` that `load_compressed` left on the module; given once."""
+    """Return, once, the state of the callback with ``key`` that `load_compressed` left on the module."""
     states: dict[str, Any] = module.__dict__.get(_RESTORED, {})
     state: dict[str, Any] | None = states.pop(key, None)
     return state

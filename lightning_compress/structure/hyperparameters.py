@@ -1,4 +1,4 @@
-"""Modules that a checkpoint holds beside its weights: among hyperparameters, or where a hook of the user's puts them.
+"""Makes modules plain that a checkpoint holds beside its weights: hyperparameters, or what a user's hook puts there.
 
 They are the very objects that are fake-quantized, tapped or converted. A file gets copies of them that are float and
 of the user's classes alone, around the same tensors.
@@ -37,7 +37,7 @@ _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_f
 
 
 class _Zeros:
-    """Is a parameter of zeros once it is loaded: what a file holds in few bits isn't written in float as well."""
+    """Becomes a parameter of zeros when it is loaded, as a file doesn't hold weights of few bits in float as well."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.shape, self.dtype = parameter.shape, parameter.dtype
@@ -83,9 +83,9 @@ def plain_modules_(checkpoint: dict[str, Any], module: Any) -> None:
 
 
 def _with_known_modules(key: str, value: Any, module: Any, memo: dict[int, Any]) -> Any:
-    """The value; where a module has forgotten its float form, Lightning's own copy of what the constructor was given.
+    """Return the value; where a module has no float form any more, Lightning's own copy of the constructor's argument.
 
-    That has the weights of then, which aren't those of now.
+    That copy has the weights of then, not those of now.
     """
     forgotten = [inner for inner in module.modules() if has_forgotten(inner)]
     if not _reaches(value, forgotten):
@@ -104,7 +104,7 @@ def _with_known_modules(key: str, value: Any, module: Any, memo: dict[int, Any])
 
 
 def _ours(module: nn.Module) -> Iterator[str]:
-    """Names of the attributes that we put on a module, and of its hooks if one of ours is among them."""
+    """Yield the names of the attributes that we put on a module, and of its hooks if one of ours is among them."""
     for name, value in vars(module).items():
         if (
             name in _ATTRIBUTES
@@ -115,7 +115,7 @@ def _ours(module: nn.Module) -> Iterator[str]:
 
 
 def _is_ours(hook: Any) -> bool:
-    """Whether a hook is code of this package: a function, a method, a partial, or an object that is called."""
+    """Tell whether a hook is code of this package: a function, a method, a partial, or an object that is called."""
     while isinstance(hook, partial):
         hook = hook.func
     hook = getattr(hook, "__self__", hook)
@@ -124,7 +124,7 @@ def _is_ours(hook: Any) -> bool:
 
 
 def _memo(module: nn.Module, modules: list[nn.Module], marked: list[nn.Module]) -> dict[int, Any]:
-    """What a deep copy is to have in place of what it finds: the tensors themselves, and what is stripped anyway."""
+    """Return the memo of a deep copy, which shares the tensors, and what is stripped anyway."""
     memo: dict[int, Any] = {}
     for inner in modules:
         kept = [leaf for leaf in pytree.tree_leaves(vars(inner)) if isinstance(leaf, Tensor)]
@@ -160,7 +160,7 @@ def drop_hooks_(module: nn.Module) -> None:
 
 
 class _Walk(pickle.Pickler):
-    """Goes through what a file would hold, and holds the tensors that it meets, and what else it is to stop at."""
+    """Walks through what a file would hold, and keeps the tensors that it meets and the objects that it stops at."""
 
     def __init__(self, stop: Callable[[Any], bool]) -> None:
         self.buffer = io.BytesIO()
@@ -190,7 +190,7 @@ def _parameters(value: Any) -> list[nn.Parameter]:
 
 
 def _copied(value: Any, modules: Iterable[nn.Module], memo: dict[int, Any]) -> Any:
-    """A copy as a file would give it back, of deep copies of ``modules``: containers may copy themselves otherwise."""
+    """Copy a value as a file would, with deep copies of ``modules``: containers may define another copy."""
     keys = {id(module) for module in modules}
     walk = _Walk(lambda inner: id(inner) in keys)
     walk.dump(value)

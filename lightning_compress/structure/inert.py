@@ -24,7 +24,7 @@ class _Frozen(type):
 
 
 class _Unknown(metaclass=_Frozen):
-    """In place of an object of a class that isn't read: it takes whatever a pickle does to it, and keeps nothing."""
+    """Stands for an object of a class that isn't read: accepts whatever a pickle does to it, and keeps nothing."""
 
     kind = ""
 
@@ -41,7 +41,7 @@ class _Unknown(metaclass=_Frozen):
         return self
 
     def append(self, item: Any) -> None:
-        """As a subclass of list is filled."""
+        """Ignore what a pickle adds to a list."""
 
     extend = add = append
 
@@ -65,7 +65,7 @@ def _unknown(kind: str) -> Any:
 
 
 def _plain_tensor(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    """A tensor of a subclass, or with attributes, without these."""
+    """Build a plain tensor in place of one of a subclass, or with attributes."""
     return function(*args)
 
 
@@ -84,7 +84,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Pickle:
-    """What `torch.load` takes as a ``pickle_module``."""
+    """Serves `torch.load` as its ``pickle_module``."""
 
     Unpickler = _Unpickler
 
@@ -94,7 +94,7 @@ class _Pickle:
 
 
 def read_inert(path: str, reader: str) -> tuple[Any, dict[str, str]]:
-    """What a file holds, on the CPU, without the objects of classes that torch doesn't read with ``weights_only=True``.
+    """Read a file on the CPU, without objects of classes that torch doesn't read with ``weights_only=True``.
 
     Warns once if anything is left out.
 
@@ -127,7 +127,7 @@ def read_inert(path: str, reader: str) -> tuple[Any, dict[str, str]]:
 
 
 def _drop_unknown_(tree: Any, place: str, left_out: dict[str, str], seen: dict[int, bool]) -> bool:
-    """Take what is unknown out of dicts; whether ``tree`` itself has to go. A pickle may hold itself."""
+    """Take what is unknown out of dicts, and tell whether ``tree`` itself is unknown. A pickle may hold itself."""
     kind = tree if isinstance(tree, type) else type(tree)
     if issubclass(kind, _Unknown | _Known):
         left_out[place] = kind.kind

@@ -1,4 +1,4 @@
-"""What a callback says and hears when a checkpoint is written or read."""
+"""The base of callbacks that act when a checkpoint is written or read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class CheckpointListener:
-    """Base of callbacks that have a say when a checkpoint of the module that they work on is written or read.
+    """Base of callbacks that act when a checkpoint of their module is written or read.
 
     Attributes:
         kept_with_weights: whether the weights mean nothing without the callback's state, so that a checkpoint of
@@ -21,7 +21,7 @@ class CheckpointListener:
 
     @property
     def state_key(self) -> str:
-        """The callback's key in a checkpoint."""
+        """Names the callback in a checkpoint."""
         raise NotImplementedError
 
     def sync_(self, trainer: Any, pl_module: Any) -> None:
@@ -31,7 +31,7 @@ class CheckpointListener:
         """Raise if a checkpoint with our ``entry`` can't be loaded for this stage; nothing is changed yet."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The callback's state as plain data."""
+        """Return the callback's state as plain data."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ class CheckpointListener:
 
 
 def listeners(module: Any) -> dict[str, CheckpointListener]:
-    """The listeners of a module's Trainer, by their keys.
+    """Return the listeners of a module's Trainer, by their keys.
 
     They are found anew each time: a hook that held them would copy them with the module.
     """
@@ -49,7 +49,7 @@ def listeners(module: Any) -> dict[str, CheckpointListener]:
 
 
 def averaged_copies(trainer: Any) -> Iterator[nn.Module]:
-    """The averaged copies that callbacks hold (`WeightAveraging`, SWA): every change is made to them too."""
+    """Yield the averaged copies that callbacks hold (`WeightAveraging`, SWA): every change is made to them too."""
     for callback in trainer.callbacks:
         average = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
