@@ -57,11 +57,11 @@ def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
         # The fit is over, and the module is the average; the float one that a callback still holds isn't wanted.
         checkpoint["state_dict"] = checkpoint.pop("current_model_state")
         checkpoint.pop("averaging_state", None)
-    kept = {key: callback for key, callback in callbacks.items() if callback.kept_with_weights}
+    saved = {key: callback for key, callback in callbacks.items() if callback.kept_with_weights}
     if "callbacks" not in checkpoint:
-        entry["callbacks"] = {key: callback.state_dict() for key, callback in kept.items()}
+        entry["callbacks"] = {key: callback.state_dict() for key, callback in saved.items()}
     plain_modules_(checkpoint, module)
-    if kept or entry.keys() - {"version", "callbacks"}:
+    if saved or entry.keys() - {"version", "callbacks"}:
         checkpoint[ENTRY] = entry
 
 

@@ -75,8 +75,8 @@ def plain_modules_(checkpoint: dict[str, Any], module: Any) -> None:
     memo = _memo(module, modules, [module, *marked])
     keys = [key for key in checkpoint.keys() - set(_TENSORS_ALONE) if _reaches(checkpoint[key], [module, *marked])]
     if keys:
-        kept = {key: _with_known_modules(key, checkpoint[key], module, memo) for key in keys}
-        checkpoint.update(_copied(kept, [module, *marked], memo))
+        values = {key: _with_known_modules(key, checkpoint[key], module, memo) for key in keys}
+        checkpoint.update(_copied(values, [module, *marked], memo))
     for inner in (module, *marked):
         if id(inner) in memo:
             _strip_(memo[id(inner)])
@@ -91,16 +91,16 @@ def _with_known_modules(key: str, value: Any, module: Any, memo: dict[int, Any])
     if not _reaches(value, forgotten):
         return value
     initial = getattr(module, "_hparams_initial", {}) if key == "hyper_parameters" else {}
-    kept = dict(value) if isinstance(value, dict) else {key: value}
-    for name in [name for name, part in kept.items() if _reaches(part, forgotten)]:
+    values = dict(value) if isinstance(value, dict) else {key: value}
+    for name in [name for name, part in values.items() if _reaches(part, forgotten)]:
         if name not in initial or _reaches(initial[name], forgotten):
             raise CompressionError(
                 f"`checkpoint[{key!r}]` must hold no module whose float form is gone. Received: one in {name!r}. Keep "
                 f"it out of the file: self.save_hyperparameters(ignore=[{name!r}])."
             )
-        kept[name] = initial[name]
+        values[name] = initial[name]
         memo |= {id(found): _Zeros(found) for found in _parameters(initial[name])}
-    return kept
+    return values
 
 
 def _ours(module: nn.Module) -> Iterator[str]:
@@ -127,8 +127,8 @@ def _memo(module: nn.Module, modules: list[nn.Module], marked: list[nn.Module]) 
     """Return the memo of a deep copy, which shares the tensors, and what is stripped anyway."""
     memo: dict[int, Any] = {}
     for inner in modules:
-        kept = [leaf for leaf in pytree.tree_leaves(vars(inner)) if isinstance(leaf, Tensor)]
-        memo |= {id(tensor): tensor.detach() if tensor.grad_fn is not None else tensor for tensor in kept}
+        tensors = [leaf for leaf in pytree.tree_leaves(vars(inner)) if isinstance(leaf, Tensor)]
+        memo |= {id(tensor): tensor.detach() if tensor.grad_fn is not None else tensor for tensor in tensors}
     live = {id(parameter) for parameter in module.parameters()}
     aside = [found for inner in modules for found in parameters_aside(inner)]
     memo |= {id(parameter): _Zeros(parameter) for parameter in aside if id(parameter) not in live}
