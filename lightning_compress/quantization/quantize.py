@@ -138,7 +138,7 @@ def quantize_(
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], Any] = run_step,
 ) -> None:
-    """Convert ``model`` in place; what it was stays aside for `forms.revert_`.
+    """Convert ``model`` in place; what it was stays aside for `convert.revert_`.
 
     Args:
         model: float, in evaluation mode.

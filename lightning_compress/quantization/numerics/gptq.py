@@ -36,7 +36,7 @@ def gptq(
         hessian: ``X^T X`` up to a factor, ``(..., columns, columns)``.
         bits: 2 to 8.
         block_size: values along a row with a scale of their own; None is all of them.
-        symmetric: scales and zero points are those of `numerics.parameters`.
+        symmetric: scales and zero points are those of `linear.parameters`.
         damping: added to the Hessian's diagonal, as a fraction of its mean; ten times more until it can be inverted.
         activation_order: round the columns with the largest diagonal first.
 
