@@ -35,7 +35,7 @@ _USES = {
 
 
 class Quantization(StructuralChange):
-    """The forms of a quantized module: prepared, converted, adapted."""
+    """Makes and takes back the forms of a quantized module: prepared, converted, adapted."""
 
     key = "quantization"
     is_float = False
@@ -119,13 +119,13 @@ class Quantization(StructuralChange):
 
 
 def _plain(record: Record) -> list[Any]:
-    """What of a record loading cares about."""
+    """Find what of a record loading cares about."""
     units = [[unit["path"], unit["hooked"], unit["floats"]] for unit in record["units"]]
     return [record["scheme"], units, record["layers"], record.get("low_rank"), record.get("trained")]
 
 
 def _once(states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The states, with later ones holding the very tensors of the first where values are the same: a frozen base."""
+    """Let later states hold the very tensors of the first where values are the same, as in a frozen base."""
     first = states[0]
     return [
         {key: first[key] if torch.equal(first[key].cpu(), value.cpu()) else value for key, value in state.items()}
@@ -153,7 +153,7 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 
 def _added_keys(model: nn.Module) -> dict[str, str | None]:
-    """Keys of the state that aren't the user's, each with the user's key that holds the same tensor, or None."""
+    """Return the keys of the state that aren't the user's, each with the user's key of the same tensor, or None."""
     state = model.state_dict(keep_vars=True)
     own = {id(value): key for key, value in state.items() if CHILD not in key.split(".")}
     return {key: own.get(id(value)) for key, value in state.items() if CHILD in key.split(".")}
@@ -168,7 +168,7 @@ def _check_shapes(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _shapes(value: Any) -> list[tuple[int, ...]]:
-    """Shapes of the tensors of a state entry; packed parameters are a tuple of them."""
+    """Return shapes of the tensors of a state entry; packed parameters are a tuple of them."""
     values = value if isinstance(value, tuple) else (value,)
     return [tuple(tensor.shape) for tensor in values if isinstance(tensor, Tensor)]
 

@@ -35,13 +35,13 @@ RECORD = "_quantization"
 
 
 def record_of(model: nn.Module) -> dict[str, Any] | None:
-    """What was done to ``model``, as plain data: form, scheme, training, units, floats; None if nothing was."""
+    """Return what was done to ``model``, as plain data: form, scheme, training, units, floats; None if nothing was."""
     record: dict[str, Any] | None = model.__dict__.get(RECORD)
     return record
 
 
 def form_of(model: nn.Module) -> str:
-    """``float``, ``prepared``, ``converted`` or ``adapted``."""
+    """Name the form: ``float``, ``prepared``, ``converted`` or ``adapted``."""
     record = record_of(model)
     return "float" if record is None else str(record["form"])
 
@@ -97,7 +97,7 @@ def prepare_(model: nn.Module, described: Mapping[str, Any]) -> None:
 
 
 def shapes_of(layer: nn.Module) -> dict[str, list[int]]:
-    """The shapes of a layer's own parameters, as a record has them."""
+    """Return the shapes of a layer's own parameters, as a record has them."""
     return {name: list(tensor.shape) for name, tensor in layer._parameters.items() if tensor is not None}
 
 
@@ -181,7 +181,7 @@ def _tell_of_wrong_kernels(wrong: Mapping[str, str], floats: dict[str, str]) -> 
 
 
 def _layer_forms(model: nn.Module, layers: Mapping[str, Scheme], weights: Weights) -> dict[str, nn.Module]:
-    """The forms of layers outside of units. Layers that share a weight (and, by the plan, a scheme) share its codes."""
+    """Make the forms of layers outside of units. Layers that share a weight, and so a scheme, share its codes."""
     made: dict[str, nn.Module] = {}
     modules = {path: module_at(model, path) for path in layers}
     for path, scheme in layers.items():
@@ -206,14 +206,14 @@ def _swap_in_(module: nn.Module, converted: Any) -> None:
 
 
 def _converted_modules(model: nn.Module, record: Mapping[str, Any]) -> list[nn.Module]:
-    """The modules that have (or had) a form of their own: units, and layers outside of them."""
+    """Return the modules that have (or had) a form of their own: units, and layers outside of them."""
     paths = [part["path"] for part in (*record["units"], *record["layers"])]
     units = [unit["path"] for unit in record["units"]]
     return [module_at(model, path) for path in paths if not any(is_below(path, unit) for unit in units)]
 
 
 def revert_(model: nn.Module, form: str = "prepared") -> None:
-    """Back to the ``prepared`` form, where there was one, or the ``float`` form, with the values that it had.
+    """Put a model back into its ``prepared`` form, where it had one, or the ``float`` form, with its values.
 
     An adapted model has its adapters merged into float weights, unless these haven't been let go of yet.
     """
@@ -279,7 +279,7 @@ def transplant_(model: nn.Module, twin: nn.Module) -> None:
 
 
 def packed_weights(model: nn.Module) -> list[PackedWeight]:
-    """The matrices that a model holds in few bits, each once."""
+    """Return the matrices that a model holds in few bits, each once."""
     return [module for module in model.modules() if isinstance(module, PackedWeight)]
 
 

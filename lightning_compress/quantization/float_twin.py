@@ -16,7 +16,7 @@ FLOAT = "float/"
 
 
 class FloatTwin:
-    """A float copy of a module that takes each test batch too and logs under names of its own.
+    """Runs each test batch through a float copy of a module too, which logs under names of its own.
 
     Args:
         twin: the copy; its ``log`` and ``log_dict`` are replaced.
@@ -62,7 +62,7 @@ class FloatTwin:
             return method(*args)
 
     def step(self, batch: Any, *indices: int) -> None:
-        """One batch, with the hooks around it; works on a copy of the batch."""
+        """Run a copy of a batch, with the hooks around it."""
         batch = copy_batch(batch)
         self.call("batch_start", batch, *indices)
         outputs = self._call(f"{self._stage}_step", batch, *indices)

@@ -32,7 +32,7 @@ _MANY = 8
 
 @dataclass
 class Plan:
-    """What would be quantized, and what stays float and why.
+    """Says what would be quantized, and what stays float and why.
 
     Attributes:
         scheme: of the units, and of what no override names.
@@ -49,7 +49,7 @@ class Plan:
     floats: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
+        """Return plain data for a checkpoint."""
         return {
             "scheme": describe(self.scheme),
             "training": self.training,
@@ -69,7 +69,7 @@ def make_plan(
     *,
     training: bool,
 ) -> Plan:
-    """What of ``model`` to quantize, and how; changes nothing. The arguments are those of `quantize`.
+    """Plan what of ``model`` to quantize, and how; change nothing. The arguments are those of `quantize`.
 
     Raises:
         CompressionError: there is nothing that can be quantized, or a pattern matches nothing.
@@ -99,7 +99,7 @@ def make_plan(
 
 
 def _nothing_to_quantize(floats: dict[str, str]) -> CompressionError:
-    """The error of a model in which no layer can be quantized, with the reasons."""
+    """Return the error of a model in which no layer can be quantized, with the reasons."""
     reasons = "; ".join(f"{path or 'the module'}: {reason}" for path, reason in list(floats.items())[:5])
     return CompressionError(
         "The model must have a layer that the scheme can quantize. Received: none. "
@@ -108,7 +108,7 @@ def _nothing_to_quantize(floats: dict[str, str]) -> CompressionError:
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """What is quantized, for the log: units by their flow, layers by their scheme.
+    """Say what is quantized, for the log: units by their flow, layers by their scheme.
 
     Args:
         record: what `Plan.describe` gave.
@@ -122,7 +122,7 @@ def summary(record: Mapping[str, Any]) -> str:
 
 
 def per_token_line(record: Mapping[str, Any]) -> str:
-    """Which linear and attention layers in dynamic int8 have a scale for each token; empty if none has."""
+    """Say which linear and attention layers in dynamic int8 have a scale for each token; empty if none has."""
     paths = [
         layer["path"]
         for layer in record.get("layers", ())
@@ -137,7 +137,7 @@ def per_token_line(record: Mapping[str, Any]) -> str:
 
 
 def explain(record: Mapping[str, Any]) -> list[str]:
-    """What stays float, and what has a form that users should know of: a line for each reason.
+    """Say what stays float, and what has a form that users should know of: a line for each reason.
 
     Args:
         record: what `Plan.describe` gave.
@@ -170,7 +170,7 @@ def explain(record: Mapping[str, Any]) -> list[str]:
 
 
 def _left_float(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """Reasons by path: of what is quantized in parts, and of what isn't at all; each told of the innermost alone."""
+    """Part reasons by path: of what is quantized in parts, and of what isn't at all; of the innermost module alone."""
     quantized = [part["path"] for part in (*record["units"], *record["layers"])]
     reasons = {path: reason.partition("\n")[0][:_LONGEST] for path, reason in record["floats"].items()}
     parted, floats = {}, {}

@@ -149,7 +149,7 @@ class QuantizationAwareTraining(WindowedCallback):
                 convert.revert_(pl_module, "float")
 
     def _other_scheme(self, pl_module: pl.LightningModule) -> str:
-        """The scheme that a prepared module has, if it isn't the one that was asked for."""
+        """Return the scheme that a prepared module has, if it isn't the one that was asked for."""
         record = convert.record_of(pl_module)
         return "" if record is None or record["scheme"] == describe(self.scheme) else str(record["scheme"])
 

@@ -228,7 +228,7 @@ class QLoRA(CompressionCallback):
             CHANGE.sync_(averaged, pl_module)
 
     def merge(self) -> pl.LightningModule:
-        """A plain copy of the module of the last fit, with the adapters in its weights; the module stays as it is.
+        """Make a plain copy of the module of the last fit, with the adapters in its weights; the module stays as it is.
 
         Raises:
             CompressionError: there was no fit, or the module is gone.

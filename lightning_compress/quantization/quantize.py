@@ -57,7 +57,7 @@ def quantize(
     overrides: Overrides | None = None,
     flow: Literal["auto", "fx", "pt2e"] = "auto",
 ) -> Model:
-    """A new model with the same interface and weights of 2 to 8 bits; ``model`` is left as it is.
+    """Make a new model with the same interface and weights of 2 to 8 bits; ``model`` is left as it is.
 
     Args:
         model: any float module; a batch goes through its own ``calibration_step(batch)``, or ``forward``.
@@ -224,7 +224,7 @@ def _check_runs(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], An
 def dry_run(
     model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] = run_step, keep_inputs: bool = True
 ) -> CallLog:
-    """What one look at the model calls in evaluation."""
+    """Record what a run of the model calls in evaluation."""
     with isolated_evaluation(model):
         return record_calls(model, lambda: run(model, batch), keep_inputs)
 
@@ -237,7 +237,7 @@ def slower_than_float(
     *,
     fixed_rounds: bool = False,
 ) -> str:
-    """A line for the log and the report if ``quantized`` takes longer than ``floats``; empty if it doesn't.
+    """Return a line for the log and the report if ``quantized`` takes longer than ``floats``; empty if it doesn't.
 
     Both take turns for about 0.3 s, 4 calls of each at least. Forms that are compiled at their first call aren't timed.
 

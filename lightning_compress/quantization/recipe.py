@@ -18,7 +18,7 @@ Overrides = Mapping[str, str | Scheme]
 
 
 def check_overrides(overrides: Overrides | None) -> dict[str, Scheme]:
-    """``overrides`` with their schemes resolved.
+    """Resolve the schemes of ``overrides``.
 
     Raises:
         CompressionError: one of them names no scheme, or a static one, which isn't chosen layer by layer.
@@ -38,7 +38,7 @@ def check_overrides(overrides: Overrides | None) -> dict[str, Scheme]:
 
 
 class Recipe:
-    """What to quantize with, checked; the arguments are those of `quantize`.
+    """Checks what to quantize with; the arguments are those of `quantize`.
 
     Raises:
         CompressionError: one of them is wrong.
@@ -71,7 +71,7 @@ class Recipe:
         self.needs_cpu = any(used.needs_cpu for used in schemes)
 
     def only_read(self, model: nn.Module) -> list[nn.Parameter]:
-        """Parameters that a copy to be quantized may share with ``model``, so that they aren't in memory twice."""
+        """Find parameters that a copy to be quantized may share with ``model``, so that none is in memory twice."""
         if self.needs_cpu:
             return []
         written = {id(layer.weight) for layer in model.modules() if getattr(layer, "max_norm", None) is not None}

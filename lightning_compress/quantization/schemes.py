@@ -27,7 +27,7 @@ _CLASSES = {type(scheme).__name__: type(scheme) for scheme in SCHEMES.values()}
 
 
 def resolve(scheme: str | Scheme) -> Scheme:
-    """A scheme by its name, by the import path of its class, or as it is.
+    """Find a scheme by its name or the import path of its class; one that is a scheme stays as it is.
 
     Raises:
         CompressionError: no scheme has this name; the nearest ones are listed. Or a class of your own is none, needs
@@ -55,20 +55,20 @@ def resolve(scheme: str | Scheme) -> Scheme:
 
 
 def _class_name(scheme: Scheme) -> str:
-    """What a file calls a scheme's class: one of ours by its name, any other by its import path."""
+    """Name what a file calls a scheme's class: one of ours by its name, any other by its import path."""
     kind = type(scheme)
     return kind.__name__ if _CLASSES.get(kind.__name__) is kind else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _known(name: str) -> Any:
-    """The class that a file means, if it has been imported already: reading a file imports nothing."""
+    """Return the class that a file means, if it has been imported already: reading a file imports nothing."""
     module, _, leaf = name.rpartition(".")
     found = _CLASSES.get(name) or getattr(sys.modules.get(module), leaf, None)
     return found if isinstance(found, type) and issubclass(found, Scheme) else None
 
 
 def describe(scheme: Scheme) -> dict[str, Any]:
-    """A scheme as plain data, with what was asked of this CPU filled in."""
+    """Describe a scheme as plain data, with what was asked of this CPU filled in."""
     fields: dict[str, Any] = asdict(scheme)  # type: ignore[call-overload]
     if fields.get("reduce_range", False) is None:
         fields["reduce_range"] = scheme.reduced
@@ -76,7 +76,7 @@ def describe(scheme: Scheme) -> dict[str, Any]:
 
 
 def from_description(description: Mapping[str, Any]) -> Scheme:
-    """The scheme that `describe` described.
+    """Make the scheme that `describe` described.
 
     Raises:
         CompressionError: written by a newer version, or a scheme of the user's own whose module wasn't imported yet.

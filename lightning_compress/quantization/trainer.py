@@ -21,12 +21,12 @@ from lightning_compress.structure.listener import averaged_copies
 
 
 def stage_of(trainer: pl.Trainer) -> str:
-    """The stage that is running, as feeds call it."""
+    """Return the stage that is running, as feeds call it."""
     return "test" if trainer.testing else "validation" if trainer.validating else "predict"
 
 
 def offers_calibration(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """Whether datamodule or module have a ``calibration_dataloader``."""
+    """Tell whether datamodule or module have a ``calibration_dataloader``."""
     sources = (getattr(trainer, "datamodule", None), pl_module)
     return any(getattr(source, "calibration_dataloader", None) is not None for source in sources)
 
@@ -34,7 +34,7 @@ def offers_calibration(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bo
 def calibration_batches(
     loader: Any, trainer: pl.Trainer, probe: pl.LightningModule, limit: int
 ) -> Generator[Any, None, None]:
-    """Batches as steps get them, with a progress bar."""
+    """Yield batches as steps get them, with a progress bar."""
     if isinstance(loader, dict | list | tuple) and not _holds_batches(loader):
         loader = CombinedLoader(loader, "max_size_cycle")  # as a fit reads several loaders
     if type(loader).__name__ == "CombinedLoader":  # of either package
@@ -50,13 +50,13 @@ def calibration_batches(
 
 
 def _holds_batches(loaders: Any) -> bool:
-    """Whether what could be several loaders is a list of batches."""
+    """Tell whether what could be several loaders is a list of batches."""
     leaves = pytree.tree_leaves(loaders)
     return any(isinstance(leaf, torch.Tensor) or not isinstance(leaf, Iterable) for leaf in leaves)
 
 
 def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """``calibration_dataloader`` of the datamodule or the module, else the train loader of either."""
+    """Return ``calibration_dataloader`` of the datamodule or the module, else the train loader of either."""
     datamodule = getattr(trainer, "datamodule", None)
     sources = [source for source in (datamodule, pl_module) if source is not None]
     for source in sources:
@@ -89,7 +89,7 @@ def _loader(source: Any, name: str) -> Any:
 def time_against_float(
     trainer: pl.Trainer, floats: pl.LightningModule, quantized: pl.LightningModule, batch: Any, stage: str
 ) -> str:
-    """A line for the log and the report if a batch takes longer in the quantized copy than in the float one.
+    """Return a line for the log and the report if a batch takes longer in the quantized copy than in the float one.
 
     Args:
         trainer: that runs the module.
@@ -117,7 +117,7 @@ def refuse_accelerator(trainer: pl.Trainer) -> None:
 
 
 def may_rescale(trainer: pl.Trainer) -> bool:
-    """Whether there are neither momenta nor averages yet: they would be those of weights of another scale."""
+    """Tell whether there are neither momenta nor averages yet: they would be those of weights of another scale."""
     averages = next(averaged_copies(trainer), None) is not None or any(
         callback.averages_weights for callback in compression_callbacks(trainer)
     )

@@ -13,7 +13,7 @@ from lightning_compress.quantization.layers.linear import DynamicLinear
 
 
 class QuantizedAttention(nn.Module):
-    """`nn.MultiheadAttention` in evaluation: ``W_o softmax(q k^T / sqrt(d) + mask) v``, each W in a quantized layer.
+    """Attends as `nn.MultiheadAttention` in evaluation: ``W_o softmax(q k^T / sqrt(d) + mask) v`` in quantized layers.
 
     ``q, k, v = W_q x, W_k y, W_v z``. Queries that may attend to nothing get NaN with ``need_weights`` and the output
     bias without, as in torch's documented function; torch's fused path, which it takes without gradients, gives NaN
@@ -53,7 +53,7 @@ class QuantizedAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`, with its shapes, and masks that are boolean or float.
+        """Do what `nn.MultiheadAttention.forward` does, with its shapes, and masks that are boolean or float.
 
         Raises:
             CompressionError: a mask has another shape or is neither boolean nor float, or is_causal without attn_mask.
@@ -71,7 +71,7 @@ class QuantizedAttention(nn.Module):
         return self.out_proj(attended), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Queries, keys and values, laid out as they came."""
+        """Return queries, keys and values, laid out as they came."""
         if len(self.in_proj) == 1 and query is key and key is value:
             return list(self.in_proj[0](query).chunk(3, dim=-1))
         projections: Any = self.in_proj
@@ -90,7 +90,7 @@ class QuantizedAttention(nn.Module):
 
 
 class DynamicAttention(QuantizedAttention):
-    """Attention with `DynamicLinear` projections, and float32 between them.
+    """Attends with `DynamicLinear` projections, and in float32 between them.
 
     Example:
         >>> import torch
@@ -105,7 +105,7 @@ class DynamicAttention(QuantizedAttention):
 
     @classmethod
     def from_float(cls, layer: nn.MultiheadAttention, reduce_range: bool, per_token: bool = False) -> DynamicAttention:
-        """The dynamic form of an attention layer, on the CPU."""
+        """Return the dynamic form of an attention layer, on the CPU."""
         return cls(layer, lambda _, linear: DynamicLinear.from_float(linear, reduce_range, per_token))
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -119,7 +119,7 @@ class DynamicAttention(QuantizedAttention):
 
 
 def why_not(layer: nn.MultiheadAttention) -> str:
-    """Why a layer can have no quantized form; empty if it can."""
+    """Say why a layer can have no quantized form; empty if it can."""
     if layer.bias_k is not None or layer.add_zero_attn:
         return "quantized attention adds no keys of its own (add_bias_kv, add_zero_attn)"
     return ""
@@ -136,7 +136,7 @@ def _projections(layer: nn.MultiheadAttention, whole: bool) -> list[nn.Linear]:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A layer that shares the memory of its weight."""
+    """Return a layer that shares the memory of its weight."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment]
@@ -144,7 +144,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _thirds(linear: nn.Module) -> list[nn.Module]:
-    """The three projections that are packed in one, as layers of their own that share its memory."""
+    """Return the three projections that are packed in one, as layers of their own that share its memory."""
     thirds = []
     for index in range(3):
         third = copy.copy(linear)

@@ -14,7 +14,7 @@ from lightning_compress.quantization.numerics import linear
 
 
 def why_not(layer: nn.Module, symmetric: bool, group_size: int | None) -> str:
-    """Why a layer trains in float and is rounded afterwards only; empty if it can be fake-quantized."""
+    """Say why a layer trains in float and is rounded afterwards only; empty if it can be fake-quantized."""
     if type(layer) not in (nn.Linear, nn.Embedding):
         return f"no fake-quantizer for the weights of {type(layer).__name__}"
     if isinstance(layer, nn.Embedding) and layer.sparse:
@@ -29,7 +29,7 @@ def why_not(layer: nn.Module, symmetric: bool, group_size: int | None) -> str:
 
 
 def fake_quantized(layer: nn.Module, bits: int, group_size: int | None) -> nn.Module:
-    """``layer`` as one that rounds its weight in each forward and passes gradients straight through.
+    """Return ``layer`` as one that rounds its weight in each forward and passes gradients straight through.
 
     The parameters stay the same objects. The scale is ``max|W| / (2^(bits-1) - 1/2)`` of each group, which clips the
     largest weights by at most half a step, in the bfloat16 in which it will be stored.
@@ -49,7 +49,7 @@ def fake_quantized(layer: nn.Module, bits: int, group_size: int | None) -> nn.Mo
 
 @torch.no_grad()
 def trained_weight(fake: Any, bits: int, group_size: int | None) -> LinearWeight:
-    """The weight of a fake-quantized layer in the codes that it trained with."""
+    """Return the weight of a fake-quantized layer in the codes that it trained with."""
     rounded = fake.weight_fake_quantizer(fake.weight).float()
     scale = fake.weight_fake_quantizer.scale.float().view(len(rounded), -1)
     blocks = linear.blocks(rounded, group_size)  # they are codes times the scale already

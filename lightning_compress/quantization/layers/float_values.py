@@ -18,7 +18,7 @@ _CHANGED = (
 
 
 class _ReadOnly(Tensor):
-    """Values that nothing would hear of if they were changed, so changing them is an error."""
+    """Refuses to be changed, as nothing would hear of it."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -34,7 +34,7 @@ class _ReadOnly(Tensor):
 
 
 class _FloatValues(dict[str, Any]):
-    """The parameters of a layer. What isn't there is read from the layer's quantized form, and in no iteration."""
+    """Holds the parameters of a layer; what isn't there is read from its quantized form, and in no iteration."""
 
     def __init__(self, layer: nn.Module | None = None) -> None:
         super().__init__({} if layer is None else layer._parameters)

@@ -33,13 +33,13 @@ Run = Callable[[nn.Module, Any], Any]
 
 
 class _Enough(BaseException):
-    """All that this pass is for has been seen; no handler of the model's own is to stop it."""
+    """Ends a pass that has seen all it is for; no handler of the model's own is to stop it."""
 
 
 def calibrated_weights(
     model: nn.Module, layers: Mapping[str, Scheme], batches: Sequence[Any], run: Run = run_step
 ) -> dict[str, Any]:
-    """The packed weights of ``layers``, by path, each fitted to the inputs that it gets from quantized ones before it.
+    """Pack the weights of ``layers``, each fitted to the inputs that it gets from quantized layers before it.
 
     Layers are taken in the order in which they are called, as many at a time as their Hessians have room for: within
     a pass they see each other's float outputs, as the layers of a block do in the authors' code. The model is in
@@ -93,7 +93,7 @@ def calibrated_weights(
 
 
 class _Part(NamedTuple):
-    """Layers with one weight between them: nearly always one."""
+    """Names the layers that one weight belongs to: nearly always one."""
 
     layers: list[Any]
     scheme: Scheme
@@ -109,7 +109,7 @@ def _fit(part: _Part, hessian: Tensor | None, path: str) -> Any:
 
 
 def _stages(parts: Mapping[str, _Part], room: int) -> Iterator[dict[str, _Part]]:
-    """Runs of ``parts`` whose Hessians fit into ``room`` bytes together, or one by itself."""
+    """Yield runs of ``parts`` whose Hessians fit into ``room`` bytes together, or one by itself."""
     stage: dict[str, _Part] = {}
     taken = 0
     for path, part in parts.items():
@@ -125,7 +125,7 @@ def _stages(parts: Mapping[str, _Part], room: int) -> Iterator[dict[str, _Part]]
 
 
 def _in_order(model: nn.Module, parts: Mapping[str, _Part], batch: Any, run: Run) -> dict[str, _Part]:
-    """Those of ``parts`` that a batch calls, in the order of their first calls."""
+    """Return those of ``parts`` that a batch calls, in the order of their first calls."""
     called: dict[str, _Part] = {}
     with _watched(parts, lambda path, *_: called.setdefault(path, parts[path])):
         run(model, copy_tensors(batch))
@@ -140,7 +140,7 @@ def _hessians(
     batches: Sequence[Any],
     run: Run,
 ) -> dict[str, Tensor]:
-    """``X^T X`` of the inputs of a ``stage`` of ``parts``: ``(groups, columns, columns)`` each.
+    """Return ``X^T X`` of the inputs of a ``stage`` of ``parts``: ``(groups, columns, columns)`` each.
 
     The first pass fills in ``counts``, how often each batch calls each part; later ones stop once a stage was seen.
     """
@@ -199,7 +199,7 @@ def _groups(layer: nn.Module) -> int:
 
 
 def _rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """What the weight's matrix is multiplied with in a call, in float32: ``(groups, n, columns)``, in portions."""
+    """Find what the weight's matrix is multiplied with in a call, in float32: ``(groups, n, columns)``, in portions."""
     if not x.numel():
         return
     if not isinstance(layer, _ConvNd):

@@ -22,7 +22,7 @@ _SIZES = (64, 32)
 
 @cache
 def tile_rows() -> int:
-    """Rows in a tile on this CPU; 0 if the kernel isn't there, or reads another order than is known here."""
+    """Return rows in a tile on this CPU; 0 if the kernel isn't there, or reads another order than is known here."""
     codes = torch.arange(64 * 64).remainder(13).to(torch.uint8).view(64, 64)
     try:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
@@ -32,7 +32,7 @@ def tile_rows() -> int:
 
 
 def kernel_group(rows: int, columns: int, block_size: int | None) -> int:
-    """The group size with which the kernel takes such a weight; 0 if it doesn't."""
+    """Return the group size with which the kernel takes such a weight; 0 if it doesn't."""
     size = columns if block_size is None else block_size
     if columns % size or not tile_rows() or rows % tile_rows():
         return 0
@@ -40,32 +40,32 @@ def kernel_group(rows: int, columns: int, block_size: int | None) -> int:
 
 
 def tiled(codes: Tensor, size: int) -> Tensor:
-    """Codes ``(rows, columns)``, uint8 below 16, in tiles of ``size`` rows: ``(rows, columns / 2)``."""
+    """Return codes ``(rows, columns)``, uint8 below 16, in tiles of ``size`` rows: ``(rows, columns / 2)``."""
     low, high = codes.view(-1, 2, size // 2, codes.shape[1]).unbind(1)
     return (low | high << 4).transpose(1, 2).contiguous().view(codes.shape[0], -1)
 
 
 def untiled(tiles: Tensor, size: int) -> Tensor:
-    """The codes that `tiled` took."""
+    """Return the codes that `tiled` took."""
     bytes_ = tiles.view(-1, 2 * tiles.shape[1], size // 2).transpose(1, 2)
     return torch.stack([bytes_ & 15, shifted_right(bytes_, 4)], dim=1).view(tiles.shape[0], -1)
 
 
 def some_untiled(tiles: Tensor, rows: Tensor, size: int) -> Tensor:
-    """The codes of some rows."""
+    """Return the codes of some rows."""
     place = rows % size
     found = tiles.view(-1, 2 * tiles.shape[1], size // 2)[rows // size, :, place % (size // 2)]
     return torch.where(place[:, None] < size // 2, found & 15, shifted_right(found, 4))
 
 
 def scales_and_zeros(scale: Tensor, zero: Tensor, repeat: int) -> Tensor:
-    """What the kernel reads beside codes: ``W = S (Q - 8) + S (8 - Z)``, bfloat16 ``(groups, rows, 2)``."""
+    """Find what the kernel reads beside codes: ``W = S (Q - 8) + S (8 - Z)``, bfloat16 ``(groups, rows, 2)``."""
     both = torch.stack([scale, scale * (8 - zero.float())], dim=-1).repeat_interleave(repeat, dim=1)
     return both.transpose(0, 1).to(torch.bfloat16).contiguous()
 
 
 def product(x: Tensor, tiles: Tensor, group: int, scales: Tensor) -> Tensor:
-    """``x W^T`` in the type of ``x``, ``(..., rows)``."""
+    """Return ``x W^T`` in the type of ``x``, ``(..., rows)``."""
     rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, tiles, group, scales)
     return y.to(x.dtype).view(*x.shape[:-1], -1)

@@ -18,7 +18,7 @@ _LEAST, _MOST = 255 * 6.2e-5, torch.finfo(torch.float32).max
 
 
 class DynamicLinear(nn.Module):
-    """``y = s_x Q(x / s_x) Q(W)^T s_W + b``, in torch's own kernel (`torch.ops.quantized.linear_dynamic`).
+    """Computes ``y = s_x Q(x / s_x) Q(W)^T s_W + b`` in torch's kernel, `torch.ops.quantized.linear_dynamic`.
 
     ``s_W`` is a scale for each output channel. ``s_x`` is one for all of x, or ``per_token`` one for each row:
     ``y = (Q(x' / s) Q(W)^T) s + (x - x') W_q^T + b`` with ``s = max|x'|`` of the row, x' being x without its outlier
@@ -54,7 +54,7 @@ class DynamicLinear(nn.Module):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, reduce_range: bool, per_token: bool = False) -> DynamicLinear:
-        """The dynamic form of a linear layer, on the CPU."""
+        """Return the dynamic form of a linear layer, on the CPU."""
         bias = None if linear.bias is None else linear.bias.cpu()
         return cls(linear.weight.cpu(), bias, reduce_range, per_token)
 
@@ -110,11 +110,11 @@ class DynamicLinear(nn.Module):
         return product
 
     def float_value(self, name: str) -> Tensor | None:
-        """The float layer's ``weight`` as it is stored, or its ``bias``."""
+        """Return the float layer's ``weight`` as it is stored, or its ``bias``."""
         return self.bias if name == "bias" else self.weight * self.scale[:, None]
 
     def pack(self, bias: Tensor | None) -> Any:
-        """The weights, and a bias, in the kernel's own order; in 7 bits where 8 would overflow."""
+        """Return the weights, and a bias, in the kernel's own order; in 7 bits where 8 would overflow."""
         codes, scale = self.weight, self.scale.double()
         if codes.abs().amax() > 64 and needs_reduced_range(torch.backends.quantized.engine):
             codes, scale = (codes / 2).round().to(torch.int8), scale * 2

@@ -19,7 +19,7 @@ _BLOCK = 2**20
 
 
 def matrix_of(layer: nn.Module) -> Tensor:
-    """The weight of a layer as ``(out, in)``: of a convolution ``(out_channels, in_channels / groups * kernel)``."""
+    """View a layer's weight as ``(out, in)``: of a convolution ``(out_channels, in_channels / groups * kernel)``."""
     weight: Any = layer.weight
     matrix: Tensor = weight.detach().flatten(1)
     return matrix
@@ -31,7 +31,7 @@ def _row_blocks(weight: PackedWeight) -> Iterator[slice]:
 
 
 class _Product(torch.autograd.Function):
-    """``x W^T`` with W dequantized block by block, and once more for the gradient: no float W is kept for it."""
+    """Computes ``x W^T`` with W dequantized block by block, and once more for the gradient: no float W stays for it."""
 
     generate_vmap_rule = True
 
@@ -54,7 +54,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """``x W^T + b``, in the type that autocast wants, else in that of ``x``. Gradients flow to ``x`` and ``bias``.
+    """Compute ``x W^T + b`` in the type that autocast wants, else in that of x. Gradients flow to x and b.
 
     Args:
         x: ``(..., columns)``.
@@ -76,7 +76,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
 
 class PackedLayer(nn.Module):
-    """Base: the packed weight of a layer, its bias, and its settings.
+    """Holds the packed weight of a layer, its bias, and its settings.
 
     Args:
         layer: float; it isn't changed.
@@ -102,19 +102,19 @@ class PackedLayer(nn.Module):
         self.__dict__["_settings"] = settings
 
     def float_value(self, name: str) -> Tensor | None:
-        """The float layer's ``weight`` as it is stored, or its ``bias``."""
+        """Return the float layer's ``weight`` as it is stored, or its ``bias``."""
         return self.bias if name == "bias" else self.weight().to(self._like.dtype).view(self.shape)
 
 
 class PackedLinear(PackedLayer):
-    """``y = x W^T + b`` with a packed W."""
+    """Computes ``y = x W^T + b`` with a packed W."""
 
     def forward(self, input: Tensor) -> Tensor:
         return product(input, self.weight, self.bias)
 
 
 class PackedConv(PackedLayer):
-    """A convolution with a packed kernel, which is dequantized as a whole."""
+    """Convolves with a packed kernel, which is dequantized as a whole."""
 
     def forward(self, input: Tensor) -> Tensor:
         kernel = self.weight.values(slice(None)).view(self.shape).to(input.dtype)
@@ -124,7 +124,7 @@ class PackedConv(PackedLayer):
 
 
 class PackedEmbedding(PackedLayer):
-    """``y_i = W[x_i]`` with a packed W, of which only the rows that are looked up are dequantized."""
+    """Looks up ``y_i = W[x_i]`` in a packed W, of which only these rows are dequantized."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self.weight.values(input.flatten()).to(self._like.dtype).view(*input.shape, self.weight.columns)
@@ -140,7 +140,7 @@ PACKED: dict[type[nn.Module], type[PackedLayer]] = {
 
 
 def packable(layer: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a layer that a packed scheme can take the place of."""
+    """Return the parameters of a layer that a packed scheme can take the place of."""
     if type(layer) not in {*PACKED, nn.MultiheadAttention, NonDynamicallyQuantizableLinear}:
         return []
     return [parameter for parameter in layer._parameters.values() if parameter is not None]

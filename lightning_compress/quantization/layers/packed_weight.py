@@ -17,7 +17,7 @@ Rows = slice | Tensor
 
 
 class PackedWeight(nn.Module):
-    """A matrix ``(rows, columns)`` that is stored in few bits; blocks lie along the rows, the input dimension.
+    """Stores a matrix ``(rows, columns)`` in few bits; blocks lie along the rows, the input dimension.
 
     Its tensors move and are saved with the module, but are no buffers: whoever averages a model's buffers would average
     codes. Scales keep their own type, whatever the model is cast to.
@@ -35,22 +35,22 @@ class PackedWeight(nn.Module):
 
     @abstractmethod
     def values(self, rows: Rows) -> Tensor:
-        """Those rows as float32, ``(len(rows), columns)``."""
+        """Return those rows as float32, ``(len(rows), columns)``."""
 
     def forward(self) -> Tensor:
-        """The whole matrix in float32."""
+        """Return the whole matrix in float32."""
         return self.values(slice(None))
 
     def unpacked(self, rows: Rows) -> Tensor:
-        """Codes of those rows: uint8, ``(len(rows), columns)``."""
+        """Return codes of those rows: uint8, ``(len(rows), columns)``."""
         return unpack(_take(self.codes, rows), self.bits, self.columns)
 
     def few_rows_product(self, x: Tensor) -> Tensor | None:
-        """``x W^T`` by a kernel for few rows of activations; None if there is none for this weight, or here."""
+        """Return ``x W^T`` by a kernel for few rows of activations; None if there is none for this weight, or here."""
         return None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it holds, by name."""
+        """Return what it holds, by name."""
         found = {name: getattr(self, name) for name in self.held}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -92,7 +92,7 @@ class PackedWeight(nn.Module):
 
 
 class LinearWeight(PackedWeight):
-    """``W = S (Q - Z)`` with Q of 2 to 8 bits; S bfloat16 and, if asymmetric, Z of as many bits as Q, for each block.
+    """Stores ``W = S (Q - Z)``: Q of 2 to 8 bits; for each block S in bfloat16 and, if asymmetric, Z of as many bits.
 
     Args:
         codes: uint8, ``(rows, columns)``.
@@ -122,7 +122,7 @@ class LinearWeight(PackedWeight):
         return cls(codes, scale.squeeze(-1), None if symmetric else zero.squeeze(-1), bits, block_size)
 
     def _zeros(self, rows: Rows) -> Tensor:
-        """Zero points of those rows: ``(len(rows), n_blocks)``, or one for all."""
+        """Return zero points of those rows: ``(len(rows), n_blocks)``, or one for all."""
         if self.zero is None:
             return torch.full((1, 1), 2 ** (self.bits - 1), device=self.scale.device)
         return unpack(_take(self.zero, rows), self.bits, self.scale.shape[1])
@@ -184,7 +184,7 @@ class LinearWeight(PackedWeight):
 
 
 class NF4Weight(PackedWeight):
-    """``W = A * NF4_VALUES[Q]`` with a largest magnitude A for each block, itself stored in 8 bits."""
+    """Stores ``W = A * NF4_VALUES[Q]`` with a largest magnitude A for each block, itself in 8 bits."""
 
     held = ("codes", "scale_codes", "scale_offset", "scale_step")
 
@@ -208,5 +208,5 @@ class NF4Weight(PackedWeight):
 
 
 def _take(tensor: Tensor, rows: Rows) -> Tensor:
-    """Some rows of a tensor; ids out of range raise, where indexing would count negative ones from the end."""
+    """Return some rows of a tensor; ids out of range raise, where indexing would count negative ones from the end."""
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)

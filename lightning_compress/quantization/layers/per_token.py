@@ -49,7 +49,7 @@ def give_tokens_scales_(model: nn.Module, paths: Collection[str], cosine: Callab
 
 
 def _forms(model: nn.Module, path: str) -> list[DynamicLinear]:
-    """The dynamic linear layers that stand for the layer at ``path``, in a traced unit or not."""
+    """Return the dynamic linear layers that stand for the layer at ``path``, in a traced unit or not."""
     return [
         module
         for name, module in model.named_modules()
@@ -66,7 +66,7 @@ def _switch_(forms: dict[str, list[DynamicLinear]], paths: Collection[str], per_
 
 @contextmanager
 def _errors_of(forms: list[DynamicLinear]) -> Iterator[dict[DynamicLinear, float]]:
-    """While a run goes on: how far each layer's outputs are from those with a scale for each token."""
+    """Measure, while a run goes on, how far each layer's outputs are from those with a scale for each token."""
     errors: dict[DynamicLinear, float] = {}
 
     def hook(form: Any, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -27,7 +27,7 @@ Weights = Mapping[str, PackedWeight]
 def quantized_form(
     layer: nn.Module, scheme: Scheme, weights: Weights = MappingProxyType({}), path: str = ""
 ) -> nn.Module:
-    """The form of one layer that ``scheme`` asks for.
+    """Return the form of one layer that ``scheme`` asks for.
 
     Args:
         layer: float, of a type for which the scheme's `why_not` has no reason.
@@ -48,7 +48,7 @@ def plan_layers(
     overrides: Mapping[str, Scheme],
     replaced: Collection[str] = (),
 ) -> tuple[dict[str, Scheme], dict[str, str]]:
-    """The layers to be quantized one by one, each with its scheme; and those that stay float, with the reason.
+    """Choose the layers to be quantized one by one, each with its scheme; and those that stay float, with the reason.
 
     Layers that a ``scheme`` for whole units is left to are in neither.
 
@@ -105,7 +105,7 @@ def _spared(
     wanted: Mapping[str, Scheme],
     targets: Targets | None,
 ) -> dict[str, str]:
-    """Layers that schemes leave alone unless they are named: embeddings and, in few bits, the last layer."""
+    """Return layers that schemes leave alone unless they are named: embeddings and, in few bits, the last layer."""
     types = tuple(targets.types or ()) if targets is not None else ()
     spared = {
         path: "embedding, which is left out unless it is named"
@@ -122,7 +122,7 @@ def _spared(
 
 
 def _tied(modules: Mapping[str, nn.Module], chosen: Mapping[str, Scheme]) -> dict[str, str]:
-    """Layers that were chosen and share their weight with a module that wasn't, or not in the same scheme: that one."""
+    """Find chosen layers that share a weight with a module that isn't, or not in the same scheme, and that module."""
     owners: dict[int, list[str]] = {}
     for path, module in modules.items():
         for parameter in module._parameters.values():

@@ -16,7 +16,7 @@ _HALF_ENGINES = ("x86", "fbgemm")
 
 
 class DynamicRecurrent(nn.Module):
-    """`nn.LSTM` or `nn.GRU` in evaluation, with ``gates = W_ih x_t + b_ih + Q(h_t-1) Q(W_hh)^T s + b_hh``.
+    """Computes `nn.LSTM` or `nn.GRU` in evaluation, with ``gates = W_ih x_t + b_ih + Q(h_t-1) Q(W_hh)^T s + b_hh``.
 
     All weights are int8, with a scale for each row. The states ``h`` lie in (-1, 1): they are quantized per tensor at
     each step, also where they are the input of a next layer. The sequence itself may hold outliers, and this kernel
@@ -58,7 +58,7 @@ class DynamicRecurrent(nn.Module):
         self._packed: list[Any] | None = None
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
-        """As the float layer's.
+        """Compute what the float layer does.
 
         Args:
             input: ``(T, N, input_size)``, ``(N, T, input_size)`` if `batch_first`, ``(T, input_size)``, or packed.
@@ -89,7 +89,7 @@ class DynamicRecurrent(nn.Module):
     def _run(
         self, steps: Tensor, states: list[Tensor] | None, sizes: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The kernel on ``(T, N, input_size)``, or on packed steps: all states of the last layer, last ones of all."""
+        """Run the kernel on ``(T, N, input_size)`` or packed steps: all states of the last layer, last ones of all."""
         is_lstm = self.mode == "LSTM"
         shape = (len(self.hh), steps.shape[1] if sizes is None else int(sizes[0]), self.hidden_size)
         if states is None:
@@ -110,7 +110,7 @@ class DynamicRecurrent(nn.Module):
         return output.to(steps.dtype), [state.to(steps.dtype) for state in last]
 
     def _pack(self) -> list[Any]:
-        """The kernel's own form of the weights: a cell for each layer and direction."""
+        """Return the kernel's own form of the weights: a cell for each layer and direction."""
         unquantized = 1 + self.bidirectional if torch.backends.quantized.engine in _HALF_ENGINES else 0
         cells, ih, hh = [], cast("list[DynamicLinear]", self.ih), cast("list[DynamicLinear]", self.hh)
         for index, (inputs, states) in enumerate(zip(ih, hh, strict=True)):

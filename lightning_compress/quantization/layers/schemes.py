@@ -25,10 +25,11 @@ from lightning_compress.quantization.numerics.scheme import Scheme
 
 @dataclass(frozen=True)
 class DynamicInt8(Scheme):
-    """8-bit weights; activations are quantized to 8 bits as they come. Linear, LSTM, GRU and attention layers.
+    """Computes with 8-bit weights, and activations that are quantized to 8 bits as they come.
 
-    Weights symmetric with a scale for each output channel. All activations of a call share one scale, which is fast;
-    or each token has its own, and columns of outliers are multiplied in float, which is slower and more exact.
+    For linear, LSTM, GRU and attention layers. Weights symmetric with a scale for each output channel. All activations
+    of a call share one scale, which is fast; or each token has its own, and columns of outliers are multiplied in
+    float, which is slower and more exact.
 
     Args:
         per_token: a scale for each token and outlier columns in float, in linear and attention layers. None decides
@@ -78,7 +79,7 @@ class DynamicInt8(Scheme):
 
 
 class Packed(Scheme):
-    """Base of the schemes that store weights in few bits and compute with them in float, on any device.
+    """Stores weights in few bits and computes with them in float, on any device: a base.
 
     Linear, Conv1d to Conv3d, Embedding and attention layers. Embeddings, and below 8 bits the last layer, stay as they
     are unless a pattern of `overrides` or `targets` names that very layer.
@@ -94,7 +95,7 @@ class Packed(Scheme):
 
     @abstractmethod
     def packed(self, matrix: Tensor) -> PackedWeight:
-        """``matrix`` in few bits, each value rounded to the nearest code."""
+        """Return ``matrix`` in few bits, each value rounded to the nearest code."""
 
     def why_not(self, layer: nn.Module) -> str:
         return why_not(layer, self.name, (*PACKED, nn.MultiheadAttention))
@@ -113,7 +114,7 @@ class Packed(Scheme):
 
 @dataclass(frozen=True)
 class WeightOnly(Packed):
-    """Weights of 2 to 8 bits, each rounded to the nearest code: ``Q = round(W / S) + Z``.
+    """Rounds each weight to the nearest code of 2 to 8 bits: ``Q = round(W / S) + Z``.
 
     Symmetric: Z is the middle of the codes, and ``S = max(max(W) / (2^(bits-1) - 1), -min(W) / 2^(bits-1))``.
     Asymmetric: ``S = (max(W) - min(W)) / (2^bits - 1)``. A weight takes ``bits + 16 / group_size`` bits, asymmetric
@@ -165,7 +166,7 @@ class WeightOnly(Packed):
 
 @dataclass(frozen=True)
 class NF4(Packed):
-    """4-bit weights of 16 quantiles of the normal distribution: ``W = A * NF4_VALUES[Q]``.
+    """Stores 4-bit weights, 16 quantiles of the normal distribution: ``W = A * NF4_VALUES[Q]``.
 
     A is the largest magnitude of the weight's block, itself stored in 8 bits (double quantization), so that a weight
     takes about ``4 + 8 / block_size`` bits. Takes no calibration. What `QLoRA` trains on top of.
@@ -196,7 +197,7 @@ class NF4(Packed):
 
 @dataclass(frozen=True)
 class GPTQ(Packed):
-    """Weights of 2 to 8 bits, rounded one input column at a time, where later columns make up for the error so far.
+    """Rounds weights to 2 to 8 bits, one input column at a time; later columns make up for the error so far.
 
     Minimizes ``||X W^T - X W_q^T||^2`` of each layer over calibration inputs X, which come from layers that are
     quantized already. Stored as `WeightOnly` is.

@@ -19,7 +19,7 @@ REPLACED = "it is called with parameters that aren't its own (functional_call)"
 
 
 def of_one_weight(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
-    """Pairs of paths, either way round and with themselves, of layers that own the same weight."""
+    """Yield pairs of paths, either way round and with themselves, of layers that own the same weight."""
     owners: dict[int, list[str]] = {}
     for path, module in modules.items():
         weight = dict(module._parameters).get("weight")
@@ -30,7 +30,7 @@ def of_one_weight(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]
 
 
 def holds_layers(module: nn.Module | None) -> bool:
-    """Whether a module is one of the user's own around layers, and so no layer, even if it owns a matrix."""
+    """Tell whether a module is one of the user's own around layers, and so no layer, even if it owns a matrix."""
     return (
         module is not None and not type(module).__module__.startswith("torch.") and any(True for _ in module.children())
     )
@@ -40,14 +40,14 @@ QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def own_matrices(module: nn.Module) -> Iterator[str]:
-    """Names of the matrices among a module's own parameters."""
+    """Yield names of the matrices among a module's own parameters."""
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() > 1 and parameter.is_floating_point():
             yield name
 
 
 def has_kernel(module: nn.Module) -> bool:
-    """Whether it is a layer whose weight can be taken as it stands."""
+    """Tell whether it is a layer whose weight can be taken as it stands."""
     # A weight that is computed (weight norm, as a parametrization or as a hook) can't be taken as it stands, nor can
     # that of a layer that attention reads.
     is_layer = isinstance(module, QUANTIZABLE) and not isinstance(module, NonDynamicallyQuantizableLinear)
@@ -55,7 +55,7 @@ def has_kernel(module: nn.Module) -> bool:
 
 
 def without_kernel(model: nn.Module, scheme: Scheme) -> dict[str, str]:
-    """What computes with a matrix and has no kernel in ``scheme``, with that as the reason.
+    """Find what computes with a matrix and has no kernel in ``scheme``, with that as the reason.
 
     These are layers; of a module of the user's own that only holds layers, the matrices that it owns beside them.
     """
@@ -86,12 +86,12 @@ _OF_PARAMETERS = (nn.ParameterList, nn.ParameterDict)
 
 
 def is_layer_of_torch(module: nn.Module) -> bool:
-    """Whether it is a class of torch's that computes; one that only holds parameters is as the user's own."""
+    """Tell whether it is a class of torch's that computes; one that only holds parameters is as the user's own."""
     return type(module).__module__.startswith("torch.") and not isinstance(module, _OF_PARAMETERS)
 
 
 def why_not(layer: nn.Module, name: str, kinds: Collection[type[nn.Module]]) -> str:
-    """Why a layer has no form in the scheme called ``name``, which takes these ``kinds``; empty if it has one."""
+    """Say why a layer has no form in the scheme called ``name``, which takes these ``kinds``; empty if it has one."""
     if type(layer) not in kinds:
         return f"no {name} kernel for {type(layer).__name__}"
     if is_computed(layer):
@@ -111,7 +111,7 @@ def why_not(layer: nn.Module, name: str, kinds: Collection[type[nn.Module]]) -> 
 
 
 def is_computed(layer: nn.Module) -> bool:
-    """Whether a hook computes a weight of a layer of torch, which then can't be taken as it stands."""
+    """Tell whether a hook computes a weight of a layer of torch, which then can't be taken as it stands."""
     if isinstance(layer, nn.MultiheadAttention):
         return "in_proj_weight" not in layer._parameters or "weight" not in layer.out_proj._parameters
     names = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else ["weight"]
@@ -119,14 +119,14 @@ def is_computed(layer: nn.Module) -> bool:
 
 
 def may_have_kernel(module: nn.Module) -> bool:
-    """Whether it has a kernel, or is of the user's own with matrices, which its forward may use as a layer does."""
+    """Tell whether it has a kernel, or matrices of the user's own, which its forward may use as a layer does."""
     if isinstance(module, QUANTIZABLE) and is_parametrized(module, "weight"):
         return True
     return has_kernel(module) or (not is_layer_of_torch(module) and any(True for _ in own_matrices(module)))
 
 
 def tied_to_float(model: nn.Module) -> dict[str, str]:
-    """Layers whose weight an embedding or the like owns too, with that as the reason: int8 would only add a copy."""
+    """Find layers whose weight an embedding or the like owns too, with that as the reason: int8 would add a copy."""
     modules = compressible_modules(model)
     return {
         path: f"its weight is tied to `{other}`, which stays float"
@@ -139,7 +139,7 @@ def tied_to_float(model: nn.Module) -> dict[str, str]:
 
 
 def left_float(layers: Mapping[str, nn.Module], weights: Mapping[str, str], scheme: Scheme) -> dict[str, str]:
-    """What a unit leaves in float, with reasons: layers, and matrices that modules around layers use as weights.
+    """Find what a unit leaves in float, with reasons: layers, and matrices that modules around layers use as weights.
 
     Args:
         layers: the modules of the unit, by path.
@@ -158,7 +158,7 @@ def left_float(layers: Mapping[str, nn.Module], weights: Mapping[str, str], sche
 
 
 def unused(module: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """The layers with matrices of which a traced form that has these names calls and reads none."""
+    """Return the layers with matrices of which a traced form that has these names calls and reads none."""
     read = {
         id(parameter)
         for path, parameter in module.named_parameters(remove_duplicate=False)
@@ -174,7 +174,7 @@ def unused(module: nn.Module, names: Collection[str]) -> dict[str, str]:
 
 
 def is_told_of(layer: nn.Module, flow: str) -> bool:
-    """Whether a unit tells itself that this layer in it stays float.
+    """Tell whether a unit says itself that this layer in it stays float.
 
     It isn't told of where it stands in a layer of torch that isn't looked into.
     """

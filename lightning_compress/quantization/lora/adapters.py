@@ -27,7 +27,7 @@ from lightning_compress.targets import Targets, matches
 
 @dataclass(frozen=True)
 class LowRank:
-    """What adapters look like.
+    """Says what adapters look like.
 
     Attributes:
         rank: r, rows of A and columns of B.
@@ -49,7 +49,7 @@ class LowRank:
 
 
 class LowRankLinear(nn.Module):
-    """``y = x W^T + b + (alpha / rank) dropout(x) A^T B^T`` with a packed, frozen W.
+    """Computes ``y = x W^T + b + (alpha / rank) dropout(x) A^T B^T`` with a packed, frozen W.
 
     A is drawn as a linear layer's weight is, from a generator of its own; B is zero, so that training starts from the
     layer as it was.
@@ -86,13 +86,13 @@ class LowRankLinear(nn.Module):
         return y + functional.linear(narrow, self.lora_B) * self.scaling
 
     def merged(self) -> Tensor:
-        """``W + (alpha / rank) B A``, in the type of the adapters, to which gradients flow."""
+        """Return ``W + (alpha / rank) B A``, in the type of the adapters, to which gradients flow."""
         update = self.lora_B.float() @ self.lora_A.float()
         merged: Tensor = self.weight().add(update, alpha=self.scaling)
         return merged.to(self.lora_A.dtype)
 
     def float_value(self, name: str) -> Tensor | None:
-        """The layer's ``weight``, with the adapters in it."""
+        """Return the layer's ``weight``, with the adapters in it."""
         return self.merged() if name == "weight" else None
 
     def extra_repr(self) -> str:
@@ -102,7 +102,7 @@ class LowRankLinear(nn.Module):
 def plan_adapters(
     model: nn.Module, targets: Targets | None, trained: Collection[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
-    """Paths of the linear layers that get adapters, and why others don't. Changes nothing.
+    """Return paths of the linear layers that get adapters, and why others don't. Changes nothing.
 
     Raises:
         CompressionError: a pattern matches nothing, or nothing is left to adapt.
@@ -193,6 +193,6 @@ def merge_(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 
 def _adapted(model: nn.Module) -> dict[Any, LowRankLinear]:
-    """The layers that have adapters, and those."""
+    """Return the layers that have adapters, and those."""
     children = ((module, getattr(module, CHILD, None)) for module in model.modules())
     return {module: child for module, child in children if isinstance(child, LowRankLinear)}

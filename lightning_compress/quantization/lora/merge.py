@@ -10,7 +10,7 @@ from lightning_compress.structure.files import Model
 
 
 def merge_adapters(model: Model) -> Model:
-    """A plain float copy of a model that `QLoRA` trained, with ``W + (alpha / rank) B A`` in each adapted layer.
+    """Make a plain float copy of a model that `QLoRA` trained, with ``W + (alpha / rank) B A`` in each adapted layer.
 
     Args:
         model: with adapters; it is left as it is.

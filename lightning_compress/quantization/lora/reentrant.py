@@ -19,7 +19,7 @@ _PLAIN: Any = checkpoint.CheckpointFunction
 
 
 class _Rooted:
-    """In the place of torch's function, which `checkpoint` looks up at each call: an input with a gradient, if none."""
+    """Replaces torch's function, which `checkpoint` looks up at each call: an input has a gradient, if none had."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:

@@ -23,7 +23,7 @@ def gptq(
     damping: float = 0.01,
     activation_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of ``matrix`` that make the layer's output error ``||X W^T - X W_q^T||^2`` small.
+    """Find codes of ``matrix`` that make the layer's output error ``||X W^T - X W_q^T||^2`` small.
 
     Each column ``w_i`` is rounded in turn, and the columns after it are moved by ``-(w_i - q_i) / U_ii U_i,j``, where
     ``U`` is the upper Cholesky factor of the inverse of ``H = 2 X^T X``. Scales are found when a block's turn comes,
@@ -110,12 +110,12 @@ def gptq(
 
 
 def _columns(matrix: Tensor, index: Tensor) -> Tensor:
-    """The columns of ``matrix`` ``(..., rows, columns)`` at ``index`` ``(..., columns)``."""
+    """Return the columns of ``matrix`` ``(..., rows, columns)`` at ``index`` ``(..., columns)``."""
     return torch.gather(matrix, -1, index.unsqueeze(-2).expand(*matrix.shape[:-1], -1))
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """``U``, upper triangular, with ``U^T U = H^-1``; each matrix divided by its mean diagonal and damped first."""
+    """Return the upper triangular U of ``U^T U = H^-1``; each H is divided by its mean diagonal and damped first."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     hessian /= diagonal.mean(dim=-1)[..., None, None].clone()
     diagonal += damping

@@ -25,7 +25,7 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class StaticInt8(Scheme):
-    """8-bit weights and activations, with the activations' ranges fixed by calibration or training.
+    """Computes with 8-bit weights and activations, whose ranges calibration or training fixes.
 
     ``Q = clamp(round(R / S) + Z)``: weights symmetric with a scale for each output channel, activations asymmetric per
     tensor. What the defaults gain, and what was left out, is in ``docs/quantization.md``.
@@ -90,7 +90,7 @@ class StaticInt8(Scheme):
 
 
 def needs_reduced_range(engine: str = "x86") -> bool:
-    """Whether int8 products overflow on this CPU, as it adds pairs of them in 16 bit (all but VNNI, and qnnpack).
+    """Tell whether int8 products overflow on this CPU, as it adds pairs of them in 16 bit (all but VNNI, and qnnpack).
 
     ``2 * 255 * 127`` exceeds 32767, with weights of 7 bits ``2 * 255 * 64`` does not.
     """
@@ -101,7 +101,7 @@ def needs_reduced_range(engine: str = "x86") -> bool:
 
 @cache
 def _kernel_overflows(engine: str) -> bool:
-    """Whether a linear or a convolution kernel gets the largest products wrong; each may be another kind of kernel."""
+    """Try whether a linear or a convolution kernel gets the largest products wrong; each may be of another kind."""
     before = torch.backends.quantized.engine
     with warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter("ignore")  # torch announces the end of its quantized tensors

@@ -33,7 +33,7 @@ def blocks(matrix: Tensor, block_size: int | None) -> Tensor:
 
 
 def parameters(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale ``S`` and zero point ``Z`` of each block, such that all of it is covered and zero is a code.
+    """Return the scale ``S`` and zero point ``Z`` of each block, such that all of it is covered and zero is a code.
 
     Symmetric: ``Z = 2^(bits-1)`` and ``S = max(max(R) / (2^(bits-1) - 1), -min(R) / 2^(bits-1))``. Asymmetric:
     ``S = (max(R, 0) - min(R, 0)) / (2^bits - 1)`` and ``Z = round(-min(R, 0) / S)``. A scale is rounded up to
@@ -68,7 +68,7 @@ def parameters(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tens
 
 
 def fitted_parameters(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """`parameters` whose scale, if symmetric and below 4 bits, is shrunk to where a block's squared error is least.
+    """Fit `parameters`: if symmetric and below 4 bits, shrink the scale to where a block's squared error is least.
 
     The largest values are clipped then. With 4 bits and more, or zero points, a language model gained nothing by it.
 
@@ -92,7 +92,7 @@ def fitted_parameters(values: Tensor, bits: int, symmetric: bool) -> tuple[Tenso
 
 
 def bfloat16_above(scale: Tensor) -> Tensor:
-    """The least bfloat16 that isn't below each scale, as float32; that of a block of zeros is tiny, not zero."""
+    """Return the least bfloat16 that isn't below each scale, as float32; that of a block of zeros is tiny, not zero."""
     tiny, largest = torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max
     # A positive float32 with its lower half of bits at zero is a bfloat16, and as integers they are in order.
     bits = (scale.float().contiguous().view(torch.int32) + 0xFFFF) & -0x10000
@@ -100,7 +100,7 @@ def bfloat16_above(scale: Tensor) -> Tensor:
 
 
 def quantize(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """``Q = clamp(round(R / S) + Z, 0, 2^bits - 1)``.
+    """Return ``Q = clamp(round(R / S) + Z, 0, 2^bits - 1)``.
 
     Args:
         values: ``R``.
@@ -119,7 +119,7 @@ def quantize(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """``R = S (Q - Z)``, in the type of ``scale``.
+    """Return ``R = S (Q - Z)``, in the type of ``scale``.
 
     Example:
         >>> dequantize(torch.tensor([0, 7, 10]), torch.tensor(0.5), torch.tensor(8.0)).tolist()

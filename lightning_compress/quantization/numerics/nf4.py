@@ -16,7 +16,7 @@ SCALE_BLOCK = 256
 
 
 def _quantiles() -> Tensor:
-    """The 16 values in order: 7 quantiles below zero, zero, and 8 above, divided by the largest.
+    """Return the 16 values in order: 7 quantiles below zero, zero, and 8 above, divided by the largest.
 
     ``offset`` is QLoRA's: the quantiles run from ``1 - offset`` to ``offset``, as those of 0 and 1 are infinite. It is
     the mean of ``1 - 1/32`` and ``1 - 1/30``.
@@ -35,7 +35,7 @@ _MIDDLES = (NF4_VALUES[1:] + NF4_VALUES[:-1]) / 2
 
 
 def nf4_codes(values: Tensor, absmax: Tensor) -> Tensor:
-    """The index of the nearest of `NF4_VALUES` to each ``R / absmax``.
+    """Return the index of the nearest of `NF4_VALUES` to each ``R / absmax``.
 
     Args:
         values: ``(..., block_size)``.
@@ -55,7 +55,7 @@ def nf4_codes(values: Tensor, absmax: Tensor) -> Tensor:
 
 
 def nf4_values(codes: Tensor, absmax: Tensor) -> Tensor:
-    """``R = absmax * NF4_VALUES[Q]``, in float32.
+    """Return ``R = absmax * NF4_VALUES[Q]``, in float32.
 
     Example:
         >>> nf4_values(torch.tensor([0, 7, 15]), torch.tensor([2.0])).tolist()
@@ -66,7 +66,7 @@ def nf4_values(codes: Tensor, absmax: Tensor) -> Tensor:
 
 
 def scale_codes(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantization: scales as 8-bit codes, with an offset and a step for each `SCALE_BLOCK` of them.
+    """Quantize scales too: return them as 8-bit codes, with an offset and a step for each `SCALE_BLOCK` of them.
 
     ``Q = round((ln A - offset) / step)``, in the logarithm: one outlier among the scales, which would leave a linear
     step too coarse for its neighbours, costs them little.
@@ -101,7 +101,7 @@ def scale_codes(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scale_values(codes: Tensor, offset: Tensor, step: Tensor) -> Tensor:
-    """``A = exp(offset + step Q)``, with an offset and a step for each code or for each block of codes."""
+    """Return ``A = exp(offset + step Q)``, with an offset and a step for each code or for each block of codes."""
     if offset.shape != codes.shape:
         offset, step = (values.repeat_interleave(SCALE_BLOCK)[: len(codes)] for values in (offset, step))
     return torch.exp(offset.float() + step.float() * codes)

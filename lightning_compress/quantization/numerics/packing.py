@@ -11,7 +11,7 @@ from torch.nn import functional
 
 
 def packed_length(length: int, bits: int) -> int:
-    """Bytes that ``length`` codes take, filled up with zeros until each plane ends with a byte.
+    """Return the bytes that ``length`` codes take, filled up with zeros until each plane ends with a byte.
 
     Example:
         >>> packed_length(128, 4), packed_length(128, 3), packed_length(9, 2), packed_length(9, 8)
@@ -47,7 +47,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
-    """The ``length`` codes that `pack` packed, as uint8.
+    """Return the ``length`` codes that `pack` packed, as uint8.
 
     Example:
         >>> unpack(torch.tensor([221, 34], dtype=torch.uint8), bits=2, length=6).tolist()
@@ -70,7 +70,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
 
 
 def shifted_right(bytes_: Tensor, places: int) -> Tensor:
-    """``bytes_ >> places``, also in a file for another runtime."""
+    """Return ``bytes_ >> places``, also in a file for another runtime."""
     if not places:
         return bytes_
     # ONNX takes what is shifted for signed; dividing is many times slower here.
@@ -78,16 +78,16 @@ def shifted_right(bytes_: Tensor, places: int) -> Tensor:
 
 
 def is_recorded() -> bool:
-    """Whether a run is being written down for elsewhere: by `torch.export`, `torch.onnx` or `torch.jit.trace`."""
+    """Tell whether a run is being written down for elsewhere: by `torch.export`, `torch.onnx` or `torch.jit.trace`."""
     return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _missing(length: int, bits: int) -> int:
-    """Codes that are missing to whole bytes in the narrowest plane."""
+    """Return codes that are missing to whole bytes in the narrowest plane."""
     return -length % (8 // (bits & -bits))
 
 
 def _planes(bits: int) -> list[tuple[int, int]]:
-    """Width and lowest bit of each plane, widest first."""
+    """Return width and lowest bit of each plane, widest first."""
     widths = [width for width in (8, 4, 2, 1) if bits & width]
     return [(width, sum(widths[:index])) for index, width in enumerate(widths)]

@@ -16,7 +16,7 @@ _DYNAMIC = (nn.LSTM, nn.GRU, nn.MultiheadAttention, nn.TransformerEncoderLayer, 
 
 
 class Scheme(ABC):
-    """Base of all schemes: says which numbers a quantized layer computes with, and what others ask about that.
+    """Says which numbers a quantized layer computes with, and what others ask about that: the base of all schemes.
 
     A scheme of your own is a frozen dataclass of plain values on this base, with a ``name``, `why_not` and `form`. It
     is given as an object, by its import path (``"my_package.MyScheme"``), or in YAML as a ``class_path``. Checkpoints
@@ -46,14 +46,14 @@ class Scheme(ABC):
     decides_per_token = False
 
     def why_not(self, layer: nn.Module) -> str:
-        """Why a layer of torch can have no `form`; empty if it can.
+        """Say why a layer of torch can have no `form`; empty if it can.
 
         Asked about are Linear, Conv1d to Conv3d, Embedding, LSTM, GRU, RNN and MultiheadAttention.
         """
         return f"no {self.name} kernel for {type(layer).__name__}"
 
     def form(self, layer: Any, weights: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
-        """The module that computes in the place of a float ``layer``, which isn't changed.
+        """Make the module that computes in the place of a float ``layer``, which isn't changed.
 
         Its attribute ``used`` holds the names of the layer's tensors and children that it takes the place of; these are
         dropped. Its method ``float_value(name)`` gives the float values of such a tensor to code that reads it.
@@ -66,7 +66,7 @@ class Scheme(ABC):
         raise NotImplementedError
 
     def fit(self, matrix: Tensor, hessian: Tensor) -> Any:
-        """The quantized weight of a layer that gets such inputs.
+        """Return the quantized weight of a layer that gets such inputs.
 
         Args:
             matrix: ``(rows, columns)``.
@@ -75,7 +75,7 @@ class Scheme(ABC):
         raise NotImplementedError
 
     def no_kernel(self, layer: nn.Module | None) -> str:
-        """The reason why a layer that isn't even asked about stays float."""
+        """Say why a layer that `why_not` isn't asked about stays float."""
         kind = "it" if layer is None else type(layer).__name__
         if layer is not None and is_parametrized(layer):
             return f"the weight of this {kind} is computed by a parametrization"
@@ -83,11 +83,11 @@ class Scheme(ABC):
         return f"no {self.name} kernel for {kind}{remedy}"
 
     def note(self) -> str:
-        """What users should know of its layers, for the log and the report; empty if nothing."""
+        """Say what users should know of its layers, for the log and the report; empty if nothing."""
         return ""
 
     def warning(self) -> str:
-        """Why weights that were stored in this scheme aren't right on this CPU; empty if they are."""
+        """Say why weights that were stored in this scheme aren't right on this CPU; empty if they are."""
         return ""
 
     # While a model trains.
@@ -97,13 +97,13 @@ class Scheme(ABC):
         raise invalid("scheme", "be int8_static or weight-only for training", self, "Use 'int8_static'.")
 
     def why_rounded_last(self, layer: nn.Module) -> str:
-        """Why a layer trains in float and is rounded afterwards only; empty if it has a `training_form`."""
+        """Say why a layer trains in float and is rounded afterwards only; empty if it has a `training_form`."""
         return f"no fake-quantizer for {self.name}"
 
     def training_form(self, layer: nn.Module) -> nn.Module:
-        """The module that computes in the place of ``layer`` while its parameters, the same objects, train."""
+        """Make the module that computes in the place of ``layer`` while its parameters, the same objects, train."""
         raise NotImplementedError
 
     def trained_weight(self, form: nn.Module) -> Any:
-        """The weight of such a module in the codes that it trained with."""
+        """Return the weight of such a module in the codes that it trained with."""
         raise NotImplementedError

@@ -43,7 +43,7 @@ _POOLING_FUNCTIONS: tuple[Any, ...] = (
 def adjust_(
     graph: GraphModule, inputs: list[Tensor], fixed: set[int], *, equalize: bool, smooth: bool, widen: bool
 ) -> list[str]:
-    """`equalize_` and `smooth_` a traced graph; returns the ReLU6 that became ReLU.
+    """Equalize and smooth a traced graph; return the ReLU6 that became ReLU.
 
     The outputs are compared before and after: where ReLU for ReLU6 changes them, or anything else does, the weights are
     put back.
@@ -79,7 +79,7 @@ def adjust_(
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layers with nothing between them that isn't positively homogeneous in each channel.
+    """Pairs two layers with nothing between them that isn't positively homogeneous in each channel.
 
     Attributes:
         first: a convolution or linear layer.
@@ -94,7 +94,7 @@ class Pair:
     relu6: tuple[str, ...] = ()
 
     def scales(self) -> Tensor:
-        """``s = sqrt(r1 / r2)`` for each channel, of ranges r1 of the first and r2 of the second layer's weights.
+        """Find ``s = sqrt(r1 / r2)`` for each channel, of ranges r1 of the first and r2 of the second layer's weights.
 
         Divided by their geometric mean: see `_centred`.
         """
@@ -112,7 +112,7 @@ class Pair:
 
 
 def _centred(scales: Tensor) -> Tensor:
-    """Scales whose geometric mean is 1; 1 for channels without a range.
+    """Return scales whose geometric mean is 1; 1 for channels without a range.
 
     A factor that all channels share changes no rounding, for each tensor is quantized with a scale of its own; but it
     would change how far an optimizer's step moves the two layers, which costs a fit that begins with random weights.
@@ -123,7 +123,7 @@ def _centred(scales: Tensor) -> Tensor:
 
 
 def _by_input(layer: Any, channels: int) -> Tensor:
-    """A view of a layer's weight as ``(groups, outputs, inputs of a group, rest)``; flattened inputs are the rest."""
+    """View a layer's weight as ``(groups, outputs, inputs of a group, rest)``; flattened inputs are the rest."""
     groups = getattr(layer, "groups", 1)
     weight: Tensor = layer.weight
     return weight.view(groups, len(weight) // groups, channels // groups, -1)
@@ -165,7 +165,7 @@ def equalize_(graph: GraphModule, fixed: set[int], widen: bool) -> list[str]:
 
 
 def pairs(graph: GraphModule, fixed: set[int]) -> Iterator[Pair]:
-    """The pairs of layers of ``graph`` that can be equalized."""
+    """Yield the pairs of layers of ``graph`` that can be equalized."""
     layer = _OwnLayers(graph, fixed)
 
     for node in graph.graph.nodes:
@@ -191,7 +191,7 @@ def pairs(graph: GraphModule, fixed: set[int]) -> Iterator[Pair]:
 
 
 class _OwnLayers:
-    """The layers of a graph that a single node calls, with parameters that no other has."""
+    """Finds the layers of a graph that a single node calls, with parameters that no other has."""
 
     def __init__(self, graph: GraphModule, fixed: set[int]) -> None:
         self._graph = graph
@@ -202,7 +202,7 @@ class _OwnLayers:
         self._fixed = fixed | {key for key, count in owners.items() if count > 1}
 
     def __call__(self, node: Node, kinds: tuple[type[nn.Module], ...]) -> Any:
-        """The module that ``node`` calls, if it is one and just of one of these kinds."""
+        """Return the module that ``node`` calls, if it is one and just of one of these kinds."""
         if node.op != "call_module" or self._calls[node.target] > 1:
             return None
         module = self._graph.get_submodule(str(node.target))
@@ -223,7 +223,7 @@ def _is_homogeneous(graph: GraphModule, node: Node, flat: bool) -> bool:
 
 
 def _flattens(graph: GraphModule, node: Node) -> bool:
-    """Whether a node leaves a vector in which the values of each channel lie together."""
+    """Tell whether a node leaves a vector in which the values of each channel lie together."""
     options = (*node.args[1:], *node.kwargs.values())
     if node.op == "call_module":
         module = graph.get_submodule(str(node.target))

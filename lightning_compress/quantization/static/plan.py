@@ -53,7 +53,7 @@ def plan_units(
     training: bool,
     flow: str,
 ) -> tuple[list[Unit], dict[str, str]]:
-    """The largest units of ``model`` that can be quantized, and what stays float, with the reason. Changes nothing.
+    """Find the largest units of ``model`` that can be quantized, and why the rest stays float. Change nothing.
 
     A module is accepted if nothing outside calls into it, it traces, and its prepared form, with fake-quantization off,
     gives the outputs that it gave, in training (same random state) and in evaluation. Else its children are tried.
@@ -118,7 +118,7 @@ class _Planner:
                 self.visit(child)
 
     def try_unit(self, path: str) -> tuple[Unit | None, str]:
-        """The unit, or why it can't be one."""
+        """Return the unit, or why it can't be one."""
         module = self.modules[path]
         if path not in self.calls.inputs:
             return None, "it wasn't called in the dry run"
@@ -171,7 +171,7 @@ class _Planner:
         return unit, ""
 
     def _floats_in(self, modules: Mapping[str, nn.Module], prefix: str) -> Iterator[str]:
-        """What of these modules of a unit the user's choice leaves in float; of one around layers its own matrices."""
+        """Yield what of a unit's modules the user's choice leaves in float; of one around layers its own matrices."""
         left = self.excluded | self.layers
         for name, module in modules.items():
             is_left = (prefix + name).rstrip(".") in left
@@ -188,19 +188,19 @@ class _Planner:
 
 
 def _is_shell(path: str, module: nn.Module) -> bool:
-    """Whether the root is a LightningModule around networks, which keep their names, and no network itself."""
+    """Tell whether the root is a LightningModule around networks, which keep their names, and no network itself."""
     return path == "" and hasattr(module, "training_step") and not any(map(has_kernel, module.children()))
 
 
 def _quantizable(path: str, modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Paths at or below ``path`` of layers that int8 may have kernels for."""
+    """Yield paths at or below ``path`` of layers that int8 may have kernels for."""
     for inner, module in modules.items():
         if (inner == path or is_below(inner, path)) and may_have_kernel(module):
             yield inner
 
 
 def _excluded(model: nn.Module, targets: Targets | None, layers: Collection[str]) -> set[str]:
-    """Paths of quantizable layers that the user's targets leave out."""
+    """Return paths of quantizable layers that the user's targets leave out."""
     found = {path: module for path, module in compressible_modules(model).items() if may_have_kernel(module)}
     tied = set(tied_to_float(model))
     if targets is None:
@@ -221,7 +221,7 @@ def _excluded(model: nn.Module, targets: Targets | None, layers: Collection[str]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came out when a unit was tried.
+    """Says what came out when a unit was tried.
 
     Attributes:
         reason: why it can't be one; empty if it can.
@@ -239,7 +239,7 @@ class Verdict:
 def verify(
     module: nn.Module, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], scheme: StaticInt8, training: bool
 ) -> Verdict:
-    """Whether the prepared form can stand for ``module``.
+    """Tell whether the prepared form can stand for ``module``.
 
     It can if, with fake-quantization off, it gives the outputs that ``module`` gives in each mode, and then converts
     into kernels each of which computes its own layer. Works on copies.

@@ -24,7 +24,7 @@ _LISTS = ("hooked", "floats", "widened", "unconverted")
 
 @dataclass(frozen=True)
 class Unit:
-    """One module to be traced and quantized as a whole.
+    """Describes one module that is traced and quantized as a whole.
 
     Attributes:
         path: where it stands, without ``_orig_mod``.
@@ -46,7 +46,7 @@ class Unit:
     unconverted: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
+        """Return plain data for a checkpoint."""
         lists = {name: list(getattr(self, name)) for name in _LISTS}
         return {"path": self.path, "example": self.signature.example, "flow": self.flow, **lists}
 
@@ -150,17 +150,17 @@ class Traced(RoutedForm):
         self._qconfigs = [(inner, vars(inner).pop("qconfig")) for inner in parent.modules() if "qconfig" in vars(inner)]
 
     def converted(self, scheme: StaticInt8, floats: Collection[str] = ()) -> Any:
-        """The graph in int8, but for the layers in ``floats``; the one that is prepared is left as it is."""
+        """Return the graph in int8, but for the layers in ``floats``; the one that is prepared is left as it is."""
         with self._as_prepared():
             return self.upstream.convert(self.graph, scheme, floats)
 
     def as_int8(self, graph: nn.Module) -> Traced:
-        """The same for ``graph``, what `converted` gave."""
+        """Return the same for ``graph``, what `converted` gave."""
         trace = Trace(graph, self.structure, self.names, self.baked)
         return Traced(graph, trace, self.signature, self.used, self.flow, is_int8=True)
 
     def wrong_kernels(self, scheme: StaticInt8) -> dict[str, str]:
-        """The layers (paths in the parent) whose int8 kernels compute something else now, each with the reason."""
+        """Find the layers (paths in the parent) whose int8 kernels compute something else now, with reasons."""
         examples, flow = self.signature.inputs, self.upstream
         with isolated_random_state(), self._as_prepared():
             inputs = [torch.randn(zeros.shape) if zeros.is_floating_point() else zeros.clone() for zeros in examples]
@@ -178,7 +178,7 @@ class Traced(RoutedForm):
                 del vars(inner)["qconfig"]
 
     def keep_frozen_batchnorm_(self) -> None:
-        """A BatchNorm that the user had put into evaluation mode stays so when it was fused."""
+        """Return a BatchNorm that the user had put into evaluation mode stays so when it was fused."""
         for inner, name, outer, _ in self.shared_buffers:
             if name == "running_mean" and not outer.training:
                 for module in self.graph.modules():
@@ -228,12 +228,12 @@ def share_buffers(traced: Traced, parent: nn.Module) -> None:
 
 
 def trace_by(flow: str, module: nn.Module, unit: Unit) -> Trace:
-    """The traced form of ``module`` by the flow of this name."""
+    """Return the traced form of ``module`` by the flow of this name."""
     return load(flow).trace(module, unit.signature, unit.hooked)
 
 
 def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:
-    """The traced, prepared form of ``module``; sharing its parameters, not yet in its place."""
+    """Return the traced, prepared form of ``module``; sharing its parameters, not yet in its place."""
     flow, trace = load(unit.flow), trace_by(unit.flow, module, unit)
     widen_(trace.graph, unit.widened)
     prepared = flow.prepare(trace.graph, scheme, training=training, floats=unit.floats)
@@ -241,7 +241,7 @@ def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training
 
 
 def _replaced(module: nn.Module, names: Collection[str]) -> frozenset[str]:
-    """Names of the module's own children and tensors in which these stand, or that hold nothing but the same again."""
+    """Name the module's own children and tensors in which these stand, or that hold nothing but the same again."""
     used = {name.partition(".")[0] for name in names}
     taken = {
         id(parameter) for name in used & module._modules.keys() for parameter in module.get_submodule(name).parameters()

@@ -16,7 +16,7 @@ FLOWS = ("fx", "pt2e")
 
 
 def load(name: str) -> Flow:
-    """The flow called ``name``; its upstream, which takes seconds, is imported only now.
+    """Return the flow called ``name``; its upstream, which takes seconds, is imported only now.
 
     Raises:
         CompressionError: its upstream isn't there.

@@ -23,7 +23,7 @@ _CODES = 255  # steps in the range of an output that isn't rounded itself
 def exported_steps(
     int8: GraphModule, observed: GraphModule, inputs: list[Tensor], generator: torch.Generator | None
 ) -> dict[str, float]:
-    """How far each layer of a converted graph is off the layer that was observed, given the same inputs."""
+    """Measure how far each layer of a converted graph is off the layer that was observed, given the same inputs."""
     converted = _Converted(int8, generator)
     converted.run(*inputs)
     layers = _Observed(observed, converted)
@@ -90,7 +90,7 @@ def _fake_quantized(weight: Tensor, observer: Any) -> Tensor:
 
 
 def _layer_of(node: Node) -> str:
-    """The path of the layer of torch that an operation came from; empty for a function."""
+    """Return the path of the layer of torch that an operation came from; empty for a function."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, kind = stack[-1] if stack else ("", "")
     return str(path).removeprefix("module.") if str(kind).startswith("torch.nn.modules.") else ""
@@ -98,7 +98,7 @@ def _layer_of(node: Node) -> str:
 
 @torch.no_grad()
 def compiled_is_off(graph: GraphModule, inputs: tuple[Tensor, ...], compiled: Any) -> str:
-    """Why rounding can't explain what a compiled graph gave; empty if it can.
+    """Say why rounding can't explain what a compiled graph gave; empty if it can.
 
     A kernel may put any activation one code beside where the uncompiled graph has it. So the outputs may move as far
     as they do when all activations are put one code aside, at random.

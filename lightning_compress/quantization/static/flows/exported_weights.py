@@ -28,7 +28,7 @@ _PADDED = {
 
 
 def number_paddings_(graph: GraphModule) -> None:
-    """In an exported graph, give convolutions their padding in numbers, where both sides have the same."""
+    """Give convolutions of an exported graph their padding in numbers, where both sides have the same."""
     for node in graph.graph.nodes:
         if node.target in _PADDED and (weight := value_read(graph, node.args[1])) is not None:
             size: int = weight.dim() - 2
@@ -43,7 +43,7 @@ def number_paddings_(graph: GraphModule) -> None:
 
 @torch.no_grad()
 def fold_weights_(graph: GraphModule) -> None:
-    """In an exported graph, read the values that computed weights have now; see `graphs.fold_layers_`."""
+    """Read the values that computed weights of an exported graph have now; see `graphs.fold_layers_`."""
     constant = constants(graph)
     for node in list(graph.graph.nodes):
         weight = node.args[1] if node.target in _EXPORTED else None

@@ -22,7 +22,7 @@ AVERAGING_CONSTANT = 0.1
 
 @dataclass(frozen=True)
 class Trace:
-    """The traced form of a module.
+    """Holds the traced form of a module.
 
     Attributes:
         graph: shares the parameters, takes the tensors of a call in order, and gives those of the output in a list.
@@ -38,13 +38,13 @@ class Trace:
 
 
 class Flow(Protocol):
-    """What a flow does with one module; the callers know no more of it than this."""
+    """Says what a flow does with one module; the callers know no more of it than this."""
 
     def trace(self, module: nn.Module, signature: Signature, hooked: Collection[str]) -> Trace:
-        """The traced form of a module for calls of one signature."""
+        """Return the traced form of a module for calls of one signature."""
 
     def prepare(self, graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str]) -> nn.Module:
-        """The form that observes (for training, fake-quantizes too), but for the layers in ``floats``."""
+        """Return the form that observes (for training, fake-quantizes too), but for the layers in ``floats``."""
 
     def observe_(self, prepared: nn.Module, on: bool) -> None:
         """Let the activations' ranges move, or freeze them."""
@@ -53,21 +53,21 @@ class Flow(Protocol):
         """Round values, or let them through."""
 
     def float_weights(self, prepared: nn.Module) -> dict[str, str]:
-        """What stays float: paths in the module of layers, or of single matrices, each with the reason.
+        """Find what stays float: paths in the module of layers, or of single matrices, each with the reason.
 
         The reason is empty where it is the kind of layer.
         """
 
     def quantizes(self, prepared: nn.Module) -> bool:
-        """Whether any layer computes in int8."""
+        """Tell whether any layer computes in int8."""
 
     def convert(self, prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> nn.Module:
-        """A new int8 form on the CPU, but for the layers in ``floats``; ``prepared`` is left as it is."""
+        """Return a new int8 form on the CPU, but for the layers in ``floats``; ``prepared`` is left as it is."""
 
     def wrong_kernels(
         self, prepared: nn.Module, int8: nn.Module, scheme: StaticInt8, inputs: list[Tensor], drawn_only: bool = False
     ) -> dict[str, str]:
-        """Paths of the layers whose kernels compute something else, each with a reason; empty for what is no layer.
+        """Find the layers whose kernels compute something else, with reasons; the path is empty for what is no layer.
 
         Args:
             prepared: what was converted.
@@ -82,7 +82,7 @@ PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.d
 
 
 class Signature:
-    """Where the tensors of a call stand, how large they were, and the values of everything else.
+    """Knows where the tensors of a call stand, how large they were, and the values of everything else.
 
     A traced form holds for calls of this shape only: a flag that steers control flow is baked in. Immutable and plain:
     ``example`` is what a checkpoint keeps of it.
@@ -113,7 +113,7 @@ class Signature:
         return Signature, tuple(self.example)
 
     def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
-        """The tensors of a call that has this shape; None if it hasn't."""
+        """Return the tensors of a call that has this shape; None if it hasn't."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
             return None
@@ -126,7 +126,7 @@ class Signature:
         return found
 
     def rebuild(self, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` with ``tensors`` in their places."""
+        """Return ``(args, kwargs)`` with ``tensors`` in their places."""
         rest = iter(tensors)
         leaves = [next(rest) if constant is None else constant[0] for constant in self.constants]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
@@ -140,7 +140,7 @@ def _zeros_like(tensor: Tensor) -> Tensor:
 def canonical(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call in one form: by position where that can be, without what only repeats a default."""
+    """Return the same call in one form: by position where that can be, without what only repeats a default."""
     bound = _signature(type(module).forward).bind(module, *args, **kwargs)
     for name, parameter in bound.signature.parameters.items():
         value = bound.arguments.get(name, parameter.empty)

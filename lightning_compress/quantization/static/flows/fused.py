@@ -67,7 +67,7 @@ def observe_weights_(prepared: nn.Module, anew: bool = False) -> None:
 
 
 def _folded_weight(module: nn.Module) -> Tensor:
-    """The weight that will be quantized: with the BatchNorm that was fused into the layer."""
+    """Return the weight that will be quantized: with the BatchNorm that was fused into the layer."""
     weight, bn = module.weight, getattr(module, "bn", None)
     assert isinstance(weight, Tensor)
     if not isinstance(bn, _BatchNorm) or bn.running_var is None:

@@ -67,7 +67,7 @@ loaded takes what its own process would, so it doesn't help that this one is rig
 
 
 def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()) -> GraphModule:
-    """``graph`` with fake-quantizers (training) or observers (calibration); Parameters are kept as they are."""
+    """Return ``graph`` with fake-quantizers (training) or observers (calibration); Parameters are kept as they are."""
     assert isinstance(graph, GraphModule)
     if not training:
         fold_layers_(graph)
@@ -109,19 +109,19 @@ def fake_quantize_(prepared: nn.Module, on: bool) -> None:
 
 
 def quantizes(prepared: nn.Module) -> bool:
-    """Whether any layer computes in int8."""
+    """Tell whether any layer computes in int8."""
     return any(_has_kernel(inner) and isinstance(inner, WITH_KERNEL) for inner in prepared.modules())
 
 
 def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> GraphModule:
-    """A new int8 graph on the CPU, but for the layers in ``floats``; ``prepared`` is left as it is."""
+    """Return a new int8 graph on the CPU, but for the layers in ``floats``; ``prepared`` is left as it is."""
     return _convert_with(convert_fx, prepared, scheme, floats)
 
 
 def wrong_kernels(
     prepared: nn.Module, int8: nn.Module, scheme: StaticInt8, inputs: list[Tensor], drawn_only: bool = False
 ) -> dict[str, str]:
-    """The layers whose kernels in ``int8`` compute something else than they do, each with a reason; see `Flow`."""
+    """Find the layers whose kernels in ``int8`` compute something else than they do, with reasons; see `Flow`."""
     reference = _convert_with(convert_to_reference_fx, prepared, scheme, ())
     assert isinstance(int8, GraphModule) and isinstance(prepared, GraphModule)
     far = furthest(partial(quantized_steps, int8, reference), inputs, drawn_only)
@@ -159,13 +159,13 @@ def _leave_float_(prepared: GraphModule, floats: Collection[str]) -> None:
 
 
 def _is_one_of(path: str, layers: Collection[str]) -> bool:
-    """Whether a module of a graph is one of these layers, or has its weight from within one."""
+    """Tell whether a module of a graph is one of these layers, or has its weight from within one."""
     own = path.partition(AGAIN)[0]
     return any(own == layer or own.startswith(f"{layer}.") for layer in layers)
 
 
 def float_weights(prepared: nn.Module) -> dict[str, str]:
-    """What a prepared graph leaves in float; see `Flow`."""
+    """Find what a prepared graph leaves in float; see `Flow`."""
     assert isinstance(prepared, GraphModule)
     called = {str(node.target) for node in prepared.graph.nodes if node.op == "call_module"}
     layers = {path: prepared.get_submodule(path) for path in called}
@@ -184,7 +184,7 @@ def _has_kernel(module: nn.Module) -> bool:
 
 
 def _qconfig_mapping(scheme: StaticInt8, training: bool) -> QConfigMapping:
-    """Upstream's mapping for the engine, with the scheme's range in place of its own."""
+    """Return upstream's mapping for the engine, with the scheme's range in place of its own."""
     with upstream_quiet():  # of `onednn` it warns that its weights have 8 bits, which aren't taken
         mapping = (get_default_qat_qconfig_mapping if training else get_default_qconfig_mapping)(scheme.engine)
     default = mapping.global_qconfig
@@ -213,7 +213,7 @@ _OBSERVERS = {
 
 
 def _weight_observer(observer: Any, scheme: StaticInt8) -> Any:
-    """Upstream's own, in 7 bits where the CPU needs that, and with the range of the weight as it is at that moment."""
+    """Take upstream's own, in 7 bits where the CPU needs that, with the range of the weight as it is at that moment."""
     reduced, kind = scheme.reduced, getattr(observer, "p", partial(observer)).func
     if kind is FusedMovingAvgObsFakeQuantize:
         # A range that follows slowly would clip what grows.
@@ -224,7 +224,7 @@ def _weight_observer(observer: Any, scheme: StaticInt8) -> Any:
 
 @contextmanager
 def upstream_quiet() -> Iterator[None]:
-    """Upstream announces its deprecation at each call; what follows from it is ours to carry, not the user's."""
+    """Silence upstream, which announces its deprecation at each call: that is ours to carry, not the user's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)

@@ -29,7 +29,7 @@ WITH_KERNEL = (nn.Linear, _ConvNd)
 
 
 class Opaque(nn.Module):
-    """A layer with children of its own, called as it is; hidden, as upstream would swap its children in place."""
+    """Hides a layer with children of its own, as upstream would swap its children in place; it is called as it is."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def _hook_point(module: nn.Module) -> nn.Identity:
 
 
 def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> Trace:
-    """The traced form of ``module``, sharing its leaves.
+    """Return the traced form of ``module``, sharing its leaves.
 
     Inner modules in ``hooked`` keep calling their forward hooks. Raises whatever `torch.fx` raises where control flow
     depends on data.
@@ -172,7 +172,7 @@ class _Holder(nn.Module):
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    """A second module around the same tensors, as the first one's forward will be routed to where this one stands."""
+    """Make a second module around the same tensors: the first one's forward will be routed to where this one stands."""
     twin = type(module).__new__(type(module))  # `copy` refuses parametrizations
     vars(twin).update(vars(module))
     for kind in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):

@@ -22,7 +22,7 @@ AGAIN = "__call"
 
 
 class Function(nn.Module):
-    """A function as a module, which upstream takes for a float layer."""
+    """Wraps a function as a module, which upstream takes for a float layer."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def drop_unused_(graph: GraphModule, nodes: Collection[Node]) -> None:
 
 
 def constants(graph: GraphModule) -> set[Node]:
-    """The nodes that are computed of the graph's own tensors alone."""
+    """Return the nodes that are computed of the graph's own tensors alone."""
     found: set[Node] = set()
     for node in graph.graph.nodes:
         inputs = node.all_input_nodes
@@ -76,7 +76,7 @@ def constants(graph: GraphModule) -> set[Node]:
 
 
 def evaluate(graph: GraphModule, node: Node, known: dict[Node, Any] | None = None) -> Any:
-    """The value of a node among the `constants`."""
+    """Return the value of a node among the `constants`."""
     known = {} if known is None else known
     if node in known:
         return known[node]
@@ -94,14 +94,14 @@ def evaluate(graph: GraphModule, node: Node, known: dict[Node, Any] | None = Non
 
 
 def source_of(node: Node) -> str:
-    """The name of the first tensor that a constant is computed of."""
+    """Return the name of the first tensor that a constant is computed of."""
     while node.op != "get_attr":
         node = node.all_input_nodes[0]
     return str(node.target)
 
 
 def value_read(graph: GraphModule, node: Node) -> Any:
-    """The tensor (or module) that a node reads; None if it doesn't read one."""
+    """Return the tensor (or module) that a node reads; None if it doesn't read one."""
     value: Any = graph if node.op == "get_attr" else None
     for part in str(node.target).split("."):
         value = getattr(value, part, None)
@@ -109,7 +109,7 @@ def value_read(graph: GraphModule, node: Node) -> Any:
 
 
 def name_of(node: Node) -> str:
-    """What a node calls, without its namespace."""
+    """Find what a node calls, without its namespace."""
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
@@ -135,7 +135,7 @@ def name_layers_(graph: GraphModule) -> None:
 
 
 def _settle_kinds_(graph: GraphModule) -> None:
-    """What is read of a tensor's type, shape and device doesn't need the tensor, which int8 takes away."""
+    """Find what is read of a tensor's type, shape and device doesn't need the tensor, which int8 takes away."""
     first = next((node for node in graph.graph.nodes if node.op == "placeholder"), None)
     for node in list(graph.graph.nodes):
         tensor = value_read(graph, node.args[0]) if node.args and isinstance(node.args[0], Node) else None
@@ -175,7 +175,7 @@ def fold_layers_(graph: GraphModule) -> None:
 
 @torch.no_grad()
 def without_parametrization(layer: nn.Module) -> nn.Module | None:
-    """A layer of torch with the weight that a parametrization gives this one now; None if it isn't so."""
+    """Return a layer of torch with the weight that a parametrization gives this one now; None if it isn't so."""
     kind: Any = type(layer).__mro__[1]
     if not is_parametrized(layer, "weight") or kind not in LAYERS.values():
         return None
@@ -204,7 +204,7 @@ def _call_layer_(graph: GraphModule, node: Node, source: str, weight: Tensor, bi
 
 
 def _layer(node: Node, weight: Any, bias: Any) -> nn.Module | None:
-    """The layer that a function is with these parameters; None where its options are computed."""
+    """Return the layer that a function is with these parameters; None where its options are computed."""
     options = {name: value for name in _NAMES[3:] if (value := _argument(node, name)) is not None}
     if any(isinstance(leaf, Node) for value in options.values() for leaf in _leaves(value)):
         return None
@@ -224,7 +224,7 @@ def _argument(node: Node, name: str) -> Any:
 
 
 def node_of(node: Node, name: str) -> Node | None:
-    """The node of an argument of a layer that is written as a function, if it is one."""
+    """Return the node of an argument of a layer that is written as a function, if it is one."""
     value = _argument(node, name)
     return value if isinstance(value, Node) else None
 
@@ -234,14 +234,14 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def with_padding_in_numbers(layer: nn.Module) -> nn.Module:
-    """``layer``; if it is a convolution of padding ``same``, with that in numbers, where both sides have the same."""
+    """Write the padding of a convolution of padding ``same`` in numbers, where both sides have the same."""
     if isinstance(layer, _ConvNd) and isinstance(layer.padding, str):
         layer.padding = in_numbers(layer.padding, layer.kernel_size, layer.dilation)
     return layer
 
 
 def in_numbers(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> Any:
-    """``padding`` (``same`` or ``valid``) as one number for each dimension; itself where the two sides differ."""
+    """Write ``padding`` (``same`` or ``valid``) as a number for each dimension; keep it where its sides differ."""
     both = [0 if padding == "valid" else (size - 1) * step for size, step in zip(kernel, dilation, strict=True)]
     return padding if any(size % 2 for size in both) else tuple(size // 2 for size in both)
 
@@ -255,7 +255,7 @@ _PRODUCTS = (
 
 
 def weights_read(graph: GraphModule) -> Iterator[tuple[str, str]]:
-    """Names of the matrices that a graph reads, each with what is done with it, as a reason to be float.
+    """Yield names of the matrices that a graph reads, each with what is done with it, as a reason to be float.
 
     The reason is empty where it is a table.
     """
@@ -269,7 +269,7 @@ def weights_read(graph: GraphModule) -> Iterator[tuple[str, str]]:
 
 
 def _users(node: Node, constant: set[Node]) -> list[Node]:
-    """What brings a constant together with activations."""
+    """Find what brings a constant together with activations."""
     found, ahead = dict[Node, None](), [node]
     for current in ahead:
         for user in current.users:

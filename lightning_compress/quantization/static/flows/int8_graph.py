@@ -19,7 +19,7 @@ from lightning_compress.quantization.static.flows.exported_kernels import compil
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Upstream warns of its kernels for other devices, and of what follows from torch's own changes."""
+    """Silence upstream, which warns of its kernels for other devices, and of what follows from torch's changes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         levels = {logging.getLogger(name): logging.getLogger(name).level for name in ("torch", "torchao")}
@@ -60,7 +60,7 @@ class Exported(nn.Module):
 
 
 class Int8Graph(Exported):
-    """A converted graph, compiled at its first call; scales and zero points are in its state, not in its code alone.
+    """Compiles a converted graph at its first call; scales and zero points are in its state, not in its code alone.
 
     Raises:
         CompressionError: called with a shape that it wasn't exported for.

@@ -24,7 +24,7 @@ Run = Callable[[list[Tensor], torch.Generator | None], dict[str, float]]
 
 
 def furthest(run: Run, inputs: Sequence[Tensor], drawn_only: bool = False) -> dict[str, float]:
-    """How far each layer's kernel is off at most, in steps of its output, over several runs.
+    """Measure how far each layer's kernel is off at most, in steps of its output, over several runs.
 
     A kernel that reads memory that isn't its own is right by chance at times, and any kernel is right on zeros: so
     further runs have other batch sizes, and activations that are drawn from all codes.
@@ -63,7 +63,7 @@ def _try(run: Run, inputs: list[Tensor], seed: int) -> dict[str, float] | None:
 
 
 def reasons(steps: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, str]:
-    """The layers whose kernels are further off than rounding explains, each with the reason why it isn't used.
+    """Return the layers whose kernels are further off than rounding explains, each with the reason why it isn't used.
 
     Args:
         steps: path to how far off its kernel is; the path is empty where a kernel is no layer's.
@@ -78,7 +78,7 @@ def reasons(steps: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, s
 
 
 def steps_apart(got: Tensor, expected: Tensor, step: float | Tensor, where: Tensor) -> float:
-    """The largest difference of two tensors in units of ``step``, ``where`` it counts; inf for other shapes."""
+    """Return the largest difference of two tensors in units of ``step``, ``where`` it counts; inf for other shapes."""
     if got.shape != expected.shape:
         return math.inf
     difference = ((got - expected).abs() / step)[where]
@@ -92,7 +92,7 @@ def steps_apart(got: Tensor, expected: Tensor, step: float | Tensor, where: Tens
 def quantized_steps(
     int8: GraphModule, reference: GraphModule, inputs: list[Tensor], generator: torch.Generator | None
 ) -> dict[str, float]:
-    """How far each kernel of ``int8`` is off its layer in ``reference``; nodes know their names by their traces."""
+    """Measure how far each kernel of ``int8`` is off its layer in ``reference``; nodes have their names as traces."""
     kernels = _Kernels(int8, generator)
     kernels.run(*inputs)
     layers = _Layers(reference, kernels)
@@ -155,7 +155,7 @@ def _clipped_as(rounded: Tensor, values: Tensor) -> Tensor:
 
 
 def _between_roundings(rounding: Node) -> list[Node]:
-    """The nodes that compute in float what ``rounding`` rounds, the last first."""
+    """Return the nodes that compute in float what ``rounding`` rounds, the last first."""
     found: list[Node] = []
     ahead = list(rounding.all_input_nodes[:1])
     while ahead:

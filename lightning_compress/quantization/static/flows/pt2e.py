@@ -41,7 +41,7 @@ with quiet():
 
 
 class _Call(nn.Module):
-    """A module as a function of the tensors of its call; what it puts those of its output into is told aside."""
+    """Makes a function of the tensors of its call of a module; what it puts those of its output into is told aside."""
 
     def __init__(self, module: nn.Module, signature: Signature, tell: Callable[[Structure], None]) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Call(nn.Module):
 
 
 def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> Trace:
-    """The exported form of ``module`` in evaluation.
+    """Return the exported form of ``module`` in evaluation.
 
     All sizes that its code leaves open may vary, or the first alone where else it couldn't be one. Raises whatever
     `torch.export` raises where control flow depends on data.
@@ -78,7 +78,7 @@ def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ())
 
 
 def _export(call: nn.Module, inputs: tuple[Tensor, ...]) -> GraphModule:
-    """The graph with as many variable sizes as leave a batch of one possible."""
+    """Return the graph with as many variable sizes as leave a batch of one possible."""
     several = [range(tensor.dim()) for tensor in inputs]
     for dims in (several, [sizes[:1] for sizes in several]):
         dynamic = (tuple(dict.fromkeys(sizes, Dim.AUTO) for sizes in dims),)
@@ -93,14 +93,14 @@ def _export(call: nn.Module, inputs: tuple[Tensor, ...]) -> GraphModule:
 
 
 def _sizes_above_one(inputs: list[Tensor]) -> list[Tensor]:
-    """A batch of one would be exported as a batch that is always one."""
+    """Return a batch of one would be exported as a batch that is always one."""
     if all(tensor.dim() and tensor.shape[0] == 1 for tensor in inputs):
         return [tensor.expand(2, *tensor.shape[1:]) for tensor in inputs]
     return inputs
 
 
 def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()) -> Exported:
-    """A copy of ``graph`` with observers; the layers in ``floats`` have none.
+    """Return a copy of ``graph`` with observers; the layers in ``floats`` have none.
 
     Raises:
         CompressionError: for training, which this flow isn't for.
@@ -125,7 +125,7 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
 
 
 def _tensors(graph: GraphModule) -> Iterator[tuple[Node, Tensor]]:
-    """The parameters and buffers that a graph reads."""
+    """Yield the parameters and buffers that a graph reads."""
     for node in graph.graph.nodes:
         if node.op == "get_attr" and node.users:
             owner, _, name = str(node.target).rpartition(".")
@@ -166,20 +166,20 @@ def _configuration(scheme: StaticInt8) -> QuantizationConfig:
 
 
 def observe_(prepared: nn.Module, on: bool) -> None:
-    """Nothing: its observers observe whenever it runs, which is while it is calibrated."""
+    """Do nothing: its observers observe whenever it runs, which is while it is calibrated."""
 
 
 def fake_quantize_(prepared: nn.Module, on: bool) -> None:
-    """Nothing: observers let values through."""
+    """Do nothing: observers let values through."""
 
 
 def quantizes(prepared: nn.Module) -> bool:
-    """Whether any layer computes in int8."""
+    """Tell whether any layer computes in int8."""
     return any(isinstance(module, PerChannelMinMaxObserver) for module in prepared.modules())
 
 
 def float_weights(prepared: nn.Module) -> dict[str, str]:
-    """The matrices that no observer sees; see `Flow`."""
+    """Return the matrices that no observer sees; see `Flow`."""
     assert isinstance(prepared, Exported)
     graph = prepared.graph
     observed = {
@@ -192,7 +192,7 @@ def float_weights(prepared: nn.Module) -> dict[str, str]:
 
 
 def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> Int8Graph:
-    """A new int8 graph on the CPU; ``prepared`` is left as it is.
+    """Return a new int8 graph on the CPU; ``prepared`` is left as it is.
 
     Raises:
         CompressionError: prepared layers are to be float nonetheless, which this flow can't do.
@@ -212,7 +212,7 @@ def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = (
 def wrong_kernels(
     prepared: nn.Module, int8: nn.Module, scheme: StaticInt8, inputs: list[Tensor], drawn_only: bool = False
 ) -> dict[str, str]:
-    """The layers that in ``int8`` compute something else than they do, each with a reason; see `Flow`.
+    """Return the layers that in ``int8`` compute something else than they do, each with a reason; see `Flow`.
 
     That is, uncompiled: `Int8Graph` judges its compiled form when there is one.
     """
