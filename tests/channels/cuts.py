@@ -57,10 +57,13 @@ def run(model: nn.Module, inputs: Any, training: bool = False) -> list[Tensor]:
     return leaves
 
 
-def off(mine: list[Tensor], theirs: list[Tensor]) -> float:
+def off(outputs: list[Tensor], references: list[Tensor]) -> float:
     """The largest difference, relative to each output's largest value."""
-    assert [one.shape for one in mine] == [other.shape for other in theirs]
-    return max(((one - other).abs().max() / other.abs().max()).item() for one, other in zip(mine, theirs, strict=True))
+    assert [output.shape for output in outputs] == [reference.shape for reference in references]
+    return max(
+        ((output - reference).abs().max() / reference.abs().max()).item()
+        for output, reference in zip(outputs, references, strict=True)
+    )
 
 
 @torch.no_grad()
@@ -127,8 +130,10 @@ def _everything(model: nn.Module) -> dict[str, Any]:
     return {
         "state": model.state_dict(),
         "buffers": dict(model.named_buffers()),
-        "gradients": {name: one.grad for name, one in model.named_parameters() if one.grad is not None},
-        "identity": {name: id(one) for name, one in model.named_parameters()},
+        "gradients": {
+            name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+        },
+        "identity": {name: id(parameter) for name, parameter in model.named_parameters()},
         "modes": {path: module.training for path, module in model.named_modules()},
         "types": {path: type(module).__name__ for path, module in model.named_modules()},
         "keys": {path: sorted(vars(module)) for path, module in model.named_modules()},

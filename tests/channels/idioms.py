@@ -62,8 +62,8 @@ def _res2net(self: Any, x: Tensor) -> Tensor:
 
 
 def _partial(self: Any, x: Tensor) -> Tensor:
-    one, other = torch.split(self.s(x), [self.dim, self.s.out_channels - self.dim], 1)
-    return self.o(torch.cat([self.c(one), other], 1).relu())
+    changed, rest = torch.split(self.s(x), [self.dim, self.s.out_channels - self.dim], 1)
+    return self.o(torch.cat([self.c(changed), rest], 1).relu())
 
 
 def _select_kernels(self: Any, x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class TensorLog(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.tensors.append(snapshot(pl_module))
-        states = {parameter: state for one in trainer.optimizers for parameter, state in one.state.items()}
+        states = {parameter: state for optimizer in trainer.optimizers for parameter, state in optimizer.state.items()}
         named = {name: states.get(parameter, {}) for name, parameter in pl_module.named_parameters()}
         self.remembered.append({name: snapshot(state) for name, state in named.items()})
 
@@ -69,7 +69,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, amsgrad=True),
     "centered": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01, momentum=0.9, centered=True),
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.01),
-    "lbfgs": lambda groups: torch.optim.LBFGS([one for group in groups for one in group["params"]], lr=0.1),
+    "lbfgs": lambda groups: torch.optim.LBFGS([parameter for group in groups for parameter in group["params"]], lr=0.1),
 }
 
 
@@ -94,9 +94,9 @@ def test_moments_and_buffers_are_cut_with_the_same_indices(optimizer: str) -> No
     at = after.widths.index(16)
     assert at == 7 and before.widths[at] == 32
     old, new = before.tensors[at], after.tensors[at]
-    kept = survivors(old["body.weight"], new["body.weight"])
+    rows = survivors(old["body.weight"], new["body.weight"])
     expected = {
-        name: tensor[:, kept] if name == "head.weight" else tensor[kept] if tensor.shape[:1] == (32,) else tensor
+        name: tensor[:, rows] if name == "head.weight" else tensor[rows] if tensor.shape[:1] == (32,) else tensor
         for name, tensor in old.items()
     }
     assert_same_state(expected, new)
@@ -104,9 +104,9 @@ def test_moments_and_buffers_are_cut_with_the_same_indices(optimizer: str) -> No
         moments = {key for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
         assert moments
         for key in moments:
-            theirs = state[key][:, kept] if name == "head.weight" else state[key]
-            theirs = theirs[kept] if theirs.shape[0] == 32 else theirs
-            assert_same_state(theirs, after.remembered[at][name][key])
+            expected_state = state[key][:, rows] if name == "head.weight" else state[key]
+            expected_state = expected_state[rows] if expected_state.shape[0] == 32 else expected_state
+            assert_same_state(expected_state, after.remembered[at][name][key])
         numbers = {key: value for key, value in state.items() if key not in moments}
         assert_same_state(numbers, {key: after.remembered[at][name][key] for key in numbers})
 
@@ -416,7 +416,7 @@ def test_every_trainer_ends_at_the_budget(options: dict[str, Any]) -> None:
     trainer, module = fit(shrink(window=Window(0.1, 0.7), schedule=Steps()), **options)
     assert module.body.weight.shape == (16, 16) and module.head.weight.shape == (4, 16)
     [optimizer] = trainer.optimizers
-    assert all(state["momentum_buffer"].shape == one.shape for one, state in optimizer.state.items())
+    assert all(state["momentum_buffer"].shape == parameter.shape for parameter, state in optimizer.state.items())
 
 
 def test_lbfgs_starts_anew() -> None:

@@ -93,16 +93,16 @@ def test_every_checkpoint_loads_into_every_module(epoch: int, saved: tuple[Path,
     folder, module = saved
     path = folder / f"epoch={epoch}.ckpt"
     loss, logits = by_hand(path, epoch)
-    for name, one in models(folder, module).items():
-        parameters = dict(one.named_parameters())
+    for name, loaded in models(folder, module).items():
+        parameters = dict(loaded.named_parameters())
         trainer = quiet_trainer(callbacks=[shrink()])
-        [metrics] = trainer.test(one, TinyData(), ckpt_path=path, verbose=False, weights_only=True)
+        [metrics] = trainer.test(loaded, TinyData(), ckpt_path=path, verbose=False, weights_only=True)
         assert metrics["test_loss"] == pytest.approx(loss, rel=1e-6), name
-        [again] = trainer.test(one, TinyData(), verbose=False)
+        [again] = trainer.test(loaded, TinyData(), verbose=False)
         assert again == metrics, name
-        assert one.body.out_features == one.norm.num_features == one.head.in_features == WIDTHS[epoch]
-        assert all(after is parameters[key] for key, after in one.named_parameters())
-        trainer.validate(one, TinyData(), ckpt_path=path, verbose=False)
+        assert loaded.body.out_features == loaded.norm.num_features == loaded.head.in_features == WIDTHS[epoch]
+        assert all(after is parameters[key] for key, after in loaded.named_parameters())
+        trainer.validate(loaded, TinyData(), ckpt_path=path, verbose=False)
     predicted = quiet_trainer(callbacks=[shrink()]).predict(Classifier(), TinyData(), ckpt_path=path)
     torch.testing.assert_close(torch.cat(predicted), logits)
     loaded = load_compressed(path, Classifier())

@@ -150,8 +150,8 @@ def test_groups_of_n_of_m_go_on_where_widths_dont_divide_into_them(first: bool) 
 
 
 def int8_shapes(module: nn.Module) -> set[tuple[int, ...]]:
-    layers = [one for one in module.modules() if "quantized" in type(one).__module__ and hasattr(one, "weight")]
-    return {tuple(one.weight().shape) for one in layers}
+    layers = [layer for layer in module.modules() if "quantized" in type(layer).__module__ and hasattr(layer, "weight")]
+    return {tuple(layer.weight().shape) for layer in layers}
 
 
 @pytest.mark.filterwarnings("ignore:QuantizationAwareTraining. these weights were saved before")
@@ -240,12 +240,16 @@ def test_adapters_lose_the_channels_that_they_read(first: bool) -> None:
     [adapter] = distillation.objective.adapters.values()
     assert adapter.weight.shape == (48, 16)
     fits(trainer, module)
-    cuts = [(one, other) for one, other in zip(before[::2], before[1::2], strict=True) if len(one[0]) != len(other[0])]
+    cuts = [
+        (tensors, narrow)
+        for tensors, narrow in zip(before[::2], before[1::2], strict=True)
+        if len(tensors[0]) != len(narrow[0])
+    ]
     assert len(cuts) >= 2
     for old, new in cuts:
         rows = [row.tolist() for row in old[0]]
-        kept = [rows.index(row.tolist()) for row in new[0]]
-        assert torch.equal(new[1], old[1][:, kept]) and torch.equal(new[2], old[2][:, kept])
+        indices = [rows.index(row.tolist()) for row in new[0]]
+        assert torch.equal(new[1], old[1][:, indices]) and torch.equal(new[2], old[2][:, indices])
     assert "train_feature_mse" in trainer.callback_metrics
 
 

@@ -14,7 +14,7 @@ from tests.support.wide import WIDE
 from tests.support.zoo import Row, row
 
 ROWS = [row(name) for name in ("mlp", "conv_bn_relu", "residual", "concat")]
-ROWS += [one for one in WIDE if one.name in ("resnet", "vgg", "inception")]
+ROWS += [wide for wide in WIDE if wide.name in ("resnet", "vgg", "inception")]
 
 
 def zeroed(model: nn.Module, kept: dict[str, dict[int, torch.Tensor]]) -> nn.Module:
@@ -28,14 +28,14 @@ def zeroed(model: nn.Module, kept: dict[str, dict[int, torch.Tensor]]) -> nn.Mod
     return twin
 
 
-@pytest.mark.parametrize("one", ROWS, ids=str)
-def test_int8_after_a_cut_is_within_one_output_step(one: Row) -> None:
-    model = one.build().eval()
-    (x,), _ = one.inputs()
+@pytest.mark.parametrize("network", ROWS, ids=str)
+def test_int8_after_a_cut_is_within_one_output_step(network: Row) -> None:
+    model = network.build().eval()
+    (x,), _ = network.inputs()
     plan = plan_removal(model, x, channels=0.5, importance="random", round_to=1)
     whole = zeroed(model, plan.kept)
     remove_channels_(model, plan)
-    assert sum(one.numel() for one in model.parameters()) < sum(one.numel() for one in whole.parameters())
+    assert sum(map(torch.Tensor.numel, model.parameters())) < sum(map(torch.Tensor.numel, whole.parameters()))
     with torch.no_grad():
         float_output = model(x)
         got, wanted = (quantize(net, "int8_static", [x])(x) for net in (model, whole))

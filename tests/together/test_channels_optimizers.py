@@ -48,12 +48,12 @@ def by_hand(model: nn.Module, optimizer: Optimizer, plan: RemovalPlan, make: Any
     twin = mlp((len(plan.kept["0.weight"][0]), len(plan.kept["2.weight"][0])))
     other = make(twin.parameters())
     with torch.no_grad():
-        for (name, mine), (_, theirs) in zip(twin.named_parameters(), model.named_parameters(), strict=True):
-            kept = dict(plan.kept.get(name, {}))
-            mine.copy_(sliced(theirs, theirs.shape, kept))
-            if theirs in optimizer.state:
-                other.state[mine] = {
-                    key: sliced(value, theirs.shape, kept) for key, value in optimizer.state[theirs].items()
+        for (name, parameter), (_, wide) in zip(twin.named_parameters(), model.named_parameters(), strict=True):
+            indices = dict(plan.kept.get(name, {}))
+            parameter.copy_(sliced(wide, wide.shape, indices))
+            if wide in optimizer.state:
+                other.state[parameter] = {
+                    key: sliced(value, wide.shape, indices) for key, value in optimizer.state[wide].items()
                 }
     return twin, other
 
@@ -114,20 +114,20 @@ def test_without_its_moments_the_next_step_differs() -> None:
 
 def test_several_optimizers_and_parameter_groups() -> None:
     model = mlp()
-    one = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].weight}], 0.2, 0.9)
-    other = torch.optim.Adam([model[2].bias, *model[4].parameters()])
-    step_(model, one, 0)
-    step_(model, other, 0)
-    before = {name: one.state[p] or other.state[p] for name, p in model.named_parameters()}
+    first = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].weight}], 0.2, 0.9)
+    second = torch.optim.Adam([model[2].bias, *model[4].parameters()])
+    step_(model, first, 0)
+    step_(model, second, 0)
+    before = {name: first.state[p] or second.state[p] for name, p in model.named_parameters()}
     before = {name: {key: leaf.clone() for key, leaf in state.items()} for name, state in before.items()}
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
     plan = plan_removal(model, torch.zeros(1, 6), channels=0.5)
-    remove_channels_(model, plan, [one, other])
+    remove_channels_(model, plan, [first, second])
     for name, parameter in model.named_parameters():
-        state = one.state.get(parameter) or other.state[parameter]
+        state = first.state.get(parameter) or second.state[parameter]
         expected = {key: sliced(leaf, sizes[name], dict(plan.kept.get(name, {}))) for key, leaf in before[name].items()}
         assert_same_state(dict(state), expected)
-    assert [group["lr"] for group in one.param_groups] == [0.1, 0.2]
+    assert [group["lr"] for group in first.param_groups] == [0.1, 0.2]
 
 
 def test_optimizers_that_never_stepped() -> None:

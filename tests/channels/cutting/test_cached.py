@@ -165,8 +165,8 @@ def test_what_is_kept_goes_with_the_channels(kind: type[Net], filled: str) -> No
     with torch.inference_mode(filled == "in inference mode"):
         zero_(zeroed, plan.kept)
     remove_channels_(model, plan)
-    for one, other in zip(run(model), run(zeroed), strict=True):
-        torch.testing.assert_close(one, other)
+    for output, expected in zip(run(model), run(zeroed), strict=True):
+        torch.testing.assert_close(output, expected)
     if filled != "in inference mode":  # such tensors can't be trained with anyway
         model.train()(X).sum().backward()
         run(model.eval())
@@ -220,10 +220,10 @@ def test_a_fresh_module_takes_them_from_a_file(kind: type[Net], tmp_path: Path) 
     save_compressed(model, tmp_path / "model.ckpt")
     fresh = kind().train().eval()
     load_compressed(tmp_path / "model.ckpt", fresh)
-    for one, other in zip(run(fresh), run(model), strict=True):
-        torch.testing.assert_close(one, other)
+    for output, expected in zip(run(fresh), run(model), strict=True):
+        torch.testing.assert_close(output, expected)
     whole = kind().train().eval()
     save_compressed(whole, tmp_path / "whole.ckpt")
     load_compressed(tmp_path / "whole.ckpt", fresh)
-    for one, other in zip(run(fresh), run(whole), strict=True):
-        torch.testing.assert_close(one, other)
+    for output, expected in zip(run(fresh), run(whole), strict=True):
+        torch.testing.assert_close(output, expected)

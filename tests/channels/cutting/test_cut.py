@@ -43,7 +43,7 @@ def test_keys_and_parameters_stay(name: str) -> None:
     assert list(model.state_dict()) == keys
     after = dict(model.named_parameters(remove_duplicate=False))
     assert all(after[key] is parameter for key, parameter in parameters.items())
-    assert any(after[key].shape != one.shape for key, one in whole.named_parameters(remove_duplicate=False))
+    assert any(after[key].shape != parameter.shape for key, parameter in whole.named_parameters(remove_duplicate=False))
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -93,7 +93,9 @@ def test_cut_models_train(name: str) -> None:
         out = small(**inputs) if isinstance(inputs, dict) else small(*inputs)
         optimizer.zero_grad()
         out.square().mean().backward()
-        assert all(one.grad is None or one.grad.shape == one.shape for one in small.parameters())
+        assert all(
+            parameter.grad is None or parameter.grad.shape == parameter.shape for parameter in small.parameters()
+        )
         optimizer.step()
     assert_different_state(before, small)
 
@@ -111,9 +113,9 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 def test_other_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     model, x = network(dtype), torch.randn(4, 3, 8, 8, dtype=dtype)
     plan = plan_removal(model, x, macs=0.5)
-    assert {layer for one in plan.rows if one.after < one.before for layer in one.layers} == {"0", "3", "6"}
+    assert {layer for row in plan.rows if row.after < row.before for layer in row.layers} == {"0", "3", "6"}
     assert inexact(model, plan, (x,)) < tolerance
-    assert {one.dtype for one in cut(model, plan).parameters()} == {dtype}
+    assert {parameter.dtype for parameter in cut(model, plan).parameters()} == {dtype}
 
 
 def test_channels_last_stays() -> None:
@@ -130,7 +132,7 @@ def test_gradients_are_cut_with_their_parameters() -> None:
     model, x = network(), torch.randn(4, 3, 8, 8)
     model(x).square().sum().backward()
     plan = plan_removal(model, x, macs=0.5)
-    before = {name: one.grad.clone() for name, one in model.named_parameters()}
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     remove_channels_(model, plan)
     for name, parameter in model.named_parameters():
         expected = before[name].numpy()
@@ -157,7 +159,7 @@ def test_both_forms_of_weight_norm(old: bool) -> None:
                 parameter.mul_(torch.rand_like(parameter) + 0.5)
     x = torch.randn(2, 3, 20)
     plan = plan_removal(model, x, macs=0.5, importance="random")
-    gone = {one.layers[0] for one in plan.rows if one.after < one.before}
+    gone = {row.layers[0] for row in plan.rows if row.after < row.before}
     # The layers' own weights, as they are computed: what stays of each must be what it was.
     model.eval()(x)
     before = [model[place].weight.detach().clone() for place in (0, 2, 4, 6)]

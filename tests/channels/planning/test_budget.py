@@ -19,7 +19,7 @@ X = torch.ones(2, 3, 8, 8)
 
 
 def params(model: nn.Module) -> int:
-    return sum(one.numel() for one in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(("name", "setting"), PLANS)
@@ -47,10 +47,10 @@ def test_a_missed_budget_is_reported_and_one_that_is_met_is_not(name: str, setti
 
 
 def test_macs_are_those_of_a_sample_whatever_the_batch() -> None:
-    one, many = (plan_removal(cnn(16, 16), torch.ones(batch, 3, 8, 8), macs=0.5) for batch in (1, 6))
-    assert (one.before, one.after) == (many.before, many.after)
-    assert one.before.macs == count_macs(cnn(16, 16), torch.ones(1, 3, 8, 8))[0]
-    assert f"macs per sample: {one.before.macs:,} -> {one.after.macs:,}" in str(many)
+    single, many = (plan_removal(cnn(16, 16), torch.ones(batch, 3, 8, 8), macs=0.5) for batch in (1, 6))
+    assert (single.before, single.after) == (many.before, many.after)
+    assert single.before.macs == count_macs(cnn(16, 16), torch.ones(1, 3, 8, 8))[0]
+    assert f"macs per sample: {single.before.macs:,} -> {single.after.macs:,}" in str(many)
 
 
 def cnn(*widths: int) -> nn.Sequential:

@@ -76,8 +76,8 @@ def taylor(model: nn.Module) -> list[np.ndarray]:
     def changes(*names: str) -> np.ndarray:
         total = 0.0
         for name in names:
-            one = model.get_parameter(name)
-            product = (one * one.grad).detach().double().numpy()
+            parameter = model.get_parameter(name)
+            product = (parameter * parameter.grad).detach().double().numpy()
             total = total + product.reshape(len(product), -1).sum(1)
         return np.asarray(total) ** 2
 
@@ -104,24 +104,28 @@ def largest(scores: np.ndarray, count: int) -> list[int]:
 def test_per_layer_the_most_important_stay(importance: str, seed: int) -> None:
     model = net(seed)
     plan = plan_removal(model, X, channels=0.5, scope="layer", importance=importance)
-    mine = stays(plan)
-    assert 4 <= len(mine[0]) <= 5 and 5 <= len(mine[1]) <= 6
-    expected = [largest(scores, len(kept)) for scores, kept in zip(ORACLES[importance](model), mine, strict=True)]
-    assert mine == expected
+    indices = stays(plan)
+    assert 4 <= len(indices[0]) <= 5 and 5 <= len(indices[1]) <= 6
+    expected = [largest(scores, len(stay)) for scores, stay in zip(ORACLES[importance](model), indices, strict=True)]
+    assert indices == expected
 
 
 @pytest.mark.parametrize("importance", ORACLES)
 def test_all_layers_together_scores_are_compared_over_their_mean(importance: str) -> None:
     model = net(5)
     plan = plan_removal(model, X, channels=0.6, importance=importance)
-    scores = [one / one.mean() for one in ORACLES[importance](model)]
-    least = sorted((score, group, unit) for group, one in enumerate(scores) for unit, score in enumerate(one))
+    scores = [scores_of_group / scores_of_group.mean() for scores_of_group in ORACLES[importance](model)]
+    least = sorted(
+        (score, group, unit)
+        for group, scores_of_group in enumerate(scores)
+        for unit, score in enumerate(scores_of_group)
+    )
     left = [set(range(9)), set(range(11))]
     for _, group, unit in least[: 20 - sum(map(len, stays(plan)))]:
         if len(left[group]) > 2:  # the least that may stay of 9 and 11
             left[group].remove(unit)
     assert sum(map(len, left)) == 12
-    assert stays(plan) == [sorted(one) for one in left]
+    assert stays(plan) == [sorted(units) for units in left]
 
 
 @pytest.mark.parametrize("importance", ["l1", "l2", "fpgm", "batchnorm"])
@@ -133,7 +137,7 @@ def test_the_scale_of_a_layer_does_not_matter(importance: str) -> None:
         other = net()
         for parameter in other.parameters():
             parameter.data.mul_(16.0)
-    plans = [plan_removal(one, X, channels=0.5, importance=importance) for one in (model, other)]
+    plans = [plan_removal(network, X, channels=0.5, importance=importance) for network in (model, other)]
     assert stays(plans[0]) == stays(plans[1]) != [list(range(9)), list(range(11))]
 
 
@@ -151,9 +155,9 @@ def test_random_follows_its_seed_alone() -> None:
 
 def test_taylor_needs_gradients_and_leaves_them() -> None:
     model = net()
-    before = {name: one.grad.clone() for name, one in model.named_parameters()}
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     plan_removal(model, X, channels=0.5, importance="taylor")
-    assert all(torch.equal(one.grad, before[name]) for name, one in model.named_parameters())
+    assert all(torch.equal(parameter.grad, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_layers_without_a_batchnorm_are_as_important_as_the_mean() -> None:
@@ -196,7 +200,9 @@ def last_ones(group: UnitWeights) -> Tensor:
 
 def _gradients(group: UnitWeights) -> Tensor | None:
     found = [
-        one.sums(one.parameter.grad.abs()) for one in group.weights if one.makes and one.parameter.grad is not None
+        weight.sums(weight.parameter.grad.abs())
+        for weight in group.weights
+        if weight.makes and weight.parameter.grad is not None
     ]
     return sum(found) if found else None
 

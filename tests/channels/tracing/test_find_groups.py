@@ -33,8 +33,8 @@ Halves = Callable[[Any, Tensor], Any]
 
 def halves(take: Halves) -> nn.Module:
     def forward(self: Any, x: Tensor) -> Tensor:
-        one, other = take(self, self.stem(x).relu())
-        return self.out(torch.cat((one, other, self.conv(other)), 1))
+        first, second = take(self, self.stem(x).relu())
+        return self.out(torch.cat((first, second, self.conv(second)), 1))
 
     own: Any = {"sizes": (16, 16), "half": 0.5, "width": 32, "c": 16}
     return Net(forward, stem=conv(3, 32), conv=conv(16, 16), out=conv(48, 8, 1), **own)
@@ -105,10 +105,10 @@ def _gated_orders(self: Any, x: Tensor) -> Tensor:
 
 def _coupled(self: Any, x: Tensor) -> Tensor:
     x = self.i(x)
-    one, other = x[:, : self.half], x[:, self.half :]
-    hidden = self.b(self.a(one).relu())
+    first, second = x[:, : self.half], x[:, self.half :]
+    hidden = self.b(self.a(first).relu())
     scale, shift = hidden[:, : self.half], hidden[:, self.half :]
-    return self.o(torch.cat([one, other * scale.tanh().exp() + shift], 1))
+    return self.o(torch.cat([first, second * scale.tanh().exp() + shift], 1))
 
 
 def _gru(self: Any, x: Tensor) -> Tensor:
@@ -184,9 +184,9 @@ class SharedKeys(nn.Module):
             y = torch.einsum("bhij,bjd->bhid", scores.softmax(-1), v[:, 0])
         else:
             if self.how == "expanded":
-                k, v = (one[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for one in (k, v))
+                k, v = (heads[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for heads in (k, v))
             elif self.how == "repeated":
-                k, v = (one.repeat_interleave(repeats, 1) for one in (k, v))
+                k, v = (heads.repeat_interleave(repeats, 1) for heads in (k, v))
             elif self.how == "groups_apart":
                 q, k, v = q.unflatten(1, (self.keys, repeats)), k[:, :, None], v[:, :, None]
             y = (q @ k.transpose(-2, -1) * 0.3).softmax(-1) @ v
@@ -205,9 +205,9 @@ def test_query_heads_leave_and_the_keys_that_they_share_stay(how: str, keys: int
     rows, plan = planned(lambda: SharedKeys(how, keys), (2, 6, 32), macs=0.6)
     assert rows == {("q", 64, 32)}
     assert {"k", "v", "o"} == set(plan.fixed)
-    kept = plan.kept["q.weight"][0].view(-1, 8)
-    assert (kept % 8 == torch.arange(8)).all(), "heads leave as wholes"
-    assert len((kept[:, 0] // 8 // (8 // keys)).unique()) == keys, "each key head keeps queries"
+    indices = plan.kept["q.weight"][0].view(-1, 8)
+    assert (indices % 8 == torch.arange(8)).all(), "heads leave as wholes"
+    assert len((indices[:, 0] // 8 // (8 // keys)).unique()) == keys, "each key head keeps queries"
 
 
 def test_many_key_heads_go_with_their_queries() -> None:
@@ -380,8 +380,8 @@ def test_heads_of_windows_leave(how: str) -> None:
     layer = "1.q" if how == "layers_apart" else "1.qkv"
     [(before, after)] = {row[1:] for row in rows if row[0] == layer}
     assert after == before // 2
-    kept = plan.kept[f"{layer}.weight"][0].view(-1, 8)
-    assert (kept % 8 == torch.arange(8)).all(), "heads leave as wholes"
+    indices = plan.kept[f"{layer}.weight"][0].view(-1, 8)
+    assert (indices % 8 == torch.arange(8)).all(), "heads leave as wholes"
     if how in ("shifted", "bias_as_mask", "bias_table", "temperatures"):
         assert len(plan.kept["1.table"][1]) == 2
 

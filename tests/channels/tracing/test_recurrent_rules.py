@@ -135,8 +135,8 @@ def test_a_cell_with_another_signature_loses_the_channels_of_torchs() -> None:
     torch.manual_seed(0)
     reference, model = net(nn.GRUCell), net(Cell)
     model.load_state_dict(reference.state_dict())
-    for one in (reference, model):
-        remove_channels_(one, plan_removal(one, X, channels=0.5, round_to=1))
+    for network in (reference, model):
+        remove_channels_(network, plan_removal(network, X, channels=0.5, round_to=1))
     assert model.rnn.hidden_size < 12
     assert_same_state(reference, model)
     torch.testing.assert_close(model(X), reference(X))

@@ -26,7 +26,7 @@ def test_groups_are_those_of_torch_pruning(name: str) -> None:
     modules = dict(model.named_modules())
     paths = {module: path for path, module in modules.items()}
     graph = tp.DependencyGraph().build_dependency(model, inputs)
-    theirs: dict[tuple[str, int], set[int]] = defaultdict(set)
+    expected: dict[tuple[str, int], set[int]] = defaultdict(set)
     for layer in {layer for row in plan.rows for layer in row.layers}:
         weight = modules[layer].weight
         made = int(isinstance(modules[layer], nn.ConvTranspose2d))
@@ -38,20 +38,20 @@ def test_groups_are_those_of_torch_pruning(name: str) -> None:
                 reads = graph.is_in_channel_pruning_fn(dependency.handler) and module.weight.dim() > 1
                 reads = reads and getattr(module, "groups", 1) == 1  # both prune the rows of a depthwise one
                 dim = int(reads != isinstance(module, nn.ConvTranspose2d))
-                theirs[f"{paths[module]}.weight", dim].update(indices)
-    ours = {
+                expected[f"{paths[module]}.weight", dim].update(indices)
+    found = {
         (name, dim): set(_gone(plan, name, dim, model.get_parameter(name).shape[dim]))
         for name, dims in plan.kept.items()
         if name.endswith("weight")
         for dim in dims
     }
-    assert len(ours) >= 3
-    assert ours == theirs
+    assert len(found) >= 3
+    assert found == expected
 
 
 def _gone(plan: RemovalPlan, name: str, dim: int, size: int) -> list[int]:
-    kept = plan.kept.get(name, {}).get(dim, torch.arange(size)).tolist()
-    return [index for index in range(size) if index not in kept]
+    stays = plan.kept.get(name, {}).get(dim, torch.arange(size)).tolist()
+    return [index for index in range(size) if index not in stays]
 
 
 @pytest.mark.parametrize("idiom", IDIOMS, ids=lambda idiom: idiom[0])

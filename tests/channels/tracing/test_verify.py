@@ -61,7 +61,8 @@ def test_rounding_is_no_fault(name: str) -> None:
     plan = plan_removal(model, x, macs=0.5)
     assert list(plan.fixed.values()) == ["an output"]
     assert all(
-        torch.equal(one, before[key]) and one.dtype == before[key].dtype for key, one in model.state_dict().items()
+        torch.equal(tensor, before[key]) and tensor.dtype == before[key].dtype
+        for key, tensor in model.state_dict().items()
     )
     remove_channels_(model, plan)
     assert model(x).shape[0] == len(x)
@@ -107,7 +108,7 @@ class Detector(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         layers = [(nn.Conv2d(inp, 64, 3, padding=1), norm(64), nn.ReLU()) for inp in (3, 64, 64)]
-        self.body = nn.Sequential(*(layer for each in layers for layer in each))
+        self.body = nn.Sequential(*(layer for part in layers for layer in part))
         self.score, self.box, self.end = nn.Conv2d(64, 3, 1), nn.Conv2d(64, 4, 1), end
         nn.init.normal_(self.score.weight, std=0.01)  # as such heads begin: scores nearly tie
 
