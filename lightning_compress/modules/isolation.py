@@ -40,9 +40,10 @@ def isolated_random_state(seed: int | None = None, loaders: Any = None) -> Itera
     with torch.random.fork_rng(devices=devices):
         try:
             if seed is not None:
-                torch.default_generator.manual_seed(seed)
-                if devices:  # else CUDA would remember the seed until it starts
-                    torch.cuda.manual_seed_all(seed)
+                if devices or not torch.cuda.is_available():
+                    torch.manual_seed(seed)
+                else:  # CUDA hasn't started, and would remember a seed until then
+                    torch.default_generator.manual_seed(seed)
                 random.seed(seed)
                 if numpy:
                     numpy.random.seed(seed % 2**32)
