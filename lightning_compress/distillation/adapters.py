@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.modules.isolation import isolated_random_state
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -111,7 +112,7 @@ class Adapters(nn.ModuleDict):
 
 def _from_weight(weight: Tensor) -> nn.Module:
     channels_out, channels_in = weight.shape[:2]
-    with torch.random.fork_rng(devices=[]):  # the initial values are overwritten at once
+    with isolated_random_state():  # the initial values are overwritten at once
         layer: nn.Module
         if weight.dim() == 2:
             layer = nn.Linear(channels_in, channels_out)
