@@ -35,7 +35,8 @@ too_short = pytest.mark.filterwarnings("ignore:(QuantizationAwareTraining|Schedu
 
 
 def trained() -> Classifier:
-    return fit(max_epochs=3)[1]
+    torch.manual_seed(0)
+    return fit(module=Classifier(), max_epochs=3)[1]
 
 
 def float_form(module: Any) -> Any:

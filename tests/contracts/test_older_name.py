@@ -12,10 +12,11 @@ import pytorch_lightning as older
 
 from tests.contracts import test_contracts as contracts
 from tests.contracts.rows import Row
+from tests.support import fits
 from tests.support.older_name import data, modules
 
 CONTRACTS: dict[str, Callable[..., None]] = {
-    "resumed equals uninterrupted": lambda row, path: contracts.test_resumed_equals_uninterrupted(row, 1, path),
+    "resumed equals uninterrupted": contracts.test_resumed_equals_uninterrupted,
     "evaluation puts modes back": contracts.test_evaluation_puts_every_modules_mode_back,
     "an exception": lambda row, _: contracts.test_an_exception_leaves_a_plain_module(row, RuntimeError("stopped")),
     "users' keys": lambda row, path: contracts.test_a_checkpoint_holds_just_the_users_keys(row, False, path),
@@ -30,14 +31,17 @@ QUICK = ("resumed equals uninterrupted", "evaluation puts modes back")
 
 @pytest.fixture(autouse=True)
 def older_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("Classifier", "ManualClassifier", "quiet_trainer"):
-        monkeypatch.setattr(contracts, name, getattr(modules, name))
-    monkeypatch.setattr(contracts, "TinyData", data.TinyData)
-    monkeypatch.setattr(contracts, "ModelCheckpoint", older.callbacks.ModelCheckpoint)
+    monkeypatch.setattr(contracts, "ManualClassifier", modules.ManualClassifier)
+    monkeypatch.setattr(fits, "Checkpoint", older.callbacks.Checkpoint)
+    for user in (contracts, fits):
+        monkeypatch.setattr(user, "Classifier", modules.Classifier)
+        monkeypatch.setattr(user, "quiet_trainer", modules.quiet_trainer)
+        monkeypatch.setattr(user, "TinyData", data.TinyData)
+        monkeypatch.setattr(user, "ModelCheckpoint", older.callbacks.ModelCheckpoint)
 
 
 def test_the_two_names_share_no_class() -> None:
-    trainer, module = contracts.fit([], max_epochs=1)
+    trainer, module = contracts.fit(max_epochs=1)
     assert isinstance(module, older.LightningModule) and not isinstance(module, L.LightningModule)
     assert isinstance(trainer, older.Trainer) and not isinstance(trainer, L.Trainer)
 
