@@ -7,12 +7,10 @@ from .distillation.losses.attention_transfer import AttentionTransfer
 from .distillation.losses.base import FeatureLoss, LogitLoss
 from .distillation.losses.dist import DIST
 from .distillation.losses.dkd import DKD
-from .distillation.losses.feature_cosine import FeatureCosine
-from .distillation.losses.feature_mse import FeatureMSE
-from .distillation.losses.hard_target import HardTarget
-from .distillation.losses.logit_mse import LogitMSE
+from .distillation.losses.features import FeatureCosine, FeatureMSE
+from .distillation.losses.logits import LogitMSE
 from .distillation.losses.relations import RelationalAngle, RelationalDistance, SimilarityPreserving
-from .distillation.losses.soft_target import SoftTarget
+from .distillation.losses.soft_target import HardTarget, SoftTarget
 from .errors import CompressionError, MissingExtraError, NoEffectWarning
 from .pruning import Rewind, ScheduledPruning, prune_, sparsity
 from .quantization import GPTQ, NF4, DynamicInt8, StaticInt8, WeightOnly, quantize

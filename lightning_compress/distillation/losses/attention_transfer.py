@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_compress.distillation.losses.arithmetic import exact, mean, unit
-from lightning_compress.distillation.losses.base import FeatureLoss, check_dim
+from lightning_compress.distillation.losses.base import LayerLoss, check_dim
 from lightning_compress.distillation.losses.features import mask_features
 from lightning_compress.errors import invalid
-
-_POOLS: dict[int, Callable[..., Tensor]] = {
-    1: F.adaptive_avg_pool1d,
-    2: F.adaptive_avg_pool2d,
-    3: F.adaptive_avg_pool3d,
-}
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, channel_dim: int = 1, valid: Tensor | None = None) -> Tensor:
@@ -60,7 +53,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, channel_dim: int = 1, v
         (student, teacher), samples = mask_features((student, teacher), valid)
         maps = [features.square().mean(channel_dim) for features in (student, teacher)]
         size = [min(sizes) for sizes in zip(maps[0].shape[1:], maps[1].shape[1:], strict=True)]
-        student_map, teacher_map = (unit(_pooled(side, size).flatten(1)) for side in maps)
+        pooled = (F.interpolate(side.unsqueeze(1), size, mode="area") for side in maps)
+        student_map, teacher_map = (unit(side.flatten(1)) for side in pooled)
         squared, counts = (student_map - teacher_map).square(), samples.unsqueeze(1)
         if valid is not None and valid.shape == squared.shape == student.shape[:2] and student.dim() == 3:
             counts = counts & valid.bool()  # the positions of sequences
@@ -68,7 +62,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, channel_dim: int = 1, v
 
 
 @dataclass(frozen=True)
-class AttentionTransfer(FeatureLoss):
+class AttentionTransfer(LayerLoss):
     """Where student and teacher are active, ``mean (a_s - a_t)²`` of attention maps: see :func:`attention_transfer`.
 
     Numbers of channels may differ; resolutions are pooled to the smaller. No adapter is trained. The usual weight is
@@ -91,12 +85,8 @@ class AttentionTransfer(FeatureLoss):
         '0.0'
     """
 
-    student_layer: str | None = None
-    teacher_layer: str | None = None
     weight: float = 1000.0
-    pairs: Literal["auto"] | None = None
     channel_dim: int = 1
-
     adapts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -105,10 +95,3 @@ class AttentionTransfer(FeatureLoss):
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
         return attention_transfer(student, teacher, self.channel_dim, valid)
-
-
-def _pooled(maps: Tensor, size: Sequence[int]) -> Tensor:
-    if list(maps.shape[1:]) == list(size):
-        return maps
-    pooled = _POOLS[len(size)](maps.unsqueeze(1), tuple(size))
-    return pooled.squeeze(1)

@@ -6,6 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -108,6 +109,16 @@ class FeatureLoss(DistillationLoss):
             teacher: Features (B, ...).
             valid: Which samples (B,) or positions (B, L) count; None: all.
         """
+
+
+@dataclass(frozen=True)
+class LayerLoss(FeatureLoss):
+    """The fields of the package's own losses of features."""
+
+    student_layer: str | None = None
+    teacher_layer: str | None = None
+    weight: float = 1.0
+    pairs: Literal["auto"] | None = None
 
 
 def check_temperature(value: float) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_compress.distillation.losses.arithmetic import exact, mean, unit
-from lightning_compress.distillation.losses.base import FeatureLoss
-from lightning_compress.distillation.losses.features import check_batches, mask_features
+from lightning_compress.distillation.losses.base import LayerLoss
+from lightning_compress.distillation.losses.features import mask_features
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -38,7 +38,6 @@ def similarity_preserving(student: Tensor, teacher: Tensor, valid: Tensor | None
     References:
         Tung and Mori, "Similarity-Preserving Knowledge Distillation" (2019), eqs. 2 to 4.
     """
-    check_batches(student, teacher)
     with exact(student):
         (student, teacher), samples = mask_features((student, teacher), valid)
         student, teacher = (unit(side.flatten(1) @ side.flatten(1).T) for side in (student, teacher))
@@ -46,7 +45,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor, valid: Tensor | None
 
 
 @dataclass(frozen=True)
-class SimilarityPreserving(FeatureLoss):
+class SimilarityPreserving(LayerLoss):
     """Similarities between the samples of a batch, ``|G_s - G_t|² / B²``: see :func:`similarity_preserving`.
 
     Shapes may differ beyond the batch. No adapter is trained.
@@ -65,11 +64,7 @@ class SimilarityPreserving(FeatureLoss):
         '0.0'
     """
 
-    student_layer: str | None = None
-    teacher_layer: str | None = None
     weight: float = 3000.0
-    pairs: Literal["auto"] | None = None
-
     adapts: ClassVar[bool] = False
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -101,7 +96,6 @@ def relational_distance(student: Tensor, teacher: Tensor, valid: Tensor | None =
     References:
         Park et al., "Relational Knowledge Distillation" (2019), eqs. 4 to 7.
     """
-    check_batches(student, teacher)
     with exact(student):
         (student, teacher), samples = mask_features((student, teacher), valid)
         pairs = samples.unsqueeze(0) & samples.unsqueeze(1)
@@ -110,7 +104,7 @@ def relational_distance(student: Tensor, teacher: Tensor, valid: Tensor | None =
 
 
 @dataclass(frozen=True)
-class RelationalDistance(FeatureLoss):
+class RelationalDistance(LayerLoss):
     """Distances between the samples of a batch, ``mean huber(d_s - d_t)``: see :func:`relational_distance`.
 
     Shapes may differ beyond the batch. No adapter is trained.
@@ -129,11 +123,7 @@ class RelationalDistance(FeatureLoss):
         '0.0'
     """
 
-    student_layer: str | None = None
-    teacher_layer: str | None = None
     weight: float = 25.0
-    pairs: Literal["auto"] | None = None
-
     adapts: ClassVar[bool] = False
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -165,7 +155,6 @@ def relational_angle(student: Tensor, teacher: Tensor, valid: Tensor | None = No
     References:
         Park et al., "Relational Knowledge Distillation" (2019), eqs. 8 and 9.
     """
-    check_batches(student, teacher)
     with exact(student):
         (student, teacher), samples = mask_features((student, teacher), valid)
         triples = samples.view(-1, 1, 1) & samples.view(1, -1, 1) & samples.view(1, 1, -1)
@@ -174,7 +163,7 @@ def relational_angle(student: Tensor, teacher: Tensor, valid: Tensor | None = No
 
 
 @dataclass(frozen=True)
-class RelationalAngle(FeatureLoss):
+class RelationalAngle(LayerLoss):
     """Angles between the samples of a batch, ``mean huber(cos_s - cos_t)``: see :func:`relational_angle`.
 
     Shapes may differ beyond the batch. No adapter is trained.
@@ -193,11 +182,7 @@ class RelationalAngle(FeatureLoss):
         '0.0'
     """
 
-    student_layer: str | None = None
-    teacher_layer: str | None = None
     weight: float = 50.0
-    pairs: Literal["auto"] | None = None
-
     adapts: ClassVar[bool] = False
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:

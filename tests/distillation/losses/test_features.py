@@ -16,8 +16,7 @@ from lightning_compress import (
     FeatureLoss,
 )
 from lightning_compress.distillation.losses.attention_transfer import attention_transfer
-from lightning_compress.distillation.losses.feature_cosine import feature_cosine
-from lightning_compress.distillation.losses.feature_mse import feature_mse
+from lightning_compress.distillation.losses.features import feature_cosine, feature_mse
 from tests.distillation.losses.feature_formulas import (
     CASES,
     FORMULAS,

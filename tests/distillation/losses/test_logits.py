@@ -18,10 +18,8 @@ import lightning_compress
 from lightning_compress import DKD, HardTarget, LogitLoss, LogitMSE
 from lightning_compress.distillation.losses.dist import dist
 from lightning_compress.distillation.losses.dkd import dkd
-from lightning_compress.distillation.losses.hard_target import hard_target
-from lightning_compress.distillation.losses.logit_mse import logit_mse
-from lightning_compress.distillation.losses.logits import standardize_logits
-from lightning_compress.distillation.losses.soft_target import soft_target
+from lightning_compress.distillation.losses.logits import logit_mse, standardize_logits
+from lightning_compress.distillation.losses.soft_target import hard_target, soft_target
 from tests.distillation.losses.logit_formulas import (
     FORMULAS,
     INF,

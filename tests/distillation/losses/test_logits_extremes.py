@@ -17,8 +17,7 @@ from torch import Tensor
 from lightning_compress import DIST, DKD, HardTarget, LogitMSE, SoftTarget
 from lightning_compress.distillation.losses.base import DistillationLoss
 from lightning_compress.distillation.losses.dist import dist
-from lightning_compress.distillation.losses.logit_mse import logit_mse
-from lightning_compress.distillation.losses.logits import standardize_logits
+from lightning_compress.distillation.losses.logits import logit_mse, standardize_logits
 from lightning_compress.errors import CompressionError
 from tests.distillation.losses.logit_formulas import (
     INF,
