@@ -197,14 +197,7 @@ def cut_together_(
     copies: Iterable[nn.Module] = (),
     layers: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> tuple[Cut, list[str]]:
-    """Cut a module, and with the same indices all that has its tensors or hangs on its widths.
-
-    Args:
-        model: the module.
-        plan: of a copy of it that holds ``layers`` under their names.
-        optimizers: that train any of these.
-        copies: averages of the module.
-        layers: modules beside it that were planned with it, by name.
+    """Cut a module, averaged ``copies`` of it, and ``layers`` beside it, which the plan names as its children.
 
     Returns:
         What was done to the module and to all parameters, and the optimizers that keep state of no known layout.

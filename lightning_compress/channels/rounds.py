@@ -91,13 +91,7 @@ class Rounds:
         return bounds.start if isinstance(self.schedule, OneShot) else bounds.end
 
     def overlap(self, other: Window, bounds: Bounds | None, other_bounds: Bounds | None) -> str:
-        """Where a window that begins before the last channels have left is to start instead; empty if it doesn't.
-
-        Args:
-            other: that window.
-            bounds: of this window in steps, if they are known.
-            other_bounds: of that one.
-        """
+        """Where ``other`` is to start instead if it begins before the last channels have left; empty if it doesn't."""
         # Where both are fractions of the same, rounding to steps may cross: then quantization waits.
         if other.unit == self.window.unit:
             return f"start={self.last_place}, unit={self.window.unit!r}" if other.start < self.last_place else ""
@@ -121,13 +115,7 @@ class Rounds:
             removable(subject.model, self.groups, self.recipe)
 
     def use_gradients_(self, model: nn.Module, parameters: Collection[int], strength: float) -> None:
-        """Before an optimizer step: sum scores of gradients, and draw the least important units to zero.
-
-        Args:
-            model: the module, with gradients.
-            parameters: ids of those that the step is of.
-            strength: of the penalty by which they are drawn: see `regularize_`.
-        """
+        """Sum scores of gradients, and by `regularize_` draw units of ``parameters`` (ids) to zero, before a step."""
         groups, importance = self.groups.all if self.groups else (), self.recipe.importance
         if importance.needs_gradients:
             carry_scores_(model, groups, importance, self.scores)

@@ -23,14 +23,12 @@ class UnitWeight:
     Attributes:
         parameter: its values, and its gradient if there is one.
         layer: the module that it belongs to.
-        makes: whether it makes the channels, and doesn't take them in.
-        member: which place along which dimension belongs to which unit.
+        member: which place along which dimension belongs to which unit, and whether these are what the layer ``makes``.
         size: how many units the group has.
     """
 
     parameter: nn.Parameter
     layer: nn.Module | None
-    makes: bool
     member: Member
     size: int
 
@@ -105,7 +103,7 @@ def fpgm(group: UnitWeights) -> Tensor | None:
     References:
         He et al., "Filter Pruning via Geometric Median", 2019 (arXiv:1811.00250).
     """
-    return _mean([_distances(weight) for weight in group.weights if weight.makes and weight.parameter.dim() > 1])
+    return _mean([_distances(weight) for weight in group.weights if weight.member.makes and weight.parameter.dim() > 1])
 
 
 def _distances(weight: UnitWeight) -> Tensor:
@@ -128,7 +126,7 @@ def taylor(group: UnitWeights) -> Tensor | None:
     total = None
     for weight in group.weights:
         gradient = weight.parameter.grad
-        if weight.makes and gradient is not None:
+        if weight.member.makes and gradient is not None:
             sums = weight.sums(weight.parameter * (gradient.to_dense() if gradient.is_sparse else gradient))
             total = sums if total is None else total + sums
     return None if total is None else total.square()
@@ -197,7 +195,7 @@ def score(model: nn.Module, groups: Sequence[Group], importance: Importance, see
     found: list[Tensor | None] = []
     for group in groups:
         weights = [
-            UnitWeight(parameter, modules.get(member.layer), member.makes, member, group.size)
+            UnitWeight(parameter, modules.get(member.layer), member, group.size)
             for member in group.members
             if isinstance(parameter := tensors[member.name], nn.Parameter) and parameter.is_floating_point()
         ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_compress.channels.tracing import product_rules, shape_rules
-from lightning_compress.channels.tracing.tracer import Rule, Tracer, spread, varying
+from lightning_compress.channels.tracing.tracer import Rule, Tracer, spread, unknown, varying
 
 # Element by element, though torch doesn't tag them so.
 _POINTWISE = {"hardswish", "log_sigmoid_forward", "where", "rsub", "native_dropout", "bernoulli", "_to_copy", "copy",
@@ -60,11 +60,6 @@ def rule_for(func: Any) -> Rule:
     return unknown
 
 
-def unknown(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-    """Freeze whatever an unknown operator gets."""
-    tracer.unknown(func, args, kwargs, out)
-
-
 def nothing(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
     """The values change, the channels don't."""
 
@@ -98,7 +93,7 @@ def spatial(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     name = func._schema.name
     places = next((count for count in (1, 2, 3) if f"{count}d" in name), None)
     if places is None or any(isinstance(leaf, Tensor) for leaf in args[1:] if "grid" not in name):
-        return tracer.unknown(func, args, kwargs, out)
+        return unknown(tracer, func, args, kwargs, out)
     factors = []
     for factor in tracer.labels(x):
         for dim in range(x.dim() - places, x.dim()):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_compress.channels.tracing.splits import one_width, split_width, take_parts
-from lightning_compress.channels.tracing.tracer import Tracer, compressed, spread, varying
+from lightning_compress.channels.tracing.tracer import Tracer, compressed, spread, unknown, varying
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 PARTS = {"slice", "split", "split_with_sizes"}
@@ -24,7 +24,7 @@ def move(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any)
     found: list[list[Tensor]] = [[] for _ in outs]
     name = func._schema.name.rpartition("::")[2].rstrip("_")
     if any(isinstance(leaf, Tensor) for leaf in rest):
-        return tracer.unknown(func, args, kwargs, out)
+        return unknown(tracer, func, args, kwargs, out)
     functional = getattr(torch.ops.aten, name)
     for factor in tracer.labels(tensor):
         moved = functional(factor.expand(tensor.shape).contiguous(), *rest, **_without_format(kwargs))
@@ -105,7 +105,7 @@ def index(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any
     chosen = rest[0] if isinstance(rest[0], (list, tuple)) else [None] * (rest[0] % x.dim()) + [rest[1]]
     dims = {dim for dim, places in enumerate(chosen) if places is not None}
     if any(places is not None and places.dtype == torch.bool and places.dim() > 1 for places in chosen):
-        return tracer.unknown(func, args, kwargs, out)  # counts dimensions otherwise
+        return unknown(tracer, func, args, kwargs, out)  # counts dimensions otherwise
     factors = []
     functional = getattr(torch.ops.aten, func._schema.name.rpartition("::")[2])
     for factor in tracer.labels(x):
@@ -135,7 +135,7 @@ def scatter(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     """Places along one dimension are numbered; in the others, channels that meet are one."""
     x, dim, _, source = args[:4]
     if not isinstance(source, Tensor) or source.dim() != x.dim():
-        return tracer.unknown(func, args, kwargs, out)
+        return unknown(tracer, func, args, kwargs, out)
     operands = []
     for tensor in (x, source):
         if (numbered := tracer.along(tensor, dim)) is not None:
@@ -202,7 +202,7 @@ def strided(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     last = sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True))
     dense = torch.ops.aten.is_non_overlapping_and_dense(x)
     if not dense or start < 0 or start + last >= x.numel():
-        return tracer.unknown(func, args, kwargs, out)
+        return unknown(tracer, func, args, kwargs, out)
     moved = []
     for factor in tracer.labels(x):
         memory = torch.empty(x.numel(), dtype=factor.dtype)

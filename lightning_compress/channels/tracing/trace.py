@@ -201,7 +201,7 @@ class _Reader:
 
     def attributes(self) -> list[Attribute]:
         """Return attributes of modules that have the value of a size that was written."""
-        found = list[Attribute]()
+        found = dict[object, Attribute]()
         for size in self.tracer.sizes:
             groups, units = self.places(size.labels)
             module = self.modules[size.path]
@@ -211,10 +211,9 @@ class _Reader:
                 continue
             for name, value in vars(module).items():
                 if type(value) is int and value == size.size and (not sure or name in _OWN):
-                    attribute = Attribute(size.path, name, groups, units, sure)
-                    if not any(_same(attribute, other) for other in found):
-                        found.append(attribute)
-        return found
+                    key = size.path, name, *groups.tolist(), *units.tolist()
+                    found.setdefault(key, Attribute(size.path, name, groups, units, sure))
+        return [*found.values()]
 
     def _is_weight(self, name: str) -> bool:
         return isinstance(self.tensors[name], nn.Parameter) and self.tensors[name].dim() > 1
@@ -243,11 +242,3 @@ def _layer_of(name: str) -> str:
 
 # What torch's own layers know that no tensor of theirs tells, at least where they have none.
 _OWN = {"groups", "num_features", "num_channels"}
-
-
-def _same(attribute: Attribute, other: Attribute) -> bool:
-    return (
-        (attribute.path, attribute.name) == (other.path, other.name)
-        and torch.equal(attribute.groups, other.groups)
-        and torch.equal(attribute.units, other.units)
-    )

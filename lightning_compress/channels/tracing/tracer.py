@@ -65,11 +65,6 @@ def clusters(factors: list[Tensor]) -> list[set[int]]:
     return clusters
 
 
-def first_along(factor: Tensor, dim: int) -> Tensor:
-    """Return the labels along one dimension, at the first place of all others."""
-    return factor.movedim(dim, 0).reshape(factor.shape[dim], -1)[:, 0]
-
-
 class Tracer(TorchDispatchMode):
     """Follows channels through everything that runs under it.
 
@@ -274,12 +269,6 @@ class Tracer(TorchDispatchMode):
             factors.append(first.expand(size))
         return tuple(factors)
 
-    def unknown(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        """Freeze whatever an unknown operator gets."""
-        self.freeze((args, kwargs), f"`{func._schema.name.rpartition('::')[2]}` in {self.where()} isn't understood")
-        for leaf in pytree.tree_leaves(out):
-            self.set(leaf, ())
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -301,3 +290,10 @@ class Tracer(TorchDispatchMode):
         elif self.counting and func._overloadpacket in flop_registry:
             self.macs += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
         return out
+
+
+def unknown(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """Freeze whatever an unknown operator gets."""
+    tracer.freeze((args, kwargs), f"`{func._schema.name.rpartition('::')[2]}` in {tracer.where()} isn't understood")
+    for leaf in pytree.tree_leaves(out):
+        tracer.set(leaf, ())

@@ -202,7 +202,7 @@ def _gradients(group: UnitWeights) -> Tensor | None:
     found = [
         weight.sums(weight.parameter.grad.abs())
         for weight in group.weights
-        if weight.makes and weight.parameter.grad is not None
+        if weight.member.makes and weight.parameter.grad is not None
     ]
     return sum(found) if found else None
 
