@@ -1,1 +1,1 @@
-"""How a module is run without a trace, and changed in place."""
+"""How is a module run without a trace, and changed in place?"""

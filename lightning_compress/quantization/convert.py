@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_compress.modules.fast_path import quiet_fast_path_, restore_fast_path_
+from lightning_compress.modules.isolation import restore_modes_, training_modes
 from lightning_compress.modules.paths import is_at_or_below, is_below, module_at
 from lightning_compress.modules.routing import CHILD, forget_aside_, restore_aside_, route_, set_aside_, unroute_
 from lightning_compress.quantization.layers.float_values import hide_float_values_, show_float_values_
@@ -72,13 +73,12 @@ def prepare_(model: nn.Module, described: Mapping[str, Any]) -> None:
     scheme, training, built = cast(StaticInt8, from_description(record["scheme"])), record["training"], []
     for plain in record["units"]:
         unit, module = Unit.from_description(plain), module_at(model, plain["path"])
-        modes = {inner: inner.training for inner in module.modules()}
+        modes = training_modes(module)
         module.train(training)
         try:
             traced = prepared_form(module, unit, scheme, training=training)
         finally:
-            for inner, mode in modes.items():
-                inner.training = mode
+            restore_modes_(modes)
         share_buffers(traced, module)
         built.append((module, traced))
         plain["numbers"] = traced.baked
