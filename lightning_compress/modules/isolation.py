@@ -40,10 +40,10 @@ def isolated_random_state(seed: int | None = None, loaders: Any = None) -> Itera
     with torch.random.fork_rng(devices=devices):
         try:
             if seed is not None:
-                if devices or not torch.cuda.is_available():
+                torch.default_generator.manual_seed(seed)
+                # CUDA that hasn't started would remember a seed until then.
+                if devices or (torch.accelerator.is_available() and not torch.cuda.is_available()):
                     torch.manual_seed(seed)
-                else:  # CUDA hasn't started, and would remember a seed until then
-                    torch.default_generator.manual_seed(seed)
                 random.seed(seed)
                 if numpy:
                     numpy.random.seed(seed % 2**32)

@@ -133,6 +133,23 @@ def test_a_seed_makes_every_generator_draw_the_same() -> None:
     assert torch.rand(3, generator=torch.Generator().manual_seed(1)).equal(expected)
 
 
+@pytest.mark.parametrize(("cuda", "started", "seeded"), [(True, False, []), (True, True, [1]), (False, False, [1])])
+def test_cuda_that_has_not_started_remembers_no_seed(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, started: bool, seeded: list[int]
+) -> None:
+    later: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(started))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    monkeypatch.setattr(torch, "manual_seed", later.append)
+    with isolated_random_state(seed=1):
+        drawn = torch.rand(3)
+    assert later == seeded and drawn.equal(torch.rand(3, generator=torch.Generator().manual_seed(1)))
+
+
 def test_generators_of_loaders_go_on_as_if_nobody_had_read_them() -> None:
     data = torch.utils.data.TensorDataset(torch.arange(9.0))
     by_loader, by_sampler = torch.Generator(), torch.Generator()
