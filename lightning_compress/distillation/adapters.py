@@ -82,10 +82,11 @@ def adapt(features: Tensor, teacher_shape: Sequence[int], adapter: nn.Module | N
     size = tuple(teacher_shape[2:])
     pools = features.dim() == len(teacher_shape) and features.dim() >= 4 and tuple(features.shape[2:]) != size
     if pools and features.shape[2:].numel() >= torch.Size(size).numel():
-        features, pools = _pool(features, size), False  # the two commute; the smaller map is cheaper to convolve
+        # The two commute; the smaller map is cheaper to convolve.
+        features, pools = F.interpolate(features, size, mode="area"), False
     if adapter is not None:
         features = adapter(features)
-    return _pool(features, size) if pools else features
+    return F.interpolate(features, size, mode="area") if pools else features
 
 
 class Adapters(nn.ModuleDict):
@@ -111,20 +112,11 @@ class Adapters(nn.ModuleDict):
 
 
 def _from_weight(weight: Tensor) -> nn.Module:
-    channels_out, channels_in = weight.shape[:2]
+    channels_out, channels_in, *kernel = weight.shape
     with isolated_random_state():  # the initial values are overwritten at once
-        layer: nn.Module
-        if weight.dim() == 2:
-            layer = nn.Linear(channels_in, channels_out)
-        else:
-            layer = _CONVOLUTIONS[weight.dim()](channels_in, channels_out, 1)
+        kind: Any = _CONVOLUTIONS[weight.dim()] if kernel else nn.Linear
+        layer: nn.Module = kind(channels_in, channels_out, *kernel[:1])
     return layer.to(weight.device, weight.dtype)
-
-
-def _pool(features: Tensor, size: tuple[int, ...]) -> Tensor:
-    if len(size) == 2:
-        return F.adaptive_avg_pool2d(features, (size[0], size[1]))
-    return F.adaptive_avg_pool3d(features, (size[0], size[1], size[2]))
 
 
 def _no_adapter(student: tuple[int, ...], teacher: tuple[int, ...]) -> CompressionError:

@@ -26,7 +26,7 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
     """Call ``model``: a tuple or list gives positional, a dict keyword arguments, anything else is the only argument.
 
     Example:
-        >>> call(nn.Bilinear(2, 3, 4), (torch.ones(1, 2), torch.ones(1, 3))).shape
+        >>> call(torch.nn.Bilinear(2, 3, 4), (torch.ones(1, 2), torch.ones(1, 3))).shape
         torch.Size([1, 4])
     """
     if isinstance(inputs, Arguments):
@@ -114,29 +114,20 @@ def fit_masks(
     """Find the mask of each term, and a sentence for each term that doesn't take ``valid`` as it is.
 
     Where ``valid`` fits no term at all, each term gets it as it is, and a loss of logits raises an error that says why.
-
-    Args:
-        losses: By name in the log.
-        pairs: What each loss compares: logits or features of student and teacher.
-        valid: Which positions count; None: all.
     """
     masks: dict[str, Tensor | None] = dict.fromkeys(pairs, valid)
     notes: dict[str, str] = {}
     if valid is None:
         return masks, notes
-    fitting = {name: _fits(valid, losses[name], student) for name, (student, _) in pairs.items()}
-    for name, (student, _) in pairs.items():
-        loss = losses[name]
-        if fitting[name]:
-            continue
+    misfits = {name: student for name, (student, _) in pairs.items() if not _fits(valid, losses[name], student)}
+    for name, student in misfits.items():
+        loss, taken = losses[name], "all count"
         if isinstance(loss, LogitLoss):
-            if not any(fitting.values()):
+            if len(misfits) == len(pairs):
                 continue
             masks[name] = mask_of(valid, positions_of(student, loss.class_dim))
-            taken = "all count" if masks[name] is None else "those of samples that have a valid one count"
-        elif type(loss).__module__.startswith("lightning_compress."):  # a loss of the user's own may know what to do
-            taken = "all count"
-        else:
+            taken = taken if masks[name] is None else "those of samples that have a valid one count"
+        elif not type(loss).__module__.startswith("lightning_compress."):  # the user's own may know what to do
             continue
         notes[name] = (
             f"`valid_positions` {tuple(valid.shape)} are no positions of {name} {tuple(student.shape)}, where {taken}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,33 +95,33 @@ class DistillationPlan:
 
 
 def dry_run(
-    losses: Mapping[str, DistillationLoss],
-    models: tuple[nn.Module, nn.Module],
-    run: RunBoth,
-    task: bool,
+    losses: Mapping[str, DistillationLoss], models: tuple[nn.Module, nn.Module], run: RunBoth, task: bool
 ) -> DistillationPlan:
-    """Run student and teacher once, and plan the fit from that; the caller keeps the random state.
+    """Run the copy of a student and its teacher once, and plan the fit from that; the caller keeps the random state.
 
     Args:
         losses: By name.
-        models: Student and teacher; the student is a copy, whose state may change.
+        models: Student and teacher.
         run: See :data:`RunBoth`.
         task: Whether a task loss learns from the student's outputs too.
 
     Raises:
         CompressionError: If layers, shapes or logits don't fit.
     """
-    # Eager, or the compiled code would be that of this run.
-    eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, models)) else nullcontext()
     requested_as = {name: name for name in losses}
-    with eager:
+    with ExitStack() as stack:
+        if any(map(is_compiled, models)):  # or the compiled code would be that of this run
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(loss, FeatureLoss) and loss.pairs for loss in losses.values()):
             whole = not (task or any(isinstance(loss, LogitLoss) for loss in losses.values()))
             with torch.no_grad(), _resolutions(models[0], whole) as student, _resolutions(models[1], whole) as teacher:
                 run()
             losses, requested_as = _expanded(losses, _matching(student, teacher))
         taps = make_taps(losses)
-        with _attached(taps, models), taps[0].listen(), taps[1].listen(), torch.enable_grad():
+        for side, model in zip(taps, models, strict=True):
+            side.attach(model)
+            stack.callback(side.detach, model)
+        with taps[0].listen(), taps[1].listen(), torch.enable_grad():
             outputs, *logits = run()
             pairs = [_pair(name, loss, taps, logits) for name, loss in losses.items()]
             roots = [taps[0][path] for path in taps[0]] + [tensor for tensor in logits[:1] if tensor is not None]
@@ -145,18 +145,6 @@ def _pair(name: str, loss: DistillationLoss, taps: tuple[Taps, Taps], logits: li
     if not loss.adapts:  # its own demands on the shapes, before training
         loss(*features)
     return Pair(name, (paths[0], shapes[0]), (paths[1], shapes[1]), adapter)
-
-
-@contextmanager
-def _attached(taps: tuple[Taps, Taps], models: tuple[nn.Module, nn.Module]) -> Iterator[None]:
-    """Attach the taps to both models inside the block."""
-    try:
-        for side, model in zip(taps, models, strict=True):
-            side.attach(model)
-        yield
-    finally:
-        for side, model in zip(taps, models, strict=True):
-            side.detach(model)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,10 +70,8 @@ def find_layer(model: nn.Module, layer: str, argument: str = "layer") -> nn.Modu
         ReLU()
     """
     if layer:
-        try:
+        with suppress(AttributeError):  # compiled on the way, or not there
             return model.get_submodule(layer)
-        except AttributeError:
-            pass  # compiled on the way, or not there
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         # The compiled wrapper comes before what it wraps, and its hooks run outside the compiled graph: prefer it.

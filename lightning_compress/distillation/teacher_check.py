@@ -77,13 +77,6 @@ def check_teacher(
 ) -> TeacherCheck | None:
     """Compare the logits of student and teacher on one batch; None where no position counts.
 
-    Args:
-        student: Logits.
-        teacher: Logits of the same shape.
-        targets: True classes, where the batch has them.
-        class_dim: Where the classes stand.
-        valid: Which positions count; None: all.
-
     Example:
         >>> logits = torch.eye(3) * 9
         >>> check = check_teacher(torch.zeros(3, 3), logits, torch.tensor([0, 1, 2]), -1)
@@ -166,12 +159,8 @@ def find_class_dim(logits: Tensor, targets: object) -> int | None:
         >>> find_class_dim(torch.zeros(2, 5, 7), torch.zeros(2, 5, dtype=torch.long))
         -1
     """
-    for class_dim in (1, -1):
-        if logits.dim() < 2 or logits.shape[class_dim] < 2:
-            continue
-        if is_classes(targets, logits.movedim(class_dim, -1).shape[:-1]):
-            return class_dim
-    return None
+    wide = (dim for dim in (1, -1) if logits.dim() > 1 and logits.shape[dim] > 1)
+    return next((dim for dim in wide if is_classes(targets, logits.movedim(dim, -1).shape[:-1])), None)
 
 
 def is_classes(targets: object, shape: torch.Size) -> bool:

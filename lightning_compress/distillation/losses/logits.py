@@ -50,16 +50,7 @@ def compare(
     standardize: bool = False,
     least_classes: int = 2,
 ) -> Comparison:
-    """Bring both logits to one form, or raise where they can't be compared.
-
-    Args:
-        student: Logits, any shape with the classes along ``class_dim``.
-        teacher: Logits of the same shape.
-        class_dim: Where the classes stand.
-        valid: Which positions count; None: all.
-        standardize: Whether to standardize both.
-        least_classes: How many classes there must be.
-    """
+    """Bring both logits to one form, standardized if asked, or raise where they can't be compared."""
     check_shapes(student, teacher)
     rank = student.dim()
     if not -rank <= class_dim < rank or (rank > 1 and class_dim % rank == 0):
