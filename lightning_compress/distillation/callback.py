@@ -13,7 +13,6 @@ from lightning_compress.callback import begin_training_mode_
 from lightning_compress.distillation.callback_base import DistillationCallback, announce, join_fit_, logs_now
 from lightning_compress.distillation.calling import find_logits, mask_of, positions_of
 from lightning_compress.distillation.losses.base import DistillationLoss
-from lightning_compress.distillation.losses.soft_target import SoftTarget
 from lightning_compress.distillation.objective import Objective, step_values, sum_terms
 from lightning_compress.distillation.ramps import TASK, Ramp
 from lightning_compress.distillation.student_teachers import Snapshot
@@ -62,7 +61,7 @@ class Distillation(DistillationCallback):
     loss compares classes, ``val_agreement`` (same first choice as the teacher) and ``val_kl``.
 
     Example:
-        >>> from lightning_compress import FeatureMSE
+        >>> from lightning_compress import SoftTarget
         >>> callback = Distillation(nn.Linear(4, 3), [SoftTarget(temperature=4.0)], task_weight=0.25)
         >>> # L.Trainer(callbacks=[callback]).fit(model, data)
 
@@ -92,13 +91,7 @@ class Distillation(DistillationCallback):
         if losses == []:
             raise invalid("losses", "name something to learn", losses)
         self.objective = Objective(
-            [SoftTarget()] if losses is None else losses,
-            task_weight,
-            ramps,
-            checkpoint=teacher_checkpoint,
-            adapter=teacher_adapter,
-            dtype=teacher_dtype,
-            compile=teacher_compile,
+            losses, task_weight, ramps, teacher_checkpoint, teacher_adapter, teacher_dtype, teacher_compile
         )
         self.objective.set_teacher(teacher)
         self.student = student
@@ -137,8 +130,6 @@ class Distillation(DistillationCallback):
         self.objective.reset()
         self.objective.adapters.clear()
         self._restored, self._entry = None, None
-        if self.objective.teacher.given is None:
-            self.objective.teacher.require()
         twin = pl_module
         if not is_float(pl_module):  # what makes it float again may come after this
             twin = make_probe(trainer, pl_module)

@@ -34,7 +34,6 @@ from lightning_compress.distillation.dry_run import DistillationPlan
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses.base import FeatureLoss
 from lightning_compress.distillation.objective import Objective
-from lightning_compress.distillation.student_teachers import EMATeacher
 from lightning_compress.distillation.taps import drop_taps_, find_layer, make_taps
 from lightning_compress.errors import CompressionError, NoEffectWarning
 from lightning_compress.messages import in_short
@@ -76,13 +75,13 @@ class DistillationCallback(CompressionCallback):
         teacher, restored = objective.teacher, self._restored
         if restored is not None:
             objective.clock.load_state_dict(restored["clock"])
-            if "average" in restored and isinstance(teacher.given, EMATeacher):
-                teacher.given.take_structure_(student)
-                teacher.given.restore_(restored["average"])
+            if "average" in restored and teacher.ema is not None:
+                teacher.ema.take_structure_(student)
+                teacher.ema.restore_(restored["average"])
         teacher.place(student)
         teacher.take_fingerprint()
         known, now = {} if restored is None else restored["teacher"], teacher.reference()
-        comparable = known.get("dtype") == now["dtype"] and not isinstance(teacher.given, EMATeacher)
+        comparable = known.get("dtype") == now["dtype"] and teacher.ema is None
         if comparable and known["fingerprint"] != now["fingerprint"]:
             rank_zero_warn(
                 f"The teacher isn't the one that this checkpoint was trained with: {known['class']}, file "
@@ -109,18 +108,19 @@ class DistillationCallback(CompressionCallback):
         if self._objective is not None and trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
             self._objective.clock.step += 1
-            self._objective.teacher.follow_(self.student_of(pl_module))
+            if self._objective.teacher.ema is not None:
+                self._objective.teacher.ema.follow_(self.student_of(pl_module))
         self.tell(self.name_of(pl_module))
 
     @property
     @override
     def averages_weights(self) -> bool:
-        return self._objective is not None and isinstance(self._objective.teacher.given, EMATeacher)
+        return self._objective is not None and self._objective.teacher.ema is not None
 
     @override
     def on_channels_removed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
-        if self._objective is not None and isinstance(self._objective.teacher.given, EMATeacher):
-            self._objective.teacher.given.on_channels_removed(cut.below(self.student_path))
+        if self._objective is not None and self._objective.teacher.ema is not None:
+            self._objective.teacher.ema.on_channels_removed(cut.below(self.student_path))
 
     @override
     def compared(self, module: nn.Module, layers: nn.Module, step: Callable[[nn.Module], Any]) -> list[Tensor]:
@@ -175,14 +175,9 @@ class DistillationCallback(CompressionCallback):
         if self._objective is None:
             return {}
         teacher = self._objective.teacher
-        state = {
-            "version": STATE_VERSION,
-            "clock": self._objective.clock.state_dict(),
-            "teacher": teacher.reference(),
-        }
-        if isinstance(teacher.given, EMATeacher):
-            state["average"] = teacher.given.average()
-        return state
+        clock, ema = self._objective.clock.state_dict(), teacher.ema
+        state = {"version": STATE_VERSION, "clock": clock, "teacher": teacher.reference()}
+        return state if ema is None else {**state, "average": ema.average()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from lightning_compress.distillation.calling import call, find_logits
 from lightning_compress.distillation.dry_run import DistillationPlan
 from lightning_compress.distillation.losses.base import DistillationLoss
-from lightning_compress.distillation.losses.soft_target import SoftTarget
 from lightning_compress.distillation.objective import Objective, sum_terms
-from lightning_compress.distillation.ramps import TASK, Ramp
+from lightning_compress.distillation.ramps import TASK
 from lightning_compress.distillation.taps import drop_taps_
-from lightning_compress.distillation.teacher import TeacherDtype, check_is_module, refuse_shared
+from lightning_compress.distillation.teacher import check_is_module, refuse_shared
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.calls import to_device_of
 from lightning_compress.modules.copying import copy_module, copy_tensors
@@ -28,30 +27,12 @@ class Learner(nn.Module):
     """What :class:`DistillationModule` is without Lightning; that class explains the arguments."""
 
     def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None = None,
-        losses: Sequence[DistillationLoss] | None = None,
-        task_loss: nn.Module | None = None,
-        task_weight: float = 0.25,
-        teacher_checkpoint: str | None = None,
-        teacher_adapter: nn.Module | None = None,
-        teacher_dtype: TeacherDtype | None = None,
-        teacher_compile: bool = False,
-        ramps: Sequence[Ramp] = (),
+        self, student: nn.Module, teacher: nn.Module | None, objective: Objective, task_loss: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.objective = Objective(
-            [SoftTarget()] if losses is None else losses,
-            task_weight,
-            ramps,
-            checkpoint=teacher_checkpoint,
-            adapter=teacher_adapter,
-            dtype=teacher_dtype,
-            compile=teacher_compile,
-        )
+        self.objective = objective
         self.student = student
-        self.adapters = self.objective.adapters
+        self.adapters = objective.adapters
         self.task_loss = nn.CrossEntropyLoss() if task_loss is None else task_loss
         self._prepared = self._checked = False
         self.teacher = teacher
@@ -214,7 +195,7 @@ class Learner(nn.Module):
         A student in int8 stays in int8; :func:`save_compressed` saves it as it is.
 
         Example:
-            >>> Learner(nn.Linear(4, 3), nn.Linear(4, 3)).export_student()
+            >>> Learner(nn.Linear(4, 3), nn.Linear(4, 3), Objective(None, 0.25, None)).export_student()
             Linear(in_features=4, out_features=3, bias=True)
         """
         student = copy_module(self.student)

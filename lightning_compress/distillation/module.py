@@ -22,7 +22,7 @@ from lightning_compress.distillation.callback_base import ModuleCallback, announ
 from lightning_compress.distillation.calling import call, mask_of, positions_of
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses.base import DistillationLoss
-from lightning_compress.distillation.objective import step_values
+from lightning_compress.distillation.objective import Objective, step_values
 from lightning_compress.distillation.ramps import Ramp
 from lightning_compress.distillation.teacher import TeacherDtype
 from lightning_compress.distillation.teacher_check import accuracy, closeness
@@ -56,18 +56,10 @@ class DistillationSteps(Learner, _Base):
         ramps: list[Ramp] | None = None,
         log_gradient_share: bool = False,
     ) -> None:
-        super().__init__(
-            student,
-            teacher,
-            losses,
-            task_loss,
-            task_weight,
-            teacher_checkpoint,
-            teacher_adapter,
-            teacher_dtype,
-            teacher_compile,
-            ramps or (),
+        objective = Objective(
+            losses, task_weight, ramps, teacher_checkpoint, teacher_adapter, teacher_dtype, teacher_compile
         )
+        super().__init__(student, teacher, objective, task_loss)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.log_gradient_share = log_gradient_share

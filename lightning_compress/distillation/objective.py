@@ -20,9 +20,10 @@ from lightning_compress.distillation.losses.base import (
     check_weight,
     name_losses,
 )
+from lightning_compress.distillation.losses.soft_target import SoftTarget
 from lightning_compress.distillation.ramps import TASK, Clock, Ramp, check_ramps
 from lightning_compress.distillation.taps import Taps, make_taps
-from lightning_compress.distillation.teacher import Teacher
+from lightning_compress.distillation.teacher import Teacher, device_and_dtype
 from lightning_compress.distillation.teacher_check import TeacherCheck, check_teacher, find_class_dim, is_classes
 from lightning_compress.errors import invalid
 from lightning_compress.modules.isolation import isolated_random_state
@@ -31,11 +32,7 @@ from lightning_compress.modules.isolation import isolated_random_state
 class Objective:
     """The losses of a student against a teacher; whoever holds the objective holds the student.
 
-    Args:
-        losses: What student and teacher are compared on.
-        task_weight: Factor of the student's own loss.
-        ramps: Numbers of the losses that change.
-        teacher: Arguments of :class:`Teacher` beside its module and taps.
+    ``teacher`` are the arguments of :class:`Teacher` beside its module and taps.
 
     Attributes:
         losses: By name in the log; a loss with ``pairs`` stands here once for each pair, as soon as these are known.
@@ -48,8 +45,13 @@ class Objective:
     """
 
     def __init__(
-        self, losses: Sequence[DistillationLoss], task_weight: float, ramps: Sequence[Ramp], **teacher: Any
+        self,
+        losses: Sequence[DistillationLoss] | None,
+        task_weight: float,
+        ramps: Sequence[Ramp] | None,
+        *teacher: Any,
     ) -> None:
+        losses, ramps = [SoftTarget()] if losses is None else losses, ramps or ()
         check_weight("task_weight", task_weight)
         for loss in losses:
             if not isinstance(loss, LogitLoss | FeatureLoss):
@@ -70,7 +72,7 @@ class Objective:
 
     def set_teacher(self, module: nn.Module | None) -> None:
         """Replace the teacher."""
-        self.teacher = Teacher(module, Taps([]), **self._teacher_options)
+        self.teacher = Teacher(module, Taps([]), *self._teacher_options)
         self.reset()
 
     def reset(self) -> None:
@@ -104,8 +106,7 @@ class Objective:
         found = find_class_dim(logits, targets)
         for loss in self.losses.values():
             if isinstance(loss, LogitLoss) and loss.of_classes:
-                positions = logits.movedim(loss.class_dim, -1).shape[:-1]
-                if found is not None and not is_classes(targets, positions):
+                if found is not None and not is_classes(targets, positions_of(logits, loss.class_dim)):
                     raise invalid(
                         "class_dim",
                         f"be {found}, where the targets {tuple(targets.shape)} leave the classes of the logits "
@@ -118,20 +119,12 @@ class Objective:
     def check_once(
         self, student: Tensor | None, teacher: Tensor | None, targets: Any, valid: Tensor | None, classes: bool
     ) -> None:
-        """Check the teacher on the first logits that there are.
-
-        Args:
-            student: Logits.
-            teacher: Logits of the same shape.
-            targets: The batch's targets.
-            valid: Which positions count; None: all.
-            classes: Whether the logits are known to be of classes; integer targets alone don't say so.
-        """
-        if self.check is None and student is not None and teacher is not None and classes:
-            class_dim = self.class_dim(student, targets)
-            if class_dim is not None:
-                counts = mask_of(valid, positions_of(student, class_dim))
-                self.check = check_teacher(student.detach(), teacher, targets, class_dim, counts)
+        """Check the teacher on the first logits, if they are of ``classes``, which integer targets alone don't say."""
+        if self.check is not None or student is None or teacher is None or not classes:
+            return
+        if (class_dim := self.class_dim(student, targets)) is not None:
+            counts = mask_of(valid, positions_of(student, class_dim))
+            self.check = check_teacher(student.detach(), teacher, targets, class_dim, counts)
 
     def plan(self, student: nn.Module, run: RunBoth) -> DistillationPlan:
         """Plan the fit by :func:`~.dry_run.dry_run`. Nothing is changed yet.
@@ -142,10 +135,8 @@ class Objective:
         models = (student, self.teacher.require())
         with isolated_random_state(seed=torch.initial_seed()):
             plan = dry_run(self._requested, models, run, self.task_weight > 0)
-        parameter = next((p for p in student.parameters() if p.is_floating_point()), None)
-        if parameter is not None:
-            for adapter in plan.adapters.values():
-                adapter.to(parameter.device, parameter.dtype)
+        for adapter in plan.adapters.values():
+            adapter.to(*device_and_dtype(student))
         return plan
 
     def apply_(self, plan: DistillationPlan, student: nn.Module) -> None:
@@ -194,11 +185,7 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Compute the raw value of each loss by name, from the logits of both and from the tapped tensors.
 
-        Args:
-            student: Logits; None where no loss looks at them.
-            teacher: Logits of the same shape.
-            valid: Which positions count; None: all. It is fitted to each term.
-            targets: The batch's targets.
+        ``valid``, the positions that count, is fitted to each term.
 
         Raises:
             CompressionError: If shapes differ, or logits alone are compared and ``valid`` doesn't fit them.
@@ -213,9 +200,8 @@ class Objective:
         self.notes |= notes
         values = {}
         for name, pair in pairs.items():
-            loss = losses[name]
-            arguments = (masks[name], targets) if isinstance(loss, LogitLoss) else (masks[name],)
-            values[name] = loss(*pair, *arguments)  # type: ignore[operator]
+            extra = (targets,) if isinstance(losses[name], LogitLoss) else ()
+            values[name] = losses[name](*pair, masks[name], *extra)  # type: ignore[operator]
         return values
 
     def weights(self) -> dict[str, float]:

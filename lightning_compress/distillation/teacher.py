@@ -14,6 +14,7 @@ from lightning_compress.distillation.student_teachers import EMATeacher, Snapsho
 from lightning_compress.distillation.taps import Taps, find_layer
 from lightning_compress.distillation.weights import load_weights_
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.modules.paths import device_of
 
 TeacherDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -25,12 +26,8 @@ class Teacher:
     placed or called, and :meth:`restore_tensors` gives it back the very tensors that it came with.
 
     Args:
-        given: Any module, frozen when it is placed; a LightningModule serves as a plain module. None: to be set later.
+        given: Any module, frozen when it is placed; None: to be set later. See `DistillationModule` for the others.
         taps: The teacher's layers that losses look at.
-        checkpoint: File with its weights.
-        adapter: Called with what the student gets; gives what the teacher gets.
-        dtype: Its floating dtype; None: the student's.
-        compile: Call it through `torch.compile`.
 
     Example:
         >>> teacher = Teacher(nn.Linear(2, 2), Taps([]))
@@ -60,11 +57,14 @@ class Teacher:
         self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._loaded: str | None = None
         self._entry = ""
+        self._leave()
+
+    def _leave(self) -> None:
         self._callable: Callable[..., Any] | None = None
         self._children: list[nn.Module] = []
         self._placed: tuple[torch.device, torch.dtype] | None = None
         self._own_parameters: list[tuple[nn.Parameter, Tensor]] = []
-        self._own_buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self._own_buffers: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
         self._fingerprint: dict[str, str] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
@@ -76,15 +76,7 @@ class Teacher:
         return self.given.model if isinstance(self.given, Snapshot) else self.given
 
     def __call__(self, inputs: Any, like: nn.Module) -> Any:
-        """Call the teacher; nothing else calls it.
-
-        Args:
-            inputs: A tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
-            like: The student, whose device and dtype the teacher follows.
-
-        Returns:
-            What the teacher's forward returns, without a graph.
-        """
+        """Call the teacher, on the device and in the dtype of the student that it is ``like``."""
         module = self.require()
         self.place(like)
         for child in self._children:
@@ -128,10 +120,10 @@ class Teacher:
         """Call the submodule at ``path`` from now on; empty is the module itself."""
         self._entry, self._callable = path, None
 
-    def follow_(self, student: nn.Module) -> None:
-        """Let an `EMATeacher` follow the student's weights, after an optimizer step."""
-        if isinstance(self.given, EMATeacher):
-            self.given.follow_(student)
+    @property
+    def ema(self) -> EMATeacher | None:
+        """The teacher, if it is an average of the student's weights."""
+        return self.given if isinstance(self.given, EMATeacher) else None
 
     def load_once(self) -> None:
         """Load its weights by the rule of :func:`load_weights_`, unless that has been done."""
@@ -141,43 +133,33 @@ class Teacher:
 
     def place(self, like: nn.Module) -> None:
         """Move the teacher to the device and floating dtype of ``like``; its own dtype, if it has one, wins."""
-        device, dtype = _device_and_dtype(like)
+        device, dtype = device_and_dtype(like)
         target = (device, self._dtype or dtype)
         if self._placed == target:
             return
         self.freeze_()
         modules = [module for module in (self.require(), self.adapter) if module is not None]
+        self._children = [child for module in modules for child in module.modules()]
         if self._placed is None and not isinstance(self.given, Snapshot):
-            children = [child for module in modules for child in module.modules()]
-            self._own_parameters = [
-                (p, p.data) for child in children for p in child._parameters.values() if p is not None
-            ]
-            self._own_buffers = [
-                (child, name, buffer)
-                for child in children
-                for name, buffer in child._buffers.items()
-                if buffer is not None
-            ]
+            self._own_parameters = [(p, p.data) for module in modules for p in module.parameters()]
+            self._own_buffers = [(child._buffers, dict(child._buffers)) for child in self._children]
         with torch.inference_mode(False), torch.no_grad():
             self.require().to(*target)
             if self.adapter is not None:
                 self.adapter.to(device, dtype)  # the student's: normalisation constants keep their precision
         self._placed = target
-        self._children = [child for module in modules for child in module.modules()]
 
     def restore_tensors(self) -> None:
         """Give the teacher its own tensors back, with their device, dtype and every bit."""
         for parameter, data in self._own_parameters:
             parameter.data = data
-        for module, name, buffer in self._own_buffers:
-            module._buffers[name] = buffer
+        for buffers, own in self._own_buffers:
+            buffers.update(own)
         if self._placed is not None and isinstance(self.given, Snapshot):
             self.given.to("cpu")
         if self.compile and self._callable is not None:
             torch.compiler.reset()  # compiled code has the taps of its first call built in
-        self._own_parameters, self._own_buffers, self._children = [], [], []
-        self._placed, self._fingerprint = None, None
-        self._callable = None
+        self._leave()
 
     def take_fingerprint(self) -> None:
         """Remember a hash of each of the teacher's tensors, for :meth:`changed`."""
@@ -185,7 +167,7 @@ class Teacher:
 
     def changed(self) -> list[str]:
         """Name the parameters and buffers that changed since :meth:`take_fingerprint`; none of an `EMATeacher`."""
-        if self._fingerprint is None or self.module is None or isinstance(self.given, EMATeacher):
+        if self._fingerprint is None or self.module is None or self.ema is not None:
             return []
         now = fingerprint(self.module)
         return [name for name in sorted({*now, *self._fingerprint}) if now.get(name) != self._fingerprint.get(name)]
@@ -202,15 +184,9 @@ class Teacher:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_children": [],
-            "_placed": None,
-            "_own_parameters": [],
-            "_own_buffers": [],
-            "_fingerprint": None,
-            "_callable": None,
-        }
+        left = Teacher.__new__(Teacher)
+        left._leave()
+        return {**vars(self), **vars(left)}
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -237,13 +213,11 @@ def without_forward(module: nn.Module) -> CompressionError:
         for name, child in module.named_children()
         if has_forward(child) and any(True for _ in child.parameters())
     ]
-    whole = "give it a `forward` that does all of it"
-    remedy = (
-        f"Pass the one of its children that computes the outputs: {', '.join(callable_children)}; or {whole}."
-        if callable_children
-        else ""
-    )
-    return invalid("teacher", "have a `forward`", type(module).__name__, remedy or f"{whole[0].upper()}{whole[1:]}.")
+    remedy = "Give it a `forward` that does all of it."
+    if callable_children:
+        children = ", ".join(callable_children)
+        remedy = f"Pass the one of its children that computes the outputs: {children}; or g{remedy[1:]}"
+    return invalid("teacher", "have a `forward`", type(module).__name__, remedy)
 
 
 def fingerprint(module: nn.Module) -> dict[str, str]:
@@ -257,13 +231,10 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
     return {name: _digest(tensor) for name, tensor in tensors.items()}
 
 
-def _device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    device, dtype = torch.device("cpu"), torch.float32
-    for parameter in module.parameters():
-        device = parameter.device
-        if parameter.is_floating_point():
-            return device, parameter.dtype
-    return device, dtype
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Those of the first floating parameter; float32 where there is none."""
+    floating = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
+    return (device_of(module), torch.float32) if floating is None else (floating.device, floating.dtype)
 
 
 def _digest(tensor: Tensor) -> str:
