@@ -14,8 +14,7 @@ import torch
 
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.report.measure import Measurement
-from lightning_compress.report.notes import busy_notes, row_notes
-from lightning_compress.report.ratios import Row, make_row
+from lightning_compress.report.ratios import Row, busy_notes, make_row, row_notes
 from lightning_compress.report.render import markdown, table
 
 if TYPE_CHECKING:
