@@ -36,7 +36,7 @@ from lightning_compress.report.evaluations import (
     samples_of,
 )
 from lightning_compress.report.files import show, write
-from lightning_compress.report.measure import BATCH_SIZES, MAX_SECONDS, check_settings
+from lightning_compress.report.measure import BATCH_SIZES, MAX_SECONDS, check_settings, count
 from lightning_compress.report.rows import AFTER, BEFORE, Rows, structural_copy
 from lightning_compress.report.validation import validate_copy
 
@@ -167,7 +167,7 @@ class CompressionReport(CompressionCallback):
             # Kept until inputs are there: by the first batch a callback may have prepared the model for quantization.
             self._waiting = structural_copy(pl_module)
             if not any(map(is_lazy, pl_module.parameters())):  # which have a shape after the first batch
-                self._rows.weigh(BEFORE, self._waiting)
+                self._rows.measurements[BEFORE] = count(self._waiting)
         with self._not_ending_the_run("before: no metrics"):
             self._evaluations += of_same_weights(earlier, pl_module, BEFORE)
             if self.validate_before:

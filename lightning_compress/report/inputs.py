@@ -6,7 +6,7 @@ becomes such inputs says `lightning_compress.modules.calls`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,20 +18,6 @@ from lightning_compress.errors import invalid
 from lightning_compress.modules.paths import clean_name
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` with example inputs as Lightning calls it with its ``example_input_array``.
-
-    Example:
-        >>> call(nn.Linear(3, 2), {"input": torch.ones(4, 3)}).shape
-        torch.Size([4, 2])
-    """
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
-
-
 @contextmanager
 def called_in_turn(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
     """Let ``model`` take the calls, ``(args, kwargs)``, of its modules at ``paths``, and run them one after the other.
@@ -40,7 +26,7 @@ def called_in_turn(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
         >>> model = nn.ModuleDict({"encoder": nn.Linear(3, 2), "decoder": nn.Linear(2, 3)})
         >>> calls = (((torch.ones(1, 3),), {}), ((), {"input": torch.ones(1, 2)}))
         >>> with called_in_turn(model, ["encoder", "decoder"]):
-        ...     [tuple(output.shape) for output in call(model, calls)]
+        ...     [tuple(output.shape) for output in model(*calls)]
         [(1, 2), (1, 3)]
     """
     modules = {clean_name(path): module for path, module in model.named_modules()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_compress.distillation.calling import call
 from lightning_compress.modules.isolation import isolated_inference
 from lightning_compress.modules.latency import finished_call, time_in_turns
-from lightning_compress.report.inputs import call
+from lightning_compress.modules.paths import device_of
 
 # Fewer rounds than the least can't tell a difference from chance: of 8 ratios 7 must lie on one side of 1.
 _LEAST_ROUNDS, _MOST_ROUNDS, _MOST_RUNS = 8, 20, 1000
@@ -101,7 +102,9 @@ def measure_latency(
     with ExitStack() as stack:
         for model, _ in models.values():
             stack.enter_context(isolated_inference(model))
-        stack.enter_context(_threads(threads))
+        if threads is not None:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
         time_in_turns(
             [slot.take for slot in slots.values()],
             max_seconds=max_seconds * len(slots),
@@ -151,15 +154,3 @@ class _Slot:
         rounds = tuple(round(statistics.median(round_ms), 6) for round_ms in self.rounds_ms)
         waited = round(min(1.0, self.waited_ms / sum(times)), 3) if any(times) else 0.0
         return Latency(batch_size, median, lower, upper, len(times), rounds, turns, waited)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if count is not None:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        if count is not None:
-            torch.set_num_threads(before)

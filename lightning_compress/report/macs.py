@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lightning_compress.distillation.calling import call
 from lightning_compress.modules.isolation import isolated_inference
-from lightning_compress.report.inputs import call
 from lightning_compress.report.storage import packed_weights
 
 _TRANSPARENT = ("aten", "prim", "prims", "profiler", "quantized", "quantized_decomposed", "torchvision")
@@ -52,14 +52,11 @@ def _plain_kernels() -> Iterator[None]:
         (torch._C._get_mkldnn_enabled(), torch._C._set_mkldnn_enabled),
         (torch._C._get_cudnn_enabled(), torch._C._set_cudnn_enabled),
     )
-    for _, switch in switches:
-        switch(False)
-    try:
-        with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
+    with ExitStack() as stack, torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
         for before, switch in switches:
-            switch(before)
+            stack.callback(switch, before)
+            switch(False)
+        yield
 
 
 class _Counter(TorchDispatchMode):
@@ -87,7 +84,8 @@ class _Counter(TorchDispatchMode):
             return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
         if (formula := _formula(namespace, name)) is not None:
             return formula(args, out)
-        if namespace not in _TRANSPARENT or name in _OPAQUE or _has_packed(args):
+        packed = any(isinstance(argument, torch.ScriptObject) for argument in args)
+        if namespace not in _TRANSPARENT or name in _OPAQUE or packed:
             self.uncounted.add(f"{namespace}.{name}")
         return 0
 
@@ -100,23 +98,17 @@ def _formula(namespace: str, name: str) -> _Formula | None:
         return _ATEN.get(name)
     if namespace != "quantized" or "prepack" in name or "unpack" in name:
         return None
-    if name.startswith("linear"):
-        return _quantized_linear
+    if name.startswith("linear") or name == "matmul":
+        return _matrix_product
     if name.startswith("conv_transpose"):
         return _quantized_conv_transpose
-    if name.startswith("conv"):
-        return _quantized_conv
-    return _matrix_product if name == "matmul" else None
+    return _quantized_conv if name.startswith("conv") else None
 
 
 def _weight(args: Any) -> Tensor:
     # The weight is the largest tensor in the packed object: the others are the bias and the convolution's settings.
     packed = next(argument for argument in args if isinstance(argument, torch.ScriptObject))
     return max(packed_weights(packed), key=lambda tensor: tensor.numel() * (tensor.ndim > 1))
-
-
-def _quantized_linear(args: Any, out: Tensor) -> int:
-    return out.numel() * int(args[0].shape[-1])
 
 
 def _quantized_conv(args: Any, out: Tensor) -> int:
@@ -147,7 +139,3 @@ _ATEN: dict[str, _Formula] = {
     "quantized_lstm": _quantized_recurrent,
     "quantized_gru": _quantized_recurrent,
 }
-
-
-def _has_packed(args: Any) -> bool:
-    return any(isinstance(argument, torch.ScriptObject) for argument in args)

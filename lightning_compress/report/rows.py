@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_compress.deployable import drop_helpers_
+from lightning_compress.distillation.calling import call
 from lightning_compress.errors import in_a_line
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.isolation import isolated_inference
-from lightning_compress.report.inputs import batch_size_of, call, called_in_turn, resize_batch, to_device
+from lightning_compress.report.inputs import batch_size_of, called_in_turn, resize_batch, to_device
 from lightning_compress.report.latency import measure_latency
 from lightning_compress.report.measure import Measurement, count
 from lightning_compress.report.storage import measure_layers
@@ -69,10 +70,6 @@ class Rows:
         self.measure(name, model)
         return name
 
-    def weigh(self, name: str, model: nn.Module) -> None:
-        """Count what needs no inputs."""
-        self.measurements[name] = count(model)
-
     def run_before(self, model: nn.Module) -> None:
         """Measure the original once there are inputs: zeros and bytes stay as they were when it was weighed.
 
@@ -93,7 +90,7 @@ class Rows:
         self.models.pop(name, None)
         self.timed -= {name}
         still = structural_copy(model)
-        self.weigh(name, still)
+        self.measurements[name] = count(still)
         if self.inputs is None:
             self.notes[name] = f"{name}: no MACs and no latency, there are no example inputs: {self.no_inputs}"
             return
@@ -119,25 +116,22 @@ class Rows:
         with ExitStack() as stack:
             for model in self.models.values():
                 stack.enter_context(called_in_turn(model, self.called))
-            self._time()
-
-    def _time(self) -> None:
-        sized: dict[str, dict[int, Any]] = {}
-        for size in dict.fromkeys(self.batch_sizes):
-            inputs = resize_batch(self.inputs, size)
-            for name, model in self.models.items():
-                try:
-                    with isolated_inference(model):
-                        call(model, inputs)
-                    sized.setdefault(name, {})[size] = inputs
-                except Exception as error:
-                    self.notes[f"{name} {size}"] = f"{name}: no latency at batch {size} ({in_a_line(error)})."
-        slots = {name: (self.models[name], by_size) for name, by_size in sized.items()}
-        latency = measure_latency(slots, self.max_seconds, self.threads)
-        threads = self.threads or torch.get_num_threads()
-        for name, found in latency.items():
-            self.measurements[name] = replace(self.measurements[name], latency=found, threads=threads)
-        self.timed = frozenset(self.models)
+            sized: dict[str, dict[int, Any]] = {}
+            for size in dict.fromkeys(self.batch_sizes):
+                inputs = resize_batch(self.inputs, size)
+                for name, model in self.models.items():
+                    try:
+                        with isolated_inference(model):
+                            call(model, inputs)
+                        sized.setdefault(name, {})[size] = inputs
+                    except Exception as error:
+                        self.notes[f"{name} {size}"] = f"{name}: no latency at batch {size} ({in_a_line(error)})."
+            slots = {name: (self.models[name], by_size) for name, by_size in sized.items()}
+            latency = measure_latency(slots, self.max_seconds, self.threads)
+            threads = self.threads or torch.get_num_threads()
+            for name, found in latency.items():
+                self.measurements[name] = replace(self.measurements[name], latency=found, threads=threads)
+            self.timed = frozenset(self.models)
 
 
 def structural_copy(model: Model) -> Model:
