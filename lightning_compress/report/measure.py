@@ -104,10 +104,10 @@ def measure(
         >>> measurement.parameters, measurement.macs
         (55, 50)
     """
-    models = {"": model}
-    return measure_in_turns(models, example_inputs, batch_sizes=batch_sizes, max_seconds=max_seconds, threads=threads)[
-        ""
-    ]
+    rows = measure_in_turns(
+        {"": model}, example_inputs, batch_sizes=batch_sizes, max_seconds=max_seconds, threads=threads
+    )
+    return rows[""]
 
 
 def measure_in_turns(

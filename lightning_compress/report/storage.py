@@ -6,7 +6,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +44,6 @@ class LayerMeasurement:
     dtype: str
 
 
-class _Held(NamedTuple):
-    """The tensors of a layer: parameters (or what they were packed into) and persistent buffers."""
-
-    name: str
-    module: nn.Module
-    parameters: list[Tensor]
-    buffers: list[Tensor]
-    few_bits: list[PackedWeight]
-
-
 def measure_layers(model: nn.Module) -> tuple[LayerMeasurement, ...]:
     """Return one row for each module that owns parameters, in the model's order.
 
@@ -64,7 +54,7 @@ def measure_layers(model: nn.Module) -> tuple[LayerMeasurement, ...]:
         >>> [(row.name, row.parameters, row.size_bytes) for row in measure_layers(nn.Sequential(nn.Linear(3, 2)))]
         [('0', 8, 32)]
     """
-    return tuple(_row(held) for held in _held(model) if held.parameters or held.few_bits)
+    return tuple(_rows(model))
 
 
 def file_bytes(model: nn.Module) -> tuple[int, int | None]:
@@ -119,7 +109,7 @@ def packed_weights(value: Any) -> Iterator[Tensor]:
         yield from packed_weights(value.__getstate__())
 
 
-def _held(model: nn.Module) -> Iterator[_Held]:
+def _rows(model: nn.Module) -> Iterator[LayerMeasurement]:
     seen: dict[int, Tensor] = {}
 
     def fresh(tensors: list[Tensor]) -> list[Tensor]:
@@ -141,7 +131,9 @@ def _held(model: nn.Module) -> Iterator[_Held]:
         weight = dict(module.named_children()).get("weight")
         few_bits = [weight] if isinstance(weight, PackedWeight) and weight not in covered else []
         covered.update(few_bits)
-        yield _Held(_unwrapped(name), module, fresh(parameters), fresh(_persistent_buffers(module)), few_bits)
+        parameters, buffers = fresh(parameters), fresh(_persistent_buffers(module))
+        if parameters or few_bits:
+            yield _row(_unwrapped(name), type(module).__name__, parameters, buffers, few_bits)
 
 
 def _unwrapped(name: str) -> str:
@@ -173,21 +165,20 @@ def _persistent_buffers(module: nn.Module) -> list[Tensor]:
     return [tensor for key, tensor in module._buffers.items() if tensor is not None and key not in temporary]
 
 
-def _row(held: _Held) -> LayerMeasurement:
-    for parameter in held.parameters:
-        if is_lazy(parameter):
-            raise invalid("model", "have a shape for every parameter", f"lazy layer {held.name}", "Run it once first.")
-    dtype = max(held.parameters, key=Tensor.numel).dtype if held.parameters else None
-    few = [tensor for weight in held.few_bits for tensor in weight.tensors().values()]
+def _row(
+    name: str, kind: str, parameters: list[Tensor], buffers: list[Tensor], few_bits: list[PackedWeight]
+) -> LayerMeasurement:
+    if any(map(is_lazy, parameters)):
+        raise invalid("model", "have a shape for every parameter", f"lazy layer {name}", "Run it once first.")
+    dtype = max(parameters, key=Tensor.numel).dtype if parameters else None
+    few = [tensor for weight in few_bits for tensor in weight.tensors().values()]
     return LayerMeasurement(
-        name=held.name,
-        type=type(held.module).__name__,
-        parameters=sum(tensor.numel() for tensor in held.parameters)
-        + sum(weight.rows * weight.columns for weight in held.few_bits),
-        nonzeros=sum(_nonzeros(tensor) for tensor in held.parameters)
-        + sum(_nonzeros(weight()) for weight in held.few_bits),
-        size_bytes=sum(_tensor_bytes(tensor) for tensor in {*held.parameters, *held.buffers, *few}),
-        dtype=f"{held.few_bits[0].bits} bits" if held.few_bits else str(dtype).removeprefix("torch."),
+        name=name,
+        type=kind,
+        parameters=sum(map(Tensor.numel, parameters)) + sum(weight.rows * weight.columns for weight in few_bits),
+        nonzeros=sum(map(_nonzeros, [*parameters, *(weight() for weight in few_bits)])),
+        size_bytes=sum(map(_tensor_bytes, {*parameters, *buffers, *few})),
+        dtype=f"{few_bits[0].bits} bits" if few_bits else str(dtype).removeprefix("torch."),
     )
 
 
