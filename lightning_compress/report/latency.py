@@ -17,7 +17,6 @@ from torch import nn
 from lightning_compress.distillation.calling import call
 from lightning_compress.modules.isolation import isolated_inference
 from lightning_compress.modules.latency import finished_call, time_in_turns
-from lightning_compress.modules.paths import device_of
 
 # Fewer rounds than the least can't tell a difference from chance: of 8 ratios 7 must lie on one side of 1.
 _LEAST_ROUNDS, _MOST_ROUNDS, _MOST_RUNS = 8, 20, 1000
