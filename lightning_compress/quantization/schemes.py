@@ -63,7 +63,8 @@ def _class_name(scheme: Scheme) -> str:
 def _known(name: str) -> Any:
     """Return the class that a file means, if it has been imported already: reading a file imports nothing."""
     module, _, leaf = name.rpartition(".")
-    found = _CLASSES.get(name) or getattr(sys.modules.get(module), leaf, None)
+    # Not by `getattr`, which modules that import their parts late would answer by importing.
+    found = _CLASSES.get(name) or getattr(sys.modules.get(module), "__dict__", {}).get(leaf)
     return found if isinstance(found, type) and issubclass(found, Scheme) else None
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -145,6 +145,19 @@ def test_a_file_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load_compressed(tmp_path / "shifted.pt", model)
     assert __name__ not in sys.modules
     assert_same_state(model.state_dict(), before)
+
+
+def test_a_file_asks_no_module_that_imports_its_parts_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_compressed(quantize(net(), PATH), tmp_path / "shifted.pt")
+    late, asked = ModuleType("late"), list[str]()
+    late.__getattr__ = asked.append  # type: ignore[method-assign, assignment]
+    monkeypatch.setitem(sys.modules, "late", late)
+    file = torch.load(tmp_path / "shifted.pt", weights_only=True)
+    file["lightning_compress"]["quantization"]["layers"][0]["scheme"]["class"] = "late.Part"
+    torch.save(file, tmp_path / "other.pt")
+    with pytest.raises(CompressionError, match="imported before.*'late.Part'"):
+        load_compressed(tmp_path / "other.pt", net())
+    assert "Part" not in asked
 
 
 @pytest.mark.parametrize("kind", ["os.system", "pathlib.Path", "tests.quantization.nowhere.Scheme", "builtins.dict"])
