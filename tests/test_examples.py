@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,25 @@ QUICK = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3"]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a script of the repository in this process, which has imported everything already; its output."""
+
+    def run_here(script: str, *arguments: str) -> str:
+        path = ROOT / script
+        monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+        monkeypatch.setattr(sys, "argv", [path.name, *arguments])
+        for name in ("plain", "net"):  # files that lie beside several scripts
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        capsys.readouterr()
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here
+
+
 def run(script: str, *arguments: str) -> str:
-    """Run a script of the repository in the current folder; its output."""
+    """Runs a script of the repository in the current folder, in a process of its own; its output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -45,20 +63,14 @@ def as_in_the_clone(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return own_folder
 
 
-def test_add_callbacks(own_folder: Path) -> None:
-    assert "after" in run("examples/add_callbacks.py", "1")
+def test_add_callbacks(own_folder: Path, run_here: Callable[..., str]) -> None:
+    assert "after" in run_here("examples/add_callbacks.py", "1")
     assert (own_folder / "demo_output/add_callbacks/report.md").is_file()
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "segmentation", "language_model", "callback"])
-def test_distillation_by_task(task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """In this process, which has imported everything already."""
-    folder = ROOT / "examples/distillation"
-    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    monkeypatch.setattr(sys, "argv", [f"{task}.py", "1"])
-    monkeypatch.delitem(sys.modules, "plain", raising=False)
-    runpy.run_path(str(folder / f"{task}.py"), run_name="__main__")
-    shown = capsys.readouterr().out
+def test_distillation_by_task(task: str, run_here: Callable[..., str]) -> None:
+    shown = run_here(f"examples/distillation/{task}.py", "1")
     for row in ("teacher", "alone", "distilled"):
         assert re.search(rf"^.*{row}.*: +\d+\.\d+$", shown, flags=re.MULTILINE), shown
 
@@ -255,8 +267,8 @@ def test_fewer_bits(script: str, own_folder: Path) -> None:
     assert "accuracy" in run(f"examples/fewer_bits/{script}.py", "1")
 
 
-def test_the_picture_of_scales(own_folder: Path) -> None:
-    found = re.findall(r"error of the usual weights (\d\.\d+)", run("examples/fewer_bits/one_scale_or_many.py"))
+def test_the_picture_of_scales(own_folder: Path, run_here: Callable[..., str]) -> None:
+    found = re.findall(r"error of the usual weights (\d\.\d+)", run_here("examples/fewer_bits/one_scale_or_many.py"))
     whole, rows, small = map(float, found)
     assert whole > 2 * rows > 4 * small and (own_folder / "scales.png").is_file()
 
@@ -335,16 +347,8 @@ def test_distillation_page_files() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["shrink", "prune_cut_distil"])
-def test_channels(
-    script: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In this process, which has imported everything already."""
-    folder = ROOT / "examples/channels"
-    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "1"])
-    monkeypatch.delitem(sys.modules, "net", raising=False)
-    runpy.run_path(str(folder / f"{script}.py"), run_name="__main__")
-    shown = capsys.readouterr().out
+def test_channels(script: str, own_folder: Path, run_here: Callable[..., str]) -> None:
+    shown = run_here(f"examples/channels/{script}.py", "1")
     assert re.search(r"^The last of \d+ rounds:$", shown, flags=re.MULTILINE)
     assert len(re.findall(r"^.*: +0\.\d{3}$", shown, flags=re.MULTILINE)) == 3, shown
 

@@ -30,7 +30,7 @@ for axis, (name, values) in zip(axes, shapes.items(), strict=True):
     rounded = dequantize(quantize(values, scale, zero, bits=4), scale, zero).view_as(weights)
     error = (rounded - weights).abs()
     share = (error[usual].square().sum() / weights[usual].square().sum()).sqrt()
-    image = axis.imshow(error.clamp_min(1e-2), norm=LogNorm(1e-2, 3), cmap="viridis", aspect="auto")
+    image = axis.imshow(error.clamp_min(1e-2).numpy(), norm=LogNorm(1e-2, 3), cmap="viridis", aspect="auto")
     axis.set_title(f"{name}: error of the usual weights {share:.0%}", loc="left", fontsize=10)
     axis.set_ylabel("output")
     print(f"{name}: relative error of the usual weights {share:.3f}")
