@@ -55,9 +55,6 @@ class Ramp:
 class Clock:
     """How far the ramps are in their windows: counts optimizer steps; bounds are fixed when training starts.
 
-    Args:
-        ramps: The ramps whose progress it tells.
-
     Example:
         >>> clock = Clock([Ramp("task", window=Window(0.0, 0.5))])
         >>> clock.start(total=100, per_epoch=10)
@@ -81,12 +78,7 @@ class Clock:
             self.bounds = [ramp.window.bounds(total, per_epoch) for ramp in self.ramps]
 
     def loss(self, name: str, loss: DistillationLoss) -> DistillationLoss:
-        """Return the loss with the numbers that it has now; before a fit these are its own.
-
-        Args:
-            name: The name under which the loss was requested.
-            loss: The loss as it was requested.
-        """
+        """Return the loss that was requested as ``name`` with the numbers that it has now; before a fit its own."""
         now = {ramp.number: ramp.value(getattr(loss, ramp.number), progress) for ramp, progress in self._now(name)}
         return dataclasses.replace(loss, **now) if now else loss  # type: ignore[type-var]
 

@@ -97,7 +97,16 @@ class FeatureLoss(DistillationLoss):
     """Whether the loss needs an adapter where the student's features differ in shape from the teacher's."""
 
     def __post_init__(self) -> None:
-        check_layers(self)
+        named = [layer for layer in (self.student_layer, self.teacher_layer) if layer is not None]
+        if self.pairs not in (None, "auto"):
+            raise invalid("pairs", "be 'auto', or left out where the layers are named", self.pairs)
+        if len(named) != (0 if self.pairs else 2):
+            raise invalid(
+                "student_layer",
+                "be named together with `teacher_layer`, or both be left out with pairs='auto'",
+                self.student_layer,
+                f"`teacher_layer` is {self.teacher_layer!r}, `pairs` is {self.pairs!r}.",
+            )
         check_weight("weight", self.weight)
 
     @abstractmethod
@@ -137,20 +146,6 @@ def check_dim(name: str, dim: int) -> None:
     """Raise unless ``dim`` may be a dimension other than the batch."""
     if isinstance(dim, bool) or not isinstance(dim, int) or dim == 0:
         raise invalid(name, "be a dimension other than 0, which is the batch", dim, "Usual: -1 or 1.")
-
-
-def check_layers(loss: FeatureLoss) -> None:
-    """Raise unless a feature loss names either both layers or ``pairs``."""
-    named = [layer for layer in (loss.student_layer, loss.teacher_layer) if layer is not None]
-    if loss.pairs not in (None, "auto"):
-        raise invalid("pairs", "be 'auto', or left out where the layers are named", loss.pairs)
-    if len(named) != (0 if loss.pairs else 2):
-        raise invalid(
-            "student_layer",
-            "be named together with `teacher_layer`, or both be left out with pairs='auto'",
-            loss.student_layer,
-            f"`teacher_layer` is {loss.teacher_layer!r}, `pairs` is {loss.pairs!r}.",
-        )
 
 
 def _is_number(value: object) -> bool:
