@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress import (
@@ -22,11 +24,19 @@ from tests.support.zoo import row
 EXPORTED = ["mlp", "conv_bn_relu", "depthwise", "attention", "keyword_only", "dict"]
 
 
+@functools.cache
+def int8_of(name: str) -> tuple[tuple[Any, ...], dict[str, Any], nn.Module]:
+    """A batch of the row, and what flow pt2e makes of its network; an export changes neither."""
+    args, kwargs = row(name).inputs(0)
+    with uncompiled():
+        int8 = quantize(row(name).build().eval(), calibration=batches(row(name), 3), flow="pt2e").eval()
+    return args, kwargs, int8
+
+
 @pytest.mark.parametrize("name", EXPORTED)
 def test_q10_an_export_computes_what_the_int8_module_does(name: str) -> None:
-    (args, kwargs), model = row(name).inputs(0), row(name).build().eval()
+    args, kwargs, int8 = int8_of(name)
     with uncompiled():
-        int8 = quantize(model, calibration=batches(row(name), 3), flow="pt2e").eval()
         expected = int8(*args, **kwargs)
         exported = torch.export.export(int8, args, kwargs)
         got = exported.module()(*args, **kwargs)
@@ -43,9 +53,8 @@ def test_q17_onnxruntime_computes_what_the_int8_module_does(name: str, tmp_path:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")
-    (args, kwargs), model = row(name).inputs(0), row(name).build().eval()
+    args, kwargs, int8 = int8_of(name)
     with uncompiled():
-        int8 = quantize(model, calibration=batches(row(name), 3), flow="pt2e").eval()
         expected = pytree.tree_leaves(int8(*args, **kwargs))
         torch.onnx.export(int8, args, tmp_path / "int8.onnx", kwargs=kwargs, dynamo=True, verbose=False)
     proto = onnx.load(tmp_path / "int8.onnx")
