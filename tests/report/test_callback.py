@@ -15,6 +15,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.report import Comparison, CompressionReport
 from lightning_compress.report.rows import Rows
 from tests.report.models import CONV_NET_MACS, CONV_NET_PARAMETERS, Classifier, images, int8
+from tests.support.modules import quiet_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -23,18 +24,8 @@ pytestmark = [
 ]
 
 
-def trainer(folder, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return L.Trainer(
-        **{
-            "accelerator": "cpu",
-            "max_epochs": 1,
-            "default_root_dir": folder,
-            "callbacks": list(callbacks),
-            **quiet,
-            **settings,
-        }
-    )
+def trainer(folder: Any, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    return quiet_trainer(**{"default_root_dir": folder, "callbacks": list(callbacks), **settings})
 
 
 def report(**settings: Any) -> CompressionReport:
