@@ -1,4 +1,4 @@
-"""How student and teacher are called, and what they put out: logits, other tensors, and the positions that count."""
+"""How student and teacher are called, and what they put out: logits, and the positions that count."""
 
 from __future__ import annotations
 
@@ -69,20 +69,6 @@ def find_logits(outputs: Any) -> Tensor:
         received = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
         raise invalid("outputs", "contain `logits`", received, "Override `logits(outputs)` on the module.")
     return found
-
-
-def find_tensors(outputs: Any) -> list[Tensor]:
-    """All tensors in nested outputs, and in the attributes of objects in them.
-
-    Example:
-        >>> import torch
-        >>> len(find_tensors({"logits": torch.zeros(1), "hidden": (torch.zeros(1), torch.zeros(1))}))
-        3
-    """
-    leaves = pytree.tree_leaves(outputs)
-    objects = [leaf for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor)]
-    leaves += [part for leaf in objects for part in vars(leaf).values()]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def positions_of(logits: Tensor, class_dim: int) -> torch.Size:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import make_adapter
-from lightning_compress.distillation.calling import find_logits, find_tensors
+from lightning_compress.distillation.calling import find_logits
 from lightning_compress.distillation.losses.arithmetic import check_shapes
 from lightning_compress.distillation.losses.base import DistillationLoss, FeatureLoss, LogitLoss, name_losses
 from lightning_compress.distillation.taps import Taps, is_compiled, make_taps
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import named
+from lightning_compress.modules.outputs import tensors_in
 from lightning_compress.modules.paths import clean_name
 
 RunBoth = Callable[[], tuple[Any, Tensor | None, Tensor | None]]
@@ -125,7 +126,7 @@ def dry_run(
             outputs, *logits = run()
             pairs = [_pair(name, loss, taps, logits) for name, loss in losses.items()]
             roots = [taps[0][path] for path in taps[0]] + [tensor for tensor in logits[:1] if tensor is not None]
-            missed = _missed(models[0], roots + (find_tensors(outputs) if task else []))
+            missed = _missed(models[0], [*roots, *(tensors_in(outputs) if task else ())])
             compared = {
                 name: taps[0][str(loss.student_layer)] if isinstance(loss, FeatureLoss) else logits[0]
                 for name, loss in losses.items()

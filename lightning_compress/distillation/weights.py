@@ -9,7 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.errors import invalid
+from lightning_compress.modules.paths import clean_name
 from lightning_compress.structure.inert import read_inert
+
+_DEEPEST = 3
 
 
 def load_weights_(module: nn.Module, path: str) -> None:
@@ -37,7 +40,7 @@ def load_weights_(module: nn.Module, path: str) -> None:
         True
     """
     content, stored = _read(path)
-    wanted = {_uncompiled(key): key for key in module.state_dict()}
+    wanted = {clean_name(key): key for key in module.state_dict()}
     prefix = _find_prefix(stored, list(wanted), path, content)
     own = module.state_dict()
     chosen = {key: stored[prefix + name] for name, key in wanted.items()}
@@ -45,7 +48,7 @@ def load_weights_(module: nn.Module, path: str) -> None:
         if isinstance(value, Tensor) and isinstance(own[key], Tensor) and value.shape != own[key].shape:
             raise invalid(
                 "teacher_checkpoint",
-                f"hold `{prefix}{_uncompiled(key)}` in the teacher's shape {tuple(own[key].shape)}",
+                f"hold `{prefix}{clean_name(key)}` in the teacher's shape {tuple(own[key].shape)}",
                 path,
                 f"The file has shape {tuple(value.shape)}: is it of another teacher?",
             )
@@ -66,7 +69,7 @@ def _read(path: str) -> tuple[Any, dict[str, Any]]:
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
         raise invalid("teacher_checkpoint", "hold a state dict", path, remedy)
-    return content, {_uncompiled(key): value for key, value in weights.items()}
+    return content, {clean_name(key): value for key, value in weights.items()}
 
 
 def _find_prefix(stored: Mapping[str, Any], wanted: list[str], path: str, content: Any) -> str:
@@ -111,7 +114,7 @@ def _holders(content: Any, wanted: Collection[str], keys: tuple[str, ...] = ()) 
     """Find the keys that lead to mappings, inside the file's own, with all ``wanted`` weights under some prefix."""
     if not isinstance(content, Mapping) or len(keys) > _DEEPEST:
         return
-    named = {_uncompiled(key) for key in content if isinstance(key, str)}
+    named = {clean_name(key) for key in content if isinstance(key, str)}
     prefixes = dict.fromkeys(_prefixes(named, wanted)) if keys else {}
     if any(all(prefix + name in named for name in wanted) for prefix in prefixes):
         yield keys
@@ -119,10 +122,3 @@ def _holders(content: Any, wanted: Collection[str], keys: tuple[str, ...] = ()) 
     for key, value in content.items():
         if isinstance(key, str):
             yield from _holders(value, wanted, (*keys, key))
-
-
-_DEEPEST = 3
-
-
-def _uncompiled(key: str) -> str:
-    return key.replace("_orig_mod.", "")
