@@ -34,11 +34,11 @@ from lightning_compress.report.evaluations import (
     of_same_weights,
     plain_metrics,
     samples_of,
+    validate_copy,
 )
 from lightning_compress.report.files import show, write
 from lightning_compress.report.measure import BATCH_SIZES, MAX_SECONDS, check_settings, count
 from lightning_compress.report.rows import AFTER, BEFORE, Rows, structural_copy
-from lightning_compress.report.validation import validate_copy
 
 
 class CompressionReport(CompressionCallback):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import re
+import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader
+
+from lightning_compress.modules.copying import copy_module
+from lightning_compress.modules.isolation import isolated_random_state
 
 _OF_A_LAYER = re.compile(r"sparsity(_\d+)?/")
 
@@ -196,3 +204,56 @@ def _is_fresh(norm: _BatchNorm) -> bool:
     if mean is None or variance is None or count is None:
         return False
     return not bool(count) and not bool(mean.any()) and bool((variance == 1).all())
+
+
+def validate_copy(trainer: Any, pl_module: Any) -> tuple[dict[str, Any], tuple[int | None, ...]]:
+    """Return the metrics of the validation loop that a fit of ``trainer`` would run now, and the samples that it sees.
+
+    It runs on a copy that shares the parameters' memory, with loaders of its own: buffers, metrics, counters, loggers,
+    callbacks, random states and the generators of loaders stay as they were.
+
+    Args:
+        trainer: whose fit has started.
+        pl_module: its module, on its device.
+    """
+    device = trainer.strategy.root_device
+    aliases = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        for parameter in pl_module.parameters()
+    }
+    kind = next(kind for kind in type(trainer).__mro__ if kind.__module__.endswith("trainer.trainer"))
+    with isolated_random_state(), _in_silence():
+        loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+        own = kind(
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            precision=trainer.precision,
+            limit_val_batches=trainer.limit_val_batches,
+            inference_mode=trainer.validate_loop.inference_mode,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with isolated_random_state(loaders=loaders):
+            own.validate(copy_module(pl_module, aliases), dataloaders=tree_map(_own_iterator, loaders), verbose=False)
+        return own.callback_metrics, samples_of(own.val_dataloaders, own.num_val_batches)
+
+
+def _own_iterator(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader):
+        return loader
+    # Persistent workers would stay for the fit, which then draws fewer numbers.
+    twin = copy.copy(loader)
+    twin._iterator = None
+    return twin
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    # What a Trainer says of itself was said by the one that trains.
+    with ExitStack() as stack, warnings.catch_warnings(action="ignore"):
+        for logger in map(logging.getLogger, ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
