@@ -7,15 +7,14 @@ go is found digit by digit (radix selection): one histogram of the upper 16 bits
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-Place = tuple[int, slice]
-"""A part of a flat tensor: which one, and where."""
+Part = tuple[Tensor, Tensor, Tensor]
+"""Flat views of a part of a tensor: its entries, where they may be taken, and the mask that grows."""
 
 _CHUNK = 1 << 19
 """Entries that are looked at together: few enough to stay in a CPU's cache."""
@@ -52,97 +51,67 @@ def take_smallest(
         [tensor([ True, False,  True, False])]
     """
     free = masks if allowed is None else [mask & may for mask, may in zip(masks, allowed, strict=True)]
-    ranking = _Ranking([tensor.detach().reshape(-1) for tensor in tensors], [mask.reshape(-1) for mask in free], signed)
-    threshold, left, ties = ranking.threshold(count)
     grown = [mask.clone(memory_format=torch.contiguous_format) for mask in masks]
-    for places, keys, may in ranking.chunks():
+    chunks = _chunks([tensor.detach() for tensor in tensors], free, grown)
+    dtype = None if signed else reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    threshold, left, ties = _threshold(chunks, dtype, count)
+    for chunk in chunks:
+        keys, may = _keys(chunk, dtype)
         goes = (keys <= threshold) & may
         if left < ties:
             tied = (keys == threshold).nonzero()[:, 0]
             goes[tied[left:]] = False
             left, ties = max(left - len(tied), 0), ties - len(tied)
-        for (index, part), gone in zip(places, goes.split([_length(part) for _, part in places]), strict=True):
-            grown[index].view(-1)[part] &= ~gone
+        for (*_, mask), gone in zip(chunk, goes.split([len(entries) for entries, *_ in chunk]), strict=True):
+            mask.logical_and_(~gone)
     return grown
 
 
-@dataclass(frozen=True)
-class _Ranking:
-    """Ranks entries as integers of the same order.
+def _chunks(*tensors: Sequence[Tensor]) -> list[list[Part]]:
+    """Split tensors into parts, and let those of small tensors share a chunk."""
+    chunks: list[list[Part]] = [[]]
+    for flat in zip(*(map(torch.flatten, kind) for kind in tensors), strict=True):
+        for part in zip(*(tensor.split(_CHUNK) for tensor in flat), strict=True):
+            held = sum(len(entries) for entries, *_ in chunks[-1])
+            if chunks[-1] and (held + len(part[0]) > _CHUNK or part[0].device != chunks[-1][0][0].device):
+                chunks.append([])
+            chunks[-1].append(part)
+    return chunks
 
-    Attributes:
-        tensors: flat, what is ranked.
-        free: flat, where an entry may be taken.
-        signed: whether values are ranked, and not magnitudes.
+
+def _threshold(chunks: list[list[Part]], dtype: torch.dtype | None, count: int) -> tuple[int, int, int]:
+    """Find the key of the ``count``-th smallest entry, how many of its ties go, and how many ties there are."""
+    bits = 48 if dtype is None else 8 * dtype.itemsize
+    prefix, left, ties = 0, count, 0
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        histogram = torch.zeros(1 << _DIGIT, dtype=torch.long)
+        for chunk in chunks:
+            keys, _ = _keys(chunk, dtype)
+            if shift + _DIGIT < bits:
+                keys = keys[keys >> (shift + _DIGIT) == prefix]
+            histogram += torch.bincount((keys >> shift).to(torch.int32) & _LOW, minlength=1 << _DIGIT).cpu()
+        reached = histogram.cumsum(0)
+        digit = int(torch.searchsorted(reached, left))
+        ties = int(histogram[digit])
+        left -= int(reached[digit]) - ties
+        prefix = prefix << _DIGIT | digit
+    return prefix, left, ties
+
+
+def _keys(chunk: list[Part], dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Compute the key of each entry by its magnitude as ``dtype``, or by its value, and where it may be taken.
+
+    What may not be taken has a key above all others, or below zero.
     """
-
-    tensors: list[Tensor]
-    free: list[Tensor]
-    signed: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
-
-    def threshold(self, count: int) -> tuple[int, int, int]:
-        """Find the key of the ``count``-th smallest entry, how many of its ties go, and how many ties there are."""
-        bits = 48 if self.signed else 8 * self.dtype.itemsize
-        prefix, left, ties = 0, count, 0
-        for shift in range(bits - _DIGIT, -1, -_DIGIT):
-            histogram = torch.zeros(1 << _DIGIT, dtype=torch.long)
-            for _, keys, _ in self.chunks():
-                if shift + _DIGIT < bits:
-                    keys = keys[keys >> (shift + _DIGIT) == prefix]
-                histogram += torch.bincount((keys >> shift).to(torch.int32) & _LOW, minlength=1 << _DIGIT).cpu()
-            reached = histogram.cumsum(0)
-            digit = int(torch.searchsorted(reached, left))
-            ties = int(histogram[digit])
-            left -= int(reached[digit]) - ties
-            prefix = prefix << _DIGIT | digit
-        return prefix, left, ties
-
-    def chunks(self) -> Iterator[tuple[list[Place], Tensor, Tensor]]:
-        """Yield all keys in order, a chunk at a time, with the places that they are from and where they may be taken.
-
-        Small tensors share a chunk.
-        """
-        for places in self.places():
-            entries, may = _join(self.tensors, places), _join(self.free, places)
-            yield places, self._keys(entries, may), may
-
-    def places(self) -> Iterator[list[Place]]:
-        """Yield parts of tensors that together make a chunk."""
-        places: list[Place] = []
-        for index, tensor in enumerate(self.tensors):
-            for start in range(0, len(tensor), _CHUNK):
-                part = slice(start, min(start + _CHUNK, len(tensor)))
-                held = sum(_length(other) for _, other in places)
-                if places and (held + _length(part) > _CHUNK or tensor.device != self.tensors[index - 1].device):
-                    yield places
-                    places = []
-                places.append((index, part))
-        if places:
-            yield places
-
-    def _keys(self, entries: Tensor, may: Tensor) -> Tensor:
-        """Compute the key of each entry; what may not be taken has one above all others, or below zero."""
-        if self.signed:
-            # With one zero, and NaN at the upper end whatever its sign.
-            values = entries.float() + 0.0
-            raw = torch.where(values.isnan(), values.abs(), values).view(torch.int32)
-            # As the bits of negative floats rise, the floats fall.
-            keys = (raw ^ (raw >> 31 & 0x7FFFFFFF)).long() + (1 << 31)
-            return keys.add_(~may, alpha=1 << 33)
-        integers = _INTEGERS[self.dtype.itemsize]
-        # Cheaper than a `where`, and it keeps the excluded apart in the histogram.
-        keys = entries.abs().to(self.dtype).view(integers)
-        return keys.add_((~may).to(integers), alpha=torch.iinfo(integers).min)
-
-
-def _join(flat: list[Tensor], places: list[Place]) -> Tensor:
-    parts = [flat[index][part] for index, part in places]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _length(part: slice) -> int:
-    return int(part.stop - part.start)
+    entries, may, _ = chunk[0] if len(chunk) == 1 else map(torch.cat, zip(*chunk, strict=True))
+    if dtype is None:
+        # With one zero, and NaN at the upper end whatever its sign.
+        values = entries.float() + 0.0
+        raw = torch.where(values.isnan(), values.abs(), values).view(torch.int32)
+        # As the bits of negative floats rise, the floats fall.
+        keys = (raw ^ (raw >> 31 & 0x7FFFFFFF)).long() + (1 << 31)
+        return keys.add_(~may, alpha=1 << 33), may
+    integers = _INTEGERS[dtype.itemsize]
+    # Cheaper than a `where`, and it keeps the excluded apart in the histogram.
+    keys = entries.abs().to(dtype).view(integers)
+    return keys.add_((~may).to(integers), alpha=torch.iinfo(integers).min), may
