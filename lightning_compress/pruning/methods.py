@@ -91,16 +91,6 @@ class LowestScores(PruningMethod):
 
 
 @dataclass(frozen=True)
-class GivenMasks(PruningMethod):
-    """Takes the masks as they are given (``custom_from_mask``)."""
-
-    fixes_sparsity = True
-
-    def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
-        return {name: masks[name] for name in weights}
-
-
-@dataclass(frozen=True)
 class TorchMethod(PruningMethod):
     """Runs a method of torch, or a user's, that takes single elements or masks of its own."""
 
@@ -193,9 +183,7 @@ class UnitMethod(TorchMethod):
         return mask.movedim(self.dim, 0).flatten(1).any(dim=1)
 
     def _spread(self, units: Tensor, mask: Tensor) -> Tensor:
-        shape = [1] * mask.dim()
-        shape[self.dim] = -1
-        return units.to(mask.device).view(shape)
+        return units.to(mask.device).view(-1, *[1] * (mask.dim() - 1)).movedim(0, self.dim)
 
     def _scores(self, weight: Tensor) -> Tensor:
         """Score each unit, comparably between layers: by its norm over its size."""

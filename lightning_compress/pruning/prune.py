@@ -89,6 +89,8 @@ def prune_(
         raise invalid("masks", "be given for method='custom_from_mask'", None, "Pass masks={name: mask}.")
     require_float(model, "train")
     pruner = Pruner(recipe, model, masks or {})
+    if method == "custom_from_mask":
+        pruner.given = pruner.masks
     if pruner.plan.warning:
         warnings.warn(f"prune_: {pruner.plan.warning}", NoEffectWarning, stacklevel=2)
     if pruner.units.outputs:

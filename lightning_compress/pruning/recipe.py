@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.pruning.budget import SparsityBudget
 from lightning_compress.pruning.criteria import CRITERIA, Criterion
-from lightning_compress.pruning.methods import GivenMasks, LowestScores, PruningMethod, TorchMethod, UnitMethod
+from lightning_compress.pruning.methods import LowestScores, PruningMethod, TorchMethod, UnitMethod
 from lightning_compress.pruning.n_m import Pattern
 from lightning_compress.targets import Scope, Targets
 
@@ -97,8 +97,6 @@ def find_method(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = 
         return LowestScores(found, None if n_m is None else Pattern.parse(n_m))
     if n_m is not None:
         raise invalid("n_m", f"be left out with method={method!r}; N:M goes with {', '.join(CRITERIA)}", n_m)
-    if found is prune.CustomFromMask:
-        return GivenMasks()
     return UnitMethod(found, dim, norm) if found.PRUNING_TYPE == "structured" else TorchMethod(found)
 
 
