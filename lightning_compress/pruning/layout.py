@@ -135,10 +135,6 @@ class UnitView:
             parts |= zip(names, seen[names[0]].split(sizes, dim=1), strict=True)
         return {name: layout.undo(parts[name]) for name, layout in self.layouts.items()}
 
-    def is_ranked(self, name: str) -> bool:
-        """Tell whether a weight is ranked under its own name."""
-        return not any(name in others for _, *others in self.pairs)
-
 
 def _recurrent(name: str) -> re.Match[str] | None:
     return re.search(r"weight_(?:ih|hh)(\w*)", name)

@@ -28,7 +28,7 @@ class PruningPlan:
         skipped: names of what isn't targeted, each with the reason.
         warning: what the targets name and don't reach, and why; empty if nothing.
         units: how each weight lies, for a method that takes whole units.
-        fractions: by weight, of those that have one of their own.
+        fractions: by the weight that is ranked, of those that have one of their own.
     """
 
     method: PruningMethod
@@ -47,14 +47,11 @@ class PruningPlan:
     def grow(self, ranked: Mapping[str, Tensor], masks: Masks, fraction: float) -> Masks:
         """Grow ``masks`` to ``fraction`` of the budget, by what ``ranked`` has for each weight."""
         view = self.units.outputs_first
-        return self.units.undo(self.budget.grow(self.method, view(ranked), view(masks), self._ranked(), fraction))
+        return self.units.undo(self.budget.grow(self.method, view(ranked), view(masks), self.fractions, fraction))
 
     def is_met(self, masks: Masks) -> bool:
         """Tell whether the masks hold what the budget asks for, to the nearest unit."""
-        return self.budget.is_met(self.method, self.units.outputs_first(masks), self._ranked())
-
-    def _ranked(self) -> dict[str, float]:
-        return {name: fraction for name, fraction in self.fractions.items() if self.units.is_ranked(name)}
+        return self.budget.is_met(self.method, self.units.outputs_first(masks), self.fractions)
 
 
 def make_plan(recipe: PruningRecipe, model: nn.Module) -> PruningPlan:
@@ -76,6 +73,8 @@ def make_plan(recipe: PruningRecipe, model: nn.Module) -> PruningPlan:
         raise invalid("regrow", "be False where a weight norm is pruned", True, "Exclude its layer.")
     fractions = recipe.budget.of_layers(selection.targets)
     recipe.budget.check(weights, fractions)
+    for _, *others in units.pairs:  # ranked under the first name
+        fractions = {name: fraction for name, fraction in fractions.items() if name not in others}
     found = selection.targets, selection.skipped, selection.warning
     return PruningPlan(method, recipe.budget, *found, units, fractions)
 
