@@ -176,12 +176,6 @@ def _in_order(parameter: Tensor) -> Tensor:
     return torch.arange(parameter.numel(), device=parameter.device)
 
 
-def _has_entries(norm: nn.Module, target: Target, layouts: Mapping[str, Layout]) -> bool:
-    """Tell whether a norm has a scale for each unit."""
-    scale = getattr(norm, "weight", None)
-    return scale is not None and scale.numel() == len(layouts[target.name].outputs_first(target.parameter))
-
-
 def in_sequence(model: nn.Module, units: UnitView) -> tuple[list[Dependent], set[str]]:
     """Find what goes with units by their places in a `nn.Sequential`, which needs no run to know.
 
@@ -199,11 +193,12 @@ def in_sequence(model: nn.Module, units: UnitView) -> tuple[list[Dependent], set
         made: Target | None = None
         for name, child in module.named_children() if type(module) is nn.Sequential else ():
             inner = clean_name(f"{path}.{name}".lstrip("."))
-            if isinstance(child, _OF_CHANNELS) and made is not None and _has_entries(child, made, layouts):
+            scale = getattr(child, "weight", None) if isinstance(child, _OF_CHANNELS) else None
+            count = 0 if made is None else len(layouts[made.name].outputs_first(made.parameter))
+            if made is not None and scale is not None and scale.numel() == count:
                 known.add(inner)
-                layout = layouts[made.name]
                 for kind, parameter in child.named_parameters(recurse=False):
-                    source = Source(made.name, layout, _in_order(parameter))
+                    source = Source(made.name, layouts[made.name], _in_order(parameter))
                     found.append(Dependent(f"{inner}.{kind}", parameter, (source,)))
             elif not isinstance(child, _KEEP_ZERO):
                 if made is not None and not any(True for _ in child.parameters()) and not any(child.children()):
