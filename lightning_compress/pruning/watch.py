@@ -165,17 +165,18 @@ class Watch(TorchDispatchMode):
         """Find the targets whose units are read here, and must be silent."""
         ended = set()
         for target in {target for tensor in tensors for target in self._of(tensor)}:
-            read = [tensor for tensor in tensors if target in self._of(tensor) and id(tensor) not in self._static]
-            weights = [tensor for tensor in tensors if target in self._of(tensor) and id(tensor) in self._static]
+            held = [tensor for tensor in tensors if target in self._of(tensor)]
+            read = [tensor for tensor in held if id(tensor) not in self._static]
             if name in CONTRACTIONS or name.startswith("_scaled_dot_product"):
-                ends = bool(read) and not weights
+                ends = len(read) == len(held)
+            elif name in _SUMS:
+                ends = self._differ(read, target) or any(self._is_other(tensor, target, read) for tensor in tensors)
             else:
-                ends = name in _SUMS and bool(read) and any(self._is_other(tensor, target, read) for tensor in tensors)
-                ends = ends or (name in _SUMS and self._differ(read, target))
-            if ends or (read and weights and name in CONTRACTIONS):
+                continue
+            if ends or name in CONTRACTIONS:
                 for tensor in read:
                     self._check(tensor, target)
-            if ends:
+            if ends and read:
                 ended.add(target)
         return ended
 
@@ -200,26 +201,22 @@ class Watch(TorchDispatchMode):
 
     def _carry(self, call: Call, target: str, tensors: list[Tensor], outs: list[Tensor]) -> list[Map | None]:
         """Compute the map of each result."""
-        held = [(tensor, self._of(tensor)[target]) for tensor in tensors if target in self._of(tensor)]
+        held = [(tensor, units) for tensor in tensors if (units := self._of(tensor).get(target)) is not None]
         held.sort(key=lambda pair: (id(pair[0]), target) not in self._places)  # of two factors the nonzero one
-        mapped = {id(tensor): units for tensor, units in held if units is not None}
-        if not mapped:
+        if not held or not outs:
             return [None] * len(outs)
+        mapped = {id(tensor): units for tensor, units in held}
         weights = {key: units for key, units in mapped.items() if key in self._static}
         contracted = call.name in CONTRACTIONS and bool(weights)
-        maps: list[Map | None] = []
-        moved: list[Map | None] | None = None
-        for number, out in enumerate(outs):
-            fitting = [units for tensor, units in held if units is not None and broadcasts(tensor.shape, out.shape)]
-            if fitting and not contracted and not call.moves:
-                maps.append(fitting[0])
-                continue
-            if moved is None:
-                moved = call.carried(weights if contracted else mapped, len(self._gone[target]) - 1, contracted, outs)
-                if contracted and not call.static and moved[number] is None and call.fills_all(weights):
-                    self._seen.nonzero[target] = f"its layer, whose outputs aren't along `dim` ({call.name})"
-            maps.append(moved[number])
-        return maps
+        fits = [next((units for tensor, units in held if broadcasts(tensor.shape, out.shape)), None) for out in outs]
+        if not contracted and not call.moves and all(units is not None for units in fits):
+            return fits
+        moved = call.carried(weights if contracted else mapped, len(self._gone[target]) - 1, contracted, outs)
+        if contracted and not call.static and moved[0] is None and call.fills_all(weights):
+            self._seen.nonzero[target] = f"its layer, whose outputs aren't along `dim` ({call.name})"
+        if contracted or call.moves:
+            return moved
+        return [units if units is not None else other for units, other in zip(fits, moved, strict=True)]
 
     def _without_affine(
         self, tensors: list[Tensor], out: Tensor | None, maps: Mapping[str, list[Map | None]], name: str
@@ -283,17 +280,13 @@ class Watch(TorchDispatchMode):
             self._seen.nonzero.setdefault(target, self._places.get((id(tensor), target), f"`{self._paths[-1]}`"))
 
     def _is_nonzero(self, tensor: Tensor, units: Map, target: str) -> bool:
-        if not tensor.is_floating_point():
-            return False
-        return not bool(((tensor.abs() <= _SILENT) | ~self._gone[target][units]).all())
+        return tensor.is_floating_point() and bool((~(tensor.abs() <= _SILENT) & self._gone[target][units]).any())
 
     def _entries(self, call: Call, tensors: list[Tensor], outs: list[Tensor], number: int) -> tuple[str, Map | None]:
         """Find the parameter that a result of parameters alone is a part or a copy of, and the entries."""
-        sources = [self._static[id(tensor)] for tensor in tensors if self._static[id(tensor)][2] is not None]
-        if len(sources) != 1 or len(tensors) != 1 or not (call.moves or call.name in (*_COPIES, "expand")):
+        source, name, entries = self._static[id(tensors[0])] if len(tensors) == 1 else (None, "", None)
+        if entries is None or not (call.moves or call.name in (*_COPIES, "expand")):
             return "", None
-        source, name, entries = sources[0]
         if call.name in _COPIES:
             return name, entries
-        assert entries is not None
         return name, call.carried({id(source): entries}, int(entries.max()), False, outs)[number]
