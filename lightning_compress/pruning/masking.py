@@ -21,7 +21,7 @@ from lightning_compress.pruning.masks import pack, sparsity_of, unpack
 from lightning_compress.pruning.methods import Masks
 from lightning_compress.pruning.pruner import Pruner
 from lightning_compress.pruning.recipe import PruningRecipe
-from lightning_compress.pruning.silence import observe, warning
+from lightning_compress.pruning.silence import observe
 from lightning_compress.structure.files import restored_state
 from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.window import Window
@@ -99,8 +99,8 @@ class MaskingCallback(WindowedCallback):
             return
         if trainer.world_size > 1:
             seen = trainer.strategy.broadcast(seen)  # what is seen may depend on the batch
-        if found := self.pruner.follow(pl_module, seen):
-            rank_zero_warn(f"{name}: {warning(found)}")
+        if news := self.pruner.follow(pl_module, seen):
+            rank_zero_warn(f"{name}: {news}")
         self.sync_(trainer, pl_module)
 
     @override

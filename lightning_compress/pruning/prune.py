@@ -17,7 +17,7 @@ from lightning_compress.pruning.dependents import Observations
 from lightning_compress.pruning.methods import Masks
 from lightning_compress.pruning.pruner import Pruner
 from lightning_compress.pruning.recipe import METHOD, make_recipe
-from lightning_compress.pruning.silence import observe, warning
+from lightning_compress.pruning.silence import observe
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Scope, Targets
 
@@ -116,8 +116,8 @@ def _silence(pruner: Pruner, model: nn.Module, inputs: Any, seed: int) -> None:
     args, kwargs = bind_example(example, next(model.parameters()).device)
     with isolated_random_state(seed):
         observe(probe, lambda: probe(*args, **kwargs), pruner.units, seen)
-    if found := pruner.follow(model, seen):
-        warnings.warn(f"prune_: {warning(found)}", stacklevel=3)
+    if news := pruner.follow(model, seen):
+        warnings.warn(f"prune_: {news}", stacklevel=3)
 
 
 def sparsity(model: nn.Module, targets: Targets | None = None) -> float:

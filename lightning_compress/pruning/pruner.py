@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.messages import named
 from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.paths import clean_name
 from lightning_compress.modules.resizing import Cut, forget_, lies_along, with_inner
@@ -62,12 +63,16 @@ class Pruner:
             known, self.unknown = dependents.in_sequence(model, self.units)
             self._depend(model, known)
 
-    def follow(self, model: nn.Module, seen: Observations) -> dict[str, str]:
-        """Mask what was seen to shift pruned units too; returns the `unmasked_norms` that are new."""
+    def follow(self, model: nn.Module, seen: Observations) -> str:
+        """Mask what was seen to shift pruned units too; returns a warning of `unmasked_norms` that are new, if any."""
         self._depend(model, seen.dependents(model, self.units.numbered))
         known, found = self.unmasked_norms, seen.unmasked_norms(self._dependents)
         self.unmasked_norms = {**known, **found}
-        return {name: place for name, place in found.items() if name not in known}
+        by_place: dict[str, list[str]] = {}
+        for weight in [weight for weight in found if weight not in known]:
+            by_place.setdefault(found[weight], []).append(weight)
+        shown = "; ".join(f"{named(weights)} behind {place}" for place, weights in by_place.items())
+        return f"pruned units may still put out a constant: those of {shown}." if shown else ""
 
     def _depend(self, model: nn.Module, found: list[Dependent]) -> None:
         names = {dependent.name for dependent in found}

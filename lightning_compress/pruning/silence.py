@@ -8,27 +8,18 @@ parameter with an entry for each unit does it, that parameter's entries are take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_compress.messages import named
 from lightning_compress.modules.fast_path import without_fast_path
 from lightning_compress.modules.paths import clean_name, compressible_modules
 from lightning_compress.pruning.dependents import Observations
 from lightning_compress.pruning.layout import UnitView
 from lightning_compress.pruning.watch import Watch
-
-
-def warning(unmasked_norms: Mapping[str, str]) -> str:
-    """Tell the user of weights whose pruned units aren't silent, and of where that comes from."""
-    by_place: dict[str, list[str]] = {}
-    for weight, place in unmasked_norms.items():
-        by_place.setdefault(place, []).append(weight)
-    shown = "; ".join(f"{named(weights)} behind {place}" for place, weights in by_place.items())
-    return f"pruned units may still put out a constant: those of {shown}."
 
 
 @torch.no_grad()
@@ -37,25 +28,19 @@ def observe(model: nn.Module, run: Callable[[], Any], units: UnitView, seen: Obs
 
     ``run`` runs ``model``, a copy whose values change meanwhile: all away from values that are silent by chance.
     """
-    modules = compressible_modules(model)
     tensors = {clean_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-    handles: list[Any] = []
-    try:
-        generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    with ExitStack() as stack:
         for name, tensor in tensors.items():
+            stack.callback(tensor.copy_, tensor.clone())
             if tensor.is_floating_point():
                 noise = 0.1 * torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype) - 0.05
                 noise = noise.abs() if "var" in name else noise  # a variance stays positive
                 tensor.add_(noise * tensor.abs().masked_fill(tensor == 0, 1.0))
         watch = Watch(model, units, seen)
-        for path, module in modules.items():
-            handles += watch.hooks(path, module)
+        for path, module in compressible_modules(model).items():
+            for handle in watch.hooks(path, module):
+                stack.enter_context(handle)
         with torch.compiler.set_stance("force_eager"), without_fast_path(), watch:
             result = run()
         watch.end(result)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, value in before.items():
-            tensors[name].copy_(value)
