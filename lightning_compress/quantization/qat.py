@@ -113,16 +113,12 @@ class QuantizationAwareTraining(WindowedCallback):
         for name, value in {"freeze_observers": freeze_observers, "freeze_batchnorm": freeze_batchnorm}.items():
             if not 0.0 < value <= 1.0:
                 raise invalid(name, "lie in (0, 1]", value, "It is a fraction of the window; 1 never freezes.")
-        self.flow = flow
-        self.targets = targets
-        self.overrides = overrides
+        self.flow, self.targets, self.overrides, self.convert = flow, targets, overrides, convert
         self._overrides = check_overrides(overrides)
-        if calibrating := [layers.name for layers in self._overrides.values() if layers.calibrates]:
-            remedy = "Use PostTrainingQuantization for that."
-            raise invalid("overrides", f"name no {calibrating[0]} in training", overrides, remedy)
-        self.freeze_observers = freeze_observers
-        self.freeze_batchnorm = freeze_batchnorm
-        self.convert = convert
+        if calibrating := [other.name for other in self._overrides.values() if other.calibrates]:
+            must, remedy = f"name no {calibrating[0]} in training", "Use PostTrainingQuantization for that."
+            raise invalid("overrides", must, overrides, remedy)
+        self.freeze_observers, self.freeze_batchnorm = freeze_observers, freeze_batchnorm
         self._notes: list[str] = []
         self._modes: dict[Any, bool] = {}
         self._batch: Any = None
