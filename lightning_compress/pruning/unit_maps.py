@@ -13,10 +13,14 @@ from torch.utils import _pytree as pytree
 Map = Tensor
 """The number of each entry's unit from 1 on, 0 where it is of none; of a shape that broadcasts to the tensor's."""
 
+Maps = dict[str, Map | None]
+"""A map for each target; None where a tensor was computed from units and has no entries of single ones."""
+
 CONTRACTIONS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "_trilinear")
 """Operators that sum over channels with weights: here units end, or begin. So they do in attention."""
 
 _ADDS_FIRST = ("addmm", "baddbmm", "addmv")
+_COPIES = ("clone", "detach", "alias", "_to_copy")
 _MOVES = ("flip", "roll", "index_select", "index", "gather", "cat", "stack", "sort", "repeat", "rot90")
 """Operators whose result may have its operand's shape in another order."""
 
@@ -63,6 +67,14 @@ class Call:
                 found = found[:1]  # most often, all samples are alike
             results.append(found if found.any() and broadcasts(found.shape, out.shape) else None)
         return results
+
+    def entries(self, source: Tensor, entries: Map | None, outs: list[Tensor], number: int) -> Map | None:
+        """Find which entries of a parameter a result has, from those that ``source``, the one operand, has."""
+        if entries is None or self.name in _COPIES:
+            return entries
+        if not self.moves and self.name != "expand":
+            return None
+        return self.carried({id(source): entries}, int(entries.max()), False, outs)[number]
 
     def fills_all(self, weights: Mapping[int, Map]) -> bool:
         """Tell whether a unit of a weight goes into all results, as a unit of inputs does."""
