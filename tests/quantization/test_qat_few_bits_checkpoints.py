@@ -29,6 +29,13 @@ from tests.support.oracles import (
     snapshot,
 )
 
+pytestmark = [
+    # Checkpoints are read by another ModelCheckpoint, in another folder, than the one that wrote them.
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning"),
+]
+
 # Checkpoints.
 
 

@@ -27,6 +27,13 @@ from tests.support.fits import read_checkpoint, resume
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_different_state, assert_same_state, snapshot
 
+pytestmark = [
+    # Checkpoints are read by another ModelCheckpoint, in another folder, than the one that wrote them.
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning"),
+]
+
 # Resuming.
 
 
