@@ -223,8 +223,7 @@ class ScheduledPruning(MaskingCallback):
 
     def _logged_name(self, trainer: pl.Trainer) -> str:
         """Name the logged value: ``sparsity``, numbered where several callbacks prune."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        pruning = [callback for callback in callbacks if isinstance(callback, ScheduledPruning)]
+        pruning = [callback for callback in compression_callbacks(trainer) if isinstance(callback, ScheduledPruning)]
         return "sparsity" if len(pruning) == 1 else f"sparsity_{pruning.index(self)}"
 
     @override
