@@ -53,11 +53,7 @@ def make_recipe(
     norm: float,
     regrow: bool = False,
 ) -> PruningRecipe:
-    """Check `prune_`'s arguments, and ``regrow``, and make their recipe.
-
-    Raises:
-        CompressionError: one is out of range, or two don't go together.
-    """
+    """Check `prune_`'s arguments, and ``regrow``, each by itself and together, and make their recipe."""
     chosen = find_method(method, dim, norm, n_m)
     fixed = f"method={method!r}" if chosen.fixes_sparsity else f"n_m={n_m!r}" if n_m is not None else ""
     if fixed and sparsity is not None:
@@ -87,10 +83,8 @@ def find_method(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = 
         >>> find_method("ln_structured", dim=0, norm=1.0).structured
         True
     """
-    found: Any = None
-    if isinstance(method, str):  # a number isn't hashed as a name is
-        found = CRITERIA.get(method) or TORCH_METHODS.get(method)
-    found = found or _imported(method)
+    known = {**TORCH_METHODS, **CRITERIA}.get(method) if isinstance(method, str) else None
+    found: Any = known or _imported(method)
     if found is prune.L1Unstructured:
         found = CRITERIA["magnitude"]
     if isinstance(found, Criterion):
