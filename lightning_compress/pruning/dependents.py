@@ -34,28 +34,18 @@ _OF_CHANNELS = (_NormBase, nn.GroupNorm)
 
 @dataclass(frozen=True)
 class Source:
-    """Says for which units of a weight a tensor has entries.
-
-    Attributes:
-        units: for each entry of the tensor, flat, the number of its unit; -1 where it has none of this weight.
-    """
+    """Says for which units of a weight a tensor has entries."""
 
     name: str
     layout: Layout
-    units: Tensor
-
-    def stays(self, masks: Mapping[str, Tensor]) -> Tensor:
-        """Tell for each entry whether its unit stays."""
-        return self.layout.alive(masks[self.name])[self.units.clamp(min=0)] & (self.units >= 0)
+    units: Tensor  # for each entry of the tensor, flat, the number of its unit; -1 where it has none of this weight
 
 
 @dataclass(frozen=True)
 class Dependent:
     """Holds a tensor with entries for units of some weights; an entry goes when its units are gone from all of them.
 
-    Attributes:
-        magnitude: whether it is a weight norm's. It then goes in place of the weight, which is a direction: its length
-            is divided by, so it can't be zero.
+    A weight norm's ``magnitude`` goes in place of the weight, a direction: its length is divided by, so can't be zero.
     """
 
     name: str
@@ -65,25 +55,22 @@ class Dependent:
 
     def mask(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Tell where this tensor stays, in its own shape."""
-        stays = torch.stack([source.stays(masks) for source in self.sources]).any(0)
-        covered = torch.stack([source.units >= 0 for source in self.sources]).any(0)
-        return (stays | ~covered).view(self.parameter.shape)
+        covered = torch.stack([source.units >= 0 for source in self.sources])
+        alive = [source.layout.alive(masks[source.name])[source.units.clamp(min=0)] for source in self.sources]
+        return ((torch.stack(alive) & covered).any(0) | ~covered.any(0)).view(self.parameter.shape)
 
 
 @dataclass
 class Observations:
     """Gathers what was seen of pruned units in runs of a copy of the model.
 
-    Attributes:
-        nonzero: targeted weights whose pruned units aren't silent, each with what shifts them.
-        calls: for each parameter, the units that its entries went with in each call: weight to unit numbers, -1 where
-            an entry has none, -2 where it didn't take part.
-        relied_on: for each weight the parameters that had to be zero.
+    ``calls`` has for each parameter the units that its entries went with in each call: weight to unit numbers, -1 where
+    an entry has none, -2 where it didn't take part.
     """
 
-    nonzero: dict[str, str] = field(default_factory=dict)
+    nonzero: dict[str, str] = field(default_factory=dict)  # weights whose pruned units aren't silent, and why
     calls: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
-    relied_on: dict[str, set[str]] = field(default_factory=dict)
+    relied_on: dict[str, set[str]] = field(default_factory=dict)  # for each weight the parameters that had to be zero
 
     def dependents(self, model: nn.Module, layouts: Mapping[str, Layout]) -> list[Dependent]:
         """Find the parameters of ``model`` that go with units, where every call of theirs had such units."""
@@ -91,8 +78,7 @@ class Observations:
         found = []
         for name in sorted(set[str]().union(*self.relied_on.values())):
             calls = self.calls[name]
-            covered = [torch.stack(list(call.values())).amax(0) != -1 for call in calls if call]
-            alone = torch.stack(covered).all(0)
+            alone = torch.stack([torch.stack(list(call.values())).amax(0) != -1 for call in calls if call]).all(0)
             if not all(calls) or not alone.any():
                 continue
             sources = []
