@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -40,13 +40,8 @@ class SparsityBudget:
             name = "overrides" if self.overrides else "max_layer_sparsity"
             raise invalid(name, "be left out where the method fixes the sparsity itself", getattr(self, name))
 
-    def of_layers(self, targets: Iterable[Target]) -> dict[str, float]:
-        """Find the fractions that overrides give, by parameter name.
-
-        Raises:
-            CompressionError: a pattern matches no targeted layer.
-        """
-        targets = tuple(targets)
+    def of_layers(self, targets: Sequence[Target]) -> dict[str, float]:
+        """Find the fractions that overrides give, by parameter name; each pattern must match targeted layers."""
         found: dict[str, float] = {}
         for pattern, fraction in (self.overrides or {}).items():
             names = [target.name for target in targets if matches(target.layer, pattern)]

@@ -18,12 +18,6 @@ from lightning_compress.targets import Target
 class Layout:
     """Splits a weight's dimensions, puts them in another order and merges the first ones, which number the units.
 
-    Args:
-        shape: of the weight.
-        split: its shape with some dimensions split in two.
-        order: of the dimensions of ``split``, those of the outputs first.
-        merged: how many of them number the outputs.
-
     Example:
         >>> layout = layout_of(nn.ConvTranspose2d(4, 6, 3, groups=2), "weight", torch.Size([4, 3, 3, 3]))
         >>> layout.outputs_first(torch.zeros(4, 3, 3, 3)).shape
@@ -31,9 +25,9 @@ class Layout:
     """
 
     shape: torch.Size
-    split: tuple[int, ...]
-    order: tuple[int, ...]
-    merged: int = 1
+    split: tuple[int, ...]  # the weight's shape with some dimensions split in two
+    order: tuple[int, ...]  # of these dimensions, those of the outputs first
+    merged: int = 1  # how many of them number the outputs
 
     def outputs_first(self, tensor: Tensor) -> Tensor:
         """Turn a tensor of the weight's shape into ``(outputs, inputs, ...)``."""
@@ -81,17 +75,13 @@ def layout_of(layer: nn.Module, name: str, shape: torch.Size, outputs: bool = Tr
 class UnitView:
     """Shows weights and masks as a structured method ranks them: outputs first, and a recurrent layer's unit as one.
 
-    Attributes:
-        layouts: of each weight that is pruned by units.
-        outputs: those whose units are outputs, or may be, in a layer of the user's own.
-        numbered: their layouts, by which these units are numbered.
-        pairs: names of weights whose outputs are the same units, what a recurrent layer has for its inputs and its
-            state; they are ranked as one under the first name.
+    ``pairs`` are names of weights whose outputs are the same units, what a recurrent layer has for its inputs and its
+    state; they are ranked as one under the first name.
     """
 
-    layouts: dict[str, Layout]
-    outputs: tuple[Target, ...]
-    numbered: dict[str, Layout]
+    layouts: dict[str, Layout]  # of each weight that is pruned by units
+    outputs: tuple[Target, ...]  # those whose units are outputs, or may be, in a layer of the user's own
+    numbered: dict[str, Layout]  # their layouts, by which these units are numbered
     pairs: tuple[tuple[str, ...], ...]
 
     @classmethod

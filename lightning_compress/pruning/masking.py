@@ -73,10 +73,10 @@ class MaskingCallback(WindowedCallback):
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pruner = self.make_pruner(pl_module)
         pruner.criterion_state = self._criterion_state
-        self._pruner, self._skipped, self._unseen = pruner, pruner.plan.skipped, True
+        self._pruner, self._skipped, self._unseen = pruner, pruner.plan.selection.skipped, True
         if pruner.plan.warning:
             rank_zero_warn(f"{type(self).__name__}: {pruner.plan.warning}", category=NoEffectWarning)
-        if pruner.plan.skipped:
+        if self._skipped:
             rank_zero_info(f"{type(self).__name__}: {pruner.plan}")
 
     def make_pruner(self, pl_module: pl.LightningModule) -> Pruner:

@@ -17,31 +17,23 @@ from lightning_compress.pruning.budget import SparsityBudget
 from lightning_compress.pruning.layout import Layout, UnitView
 from lightning_compress.pruning.methods import LowestScores, Masks, PruningMethod
 from lightning_compress.pruning.recipe import PruningRecipe
-from lightning_compress.targets import Selection, Target
+from lightning_compress.targets import Selection
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Says which weights of a model are pruned, and how.
-
-    Attributes:
-        skipped: names of what isn't targeted, each with the reason.
-        warning: what the targets name and don't reach, and why; empty if nothing.
-        units: how each weight lies, for a method that takes whole units.
-        fractions: by the weight that is ranked, of those that have one of their own.
-    """
+    """Says which weights of a model are pruned, and how."""
 
     method: PruningMethod
     budget: SparsityBudget
-    targets: tuple[Target, ...]
-    skipped: dict[str, str]
-    warning: str
-    units: UnitView
-    fractions: dict[str, float]
+    selection: Selection
+    warning: str  # what the targets name and don't reach, and why; empty if nothing
+    units: UnitView  # how each weight lies, for a method that takes whole units
+    fractions: dict[str, float]  # by the weight that is ranked, of those that have one of their own
 
     def __str__(self) -> str:
-        head = f"{len(self.targets)} tensors are pruned, and these are left out:"
-        lines = [f"{named(names)}: {reason}" for reason, names in by_reason(self.skipped).items()]
+        head = f"{len(self.selection.targets)} tensors are pruned, and these are left out:"
+        lines = [f"{named(names)}: {reason}" for reason, names in by_reason(self.selection.skipped).items()]
         return "\n  ".join(in_short([head, *lines]))
 
     def grow(self, ranked: Mapping[str, Tensor], masks: Masks, fraction: float) -> Masks:
@@ -55,11 +47,7 @@ class PruningPlan:
 
 
 def make_plan(recipe: PruningRecipe, model: nn.Module) -> PruningPlan:
-    """Plan what a recipe means for a model.
-
-    Raises:
-        CompressionError: no weight is targeted, the budget can't be met, or a weight can't be ranked or changed.
-    """
+    """Plan what a recipe means for a model; raise where its targets can't be ranked, changed, or pruned that far."""
     method, selection = recipe.method, recipe.targets.select(model)
     layers = compressible_modules(model)
     if isinstance(method, LowestScores) and method.pattern is not None:
@@ -75,8 +63,7 @@ def make_plan(recipe: PruningRecipe, model: nn.Module) -> PruningPlan:
     recipe.budget.check(weights, fractions)
     for _, *others in units.pairs:  # ranked under the first name
         fractions = {name: fraction for name, fraction in fractions.items() if name not in others}
-    found = selection.targets, selection.skipped, selection.warning
-    return PruningPlan(method, recipe.budget, *found, units, fractions)
+    return PruningPlan(method, recipe.budget, selection, selection.warning, units, fractions)
 
 
 def _in_groups(

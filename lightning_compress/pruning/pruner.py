@@ -27,35 +27,22 @@ from lightning_compress.pruning.recipe import PruningRecipe
 class Pruner:
     """Holds the masks of a model's weights, grows them, and brings weights, gradients and moments in line with them.
 
-    Args:
-        recipe: what is pruned, and how much.
-        model: whose weights they are; nothing in it is changed yet.
-        masks: what is pruned already, by parameter name.
+    Making it changes nothing in the model; ``masks`` are what is pruned already.
 
     Raises:
         CompressionError: no weight is targeted, or recipe and masks don't fit the weights.
-
-    Attributes:
-        plan: which weights are pruned, and how.
-        weights: the targeted parameters by name.
-        masks: parameter name to bool mask, False where pruned.
-        scores: what a criterion of gradients carries along.
-        given: masks that are taken over as they are, in place of growing.
-        regrow_values: values that pruned weights take when they come back, zero elsewhere.
-        unmasked_norms: weights whose pruned units are seen not to be silent, each with where that comes from.
-        unknown: paths of what may keep units from being silent, which only a run can tell.
     """
 
     def __init__(self, recipe: PruningRecipe, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self._recipe, self.plan = recipe, make_plan(recipe, model)
         self.method, self.units = self.plan.method, self.plan.units
-        self.weights: dict[str, Tensor] = {target.name: target.parameter for target in self.plan.targets}
-        self.scores: dict[str, Tensor] = {}
-        self.regrow_values: dict[str, Tensor] = {}
-        self.unmasked_norms: dict[str, str] = {}
-        self.unknown: set[str] = set()
-        self.given: Masks | None = None
-        self._dependents = dependents.magnitudes(self.plan.targets)
+        self.weights: dict[str, Tensor] = {target.name: target.parameter for target in self.plan.selection.targets}
+        self.scores: dict[str, Tensor] = {}  # what a criterion of gradients carries along
+        self.regrow_values: dict[str, Tensor] = {}  # what pruned weights are when they come back, zero elsewhere
+        self.unmasked_norms: dict[str, str] = {}  # weights whose pruned units aren't silent, and what makes them so
+        self.unknown: set[str] = set()  # paths of what may keep units from being silent, which only a run can tell
+        self.given: Masks | None = None  # taken over as they are, in place of growing
+        self._dependents = dependents.magnitudes(self.plan.selection.targets)
         self._applied: Masks = {}
         self._tensors: dict[str, Tensor] = {}
         self.masks = check_masks(masks, self.weights)
@@ -77,7 +64,7 @@ class Pruner:
     def _depend(self, model: nn.Module, found: list[Dependent]) -> None:
         names = {dependent.name for dependent in found}
         own = [bias for bias in dependents.biases(model, self.units) if bias.name not in names]
-        self._dependents = [*dependents.magnitudes(self.plan.targets), *own, *found]
+        self._dependents = [*dependents.magnitudes(self.plan.selection.targets), *own, *found]
         self.masks = self._masks
 
     @property
