@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ class Structure:
     Attributes:
         kind: what the container is; of a leaf, None for a tensor and a tuple around any other value.
         children: the structures of what it holds.
-        template: what a container is made from that torch's pytrees don't know.
+        template: what a mapping or dataclass is made from that torch's pytrees don't know.
     """
 
     kind: Any
@@ -44,10 +44,10 @@ class Structure:
     def _rebuild(self, tensors: Iterator[Any]) -> Any:
         if self.kind is None:
             return next(tensors)
-        if isinstance(self.kind, tuple):
-            return self.kind[0]
         values = [child._rebuild(tensors) for child in self.children]
-        return _filled(self.template, values) if self.template is not None else pytree.tree_unflatten(values, self.kind)
+        if self.template is not None:
+            return _filled(self.template, values)
+        return self.kind[0] if isinstance(self.kind, tuple) else pytree.tree_unflatten(values, self.kind)
 
 
 def flatten(output: Any) -> tuple[list[Any], Structure]:
@@ -76,16 +76,7 @@ def _structure(value: Any, tensors: list[Any]) -> Structure:
         return Structure((value,))
     keys, names, values = _parts(value)
     children = tuple(_structure(part, tensors) for part in values)
-    return Structure(_Kind(type(value), keys, names), children, _filled(value, [None] * len(values)))
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A mapping or dataclass that torch's pytrees don't know."""
-
-    type: type
-    keys: tuple[Any, ...]
-    names: tuple[str, ...]
+    return Structure((type(value), keys, names), children, _filled(value, [None] * len(values)))
 
 
 def _parts(value: Any) -> tuple[tuple[Any, ...], tuple[str, ...], list[Any]]:
@@ -132,15 +123,12 @@ def outer_outputs(model: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
         if not depth:
             outputs.append((module, output))
 
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    handles = [module.register_forward_pre_hook(enter) for module in modules]
-    handles += [module.register_forward_hook(leave, always_call=True) for module in modules]
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(leave, always_call=True))
+        yield outputs
 
 
 def outputs_of_calls(module: nn.Module, run: Callable[[], Any]) -> list[Any]:
