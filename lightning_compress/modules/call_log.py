@@ -5,7 +5,8 @@ A module that is called from outside its parent can't vanish into the parent's t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.modules.copying import copy_tensors
-from lightning_compress.modules.paths import clean_name, is_at_or_below, is_below
+from lightning_compress.modules.paths import is_at_or_below, is_below, modules_of
 from lightning_compress.modules.routing import needs_values
 
 _HALF = (torch.float16, torch.bfloat16)
+Tell = Callable[[], None]
 
 
 @dataclass
@@ -46,10 +48,7 @@ class CallLog:
 
     def entered_below(self, path: str) -> str | None:
         """Return a module below ``path`` that something outside of ``path`` calls directly; None if there is none."""
-        for inner, callers in self.callers.items():
-            if is_below(inner, path) and any(caller is None or not is_at_or_below(caller, path) for caller in callers):
-                return inner
-        return None
+        return _from_outside({inner: callers for inner, callers in self.callers.items() if is_below(inner, path)}, path)
 
     def read_below(self, path: str) -> str | None:
         """Return a module at or below ``path`` whose parameters a module outside of it reads; None if there is none."""
@@ -60,9 +59,9 @@ class CallLog:
         return _from_outside(self.replaced, path)
 
 
-def _from_outside(found: dict[str, set[str]], path: str) -> str | None:
+def _from_outside(found: Mapping[str, Collection[str | None]], path: str) -> str | None:
     for inner, others in found.items():
-        if is_at_or_below(inner, path) and not all(is_at_or_below(other, path) for other in others):
+        if is_at_or_below(inner, path) and any(other is None or not is_at_or_below(other, path) for other in others):
             return inner
     return None
 
@@ -73,15 +72,9 @@ class _Watched(dict[str, Any]):
     When they are replaced, as `torch.func.functional_call` does for the time of a call, that is told at once.
     """
 
-    def __init__(
-        self,
-        parameters: dict[str, Any],
-        teller: Callable[[], Callable[[], None] | None],
-        tell_replaced: Callable[[], None],
-    ) -> None:
+    def __init__(self, parameters: dict[str, Any], teller: Callable[[], Tell | None], tell_replaced: Tell) -> None:
         super().__init__(parameters)
-        self.teller = teller
-        self.tell_replaced = tell_replaced
+        self.teller, self.tell_replaced = teller, tell_replaced
 
     def __setitem__(self, name: str, value: Any) -> None:
         if isinstance(value, _Read):
@@ -103,7 +96,7 @@ class _Read(Tensor):
     """A parameter as another module reads it."""
 
     own: nn.Parameter
-    tell: Callable[[], None]
+    tell: Tell
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,25 +110,23 @@ class _Read(Tensor):
 
 def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = True) -> CallLog:
     """Call ``run`` and log every module call in ``model``. Hooks are gone afterwards, also after an error."""
-    log, stack, handles = CallLog(), list[str](), []
+    log, stack = CallLog(), list[str]()
 
-    def enter(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            log.callers.setdefault(path, set()).add(stack[-1] if stack else None)
-            if path not in log.inputs:
-                log.inputs[path] = _as_seen((args, kwargs)) if keep_inputs else ((), {})
-            stack.append(path)
-
-        return hook
+    def enter(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        log.callers.setdefault(path, set()).add(stack[-1] if stack else None)
+        if path not in log.inputs:
+            log.inputs[path] = _as_seen((args, kwargs)) if keep_inputs else ((), {})
+        stack.append(path)
 
     def leave(*_: Any) -> None:
         stack.pop()
 
     # Scripted modules take no hooks, and nothing in them is Python's to see.
-    named = ((clean_name(name), module) for name, module in model.named_modules())
-    modules = {path: module for path, module in named if not isinstance(module, torch.jit.ScriptModule)}
+    modules = {
+        path: module for path, module in modules_of(model).items() if not isinstance(module, torch.jit.ScriptModule)
+    }
 
-    def teller(path: str) -> Callable[[], None] | None:
+    def teller(path: str) -> Tell | None:
         reader = stack[-1] if stack else path
         # Torch's own read what lies in them for a fused path, which is switched off where it matters.
         if reader == path or modules[reader].training or type(modules[reader]).__module__.startswith("torch."):
@@ -147,26 +138,23 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
         if replacer != path:
             log.replaced.setdefault(path, set()).add(replacer)
 
-    plain = {path: module._parameters for path, module in modules.items() if type(module._parameters) is dict}
-    for path, parameters in plain.items():
-        modules[path].__dict__["_parameters"] = _Watched(
-            parameters, partial(teller, path), partial(tell_replaced, path)
-        )
-    for path, module in modules.items():
-        handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        # Compiled submodules run as written, so that the calls inside them are seen.
-        with torch.compiler.set_stance("force_eager"):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for path, parameters in plain.items():
-            watched = dict(modules[path]._parameters)
-            parameters.clear()
-            parameters.update(watched)
-            modules[path].__dict__["_parameters"] = parameters
+    def unwatch(module: nn.Module, parameters: dict[str, Any]) -> None:
+        watched = dict(module._parameters)
+        parameters.clear()
+        parameters.update(watched)
+        module.__dict__["_parameters"] = parameters
+
+    # Compiled submodules run as written, so that the calls inside them are seen.
+    with ExitStack() as exits, torch.compiler.set_stance("force_eager"):
+        for path, module in modules.items():
+            parameters: dict[str, Any] = module._parameters
+            if type(parameters) is dict:
+                exits.callback(unwatch, module, parameters)
+                told = _Watched(parameters, partial(teller, path), partial(tell_replaced, path))
+                module.__dict__["_parameters"] = told
+            exits.enter_context(module.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
+            exits.enter_context(module.register_forward_hook(leave, always_call=True))
+        run()
     return log
 
 
@@ -189,13 +177,9 @@ def count_inputs(model: nn.Module, run: Callable[[], Any]) -> int:
         nonlocal count
         count += sum(leaf.numel() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
 
-    hookable = (layer for layer in model.modules() if not isinstance(layer, torch.jit.ScriptModule))
-    layers = [layer for layer in hookable if next(layer.parameters(), None) is not None]
-    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
+        for layer in model.modules():
+            if not isinstance(layer, torch.jit.ScriptModule) and next(layer.parameters(), None) is not None:
+                hooks.enter_context(layer.register_forward_pre_hook(see, with_kwargs=True))
+        run()
     return count

@@ -55,7 +55,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
         CompressionError: there is none.
     """
     # A compiled module and the one inside it have the same path; that one counts.
-    modules: dict[str, nn.Module] = {clean_name(name): module for name, module in model.named_modules()}
+    modules = modules_of(model)
     if path in modules:
         return modules[path]
     raise CompressionError(f"The model must have a module at {path!r}. Received: no such module.")
