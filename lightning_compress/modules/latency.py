@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -39,7 +39,10 @@ def time_in_turns(
         (3, 2)
     """
     rounds: list[tuple[float, ...]] = []
-    with _no_garbage_collection():
+    with ExitStack() as stack:
+        if gc.isenabled():  # a garbage collection of the whole program isn't a model's latency
+            gc.disable()
+            stack.callback(gc.enable)
         started = time.perf_counter()
         for turn in range(warm_up + max_rounds):
             seconds = tuple(map(_seconds, runs))
@@ -92,15 +95,3 @@ def _seconds(run: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    # A garbage collection of the whole program isn't a model's latency.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
