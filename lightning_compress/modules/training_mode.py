@@ -50,26 +50,21 @@ def train_given_(model: nn.Module, trained: Collection[int]) -> list[str]:
 
 def wake_(model: nn.Module, trained: Collection[int]) -> list[str]:
     """Put into training mode what was frozen when the fit began, and is trained by now; returns its paths."""
-    given: _Given | None = model.__dict__.get(_GIVEN)
-    woken = {path: module for path, module in (given.frozen if given else {}).items() if _trains(module, trained)}
-    if given is None or not woken:
-        return []
-    given.frozen = {path: module for path, module in given.frozen.items() if path not in woken}
-    asleep = {path: module for path, module in woken.items() if not module.training}
-    return _switch_(model, asleep, trained, given)
+    given: _Given = model.__dict__.get(_GIVEN, _Given())
+    woken = [path for path, module in given.frozen.items() if _trains(module, trained)]
+    modules = {path: given.frozen.pop(path) for path in woken}
+    return _switch_(model, {path: module for path, module in modules.items() if not module.training}, trained, given)
 
 
 def restore_given_(model: nn.Module) -> None:
     """Put what was switched back into evaluation mode, as plain Lightning would have left it."""
-    given = model.__dict__.pop(_GIVEN, None)
-    for module in given.switched if given else ():
+    for module in model.__dict__.pop(_GIVEN, _Given()).switched:
         module.training = False
 
 
 def has_frozen(model: nn.Module) -> bool:
     """Whether something was left in evaluation mode that may be trained later."""
-    given: _Given | None = model.__dict__.get(_GIVEN)
-    return given is not None and bool(given.frozen)
+    return bool(model.__dict__.get(_GIVEN, _Given()).frozen)
 
 
 def _given_in_eval(
