@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,14 +144,12 @@ def forget_(
         if not stale.keys() & shapes.keys() or lies_along(optimizer, shapes, means_follow):
             continue
         totals = {sum(shapes[key].numel() for key in params) for params in [*groups, list(shapes)] if len(params) > 1}
-        for key, state in list(optimizer.state.items()):
-            if key not in shapes or any(_is_vector(leaf, totals) for leaf in pytree.tree_leaves(state)):
-                optimizer.state.clear()
-                anew.add(type(optimizer).__name__)
-                break
-            if key in stale:
-                del optimizer.state[key]
-                anew.add(type(optimizer).__name__)
+        leaves = [leaf for leaf in pytree.tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor)]
+        shared = any(leaf.dim() == 1 and leaf.numel() in totals for leaf in leaves)
+        shared = shared or any(key not in shapes for key in optimizer.state)
+        for key in [key for key in optimizer.state if shared or key in stale]:
+            del optimizer.state[key]
+            anew.add(type(optimizer).__name__)
     return sorted(anew)
 
 
@@ -172,10 +170,6 @@ def lies_along(
         for key, state in optimizer.state.items()
         for leaf in pytree.tree_leaves(state)
     )
-
-
-def _is_vector(leaf: Any, sizes: Collection[int]) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() == 1 and leaf.numel() in sizes
 
 
 def resize_state_(
