@@ -68,7 +68,8 @@ def set_aside_(module: nn.Module, used: frozenset[str], prepared: nn.Module | No
                 continue
             form = module.get_submodule(CHILD)
             if (weight := values[name]) is not None and kind == "_parameters" and not hasattr(form, "float_value"):
-                vars(module)[name] = GoneWeight(name, type(module).__name__, weight.shape, weight.dtype, form)
+                like = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+                vars(module)[name] = GoneWeight(name, type(module).__name__, like, form)
             values[name] = None  # as a layer without bias has it
     module.__dict__[_ASIDE] = aside
 
@@ -176,8 +177,7 @@ class GoneWeight:
     Attributes:
         name: of the parameter.
         owner: class of its layer.
-        shape: as it was.
-        dtype: as it was.
+        like: has its shape and type.
         form: what computes now.
 
     Raises:
@@ -187,8 +187,7 @@ class GoneWeight:
 
     name: str
     owner: str
-    shape: torch.Size
-    dtype: torch.dtype
+    like: Tensor
     form: nn.Module
 
     @property
@@ -196,25 +195,11 @@ class GoneWeight:
         tensors = chain(self.form.parameters(), self.form.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "name" not in vars(self):  # while it is copied
             raise AttributeError(name)
+        if name in ("shape", "dtype", "ndim", "dim", "size", "numel", "is_floating_point"):
+            return getattr(self.like, name)
         raise AttributeError(f"`{name}` can't be read: {self._why()}")
 
     def _why(self) -> str:
