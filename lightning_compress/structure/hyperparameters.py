@@ -36,23 +36,24 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
-class _Zeros:
-    """Becomes a parameter of zeros when it is loaded, as a file doesn't hold weights of few bits in float as well."""
+class _Called:
+    """Becomes what a call returns when it is loaded."""
 
-    def __init__(self, parameter: Tensor) -> None:
-        self.shape, self.dtype = parameter.shape, parameter.dtype
-        self.requires_grad = parameter.requires_grad
-
-    def __reduce__(self) -> Any:
-        return nn.Parameter, (_ZeroTensor(self), self.requires_grad)
-
-
-class _ZeroTensor:
-    def __init__(self, like: _Zeros) -> None:
-        self.like = like
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.call = function, args
 
     def __reduce__(self) -> Any:
-        return partial(torch.zeros, dtype=self.like.dtype), (self.like.shape,)
+        return self.call
+
+
+def _zeros(parameters: Iterable[nn.Parameter]) -> dict[int, _Called]:
+    """Return zeros by the `id` of parameters, as a file doesn't hold weights of few bits in float as well."""
+    return {
+        id(parameter): _Called(
+            nn.Parameter, _Called(partial(torch.zeros, dtype=parameter.dtype), parameter.shape), parameter.requires_grad
+        )
+        for parameter in parameters
+    }
 
 
 def plain_modules_(checkpoint: dict[str, Any], module: Any) -> None:
@@ -99,7 +100,9 @@ def _with_known_modules(key: str, value: Any, module: Any, memo: dict[int, Any])
                 f"it out of the file: self.save_hyperparameters(ignore=[{name!r}])."
             )
         values[name] = initial[name]
-        memo |= {id(found): _Zeros(found) for found in _parameters(initial[name])}
+        walk = _Walk(())
+        walk.dump(initial[name])
+        memo |= _zeros(found for found in walk.held.values() if isinstance(found, nn.Parameter))
     return values
 
 
@@ -131,7 +134,7 @@ def _memo(module: nn.Module, modules: list[nn.Module], marked: list[nn.Module]) 
         memo |= {id(tensor): tensor.detach() if tensor.grad_fn is not None else tensor for tensor in tensors}
     live = {id(parameter) for parameter in module.parameters()}
     aside = [found for inner in modules for found in parameters_aside(inner)]
-    memo |= {id(parameter): _Zeros(parameter) for parameter in aside if id(parameter) not in live}
+    memo |= _zeros(parameter for parameter in aside if id(parameter) not in live)
     for inner in marked:
         parts: list[Any] = [getattr(inner, CHILD, None), (set_aside_of(inner) or {}).get("prepared")]
         parts += [hook for name in _HOOKS for hook in getattr(inner, name).values() if _is_ours(hook)]
@@ -160,39 +163,31 @@ def drop_hooks_(module: nn.Module) -> None:
 
 
 class _Walk(pickle.Pickler):
-    """Walks through what a file would hold, and keeps the tensors that it meets and the objects that it stops at."""
+    """Walks through what a file would hold , and keeps the tensors and those of ``modules`` that it meets."""
 
-    def __init__(self, stop: Callable[[Any], bool]) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.buffer = io.BytesIO()
         super().__init__(self.buffer)
         self.held: dict[int, Any] = {}
-        self._stop = stop
+        self.keys = {id(module) for module in modules}
 
     def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, Tensor) and not self._stop(obj):
+        if not isinstance(obj, Tensor) and id(obj) not in self.keys:
             return None
         self.held[id(obj)] = obj
         return id(obj)
 
 
 def _reaches(value: Any, modules: Iterable[nn.Module]) -> bool:
-    keys = {id(module) for module in modules}
-    walk = _Walk(lambda inner: id(inner) in keys)
+    walk = _Walk(modules)
     with contextlib.suppress(Exception):  # what can't be pickled is Lightning's to say
         walk.dump(value)
-    return not keys.isdisjoint(walk.held)
-
-
-def _parameters(value: Any) -> list[nn.Parameter]:
-    walk = _Walk(lambda inner: False)
-    walk.dump(value)
-    return [found for found in walk.held.values() if isinstance(found, nn.Parameter)]
+    return not walk.keys.isdisjoint(walk.held)
 
 
 def _copied(value: Any, modules: Iterable[nn.Module], memo: dict[int, Any]) -> Any:
     """Copy a value as a file would, with deep copies of ``modules``: containers may define another copy."""
-    keys = {id(module) for module in modules}
-    walk = _Walk(lambda inner: id(inner) in keys)
+    walk = _Walk(modules)
     walk.dump(value)
 
     def load(key: int) -> Any:
