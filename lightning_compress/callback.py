@@ -136,6 +136,32 @@ class CompressionCallback(Callback, CheckpointListener):
         restore_given_(pl_module)
         detach(pl_module)
 
+    # What the callbacks of the rooms call.
+
+    def name_of(self, pl_module: pl.LightningModule) -> str:
+        """Return the name under which messages come."""
+        return type(self).__name__
+
+    def begin_training_mode_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put modules that came in evaluation mode into training mode, unless they are frozen on purpose."""
+        switched = train_given_(pl_module, _trained_parameters(trainer, pl_module))
+        _tell_of_modes(self.name_of(pl_module), switched, "came")
+
+    def keep_training_mode_(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
+        """Put modules that aren't frozen any more into training mode, in the first batch of each epoch."""
+        # Not earlier, since any hook of the epoch's start may unfreeze them.
+        if batch_idx == 0 and has_frozen(pl_module):
+            woken = wake_(pl_module, _trained_parameters(trainer, pl_module))
+            _tell_of_modes(self.name_of(pl_module), woken, "was frozen until now")
+
+    def check_version(self, state: dict[str, Any]) -> None:
+        """Raise if another version of the package wrote a saved state."""
+        if (version := state.get("version")) != STATE_VERSION:
+            raise CompressionError(
+                f"The checkpoint's state of {type(self).__name__} must have version {STATE_VERSION}. "
+                f"Received: version={version}. Update lightning_compress, or resume with the version that wrote it."
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickling, without the methods of a module by which Lightning lets callbacks log."""
         return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
@@ -145,18 +171,6 @@ def compression_callbacks(trainer: pl.Trainer) -> list[CompressionCallback]:
     """Return those callbacks of the Trainer that derive from `CompressionCallback`."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
-
-
-def begin_training_mode_(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
-    """Put modules that came in evaluation mode into training mode, unless they are frozen on purpose, and say so."""
-    _tell_of_modes(name, train_given_(pl_module, _trained_parameters(trainer, pl_module)), "came")
-
-
-def keep_training_mode_(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, batch_idx: int) -> None:
-    """Put modules that aren't frozen any more into training mode, in the first batch of each epoch."""
-    # Not earlier, since any hook of the epoch's start may unfreeze them.
-    if batch_idx == 0 and has_frozen(pl_module):
-        _tell_of_modes(name, wake_(pl_module, _trained_parameters(trainer, pl_module)), "was frozen until now")
 
 
 def _tell_of_modes(name: str, paths: list[str], why: str) -> None:
@@ -179,16 +193,6 @@ def _trained_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> s
         for name, parameter in pl_module.named_parameters()
         if (parameter.requires_grad and (not held or id(parameter) in held)) or clean_name(name) in frozen
     }
-
-
-def check_version(state: dict[str, Any], owner: str) -> None:
-    """Raise if another version of the package wrote a saved state."""
-    version = state.get("version")
-    if version != STATE_VERSION:
-        raise CompressionError(
-            f"The checkpoint's state of {owner} must have version {STATE_VERSION}. Received: version={version}. "
-            "Update lightning_compress, or resume with the version that wrote it."
-        )
 
 
 def warn_of_other_settings(owner: str, saved: Mapping[str, str], now: Mapping[str, str], goes_on: str) -> None:

@@ -11,13 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_compress.callback import (
-    STATE_VERSION,
-    CompressionCallback,
-    begin_training_mode_,
-    check_version,
-    keep_training_mode_,
-)
+from lightning_compress.callback import STATE_VERSION, CompressionCallback
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.resizing import with_inner
 from lightning_compress.structure.change import in_entry, require_float
@@ -77,7 +71,7 @@ class WindowedCallback(CompressionCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        begin_training_mode_(trainer, pl_module, type(self).__name__)
+        self.begin_training_mode_(trainer, pl_module)
         self.begin(trainer, pl_module)
 
     @override
@@ -86,7 +80,7 @@ class WindowedCallback(CompressionCallback):
             self._bounds = self.window.bounds(*fit_length(trainer))
         self._stepped = False
         self._handles = [
-            optimizer.register_step_post_hook(lambda stepped, *_: self._on_optimizer_step(stepped))
+            optimizer.register_step_post_hook(self._on_optimizer_step)
             for optimizer in with_inner(trainer.optimizers)  # SAM steps only the one that it wraps
         ]
         if self._step == 0 and self._bounds.start == 0:
@@ -97,9 +91,9 @@ class WindowedCallback(CompressionCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        keep_training_mode_(trainer, pl_module, type(self).__name__, batch_idx)
+        self.keep_training_mode_(trainer, pl_module, batch_idx)
 
-    def _on_optimizer_step(self, optimizer: Optimizer) -> None:
+    def _on_optimizer_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._stepped = True
         self.after_optimizer_step(optimizer)
 
@@ -162,7 +156,7 @@ class WindowedCallback(CompressionCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_version(state_dict, type(self).__name__)
+        self.check_version(state_dict)
         self._step = state_dict["step"]
         self._bounds = None if state_dict["bounds"] is None else Bounds(*state_dict["bounds"])
 

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_compress.callback import begin_training_mode_
 from lightning_compress.distillation.callback_base import DistillationCallback, announce, join_fit_, logs_now
 from lightning_compress.distillation.calling import find_logits, mask_of, positions_of
 from lightning_compress.distillation.losses.base import DistillationLoss
@@ -144,7 +143,7 @@ class Distillation(DistillationCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        begin_training_mode_(trainer, pl_module, type(self).__name__)
+        self.begin_training_mode_(trainer, pl_module)
         student = self.student_of(pl_module)
         self.begin(self.objective, student)
         self.objective.attach(student)

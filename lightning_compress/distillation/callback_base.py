@@ -23,13 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_compress.callback import (
-    STATE_VERSION,
-    CompressionCallback,
-    begin_training_mode_,
-    check_version,
-    keep_training_mode_,
-)
+from lightning_compress.callback import STATE_VERSION, CompressionCallback
 from lightning_compress.distillation.dry_run import DistillationPlan
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses.base import FeatureLoss
@@ -61,10 +55,6 @@ class DistillationCallback(CompressionCallback):
     def student_of(self, pl_module: nn.Module) -> nn.Module:
         """Find the student within the LightningModule or a copy of it."""
         return find_layer(pl_module, self.student_path, "student") if self.student_path else pl_module
-
-    def name_of(self, pl_module: pl.LightningModule) -> str:
-        """Return the name under which messages come."""
-        return type(self).__name__
 
     def begin(self, objective: Objective, student: nn.Module) -> None:
         """Start a fit: restore what a checkpoint holds, move the teacher and take its fingerprint."""
@@ -99,7 +89,7 @@ class DistillationCallback(CompressionCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        keep_training_mode_(trainer, pl_module, self.name_of(pl_module), batch_idx)
+        self.keep_training_mode_(trainer, pl_module, batch_idx)
 
     @override
     def on_train_batch_end(
@@ -181,7 +171,7 @@ class DistillationCallback(CompressionCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_version(state_dict, type(self).__name__)
+        self.check_version(state_dict)
         self._restored = state_dict
 
     def __getstate__(self) -> dict[str, Any]:
@@ -212,7 +202,7 @@ class ModuleCallback(DistillationCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, Learner):
-            begin_training_mode_(trainer, pl_module, self.name_of(pl_module))
+            self.begin_training_mode_(trainer, pl_module)
             self.begin(pl_module.objective, pl_module.student)
             join_optimizer_(pl_module.adapters, trainer)  # a `configure_optimizers` of the user's may not know them
 

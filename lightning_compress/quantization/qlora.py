@@ -13,14 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_compress.callback import (
-    STATE_VERSION,
-    CompressionCallback,
-    begin_training_mode_,
-    check_version,
-    keep_training_mode_,
-    warn_of_other_settings,
-)
+from lightning_compress.callback import STATE_VERSION, CompressionCallback, warn_of_other_settings
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.modules.paths import compressible_modules
@@ -154,7 +147,7 @@ class QLoRA(CompressionCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        begin_training_mode_(trainer, pl_module, type(self).__name__)
+        self.begin_training_mode_(trainer, pl_module)
         record = convert.record_of(pl_module)
         assert record is not None
         saved, now = ({key: str(value) for key, value in settings.items()} for settings in (record, self._asked()))
@@ -188,7 +181,7 @@ class QLoRA(CompressionCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        keep_training_mode_(trainer, pl_module, type(self).__name__, batch_idx)
+        self.keep_training_mode_(trainer, pl_module, batch_idx)
 
     @override
     def on_before_optimizer_step(
@@ -261,7 +254,7 @@ class QLoRA(CompressionCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_version(state_dict, type(self).__name__)
+        self.check_version(state_dict)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
