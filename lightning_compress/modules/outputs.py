@@ -142,13 +142,9 @@ def outputs_of_calls(module: nn.Module, run: Callable[[], Any]) -> list[Any]:
 
 def cosine(expected: Any, got: Any) -> float:
     """Return the cosine similarity of all floats in two nests of outputs; 1 without any, or with nothing but zeros."""
-    a, b = (
-        torch.cat([leaf.float().flatten() for leaf in floats] or [torch.zeros(1)])
-        for floats in (
-            [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-            for tree in (expected, got)
-        )
-    )
+    nests = (flatten(tree)[0] for tree in (expected, got))
+    floats = ([x.float().flatten() for x in nest if isinstance(x, Tensor) and x.is_floating_point()] for nest in nests)
+    a, b = (torch.cat(found or [torch.zeros(1)]) for found in floats)
     if not a.isfinite().all() or not a.any():
         return 1.0
     return F.cosine_similarity(a, b, dim=0).nan_to_num(-1.0).item()
@@ -184,12 +180,9 @@ def least_cosine(expected: Sequence[Any], got: Sequence[Any]) -> float:
         >>> least_cosine([torch.ones(2), torch.ones(())], [torch.tensor([1.0, 0.0]), -torch.ones(())])
         0.7071067690849304
     """
-    pairs = [
-        (output, other)
-        for output, other in zip(expected, got, strict=False)
-        if any(tensor.numel() > 1 for tensor in flatten(output)[0])
-    ]
-    return min((cosine(*pair) for pair in pairs), default=1.0)
+    calls = zip(expected, got, strict=False)
+    directed = (call for call in calls if any(tensor.numel() > 1 for tensor in flatten(call[0])[0]))
+    return min((cosine(*call) for call in directed), default=1.0)
 
 
 def tensors_in(output: Any, _seen: set[int] | None = None) -> Iterator[Tensor]:
