@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.modules.paths import device_of
 
 CHILD = "_traced_forward"
 """The name of the child that holds the other form; no key of a checkpoint has it but in a converted one."""
@@ -179,10 +179,6 @@ class GoneWeight:
         owner: class of its layer.
         like: has its shape and type.
         form: what computes now.
-
-    Raises:
-        CompressionError: it is computed with.
-        AttributeError: anything else of it is read.
     """
 
     name: str
@@ -192,8 +188,7 @@ class GoneWeight:
 
     @property
     def device(self) -> torch.device:
-        tensors = chain(self.form.parameters(), self.form.buffers())
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+        return device_of(self.form)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "name" not in vars(self):  # while it is copied
