@@ -164,15 +164,12 @@ class _State:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = list(modules)
+        self._attributes = {
+            inner: {name: value for name, value in vars(inner).items() if name not in _HOOKS} for inner in self.modules
+        }
         # `_buffers`, `_modules` and the like are dicts that a forward may change in place, hence one level of copies.
-        self._attributes = [
-            {
-                name: (value, dict(value) if type(value) is dict else None)
-                for name, value in vars(module).items()
-                if name not in _HOOKS
-            }
-            for module in self.modules
-        ]
+        values = (value for attributes in self._attributes.values() for value in attributes.values())
+        self._dicts = [(value, dict(value)) for value in values if type(value) is dict]
         self._modes = {module: module.training for module in self.modules}
         buffers = [buffer for module in self.modules for buffer in module._buffers.values() if buffer is not None]
         # Outside of inference mode, so that what is put back is an ordinary tensor again.
@@ -180,15 +177,14 @@ class _State:
             self._buffers = [(buffer, buffer.clone()) for buffer in buffers if not nn.parameter.is_lazy(buffer)]
 
     def restore_(self) -> None:
-        for module, before in zip(self.modules, self._attributes, strict=True):
-            attributes = vars(module)
-            for name in attributes.keys() - before.keys() - _HOOKS:
-                del attributes[name]
-            for name, (value, items) in before.items():
-                attributes[name] = value
-                if items is not None and _identities(items) != _identities(value):
-                    value.clear()
-                    value.update(items)
+        for module, attributes in self._attributes.items():
+            for name in vars(module).keys() - attributes.keys() - _HOOKS:
+                del vars(module)[name]
+            vars(module).update(attributes)
+        for changed, items in self._dicts:
+            if _identities(items) != _identities(changed):
+                changed.clear()
+                changed.update(items)
         restore_modes_(self._modes)  # a scripted module keeps its flag in C++
         # Inference mode may write to ordinary tensors and to inference tensors alike.
         with torch.inference_mode():
