@@ -163,8 +163,8 @@ class Targets:
                 )
             else:
                 targets.append(Target(full, path, parameter, magnitude(modules[path], full, name)))
-        missed = dict(self._missed(modules, targets, skipped))
         skipped = {full: reason for full, reason in skipped.items() if reason not in NO_WEIGHT}
+        missed = dict(self._missed(modules, targets, skipped))
         if not targets:
             left = [f"{name}: {why}" for name, why in missed.items()] or [_shown(skipped)]
             kinds = ", ".join(sorted({type(module).__name__ for module in modules.values()})[:8])
@@ -248,16 +248,13 @@ class Targets:
         none = "it has no parameter of two dimensions or more; name one in `include` to target it"
         for pattern in self.include or ():
             if not any(_reaches(pattern, target.layer, target.name, modules) for target in targets):
-                under = {full: why for full, why in skipped.items() if matches(full, pattern) and why not in NO_WEIGHT}
+                under = {full: why for full, why in skipped.items() if matches(full, pattern)}
                 yield f"`{pattern}`", _shown(under) or none
         for kind in self.types or ():
             paths = [path for path, module in modules.items() if isinstance(module, kind)]
-            lists = [
-                path for path, module in modules.items() if any(isinstance(child, kind) for child in module.children())
-            ]
-            if not any(target.layer in (*paths, *lists) for target in targets):
+            layers = [modules[target.layer] for target in targets]
+            if not any(isinstance(module, kind) for layer in layers for module in (layer, *layer.children())):
                 under = {full: why for full, why in skipped.items() if full.rpartition(".")[0] in paths}
-                under = {full: why for full, why in under.items() if why not in NO_WEIGHT}
                 known = nearest(kind.__name__, {type(module).__name__ for module in modules.values()})
                 yield kind.__name__, (_shown(under) or none) if paths else f"the model has no such layer. {known}"
         for full, why in skipped.items():

@@ -51,11 +51,9 @@ class Window:
         if self.end is not None and not self.end > self.start:
             raise invalid("end", f"lie after start={self.start}, or the window is empty", self.end)
         if self.unit == "fit" and (self.start >= 1 or (self.end is not None and self.end > 1)):
-            received = self.start if self.start >= 1 else self.end
             name = "start" if self.start >= 1 else "end"
-            raise invalid(
-                name, "lie in [0, 1] for unit='fit'", received, "For absolute bounds use unit='step' or unit='epoch'."
-            )
+            remedy = "For absolute bounds use unit='step' or unit='epoch'."
+            raise invalid(name, "lie in [0, 1] for unit='fit'", getattr(self, name), remedy)
         if self.every_n_steps < 1:
             raise invalid("every_n_steps", "be at least 1", self.every_n_steps)
 
