@@ -158,10 +158,7 @@ def lies_along(
 ) -> bool:
     """Whether all that an optimizer remembers are numbers, and tensors that lie along the parameter they stand for.
 
-    Args:
-        optimizer: whose state it is.
-        shapes: of its parameters, where the state knows others than they have.
-        means_follow: see `forget_`.
+    The state may know other ``shapes`` of parameters than they have; ``means_follow`` is that of `forget_`.
     """
     if shapes is None:
         shapes = {parameter: parameter.shape for group in optimizer.param_groups for parameter in group["params"]}
@@ -214,8 +211,13 @@ def cut_state(state: dict[str, Any], before: torch.Size, kept_indices: KeptIndic
     """Cut what an optimizer remembers of one parameter like it; return None if its layout isn't known."""
     if not all(_follows(leaf, before) for leaf in pytree.tree_leaves(state)):
         return None
-    cut: dict[str, Any] = pytree.tree_map(lambda leaf: _cut(leaf, before, kept_indices), state)
-    return cut
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() != len(before):
+            return leaf
+        return take(leaf, {dim: indices for dim, indices in kept_indices.items() if leaf.shape[dim] == before[dim]})
+
+    return {name: pytree.tree_map(cut, value) for name, value in state.items()}
 
 
 def _follows(leaf: Any, shape: torch.Size, means: bool = False) -> bool:
@@ -227,9 +229,3 @@ def _follows(leaf: Any, shape: torch.Size, means: bool = False) -> bool:
     along = leaf.dim() == len(shape) and all(have in (1, size) for have, size in zip(leaf.shape, shape, strict=True))
     means = means and any(leaf.shape == shape[:dim] + shape[dim + 1 :] for dim in range(len(shape)))
     return plain and (along or means)
-
-
-def _cut(leaf: Any, shape: torch.Size, kept_indices: KeptIndices) -> Any:
-    if not isinstance(leaf, Tensor) or leaf.dim() != len(shape):
-        return leaf
-    return take(leaf, {dim: indices for dim, indices in kept_indices.items() if leaf.shape[dim] == shape[dim]})
