@@ -100,6 +100,5 @@ def _load(model: nn.Module, checkpoint: dict[str, Any], entry: Mapping[str, Any]
 
 def restored_state(module: nn.Module, key: str) -> dict[str, Any] | None:
     """Return, once, the state of the callback with ``key`` that `load_compressed` left on the module."""
-    states: dict[str, Any] = module.__dict__.get(_RESTORED, {})
-    state: dict[str, Any] | None = states.pop(key, None)
+    state: dict[str, Any] | None = vars(module).get(_RESTORED, {}).pop(key, None)
     return state

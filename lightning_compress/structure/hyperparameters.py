@@ -62,10 +62,6 @@ def plain_modules_(checkpoint: dict[str, Any], module: Any) -> None:
     Parameters are those of ``module``, so that nothing is written twice. Where the file's weights are in few bits, the
     copy has zeros in their place: it is there to be built and loaded into.
 
-    Args:
-        checkpoint: all of it, before it is written.
-        module: the LightningModule that it is of.
-
     Raises:
         CompressionError: a module's float form is gone, and Lightning has kept no copy of it.
     """
@@ -78,9 +74,12 @@ def plain_modules_(checkpoint: dict[str, Any], module: Any) -> None:
     if keys:
         values = {key: _with_known_modules(key, checkpoint[key], module, memo) for key in keys}
         checkpoint.update(_copied(values, [module, *marked], memo))
-    for inner in (module, *marked):
-        if id(inner) in memo:
-            _strip_(memo[id(inner)])
+    for copied in [memo[id(inner)] for inner in (module, *marked) if id(inner) in memo]:
+        for change in reversed(changes()):
+            change.strip_(copied)
+        for name in set(_ours(copied)) - set(_HOOKS):
+            del vars(copied)[name]
+        drop_hooks_(copied)
 
 
 def _with_known_modules(key: str, value: Any, module: Any, memo: dict[int, Any]) -> Any:
@@ -140,15 +139,6 @@ def _memo(module: nn.Module, modules: list[nn.Module], marked: list[nn.Module]) 
         parts += [hook for name in _HOOKS for hook in getattr(inner, name).values() if _is_ours(hook)]
         memo |= {id(part): part for part in parts if part is not None}
     return memo
-
-
-def _strip_(module: nn.Module) -> None:
-    """Take off a module whatever is ours."""
-    for change in reversed(changes()):
-        change.strip_(module)
-    for name in set(_ours(module)) - set(_HOOKS):
-        del module.__dict__[name]
-    drop_hooks_(module)
 
 
 def drop_hooks_(module: nn.Module) -> None:

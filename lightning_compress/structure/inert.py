@@ -96,11 +96,7 @@ class _Pickle:
 def read_inert(path: str, reader: str) -> tuple[Any, dict[str, str]]:
     """Read a file on the CPU, without objects of classes that torch doesn't read with ``weights_only=True``.
 
-    Warns once if anything is left out.
-
-    Args:
-        path: of the file.
-        reader: name of the function that reads it, for the warning.
+    Warns once, in the name of ``reader``, if anything is left out.
 
     Returns:
         The content; and what was left out, by its place in the content, with its class.
