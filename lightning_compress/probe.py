@@ -62,13 +62,10 @@ def to_module(trainer: pl.Trainer, probe: pl.LightningModule, batch: Any) -> Any
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a module's evaluation as a way of batches, with the hooks of the module that come before it.
-
-    Attributes:
-        stage: ``test``, ``validation`` or ``predict``.
-    """
+    """A step of a module's evaluation as a way of batches, with the hooks of the module that come before it."""
 
     stage: str
+    """``test``, ``validation`` or ``predict``."""
 
     @property
     def __name__(self) -> str:
@@ -182,12 +179,7 @@ def data_feed(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> Fe
     """Return the way of data through a copy of a module, as its own evaluation feeds it.
 
     That is ``calibration_step(batch)`` where there is one; else ``test_step``, ``validation_step`` or ``predict_step``;
-    else ``forward``.
-
-    Args:
-        trainer: that runs the module.
-        module: whose steps can be run: see `make_probe`.
-        stage: ``test``, ``validation`` or ``predict``: that step comes first.
+    else ``forward``. The step of ``stage`` comes first. The module's steps can be run: see `make_probe`.
     """
     remedy = (
         "Define `calibration_step(batch)` on the module, which runs a batch as the module is used, or "
@@ -198,13 +190,9 @@ def data_feed(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> Fe
 
 
 def shape_feed(trainer: pl.Trainer, module: pl.LightningModule, stage: str, *, train: bool) -> Feed:
-    """Return the way of a batch through a copy of a module where shapes matter and values don't.
+    """Return the way of a batch, as in `data_feed`, through a copy of a module where shapes matter and values don't.
 
-    Args:
-        trainer: that runs the module.
-        module: whose steps can be run: see `make_probe`.
-        stage: as in `data_feed`.
-        train: whether ``training_step`` is a way too; one that optimizes by itself comes last.
+    With ``train`` the ``training_step`` is a way too; one that optimizes by itself comes last.
     """
     ways = _evaluation(module, stage)
     trains: list[Way] = [training_step] if train and is_own(module, "training_step") else []
@@ -266,14 +254,8 @@ def observe_steps(
 def example_calls(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, stage: str) -> dict[str, Call]:
     """Return the calls of a module, for their shapes, by the paths of what a step calls (``""`` is ``forward``).
 
-    A step of the module's own makes them on ``batch``; else ``forward`` on the ``example_input_array``, else on the
-    batch. No trace is left.
-
-    Args:
-        trainer: that runs the module.
-        module: or a copy of it.
-        batch: on the module's device; None for the ``example_input_array`` alone.
-        stage: ``test``, ``validation`` or ``predict``: that step comes first.
+    A step of the module's own makes them on ``batch``, that of ``stage`` first; else ``forward`` on the
+    ``example_input_array``, which alone is left where the batch is None, else on the batch. No trace is left.
 
     Raises:
         CompressionError: nothing runs.

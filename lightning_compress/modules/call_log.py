@@ -164,9 +164,7 @@ def _as_seen(call: Any) -> Any:
     leaves = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
     if not any(torch.is_autocast_enabled(kind) for kind in {leaf.device.type for leaf in leaves}):
         return call
-    return pytree.tree_map(
-        lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in _HALF else leaf, call
-    )
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.float() if leaf.dtype in _HALF else leaf, call)
 
 
 def count_inputs(model: nn.Module, run: Callable[[], Any]) -> int:

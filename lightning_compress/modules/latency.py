@@ -58,11 +58,7 @@ def round_ratios(
 ) -> tuple[float, ...]:
     """Return the time of ``run(after)`` over that of ``run(before)`` in each of several rounds, in evaluation.
 
-    Args:
-        before: any module; left as it was, and so are the global random states.
-        after: likewise.
-        run: calls the model that it is given.
-        limits: as in `time_in_turns`.
+    Both modules and the global random states are left as they were; ``limits`` are those of `time_in_turns`.
 
     Example:
         >>> ratios = round_ratios(nn.Linear(4, 4), nn.Linear(4, 4), lambda model: model(torch.ones(1, 4)))

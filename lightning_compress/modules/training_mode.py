@@ -29,13 +29,8 @@ def train_given_(model: nn.Module, trained: Collection[int]) -> list[str]:
 
     Frozen on purpose is a module none of whose parameters are trained; nothing but norms, dropouts and the like in a
     parent that trains; and what the model's own ``train`` keeps in evaluation mode. All other modules keep their modes.
-
-    Args:
-        model: whose modes are set; `restore_given_` takes that back.
-        trained: ids of the parameters that are trained.
-
-    Returns:
-        The paths of the largest modules that were switched.
+    ``trained`` are ids of parameters. Returned are the paths of the largest modules that were switched, which
+    `restore_given_` puts back.
 
     Example:
         >>> net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Dropout()).eval(), nn.Dropout().eval())
