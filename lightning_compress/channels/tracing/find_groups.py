@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, combinations, islice
+from itertools import combinations, islice
 
 import torch
 from torch import Tensor
@@ -44,8 +44,9 @@ class _Finder:
         failed: dict[str, str] = {}
         while True:
             # Apart: where a norm spans what is cut, outputs say nothing of the others.
-            exact = [group for group in self._usable(groups, failed) if not group.spanned]
-            spanned = [group for group in self._usable(groups, failed) if group.spanned]
+            usable = self._usable(groups, failed)
+            exact = [group for group in usable if not group.spanned]
+            spanned = [group for group in usable if group.spanned]
             found = self._first_failure(groups, exact) or self._first_failure(groups, spanned)
             if found is None:
                 break
@@ -77,7 +78,8 @@ class _Finder:
         """Trace, and interpret splits anew where nothing can go."""
         groups = self._trace_once()
         for _ in range(3):
-            dead = [key for key, numbers in groups.splits.items() if not self._lives(groups, numbers)]
+            single = {number for number, group in enumerate(groups.all) if group.size == 1}
+            dead = [key for key, numbers in groups.splits.items() if numbers <= single]
             better = next(filter(None, (self._otherwise(groups, keys) for keys in self._alike(dead))), None)
             if better is None:
                 break
@@ -99,7 +101,7 @@ class _Finder:
         for key in keys:
             self.choices[key] = self.choices.get(key, 0) + 1
         tried = self._trace_once()
-        if len(self._all(tried)) > len(self._all(groups)):
+        if len(self._usable(tried)) > len(self._usable(groups)):
             return tried
         self.choices = before
         return None
@@ -108,29 +110,19 @@ class _Finder:
         return trace(self.subject.twin(), self.subject.runs, self.choices)
 
     @staticmethod
-    def _lives(groups: DependencyGroups, numbers: Iterable[int]) -> bool:
-        return any(groups.all[number].size > 1 for number in numbers)
-
-    @staticmethod
-    def _all(groups: DependencyGroups) -> list[Group]:
-        return [group for group in groups.all if group.size > 1 and group.layers and not _unread(group)]
-
-    def _usable(self, groups: DependencyGroups, failed: Mapping[str, str]) -> list[Group]:
-        return [group for group in self._all(groups) if group.name not in failed]
+    def _usable(groups: DependencyGroups, failed: Container[str] = ()) -> list[Group]:
+        candidates = (group for group in groups.all if group.size > 1 and group.layers and not _unread(group))
+        return [group for group in candidates if group.name not in failed]
 
     def _find_followers(self, groups: DependencyGroups, group: Group) -> bool:
         """Try whether the group can be cut if some attributes follow it; they do so from now on."""
-        number = _number(groups, group)
-        candidates = [
-            attribute
-            for attribute in groups.attributes
-            if bool((attribute.groups == number).any()) and not attribute.sure
-        ]
-        kinds = list(dict.fromkeys(self._kind(groups, attribute) for attribute in candidates))
-        kinds = [kind for kind in kinds if kind not in self.followers]
+        number = groups.all.index(group)
+        near = [attribute for attribute in groups.attributes if bool((attribute.groups == number).any())]
+        candidates = dict.fromkeys(self._kind(groups, attribute) for attribute in near if not attribute.sure)
         known = set(self.followers)
-        sets = (chosen for size in range(1, len(kinds) + 1) for chosen in combinations(kinds, size))
-        for chosen in islice(chain([tuple(kinds)] if kinds else [], sets), _MOST_ATTEMPTS):
+        kinds = [kind for kind in candidates if kind not in known]
+        sets = (chosen for size in (len(kinds), *range(1, len(kinds) + 1)) for chosen in combinations(kinds, size))
+        for chosen in islice(sets if kinds else (), _MOST_ATTEMPTS):
             self.followers = known | set(chosen)
             if not self._failure(groups, [group]):
                 return True
@@ -139,7 +131,7 @@ class _Finder:
 
     def _correct(self, groups: DependencyGroups, group: Group) -> bool:
         """Try whether the group can be cut if sizes in some code are corrected; they are from now on."""
-        number = _number(groups, group)
+        number = groups.all.index(group)
         known = set(self.corrected)
         # Code may compute the sizes of one width from another.
         calls = [call for call in groups.written if not isinstance(self.modules[call.path], STANDARD)]
@@ -158,7 +150,7 @@ class _Finder:
 
     def _choose_again(self, groups: DependencyGroups, group: Group) -> bool:
         """Interpret the splits that the group goes through anew; False if there is no other way."""
-        number = _number(groups, group)
+        number = groups.all.index(group)
         keys = [key for key, numbers in groups.splits.items() if number in numbers and self.choices.get(key, 0) < 4]
         for key in keys:
             self.choices[key] = self.choices.get(key, 0) + 1
@@ -166,8 +158,7 @@ class _Finder:
 
     def _kind(self, groups: DependencyGroups, attribute: Attribute) -> tuple[str, str, int]:
         same = [other for other in groups.attributes if (other.path, other.name) == (attribute.path, attribute.name)]
-        place = next(place for place, other in enumerate(same) if other is attribute)
-        return self._class(attribute.path), attribute.name, place
+        return self._class(attribute.path), attribute.name, same.index(attribute)
 
     def _class(self, path: str) -> str:
         kind = type(self.modules[path])
@@ -175,13 +166,10 @@ class _Finder:
 
     def _with_numbers(self, groups: DependencyGroups) -> DependencyGroups:
         """Return the groups with only those attributes and sizes that follow."""
-        attributes = [
-            attribute
-            for attribute in groups.attributes
-            if attribute.sure or self._kind(groups, attribute) in self.followers
-        ]
-        written = [call for call in groups.written if self._class(call.path) in self.corrected]
-        return replace(groups, attributes=tuple(attributes), written=tuple(written))
+        known = self.followers
+        attributes = tuple(held for held in groups.attributes if held.sure or self._kind(groups, held) in known)
+        written = tuple(call for call in groups.written if self._class(call.path) in self.corrected)
+        return replace(groups, attributes=attributes, written=written)
 
     def _failure(self, groups: DependencyGroups, cut: Sequence[Group], exact: bool | None = None) -> str:
         """Say what fails without some units of these groups: not the same share of each, which could fit by chance."""
@@ -192,7 +180,7 @@ class _Finder:
     def _settled(self, groups: DependencyGroups, failed: Mapping[str, str]) -> DependencyGroups:
         """Keep only the groups that passed, with reasons for the rest."""
         usable = self._usable(groups, failed)
-        numbers = [number for number, group in enumerate(groups.all) if any(group is other for other in usable)]
+        numbers = [number for number, group in enumerate(groups.all) if group in usable]
         fixed = {**groups.fixed, **failed}
         for group in groups.all:
             if group.size == 1 and group.layers:
@@ -209,11 +197,7 @@ class _Finder:
 
     @staticmethod
     def _keep(groups: DependencyGroups, cut: Sequence[Group]) -> list[Tensor]:
-        return [_some(group, number, cut) for number, group in enumerate(groups.all)]
-
-
-def _number(groups: DependencyGroups, group: Group) -> int:
-    return next(number for number, other in enumerate(groups.all) if other is group)
+        return [_some(group, number, group in cut) for number, group in enumerate(groups.all)]
 
 
 def _unread(group: Group) -> bool:
@@ -221,9 +205,9 @@ def _unread(group: Group) -> bool:
     return len(group.members) == 1 and not group.spanned and group.members[0].name in group.layers
 
 
-def _some(group: Group, number: int, cut: Sequence[Group]) -> Tensor:
+def _some(group: Group, number: int, cut: bool) -> Tensor:
     keep = torch.ones(group.size, dtype=torch.bool)
-    if any(group is other for other in cut):
+    if cut:
         order = torch.randperm(group.size, generator=torch.Generator().manual_seed(number))
         keep[order[: max(1, group.size // (2 + number % 3))]] = False
     return keep

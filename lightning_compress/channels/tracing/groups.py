@@ -35,7 +35,7 @@ class Member:
     makes: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Units that are alike: the channels of some layers, the heads of an attention layer.
 
@@ -76,7 +76,7 @@ class Cost:
     widths: tuple[tuple[Tensor, Tensor], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attribute:
     """A number that a module keeps and that follows a width, such as its heads.
 
