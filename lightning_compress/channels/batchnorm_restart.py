@@ -8,6 +8,7 @@ reaches the norm; their modes and momenta stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -167,15 +168,10 @@ def _watch(model: nn.Module, run: Callable[[nn.Module], Any], see: Callable[[str
             seen.add(path)
             see(path, norm, moments)
 
-    handles = []
-    for path, norm in _norms(model).items():
-        handles.append(norm.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
-    try:
-        with deterministic(), torch.compiler.set_stance("force_eager"):
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, deterministic(), torch.compiler.set_stance("force_eager"):
+        for path, norm in _norms(model).items():
+            hooks.enter_context(norm.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
+        run(model)
 
 
 def _moments(norm: Any, x: Tensor) -> Tensor | None:

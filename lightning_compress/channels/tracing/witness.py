@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -69,14 +69,12 @@ class Witness(TorchDispatchMode):
         def hook(path: str) -> Any:
             return lambda _, __, out: self.points.setdefault(path, []).extend(map(_sample, tensors_in(out)))
 
-        layers = [(path, one) for path, one in model.named_modules() if isinstance(one, (nn.Linear, _ConvNd))]
-        handles = [layer.register_forward_hook(hook(path)) for path, layer in layers]
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks:
+            for path, layer in model.named_modules():
+                if isinstance(layer, nn.Linear | _ConvNd):
+                    hooks.enter_context(layer.register_forward_hook(hook(path)))
+            hooks.enter_context(self)
+            yield
 
     def distance(self, other: Witness) -> float:
         """Return the greatest relative difference among all tensors that both have in the same shape."""
