@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_compress.channels.cutting.written import Correction
 from lightning_compress.channels.tracing.notes import Factors, Written
-from lightning_compress.channels.tracing.tracer import compressed, varying
+from lightning_compress.channels.tracing.tracer import compressed, first_along, varying
 
 Places = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Of labels the groups, -1 for what stays, and their units in these."""
@@ -87,7 +87,7 @@ def _widths(factors: Factors, places: Places) -> Widths:
         # What is united needn't differ along all dimensions any more.
         dims = varying(compressed(torch.where(groups < 0, -factor, (groups << 32) + units)))
         if len(dims) == 1:
-            widths.append((dims[0], *places(factor.movedim(dims[0], 0).reshape(factor.shape[dims[0]], -1)[:, 0])))
+            widths.append((dims[0], *places(first_along(factor, dims[0]))))
     return tuple(widths)
 
 

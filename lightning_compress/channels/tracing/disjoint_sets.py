@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 FIXED = 0
 """The label of everything that must stay."""
+
+PARAMETER, BUFFER, MADE = range(3)
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -36,11 +39,18 @@ class DisjointSets:
         self._outputs: list[tuple[Tensor, str]] = []
         self._spans: list[tuple[Tensor, str]] = []
         self._lasting: list[Tensor] = []
+        self._starts, self._origins = [0], [PARAMETER]
 
-    def new(self, size: int) -> Tensor:
-        """Fresh labels, int64 ``(size,)``."""
+    def new(self, size: int, origin: int = PARAMETER) -> Tensor:
+        """Fresh labels, int64 ``(size,)``, for a width of a `PARAMETER`, a `BUFFER`, or of what the code `MADE`."""
+        self._starts.append(self.count)
+        self._origins.append(origin)
         self.count += size
         return torch.arange(self.count - size, self.count)
+
+    def origin(self, labels: Tensor) -> int:
+        """Return whose width labels are of, by the first of them."""
+        return self._origins[bisect_right(self._starts, int(labels.flatten()[0])) - 1]
 
     def union(self, left: Tensor, right: Tensor) -> None:
         """Let the labels in two tensors (which broadcast) go together."""
@@ -55,9 +65,10 @@ class DisjointSets:
         unit = _components(self.count, *_joined(self._unions_in_weights))
         return torch.isin(unit, unit[labels])
 
-    def freeze(self, labels: Tensor, reason: str, *, output: bool = False) -> None:
-        """Let labels stay for ever; of several reasons an ``output`` is told, else the first one."""
-        (self._outputs if output else self._frozen).append((labels.reshape(-1), reason))
+    def freeze(self, labels: Tensor | None, reason: str, *, output: bool = False) -> None:
+        """Let labels, if there are any, stay for ever; of several reasons an ``output`` is told, else the first one."""
+        if labels is not None:
+            (self._outputs if output else self._frozen).append((labels.reshape(-1), reason))
 
     def span(self, labels: Tensor, reason: str, lasting: bool = False) -> None:
         """Note that something is computed across these labels, so that one that goes changes what the others do.

@@ -11,22 +11,8 @@ Factors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Product:
-    """Multiply-accumulates of one operator, and the labels of the dimensions that they are proportional to."""
-
-    macs: int
-    widths: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
 class Size:
-    """A size that was written into a view or a split by the module at ``path``.
-
-    Attributes:
-        path: of the module that ran.
-        size: the number that was written.
-        labels: along the dimension that it is the size of.
-    """
+    """A size that the module at ``path`` wrote into a view or a split, and the labels that it counts."""
 
     path: str
     size: int

@@ -7,23 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_compress.channels.tracing.notes import Size
-from lightning_compress.channels.tracing.tracer import Tracer, spread
+from lightning_compress.channels.tracing.tracer import Tracer, name_of, spread
 
 
 def product(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
     """A matrix product: the contracted width ends, the others go on. A bias comes first in its operators."""
-    *bias, left, right = (
-        args[:3] if func._schema.name.rpartition("::")[2].startswith(("addmm", "baddbmm")) else args[:2]
-    )
+    *bias, left, right = args[: 3 if name_of(func).startswith(("addmm", "baddbmm")) else 2]
     inner = tracer.same((left, -1), (right, -2))
     rank = out.dim()
-    factors = []
-    batch = None
-    if rank == 3:
-        batch = tracer.same((left, 0), (right, 0))
-        if batch is not None:
-            factors.append(spread(out.shape[0], batch, 0, rank))
+    batch = tracer.same((left, 0), (right, 0)) if rank == 3 else None
     rows, columns = tracer.along(left, -2), tracer.along(right, -1)
     if tracer.is_weight(right):
         # A product of two weights: in `x @ (a @ b).T`, as layers write it, the second is the first to be applied.
@@ -31,15 +23,11 @@ def product(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
         tracer.outer += [] if made is None else [made]
     elif tracer.is_weight(left) and rows is not None:
         tracer.outer.append(rows)
-    for labels, dim in ((rows, rank - 2), (columns, rank - 1)):
-        if labels is not None:
-            factors.append(spread(out.shape[dim], labels, dim, rank))
+    factors = spread(batch, 0, rank) + spread(rows, -2, rank) + spread(columns, -1, rank)
     tracer.costs(out.numel() * left.shape[-1], inner, rows, columns, batch)
     if bias:
-        shape = (1,) * (rank - bias[0].dim()) + tuple(bias[0].shape)
-        own = [factor.reshape((1,) * (rank - bias[0].dim()) + tuple(factor.shape)) for factor in tracer.labels(bias[0])]
-        factors = list(tracer.meet([(tuple(out.shape), factors), (shape, own)]))
-    tracer.set(out, tuple(factors))
+        factors = tracer.meet([(tuple(out.shape), factors), tracer.operand(bias[0], rank)])
+    tracer.set(out, factors)
 
 
 def convolution(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -50,8 +38,7 @@ def convolution(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], ou
     batched = x.dim() == weight.dim()
     channel = 1 if batched else 0
     for dim in range(2, weight.dim()):
-        if (kernel := tracer.along(weight, dim)) is not None:
-            tracer.sets.freeze(kernel, "the kernel's size")
+        tracer.sets.freeze(tracer.along(weight, dim), "the kernel's size")
     macs = (x.numel() if transposed else out.numel()) * weight[0].numel()
     if groups == 1:
         inner = tracer.same((x, channel), (weight, ins))
@@ -68,7 +55,7 @@ def convolution(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], ou
             tracer.sets.freeze(outer, "a bias of fixed size")
         else:
             tracer.sets.union(outer, biases)
-    tracer.set(out, () if outer is None else (spread(out.shape[channel], outer, channel, out.dim()),))
+    tracer.set(out, spread(outer, channel, out.dim()))
 
 
 def _grouped(
@@ -82,8 +69,7 @@ def _grouped(
     per_out = weight.shape[1] if transposed else weight.shape[0] // groups
     if inputs is None:
         for labels in (whole, part):
-            if labels is not None:
-                tracer.sets.freeze(labels, f"groups of a fixed input in {tracer.where()}")
+            tracer.sets.freeze(labels, f"groups of a fixed input in {tracer.where()}")
         return None, []
     if whole is None or (part is None and weight.shape[1] > 1):
         tracer.sets.freeze(inputs, f"grouped weights that are computed, in {tracer.where()}")
@@ -93,9 +79,8 @@ def _grouped(
         blocks = inputs.view(groups, per_in)
         tracer.sets.union(blocks, blocks[:, :1])
         tracer.sets.union(whole.view(groups, -1), blocks[:, :1])
-        if part is not None:
-            tracer.sets.freeze(part, "inputs or outputs within a group")
-        tracer.sizes.append(Size(tracer.path, groups, blocks[:, 0]))
+        tracer.sets.freeze(part, "inputs or outputs within a group")
+        tracer.note_size(groups, blocks[:, 0])
         return (blocks[:, 0].repeat_interleave(per_out) if transposed else whole), [blocks[:, 0]]
     # The same places go in every group.
     blocks = inputs.view(groups, per_in)
@@ -121,20 +106,14 @@ def attention(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out:
     if (inner := tracer.same((query, -1), (key, -1))) is not None:
         tracer.sets.span(inner, f"attention's scale hangs on it, in {tracer.where()}")
     masks = [mask for mask in (*args[3:], *kwargs.values()) if isinstance(mask, Tensor)]
-    factors: list[Tensor] = []
-    heads = None
-    if query.dim() == 4:
-        heads = _heads(tracer, query, key, value)
-        if heads is not None:
-            factors.append(spread(query.shape[1], heads, 1, 4))
-            for mask in masks:
-                if mask.dim() == 4 and mask.shape[1] > 1:
-                    _mask_heads(tracer, mask, heads)
-    if (width := tracer.along(value, -1)) is not None:
-        factors.append(spread(value.shape[-1], width, out.dim() - 1, out.dim()))
+    heads = _heads(tracer, query, key, value) if query.dim() == 4 else None
+    if heads is not None:
+        for mask in masks:
+            if mask.dim() == 4 and mask.shape[1] > 1:
+                _mask_heads(tracer, mask, heads)
     macs = math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     tracer.costs(macs, heads)
-    tracer.set(out, tuple(factors))
+    tracer.set(out, spread(heads, 1, out.dim()) + spread(tracer.along(value, -1), -1, out.dim()))
 
 
 def _heads(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
@@ -143,8 +122,7 @@ def _heads(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor) -> Tensor 
     groups = key.shape[1]
     if heads is None or (shared is None and groups > 1):
         for labels in (heads, shared):
-            if labels is not None:
-                tracer.sets.freeze(labels, f"it meets a fixed number of heads in {tracer.where()}")
+            tracer.sets.freeze(labels, f"it meets a fixed number of heads in {tracer.where()}")
         return heads
     blocks = heads.view(groups, -1)
     within = blocks.shape[1] > groups  # the finer way first
@@ -154,8 +132,7 @@ def _heads(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor) -> Tensor 
         within ^= bool(tracer.choices.get(name, 0) % 2)
     if within:
         tracer.sets.union(blocks, blocks[:1])
-        if shared is not None:
-            tracer.sets.freeze(shared, f"keys that several heads share, in {tracer.where()}")
+        tracer.sets.freeze(shared, f"keys that several heads share, in {tracer.where()}")
     elif shared is not None:
         tracer.sets.union(blocks, shared[:, None])
     return heads
@@ -183,7 +160,5 @@ def embedding(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out:
     """Rows are looked up."""
     weight = args[0]
     out = out[0] if isinstance(out, tuple) else out
-    if (rows := tracer.along(weight, 0)) is not None:
-        tracer.sets.freeze(rows, "the rows of an embedding")
-    width = tracer.along(weight, 1)
-    tracer.set(out, () if width is None else (spread(out.shape[-1], width, out.dim() - 1, out.dim()),))
+    tracer.sets.freeze(tracer.along(weight, 0), "the rows of an embedding")
+    tracer.set(out, spread(tracer.along(weight, 1), -1, out.dim()))

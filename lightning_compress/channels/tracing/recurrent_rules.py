@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_compress.channels.tracing.notes import Size
-from lightning_compress.channels.tracing.tracer import PARAMETER, Tracer, spread
+from lightning_compress.channels.tracing.tracer import Tracer, spread
 from lightning_compress.modules.outputs import tensors_in
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -53,7 +53,7 @@ def _follow(
     if weights[1].shape[1] != size:
         tracer.freeze((data, weights, states, out), f"a projected recurrent state, in {tracer.where()}")
         return
-    hidden = tracer.new(size, PARAMETER)
+    hidden = tracer.sets.new(size)
     steps = data.numel() // data.shape[-1]
     for place, weight in enumerate(weights):
         rows = tracer.along(weight, 0)
@@ -69,11 +69,11 @@ def _follow(
                 tracer.sets.union(columns.view(-1, size), hidden)
         tracer.costs(steps * weight.numel(), hidden, columns)
     for state in tensors_in(states):
-        if tracer.along(state, -1) is not None:
-            tracer.sets.union(tracer.along(state, -1), hidden)  # type: ignore[arg-type]
+        if (width := tracer.along(state, -1)) is not None:
+            tracer.sets.union(width, hidden)
         else:  # made by whoever called, perhaps by a number that follows: verification will tell
             for path in tracer.stack[-2:]:
                 tracer.sizes.append(Size(path, size, hidden))
     for tensor in tensors_in(out):  # that of two directions stands side by side
         width = hidden.repeat(tensor.shape[-1] // size)
-        tracer.set(tensor, (spread(tensor.shape[-1], width, tensor.dim() - 1, tensor.dim()),))
+        tracer.set(tensor, spread(width, -1, tensor.dim()))

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lightning_compress.channels.tracing import product_rules, shape_rules
-from lightning_compress.channels.tracing.tracer import Rule, Tracer, spread, unknown, varying
+from lightning_compress.channels.tracing.tracer import Rule, Tracer, given, leaves, name_of, spread, unknown, varying
 
 # Element by element, though torch doesn't tag them so.
 _POINTWISE = {"hardswish", "log_sigmoid_forward", "where", "rsub", "native_dropout", "bernoulli", "_to_copy", "copy",
@@ -34,8 +33,7 @@ def rule_for(func: Any) -> Rule:
     """Return the rule of an operator; an unknown one lets all its channels stay."""
     if func.namespace != "aten":
         return unknown
-    name = func._schema.name.rpartition("::")[2]
-    overload = func._schema.overload_name
+    name, overload = name_of(func), func._schema.overload_name
     base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
     if name != base and base in _KEEP:
         return nothing
@@ -71,20 +69,12 @@ def like(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any)
 
 def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
     """Element by element: channels that meet are one."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = leaves((args, kwargs))
     rank = max(tensor.dim() for tensor in tensors)
     # An operator in place keeps its tensor's shape; the others broadcast, aligned at their last dimensions.
-    operands = [
-        (
-            (1,) * (rank - tensor.dim()) + tuple(tensor.shape),
-            [factor.reshape((1,) * (rank - tensor.dim()) + tuple(factor.shape)) for factor in tracer.labels(tensor)],
-        )
-        for tensor in tensors
-    ]
-    factors = tracer.meet(operands)
-    for leaf in pytree.tree_leaves(out):
-        if isinstance(leaf, Tensor):
-            tracer.set(leaf, factors if leaf.dim() == rank else ())
+    factors = tracer.meet([tracer.operand(tensor, rank) for tensor in tensors])
+    for leaf in leaves(out):
+        tracer.set(leaf, factors if leaf.dim() == rank else ())
 
 
 def spatial(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -100,8 +90,7 @@ def spatial(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
             tracer.sets.union(factor, factor.narrow(dim, 0, 1))
             factor = factor.narrow(dim, 0, 1)
         factors.append(factor)
-    for leaf in pytree.tree_leaves(out):
-        tracer.set(leaf, tuple(factors))
+    tracer.set(out, tuple(factors))
 
 
 def pad(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -118,13 +107,11 @@ def pad(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) 
 
 def reduce(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
     """A width that is reduced ends; what goes from it changes the outcome."""
-    x = args[0]
-    names = [argument.name for argument in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    dims, keep = given.get("dim"), bool(given.get("keepdim", False))
+    x, named = args[0], given(func, args, kwargs)
+    dims, keep = named.get("dim"), bool(named.get("keepdim", False))
     dims = list(range(x.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
     gone = {dim % x.dim() for dim in dims} if x.dim() else set()
-    name = func._schema.name.rpartition("::")[2]
+    name = name_of(func)
     factors = []
     for factor in tracer.labels(x):
         if gone & set(varying(factor)):
@@ -134,8 +121,7 @@ def reduce(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: An
                 tracer.sets.freeze(factor, f"`{name}` runs over a part of it, in {tracer.where()}")
             continue
         factors.append(factor if keep else _without(factor, gone))
-    for leaf in pytree.tree_leaves(out):
-        tracer.set(leaf, tuple(factors))
+    tracer.set(out, tuple(factors))
 
 
 def _without(factor: Tensor, dims: set[int]) -> Tensor:
@@ -146,12 +132,11 @@ def softmax(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     """As a reduction, but the width goes on."""
     x = args[0]
     dim = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", -1)
-    name = func._schema.name.rpartition("::")[2].strip("_")
+    name = name_of(func).strip("_")
     for factor in tracer.labels(x):
         if x.dim() and factor.shape[dim] > 1:
             tracer.sets.span(factor, f"`{name}` runs over it, in {tracer.where()}")
-    for leaf in pytree.tree_leaves(out):
-        tracer.set(leaf, tracer.labels(x))
+    tracer.set(out, tracer.labels(x))
 
 
 def batch_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -164,7 +149,7 @@ def batch_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out
     labels = tracer.same((x, 1), *((tensor, 0) for tensor in others))
     if labels is not None:
         tracer.note_size(x.shape[1], labels)
-    tracer.set(out[0], (*across, *(() if labels is None else (spread(x.shape[1], labels, 1, x.dim()),))))
+    tracer.set(out[0], (*across, *spread(labels, 1, x.dim())))
 
 
 def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -175,12 +160,11 @@ def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out
         tracer.freeze(x, f"a norm over several dimensions, or without weights of its own, in {tracer.where()}")
         return None
     others = [tensor for tensor in affine if isinstance(tensor, Tensor)]
-    factors = [factor for factor in tracer.labels(x) if factor.shape[-1] == 1]
+    across = [factor for factor in tracer.labels(x) if factor.shape[-1] == 1]
     labels = tracer.same((x, -1), *((tensor, 0) for tensor in others))
     if labels is not None:
         tracer.sets.span(labels, f"a norm spans it, in {tracer.where()}")
-        factors.append(spread(x.shape[-1], labels, x.dim() - 1, x.dim()))
-    tracer.set(out, tuple(factors))
+    tracer.set(out, (*across, *spread(labels, -1, x.dim())))
 
 
 def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -196,7 +180,7 @@ def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out
     tracer.note_size(x.shape[1], labels)
     blocks = labels.view(groups, -1)
     tracer.sets.union(blocks, blocks[:1])
-    tracer.set(out[0], (spread(x.shape[1], labels, 1, x.dim()),))
+    tracer.set(out[0], spread(labels, 1, x.dim()))
 
 
 _RULES: dict[str, Rule] = {
@@ -213,15 +197,10 @@ _RULES: dict[str, Rule] = {
     "glu": shape_rules.glu,
     **dict.fromkeys(("as_strided", "unfold"), shape_rules.strided),
     **dict.fromkeys(("embedding", "_embedding_bag"), product_rules.embedding),
-    **dict.fromkeys(
-        (
-            "_scaled_dot_product_flash_attention_for_cpu",
-            "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_efficient_attention",
-            "_scaled_dot_product_cudnn_attention",
-        ),
-        product_rules.attention,
-    ),
+    **{
+        f"_scaled_dot_product_{kernel}": product_rules.attention
+        for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    },
     "_weight_norm_interface": product_rules.weight_norm,
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), shape_rules.pixel_shuffle),
 }

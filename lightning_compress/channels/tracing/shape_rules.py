@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_compress.channels.tracing.disjoint_sets import FIXED
 from lightning_compress.channels.tracing.splits import one_width, split_width, take_parts
-from lightning_compress.channels.tracing.tracer import Tracer, compressed, spread, unknown, varying
+from lightning_compress.channels.tracing.tracer import (
+    Operand,
+    Tracer,
+    compressed,
+    given,
+    name_of,
+    spread,
+    unknown,
+    varying,
+)
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 PARTS = {"slice", "split", "split_with_sizes"}
@@ -22,17 +32,19 @@ def move(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any)
     tensor, *rest = args
     outs = list(out) if isinstance(out, (tuple, list)) else [out]
     found: list[list[Tensor]] = [[] for _ in outs]
-    name = func._schema.name.rpartition("::")[2].rstrip("_")
+    name = name_of(func).rstrip("_")
     if any(isinstance(leaf, Tensor) for leaf in rest):
         return unknown(tracer, func, args, kwargs, out)
     functional = getattr(torch.ops.aten, name)
+    options = {key: value for key, value in kwargs.items() if key != "memory_format"}
     for factor in tracer.labels(tensor):
-        moved = functional(factor.expand(tensor.shape).contiguous(), *rest, **_without_format(kwargs))
+        moved = functional(factor.expand(tensor.shape).contiguous(), *rest, **options)
         moved = list(moved) if isinstance(moved, (tuple, list)) else [moved]
         if name in PARTS:
-            given = _given(func, args, kwargs)
-            if (size := factor.shape[given.get("dim", 0)]) > 1:
-                take_parts(tracer, factor, given.get("dim", 0), _places(given, size), certain=name == "split")
+            named = given(func, args, kwargs)
+            dim = named.get("dim", 0)
+            if (size := factor.shape[dim]) > 1:
+                take_parts(tracer, factor, dim, _places(named, size), certain=name == "split")
         for factors, part in zip(found, moved, strict=True):
             part = compressed(part)
             if name in VIEWS:
@@ -46,27 +58,17 @@ def move(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any)
             tracer.note_written(tensor.shape, tracer.labels(tensor), (leaf, tracer.labels(leaf)))
 
 
-def _without_format(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key != "memory_format"}
-
-
 def _copied(tensor: Tensor, out: Tensor) -> list[int]:
     """Return dimensions along which a tensor is repeated, such as a key head for many query heads; not the batch."""
     missing = out.dim() - tensor.dim()
     return [dim for dim in range(1, out.dim()) if dim < missing or tensor.shape[dim - missing] == 1]
 
 
-def _given(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
-    names = [argument.name for argument in func._schema.arguments]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _places(given: Mapping[str, Any], size: int) -> list[range]:
+def _places(named: Mapping[str, Any], size: int) -> list[range]:
     """Return the places along a width of this size that each part takes."""
-    if "split_size" not in given and "split_sizes" not in given:
-        return [range(size)[slice(given.get("start"), given.get("end"), given.get("step"))]]
-    sizes = given.get("split_sizes") or [given["split_size"]] * -(-size // given["split_size"])
+    if "split_size" not in named and "split_sizes" not in named:
+        return [range(size)[slice(named.get("start"), named.get("end"), named.get("step"))]]
+    sizes = named.get("split_sizes") or [named["split_size"]] * -(-size // named["split_size"])
     return [range(size)[end - length : end] for length, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
@@ -76,27 +78,27 @@ def cat(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) 
     rank = out.dim()
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % rank
     if func._schema.name.endswith("stack"):
-        operands = [
+        operands: list[Operand] = [
             ((*tensor.shape[:dim], 1, *tensor.shape[dim:]), [f.unsqueeze(dim) for f in tracer.labels(tensor)])
             for tensor in tensors
         ]
         tracer.set(out, tracer.meet(operands))
         return
-    across, along_dim = [], list[list[Tensor]]()
-    for tensor in tensors:
-        labels = tracer.labels(tensor)
-        across.append([factor for factor in labels if factor.shape[dim] == 1])
-        here = tracer.along(tensor, dim)
-        along_dim.append([] if here is None else [here])
-    shapes = [tuple(1 if place == dim else size for place, size in enumerate(tensor.shape)) for tensor in tensors]
-    factors = list(tracer.meet(list(zip(shapes, across, strict=True))))
-    if any(along_dim):
-        joined = [
-            labels[0] if labels else torch.zeros(tensor.shape[dim], dtype=torch.int64)
-            for tensor, labels in zip(tensors, along_dim, strict=True)
+    joined = [tracer.along(tensor, dim) for tensor in tensors]
+    factors = tracer.meet([_across(tracer, tensor, dim) for tensor in tensors])
+    if any(labels is not None for labels in joined):
+        parts = [
+            torch.full((tensor.shape[dim],), FIXED) if labels is None else labels
+            for tensor, labels in zip(tensors, joined, strict=True)
         ]
-        factors.append(spread(out.shape[dim], torch.cat(joined), dim, rank))
-    tracer.set(out, tuple(factors))
+        factors += spread(torch.cat(parts), dim, rank)
+    tracer.set(out, factors)
+
+
+def _across(tracer: Tracer, tensor: Tensor, dim: int) -> Operand:
+    """Return a tensor as what meets others in all dimensions but one."""
+    shape = tuple(1 if place == dim % tensor.dim() else size for place, size in enumerate(tensor.shape))
+    return shape, [factor for factor in tracer.labels(tensor) if factor.shape[dim] == 1]
 
 
 def index(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -107,7 +109,7 @@ def index(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any
     if any(places is not None and places.dtype == torch.bool and places.dim() > 1 for places in chosen):
         return unknown(tracer, func, args, kwargs, out)  # counts dimensions otherwise
     factors = []
-    functional = getattr(torch.ops.aten, func._schema.name.rpartition("::")[2])
+    functional = getattr(torch.ops.aten, name_of(func))
     for factor in tracer.labels(x):
         if dims & set(varying(factor)) and not _counted(tracer, factor, chosen):
             tracer.sets.freeze(factor, f"its places are numbered in {tracer.where()}")
@@ -136,13 +138,9 @@ def scatter(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     x, dim, _, source = args[:4]
     if not isinstance(source, Tensor) or source.dim() != x.dim():
         return unknown(tracer, func, args, kwargs, out)
-    operands = []
     for tensor in (x, source):
-        if (numbered := tracer.along(tensor, dim)) is not None:
-            tracer.sets.freeze(numbered, f"its places are numbered in {tracer.where()}")
-        shape = tuple(1 if place == dim % x.dim() else size for place, size in enumerate(tensor.shape))
-        operands.append((shape, [factor for factor in tracer.labels(tensor) if factor.shape[dim] == 1]))
-    tracer.set(out, tracer.meet(operands))
+        tracer.sets.freeze(tracer.along(tensor, dim), f"its places are numbered in {tracer.where()}")
+    tracer.set(out, tracer.meet([_across(tracer, tensor, dim) for tensor in (x, source)]))
 
 
 def sequence(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -151,8 +149,7 @@ def sequence(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: 
     for factor in tracer.labels(x):
         if set(varying(factor)) - {x.dim() - 1}:
             tracer.sets.freeze(factor, f"sequences are packed in {tracer.where()}")
-    width = tracer.along(x, -1)
-    tracer.set(out[0], () if width is None else (spread(out[0].shape[-1], width, out[0].dim() - 1, out[0].dim()),))
+    tracer.set(out[0], spread(tracer.along(x, -1), -1, out[0].dim()))
 
 
 def shuffle(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -162,7 +159,7 @@ def shuffle(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     if labels is not None:
         blocks = labels.view(groups, -1)
         tracer.sets.union(blocks, blocks[:1])
-        tracer.set(out, (spread(x.shape[1], blocks.t().flatten(), 1, x.dim()),))
+        tracer.set(out, spread(blocks.t().flatten(), 1, x.dim()))
 
 
 def glu(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -190,7 +187,7 @@ def pixel_shuffle(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], 
         blocks = labels.view(-1, factor * factor)
         tracer.sets.union(blocks, blocks[:, :1])
         labels = blocks[:, 0]
-    tracer.set(out, (spread(len(labels), labels, out.dim() - 3, out.dim()),))
+    tracer.set(out, spread(labels, -3, out.dim()))
 
 
 def strided(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.channels.tracing.tracer import BUFFER, MADE, PARAMETER, Tracer, spread, varying
+from lightning_compress.channels.tracing.disjoint_sets import BUFFER, MADE, PARAMETER
+from lightning_compress.channels.tracing.tracer import Tracer, first_along, spread, varying
 
 
 def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequence[int]], certain: bool = False) -> None:
@@ -21,9 +22,9 @@ def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequenc
         parts: the places of each.
         certain: whether that is certain; else it is a guess, as their lengths may have been written apart.
     """
-    labels = _first_along(factor, dim)
+    labels = first_along(factor, dim)
     ends = sorted({end for part in parts if part for end in (part[0], part[-1] + 1)} - {0, len(labels)})
-    tracer.note_written(factor.shape, (spread(len(labels), labels, dim, factor.dim()),), ends=ends)
+    tracer.note_written(factor.shape, spread(labels, dim, factor.dim()), ends=ends)
     known = tracer.parts.setdefault(tuple(labels.tolist()), {})
     for part in parts:
         if len(part) in (0, len(labels)):
@@ -49,7 +50,7 @@ def one_width(tracer: Tracer, tensor: Tensor, factors: list[Tensor]) -> tuple[Te
         if len(here) > 1:
             order = _in_order(tracer, here, dim)
             chosen = order[0]
-            able = [factor for factor in order if tracer.origin(factor) != BUFFER]
+            able = [factor for factor in order if tracer.sets.origin(factor) != BUFFER]
             if len(able) > 1:
                 key = f"{tracer.path}:{list(tensor.shape)} holds {len(here)}"
                 tracer.splits.setdefault(key, []).append(torch.cat([factor.flatten() for factor in able]))
@@ -63,8 +64,8 @@ def one_width(tracer: Tracer, tensor: Tensor, factors: list[Tensor]) -> tuple[Te
 
 def _in_order(tracer: Tracer, factors: list[Tensor], dim: int) -> list[Tensor]:
     """Order widths: those of parameters first, outer ones before inner ones; of heads that share keys, the more."""
-    labels = [_first_along(factor, dim) for factor in factors]
-    origins = [tracer.origin(factor) for factor in factors]
+    labels = [first_along(factor, dim) for factor in factors]
+    origins = [tracer.sets.origin(factor) for factor in factors]
     counts = [len(along.unique()) for along in labels]
     most = max((count for count, origin in zip(counts, origins, strict=True) if origin == PARAMETER), default=0)
     ranks = [
@@ -81,7 +82,7 @@ def split_width(tracer: Tracer, before: Tensor, after: Tensor, sizes: Any) -> Te
         dims = varying(after)
         options = _split_options(tracer, after, list(sizes))
         keep = options[tracer.choices.get(key, 0) % len(options)]
-        if tracer.origin(before) == PARAMETER:
+        if tracer.sets.origin(before) == PARAMETER:
             tracer.splits.setdefault(key, []).append(after.flatten())
         flat = after
         for dim in dims:
@@ -92,7 +93,7 @@ def split_width(tracer: Tracer, before: Tensor, after: Tensor, sizes: Any) -> Te
         after = flat
     for dim in varying(after):
         if dim < len(sizes) and sizes[dim] > 1:
-            tracer.note_size(int(sizes[dim]), _first_along(after, dim))
+            tracer.note_size(int(sizes[dim]), first_along(after, dim))
     return after
 
 
@@ -102,14 +103,9 @@ def _split_options(tracer: Tracer, after: Tensor, sizes: list[int]) -> list[tupl
     numbers = tracer.numbers.get(tracer.path, set())
     options: list[tuple[int, ...]] = []
     # Blocks whose number is an attribute of the module, as of heads; what lies inside a block stays whole.
-    blocks = [place for place, dim in enumerate(dims[:-1]) if len(_first_along(after, dim).unique()) in numbers]
+    blocks = [place for place, dim in enumerate(dims[:-1]) if len(first_along(after, dim).unique()) in numbers]
     options += [dims[: place + 1] for place in reversed(blocks)]
     options += [(dims[place],) for place in reversed(blocks)]  # such as queries, keys and values alike
     options += [(dim,) for dim in dims if sizes[dim] == -1]
     options += [dims[:1], dims[:-1], dims[-1:]]
     return list(dict.fromkeys(options))
-
-
-def _first_along(factor: Tensor, dim: int) -> Tensor:
-    """Return the labels along one dimension, at the first place of all others."""
-    return factor.movedim(dim, 0).reshape(factor.shape[dim], -1)[:, 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +45,6 @@ class _Writing(TorchFunctionMode):
 @contextmanager
 def _following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     """Run the calls inside under the tracer, which is told what module runs; no hook stays."""
-    handles = []
 
     def enter(path: str) -> Callable[..., None]:
         return lambda *_: tracer.stack.append(path)
@@ -53,17 +52,14 @@ def _following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     def leave(*_: Any) -> None:
         tracer.stack.pop()
 
-    for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(clean_name(path))))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(enter(clean_name(path))))
+            hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         # Gradients of no use here, but not `inference_mode`: it hides what composite operators are made of.
         eager = torch.compiler.set_stance("force_eager")
         with without_fast_path(), eager, torch.no_grad(), tracer, Recurrences(tracer), _Writing(tracer):
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trace(model: nn.Module, runs: Sequence[Run], choices: Mapping[str, int]) -> DependencyGroups:
@@ -195,9 +191,9 @@ class _Reader:
 
     def costs(self) -> Iterator[Cost]:
         """Yield the multiply-accumulates that change."""
-        for product in self.tracer.products:
-            if any(bool((self.units.of(labels) != FIXED).any()) for labels in product.widths):
-                yield Cost(product.macs, tuple(self.places(labels) for labels in product.widths))
+        for macs, widths in self.tracer.products:
+            if any(bool((self.units.of(labels) != FIXED).any()) for labels in widths):
+                yield Cost(macs, tuple(self.places(labels) for labels in widths))
 
     def attributes(self) -> list[Attribute]:
         """Return attributes of modules that have the value of a size that was written."""

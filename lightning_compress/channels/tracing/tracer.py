@@ -7,8 +7,7 @@ What an operator isn't known to leave independent stays (`DisjointSets.freeze`).
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,23 +17,45 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_compress.channels.tracing.disjoint_sets import DisjointSets
-from lightning_compress.channels.tracing.notes import Factors, Product, Size, Written
+from lightning_compress.channels.tracing.disjoint_sets import BUFFER, MADE, PARAMETER, DisjointSets
+from lightning_compress.channels.tracing.notes import Factors, Size, Written
 
 Rule = Callable[["Tracer", Any, Any, dict[str, Any], Any], None]
 """Says what an operator does with labels: (tracer, operator, its args and kwargs, what came out)."""
 
-PARAMETER, BUFFER, MADE = range(3)
+Operand = tuple[tuple[int, ...], Sequence[Tensor]]
+"""A tensor's shape, and its factors."""
 
 _FACTORIES = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided",
               "new_empty_strided", "rand", "randn"}  # fmt: skip
 
 
-def spread(size: int, labels: Tensor, dim: int, rank: int) -> Tensor:
-    """Labels ``(size,)`` as a factor of a tensor with ``rank`` dimensions."""
+def spread(labels: Tensor | None, dim: int, rank: int) -> Factors:
+    """Return labels ``(size,)`` along one dimension as the factor of a tensor of this rank; none of None."""
     shape = [1] * rank
-    shape[dim] = size
-    return labels.reshape(shape)
+    shape[dim] = -1
+    return () if labels is None else (labels.reshape(shape),)
+
+
+def first_along(factor: Tensor, dim: int) -> Tensor:
+    """Return the labels along one dimension, at the first place of all others."""
+    return factor.movedim(dim, 0).reshape(factor.shape[dim], -1)[:, 0]
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """Return the tensors among an operator's arguments, or of what came out."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def name_of(func: Any) -> str:
+    """Return an operator's name without its namespace."""
+    return str(func._schema.name.rpartition("::")[2])
+
+
+def given(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an operator's call by name."""
+    names = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def varying(factor: Tensor) -> tuple[int, ...]:
@@ -44,24 +65,21 @@ def varying(factor: Tensor) -> tuple[int, ...]:
 
 def compressed(factor: Tensor) -> Tensor:
     """Return a factor without the dimensions along which it is constant."""
-    for dim, size in enumerate(factor.shape):
-        if size > 1:
-            first = factor.narrow(dim, 0, 1)
-            if bool((factor == first).all()):
-                factor = first
+    for dim in varying(factor):
+        first = factor.narrow(dim, 0, 1)
+        if bool((factor == first).all()):
+            factor = first
     return factor
 
 
 def clusters(factors: list[Tensor]) -> list[set[int]]:
     """Return sets of dimensions that factors share, each once."""
     clusters: list[set[int]] = []
-    for factor in factors:
-        dims = set(varying(factor))
+    for dims in map(set, map(varying, factors)):
         for cluster in [cluster for cluster in clusters if cluster & dims]:
             clusters.remove(cluster)
             dims |= cluster
-        if dims:
-            clusters.append(dims)
+        clusters += [dims] if dims else []
     return clusters
 
 
@@ -79,7 +97,7 @@ class Tracer(TorchDispatchMode):
         sets: all labels, and which of them go together.
         labels_of: name of each tensor that was seen to its labels.
         counting: whether what runs now costs something.
-        products: what costs multiply-accumulates.
+        products: multiply-accumulates of operators, and the labels of the widths that they are proportional to.
         macs: what all of it costs, also where no channel has a say.
         sizes: sizes that were written into views.
         outer: widths that weights make, in products with what isn't made of weights alone.
@@ -100,7 +118,7 @@ class Tracer(TorchDispatchMode):
         self.numbers = numbers
         self.choices = choices
         self.labels_of: dict[str, Factors] = {}
-        self.products: list[Product] = []
+        self.products: list[tuple[int, Factors]] = []
         self.counting = True
         self.macs = 0
         self.sizes: list[Size] = []
@@ -114,7 +132,6 @@ class Tracer(TorchDispatchMode):
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._labels = WeakIdKeyDictionary()
         self._of_weights, self._of_code = WeakIdKeyDictionary(), WeakIdKeyDictionary()
-        self._starts, self._origins = [0], [PARAMETER]
 
     @property
     def path(self) -> str:
@@ -123,22 +140,16 @@ class Tracer(TorchDispatchMode):
 
     def labels(self, tensor: Tensor) -> Factors:
         """Return the labels of a tensor; new ones for a parameter that is seen for the first time."""
-        known = self._labels.get(tensor)
-        if known is None:
+        if tensor not in self._labels:
             name = self._names.get(id(tensor))
-            known = () if name is None else self._fresh(name, tensor)
-            self._labels[tensor] = known
-        return known  # type: ignore[no-any-return]
+            self._labels[tensor] = () if name is None else self._fresh(name, tensor)
+        return self._labels[tensor]  # type: ignore[no-any-return]
 
     def _fresh(self, name: str, tensor: Tensor) -> Factors:
-        factors = []
-        for dim, size in enumerate(tensor.shape):
-            if size > 1:
-                shape = [1] * tensor.dim()
-                shape[dim] = size
-                factors.append(self.new(size, PARAMETER if isinstance(tensor, nn.Parameter) else BUFFER).view(shape))
-        self.labels_of[name] = tuple(factors)
-        return tuple(factors)
+        origin = PARAMETER if isinstance(tensor, nn.Parameter) else BUFFER
+        widths = [(dim, self.sets.new(size, origin)) for dim, size in enumerate(tensor.shape) if size > 1]
+        self.labels_of[name] = tuple(factor for dim, labels in widths for factor in spread(labels, dim, tensor.dim()))
+        return self.labels_of[name]
 
     def name(self, name: str, tensor: Tensor) -> None:
         """Note what is known of a tensor that was computed and is kept, if its widths lie along one dimension each."""
@@ -146,30 +157,27 @@ class Tracer(TorchDispatchMode):
         if known and name not in self.labels_of and all(len(varying(factor)) == 1 for factor in known):
             self.labels_of[name] = known
 
-    def set(self, tensor: Any, factors: Factors) -> None:
-        """Set the labels of a new tensor."""
-        if isinstance(tensor, Tensor):
-            labels = []
-            for factor in map(compressed, factors):
-                if varying(factor):
-                    labels.append(factor)
-                else:
-                    # All of it hangs on one channel, which some index chose.
+    def set(self, tensors: Any, factors: Factors) -> None:
+        """Set the labels of new tensors."""
+        for tensor in leaves(tensors):
+            own = tuple(map(compressed, factors))
+            for factor in own:
+                if not varying(factor):  # all of it hangs on one channel, which some index chose
                     self.sets.freeze(factor, f"an index of its own, in {self.where()}")
-            self._labels[tensor] = tuple(labels)
+            self._labels[tensor] = tuple(filter(varying, own))
 
     def where(self) -> str:
         """The module that runs, as an error names it."""
         return f"`{self.path}`" if self.path else "the model's forward"
 
-    def made(self, tensor: Tensor, dims: Iterable[int]) -> list[Tensor]:
+    def made(self, tensor: Tensor, dims: Iterable[int]) -> Factors:
         """Label what code made as long as some width, such as a mask for every head: it goes with what it meets."""
-        factors = []
+        factors: Factors = ()
         for dim in dims:
             if (size := tensor.shape[dim]) > 1:
-                labels = self.new(size, MADE)
+                labels = self.sets.new(size, MADE)
                 self.note_size(size, labels)
-                factors.append(spread(size, labels, dim, tensor.dim()))
+                factors += spread(labels, dim, tensor.dim())
         return factors
 
     def note_written(
@@ -188,16 +196,6 @@ class Tracer(TorchDispatchMode):
         """Note a size that the module which runs may have written, with the labels that it counts."""
         self.sizes.append(Size(self.path, size, labels))
 
-    def origin(self, factor: Tensor) -> int:
-        """Return whose width a factor is of: a `PARAMETER`'s, a `BUFFER`'s, or one that the code `MADE`."""
-        return self._origins[bisect_right(self._starts, int(factor.flatten()[0])) - 1]
-
-    def new(self, size: int, origin: int) -> Tensor:
-        """Return fresh labels for a width of a `PARAMETER`, a `BUFFER`, or of what the code `MADE`."""
-        self._starts.append(self.sets.count)
-        self._origins.append(origin)
-        return self.sets.new(size)
-
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter or a buffer, or computed from such alone."""
         return id(tensor) in self._names or tensor in self._of_weights
@@ -210,14 +208,13 @@ class Tracer(TorchDispatchMode):
         """Note what an operator costs, and the widths that it is proportional to."""
         if self.counting:
             self.macs += macs
-            self.products.append(Product(macs, tuple(labels for labels in widths if labels is not None)))
+            self.products.append((macs, tuple(labels for labels in widths if labels is not None)))
 
     def freeze(self, tensors: Any, reason: str, *, output: bool = False) -> None:
         """Let every channel of some tensors stay; that they are an ``output`` is told before any other reason."""
-        for leaf in pytree.tree_leaves(tensors):
-            if isinstance(leaf, Tensor):
-                for factor in self.labels(leaf):
-                    self.sets.freeze(factor, reason, output=output)
+        for leaf in leaves(tensors):
+            for factor in self.labels(leaf):
+                self.sets.freeze(factor, reason, output=output)
 
     def along(self, tensor: Tensor, dim: int) -> Tensor | None:
         """Return the labels along one dimension, ``(size,)``, or None if there are none.
@@ -226,11 +223,10 @@ class Tracer(TorchDispatchMode):
         """
         dim %= tensor.dim()
         factors = [factor for factor in self.labels(tensor) if factor.shape[dim] > 1]
-        if not factors:
-            return None
         if len(factors) > 1:
             for factor in factors:
                 self.sets.freeze(factor, f"two widths in one dimension, in {self.where()}")
+        if len(factors) != 1:
             return None
         [factor] = factors
         moved = factor.movedim(dim, 0).reshape(factor.shape[dim], -1)
@@ -247,8 +243,13 @@ class Tracer(TorchDispatchMode):
             self.sets.freeze(known[0], f"it meets a tensor of fixed size in {self.where()}")
         return known[0] if known else None
 
-    def meet(self, operands: list[tuple[tuple[int, ...], list[Tensor]]]) -> Factors:
-        """Unite the factors of (shape, factors) operands that broadcast; returns those of the outcome."""
+    def operand(self, tensor: Tensor, rank: int) -> Operand:
+        """Return a tensor with ones before its shape, as it broadcasts to this rank."""
+        ones = (1,) * (rank - tensor.dim())
+        return (*ones, *tensor.shape), [factor.reshape((*ones, *factor.shape)) for factor in self.labels(tensor)]
+
+    def meet(self, operands: Sequence[Operand]) -> Factors:
+        """Unite the factors of operands that broadcast; returns those of the outcome."""
         factors = []
         for dims in clusters([factor for _, factors_of in operands for factor in factors_of]):
             labels, fixed = list[Tensor](), False
@@ -259,8 +260,8 @@ class Tracer(TorchDispatchMode):
                 labels += own
                 # One without labels has a size that can't change; two widths at once can't be told apart.
                 fixed |= len(own) != 1
-            first = labels[0]
-            for other in labels[1:]:
+            first, *others = labels
+            for other in others:
                 self.sets.union(first, other)
             if fixed:
                 for factor in labels:
@@ -272,21 +273,21 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = leaves((args, kwargs))
         weights = list(map(self.is_weight, tensors))
         alone = all(weight or self.is_made(tensor) for weight, tensor in zip(weights, tensors, strict=True))
         self.sets.in_weights = alone and any(weights)
         if alone:
             known = self._of_weights if any(weights) else self._of_code
-            known.update({leaf: None for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)})
-        if func.namespace == "aten" and func._schema.name.rpartition("::")[2] in _FACTORIES:
-            self.set(out, tuple(self.made(out, range(out.dim()))))
+            known.update(dict.fromkeys(leaves(out)))
+        if func.namespace == "aten" and name_of(func) in _FACTORIES:
+            self.set(out, self.made(out, range(out.dim())))
         elif any(self.labels(tensor) for tensor in tensors):
             with _disable_current_modes():  # what is done to labels is nobody's concern
                 self._rule_for(func)(self, func, args, kwargs, out)
         elif func is torch.ops.aten.expand.default:
             dims = [dim for dim in range(1, out.dim()) if not out.stride(dim)]  # the first is the batch
-            self.set(out, tuple(self.made(out, dims)))
+            self.set(out, self.made(out, dims))
         elif self.counting and func._overloadpacket in flop_registry:
             self.macs += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
         return out
@@ -294,6 +295,5 @@ class Tracer(TorchDispatchMode):
 
 def unknown(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
     """Freeze whatever an unknown operator gets."""
-    tracer.freeze((args, kwargs), f"`{func._schema.name.rpartition('::')[2]}` in {tracer.where()} isn't understood")
-    for leaf in pytree.tree_leaves(out):
-        tracer.set(leaf, ())
+    tracer.freeze((args, kwargs), f"`{name_of(func)}` in {tracer.where()} isn't understood")
+    tracer.set(out, ())
