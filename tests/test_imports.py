@@ -41,7 +41,7 @@ INSIDE = {
 # The files that import what a string names.
 BY_NAME = {
     "structure/change.py",  # the changes of structure, whose rooms stand above
-    "quantization/static/flows/__init__.py",  # a flow, whose upstream takes seconds and may go
+    "quantization/static/flows/flow.py",  # a flow, whose upstream takes seconds and may go
     "pruning/recipe.py",  # a user's own pruning method
     "channels/planning/importance.py",  # a user's own importance
     "quantization/schemes.py",  # a user's own scheme

@@ -10,7 +10,7 @@ from lightning_compress.errors import invalid, nearest
 from lightning_compress.quantization.layers.packed import packable
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.schemes import resolve
-from lightning_compress.quantization.static.flows import FLOWS
+from lightning_compress.quantization.static.flows.flow import FLOWS
 from lightning_compress.targets import Targets
 
 Overrides = Mapping[str, str | Scheme]

@@ -16,8 +16,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.routing import CHILD, RoutedForm, is_set_aside
 from lightning_compress.quantization.numerics.int8 import StaticInt8, refuse_to_move
-from lightning_compress.quantization.static.flows import load
-from lightning_compress.quantization.static.flows.flow import Flow, Signature, Trace, canonical
+from lightning_compress.quantization.static.flows.flow import Flow, Signature, Trace, canonical, load
 
 _LISTS = ("hooked", "floats", "widened", "unconverted")
 

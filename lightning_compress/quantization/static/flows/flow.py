@@ -1,4 +1,7 @@
-"""What a flow is: the functions that its module has, the calls that it traces, and the traced form that it gives."""
+"""What a flow is: the functions that its module has, the calls that it traces, and the traced form that it gives.
+
+What would replace `torch.ao` for training, should it go, is one more such module.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +20,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.modules.outputs import Structure
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 
+FLOWS = ("fx", "pt2e")
 AVERAGING_CONSTANT = 0.1
 """Weight of each new batch in a moving average of activation ranges; with torch's 0.01 a short fit would end first."""
 
@@ -76,6 +81,20 @@ class Flow(Protocol):
             inputs: tensors of a call.
             drawn_only: the values of ``inputs`` mean nothing; judge by activations that are drawn.
         """
+
+
+def load(name: str) -> Flow:
+    """Return the flow called ``name``; its upstream, which takes seconds, is imported only now.
+
+    Raises:
+        CompressionError: its upstream isn't there.
+    """
+    try:
+        flow: Any = import_module(f"{__package__}.{name}")
+    except ImportError as error:
+        raise CompressionError(f"`flow` must have its upstream installed. Received: flow={name!r}, {error}.") from error
+    checked: Flow = flow
+    return checked
 
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)

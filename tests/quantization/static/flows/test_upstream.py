@@ -50,7 +50,7 @@ def test_everything_that_a_flow_takes_from_upstream_is_there(name: str) -> None:
             gone.append(f"{module}.{attribute}")
     assert not gone, (
         f"Upstream has removed {', '.join(gone)}. What replaces it is one file with the functions of `Flow` (see "
-        f"flows/__init__.py) in the place of flows/{name}.py; nothing else knows of it."
+        f"flows/flow.py) in the place of flows/{name}.py; nothing else knows of it."
     )
 
 
