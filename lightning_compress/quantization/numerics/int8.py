@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -99,26 +100,32 @@ def needs_reduced_range(engine: str = "x86") -> bool:
     return engine != "qnnpack" and (supported is None or not supported() or _kernel_overflows(engine))
 
 
+@contextmanager
+def kernels_of(engine: str) -> Iterator[None]:
+    """Run under one of torch's int8 engines, and put the old one back."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
 @cache
 def _kernel_overflows(engine: str) -> bool:
     """Try whether a linear or a convolution kernel gets the largest products wrong; each may be of another kind."""
-    before = torch.backends.quantized.engine
-    with warnings.catch_warnings(), torch.inference_mode(False):
+    with warnings.catch_warnings(), torch.inference_mode(False), kernels_of(engine):
         warnings.simplefilter("ignore")  # torch announces the end of its quantized tensors
-        try:
-            torch.backends.quantized.engine = engine
-            weight = torch.full((16, 16), 127, dtype=torch.int8)
-            total = weight.shape[1] * 255 * 127
-            linear = torch.ops.quantized.linear_prepack(torch._make_per_tensor_quantized_tensor(weight, 1.0, 0), None)
-            kernel = torch._make_per_tensor_quantized_tensor(weight.view(16, 16, 1, 1), 1.0, 0)
-            conv = torch.ops.quantized.conv2d_prepack(kernel, None, [1, 1], [0, 0], [1, 1], 1)
-            image = torch.quantize_per_tensor(torch.full((1, 16, 8, 8), 255.0), 1.0, 0, torch.quint8)
-            found = (
-                torch.ops.quantized.linear_dynamic(torch.full((1, 16), 255.0), linear, False),
-                torch.ops.quantized.conv2d(image, conv, total / 200, 0).dequantize(),
-            )
-        finally:
-            torch.backends.quantized.engine = before
+        weight = torch.full((16, 16), 127, dtype=torch.int8)
+        total = weight.shape[1] * 255 * 127
+        linear = torch.ops.quantized.linear_prepack(torch._make_per_tensor_quantized_tensor(weight, 1.0, 0), None)
+        kernel = torch._make_per_tensor_quantized_tensor(weight.view(16, 16, 1, 1), 1.0, 0)
+        conv = torch.ops.quantized.conv2d_prepack(kernel, None, [1, 1], [0, 0], [1, 1], 1)
+        image = torch.quantize_per_tensor(torch.full((1, 16, 8, 8), 255.0), 1.0, 0, torch.quint8)
+        found = (
+            torch.ops.quantized.linear_dynamic(torch.full((1, 16), 255.0), linear, False),
+            torch.ops.quantized.conv2d(image, conv, total / 200, 0).dequantize(),
+        )
     return any(bool(product.min() < 0.99 * total) for product in found)
 
 

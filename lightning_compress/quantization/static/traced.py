@@ -255,5 +255,4 @@ def _replaced(module: nn.Module, names: Collection[str]) -> frozenset[str]:
 def widen_(graph: nn.Module, relu6: Collection[str], kind: type[nn.Module] = nn.ReLU) -> None:
     """Put a ReLU in the place of each of these ReLU6 of a traced graph; the traced module keeps its own."""
     for path in relu6:
-        parent, _, name = path.rpartition(".")
-        setattr(graph.get_submodule(parent), name, kind())
+        graph.set_submodule(path, kind())

@@ -1,6 +1,6 @@
 """The fx flow: `torch.ao.quantization` in graph mode, int8 kernels in eager mode with no compiler.
 
-Everything that upstream is to remove in torch 2.15 is imported in this file, `fx_trace.py` and `fused.py` alone.
+Everything that upstream is to remove in torch 2.15 is imported in this file and `fx_trace.py` alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,13 +35,13 @@ from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx, prepare_qat_fx
 from torch.fx import GraphModule
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.modules.isolation import isolated_random_state
-from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.numerics.int8 import StaticInt8, kernels_of
 from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT
-from lightning_compress.quantization.static.flows.fused import guard_, observe_weights_, unguard_
 from lightning_compress.quantization.static.flows.fx_trace import WITH_KERNEL, Opaque
 from lightning_compress.quantization.static.flows.fx_trace import trace as trace  # of `Flow`
 from lightning_compress.quantization.static.flows.graphs import (
@@ -71,7 +71,9 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
     assert isinstance(graph, GraphModule)
     if not training:
         fold_layers_(graph)
-        _fold_parametrizations_(graph)
+        for path, module in list(graph.named_modules()):
+            if isinstance(module, Opaque) and (plain := without_parametrization(module.__dict__["module"])) is not None:
+                graph.set_submodule(path, plain.eval())
     hide_functions_(graph)
     mapping = _qconfig_mapping(scheme, training)
     tied = {id(weight) for layer in graph.modules() if isinstance(layer, FLOAT_TYPES) for weight in layer.parameters()}
@@ -82,20 +84,14 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
     config = PrepareCustomConfig().set_non_traceable_module_classes([Opaque, Function])
     example = tuple(torch.zeros(1) for node in graph.graph.nodes if node.op == "placeholder")
     # Upstream makes new layers around the old parameters, and draws initial weights for them first.
-    with upstream_quiet(), _engine(scheme.engine), isolated_random_state():
+    with _upstream_quiet(), kernels_of(scheme.engine), isolated_random_state():
         graph.train(training)
         prepared = (prepare_qat_fx if training else prepare_fx)(graph, mapping, example, config)
-        guard_(prepared)
+        _guard_(prepared)
     # Upstream leaves some of the weights' observers on the CPU.
     prepared = prepared.to(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))
-    observe_weights_(prepared)
+    _observe_weights_(prepared)
     return prepared
-
-
-def _fold_parametrizations_(graph: GraphModule) -> None:
-    for path, module in list(graph.named_modules()):
-        if isinstance(module, Opaque) and (plain := without_parametrization(module.__dict__["module"])) is not None:
-            graph.set_submodule(path, plain.eval())
 
 
 def observe_(prepared: nn.Module, on: bool) -> None:
@@ -133,29 +129,28 @@ def _convert_with(
     upstream: Callable[[GraphModule], GraphModule], prepared: nn.Module, scheme: StaticInt8, floats: Collection[str]
 ) -> GraphModule:
     assert isinstance(prepared, GraphModule)
-    with upstream_quiet(), _engine(scheme.engine), torch.no_grad(), isolated_random_state():
+    with _upstream_quiet(), kernels_of(scheme.engine), torch.no_grad(), isolated_random_state():
         graph = copy.deepcopy(prepared).cpu().eval()
         for module in graph.modules():
             module._forward_hooks.clear()
-        observe_weights_(graph, anew=True)
-        unguard_(graph)
+        _observe_weights_(graph, anew=True)
+        _unguard_(graph)
+        schemes = graph.meta["_observed_graph_module_attrs"].node_name_to_qconfig
         for node in graph.graph.nodes:
             node.stack_trace = node.name  # what a kernel is made of keeps its trace, though not its name
-        _leave_float_(graph, floats)
+            if node.op == "call_module" and _is_one_of(str(node.target), floats):
+                schemes[node.name] = None
         converted = upstream(graph)
-        out_of_place_(converted)
-    for name, module in list(converted.named_modules()):
+    for path, module in list(converted.named_modules()):
         if isinstance(module, Opaque):
-            parent, _, leaf = name.rpartition(".")
-            setattr(converted.get_submodule(parent), leaf, module.__dict__["module"].cpu().eval())
+            converted.set_submodule(path, module.__dict__["module"].cpu().eval())
+        elif isinstance(module, LeakyReLU):
+            module.inplace = False
+    for node in converted.graph.nodes:
+        if node.target is torch.ops.quantized.leaky_relu:
+            node.update_kwarg("inplace", False)
+    converted.recompile()
     return converted
-
-
-def _leave_float_(prepared: GraphModule, floats: Collection[str]) -> None:
-    schemes = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
-    for node in prepared.graph.nodes:
-        if node.op == "call_module" and _is_one_of(str(node.target), floats):
-            schemes[node.name] = None
 
 
 def _is_one_of(path: str, layers: Collection[str]) -> bool:
@@ -185,7 +180,7 @@ def _has_kernel(module: nn.Module) -> bool:
 
 def _qconfig_mapping(scheme: StaticInt8, training: bool) -> QConfigMapping:
     """Return upstream's mapping for the engine, with the scheme's range in place of its own."""
-    with upstream_quiet():  # of `onednn` it warns that its weights have 8 bits, which aren't taken
+    with _upstream_quiet():  # of `onednn` it warns that its weights have 8 bits, which aren't taken
         mapping = (get_default_qat_qconfig_mapping if training else get_default_qconfig_mapping)(scheme.engine)
     default = mapping.global_qconfig
     assert default is not None
@@ -223,7 +218,7 @@ def _weight_observer(observer: Any, scheme: StaticInt8) -> Any:
 
 
 @contextmanager
-def upstream_quiet() -> Iterator[None]:
+def _upstream_quiet() -> Iterator[None]:
     """Silence upstream, which announces its deprecation at each call: that is ours to carry, not the user's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -234,24 +229,66 @@ def upstream_quiet() -> Iterator[None]:
     assert_and_get_unique_device.cache_clear()
 
 
-@contextmanager
-def _engine(name: str) -> Iterator[None]:
-    """Run under one of torch's int8 engines, and put the old one back."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = name
-    try:
-        yield
-    finally:
-        torch.backends.quantized.engine = before
+# The weights of layers with a fused BatchNorm. Upstream quantizes `w * gamma / std` and divides the output by
+# `gamma / std` again, which makes NaN of a gamma of zero, as in a pruned channel. There the weight is quantized as if
+# gamma were 1; the BatchNorm itself, and so the output, keeps its gamma.
 
 
-def out_of_place_(int8: GraphModule) -> None:
-    """Ask no leaky ReLU of an int8 graph to work in place."""
-    for module in int8.modules():
-        if isinstance(module, LeakyReLU):
-            module.inplace = False
-    nodes = [node for node in int8.graph.nodes if node.target is torch.ops.quantized.leaky_relu]
-    for node in nodes:
-        node.update_kwarg("inplace", False)
-    if nodes:
-        int8.recompile()
+def _guard_(graph: nn.Module) -> None:
+    """Give the fused layers of a prepared ``graph`` the guarded forward; `_unguard_` takes it back."""
+    for module in graph.modules():
+        if isinstance(getattr(module, "bn", None), nn.Module) and hasattr(module, "weight_fake_quant"):
+            cls: Any = type(module)
+            module.__class__ = _guarded(cls)
+
+
+def _unguard_(graph: nn.Module) -> None:
+    """Give the layers their own classes back, by which upstream knows them."""
+    for module in graph.modules():
+        module.__class__ = getattr(type(module), "_unguarded", type(module))
+
+
+@cache
+def _guarded(cls: Any) -> Any:
+    if hasattr(cls, "_unguarded"):
+        return cls
+    # Convolutions add ReLU around this method; the fused Linear has only `forward`.
+    method = "_forward_approximate" if hasattr(cls, "_forward_approximate") else "forward"
+    return type(cls.__name__, (cls,), {method: _forward, "_unguarded": cls, "__module__": cls.__module__})
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    gamma = torch.where(self.bn.weight == 0, 1.0, self.bn.weight)
+    scale = gamma / torch.sqrt(self.bn.running_var + self.bn.eps)
+    weight = self.weight_fake_quant(self.weight * scale.view(-1, *[1] * (self.weight.dim() - 1)))
+    y = self._conv_forward(x, weight, None) if hasattr(self, "_conv_forward") else nn.functional.linear(x, weight)
+    channels = (1, -1, *[1] * (self.weight.dim() - 2))
+    y = y / scale.view(channels)
+    return self.bn(y if self.bias is None else y + self.bias.view(channels))  # type: ignore[no-any-return]
+
+
+def _observe_weights_(prepared: nn.Module, anew: bool = False) -> None:
+    """Let every weight's fake-quantizer see its weight once: its range has its shape before anything copies it.
+
+    ``anew`` forgets what it saw before, so that the range is that of the weight as it is now: averaged, frozen or
+    masked.
+    """
+    with torch.no_grad():
+        for module in prepared.modules():
+            fake_quantize = getattr(module, "weight_fake_quant", None)
+            if not isinstance(fake_quantize, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
+                continue
+            if anew:
+                fake_quantize.activation_post_process.reset_min_max_vals()  # type: ignore[operator, union-attr]
+                fake_quantize.apply(enable_observer)
+            fake_quantize(_folded_weight(module))
+
+
+def _folded_weight(module: nn.Module) -> Tensor:
+    """Return the weight that will be quantized: with the BatchNorm that was fused into the layer."""
+    weight, bn = module.weight, getattr(module, "bn", None)
+    assert isinstance(weight, Tensor)
+    if not isinstance(bn, _BatchNorm) or bn.running_var is None:
+        return weight
+    scale = (bn.running_var + bn.eps).rsqrt() * (1.0 if bn.weight is None else bn.weight)
+    return weight * scale.view(-1, *[1] * (weight.dim() - 1))

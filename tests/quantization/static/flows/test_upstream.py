@@ -57,7 +57,7 @@ def test_everything_that_a_flow_takes_from_upstream_is_there(name: str) -> None:
 def test_only_the_flows_own_files_import_their_upstream() -> None:
     package = REPOSITORY / "lightning_compress"
     users = {str(file.relative_to(package)) for file in package.rglob("*.py") if imports(file)}
-    flows = {f"quantization/static/flows/{name}.py" for name in ("fx", "fx_trace", "fused", "int8_graph", "pt2e")}
+    flows = {f"quantization/static/flows/{name}.py" for name in ("fx", "fx_trace", "int8_graph", "pt2e")}
     assert users == flows | {"quantization/layers/fake_quantizers.py"}
 
 
