@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,37 +59,32 @@ def calibrated_weights(
         raise CompressionError("`calibration` must give at least one batch. Received: an empty loader.")
     modules = compressible_modules(model)
     room = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // _SHARE
-    routed: list[nn.Module] = []
     made: dict[str, Any] = {}
-    with isolated_evaluation(model):
-        try:
-            parts: dict[str, _Part] = {}
-            for path, scheme in layers.items():
-                layer: Any = modules[path]
-                if isinstance(layer, nn.MultiheadAttention):
-                    # Its projections are called as layers of their own, so that what they are given can be seen.
-                    attention = QuantizedAttention(layer, lambda _, part: part)
-                    route_(layer, attention)
-                    routed.append(layer)
-                    named = attention.named_modules(prefix=f"{path}.{CHILD}".lstrip("."))
-                    parts |= {name: _Part([part], scheme) for name, part in named if isinstance(part, nn.Linear)}
-                elif not isinstance(layer, nn.Embedding):  # its Hessian is diagonal: to the nearest is the best there
-                    tied = [part for part in parts.values() if part.layers[0].weight is layer.weight]
-                    if tied:
-                        tied[0].layers.append(layer)
-                    else:
-                        parts[path] = _Part([layer], scheme)
-            counts: list[Counter[str]] = []
-            for stage in _stages(_in_order(model, parts, batches[0], run), room):
-                hessians = _hessians(model, parts, stage, counts, batches, run)
-                for path, part in stage.items():
-                    made[path] = _fit(part, hessians.pop(path, None), path)
-                    for layer in part.layers:
-                        route_(layer, quantized_form(layer, part.scheme, made, path))
-                        routed.append(layer)
-        finally:
-            for layer in reversed(routed):
-                unroute_(layer)
+    with isolated_evaluation(model), ExitStack() as routed:
+        parts: dict[str, _Part] = {}
+        for path, scheme in layers.items():
+            layer: Any = modules[path]
+            if isinstance(layer, nn.MultiheadAttention):
+                # Its projections are called as layers of their own, so that what they are given can be seen.
+                attention = QuantizedAttention(layer, lambda _, part: part)
+                route_(layer, attention)
+                routed.callback(unroute_, layer)
+                named = attention.named_modules(prefix=f"{path}.{CHILD}".lstrip("."))
+                parts |= {name: _Part([part], scheme) for name, part in named if isinstance(part, nn.Linear)}
+            elif not isinstance(layer, nn.Embedding):  # its Hessian is diagonal: to the nearest is the best there
+                tied = [part for part in parts.values() if part.layers[0].weight is layer.weight]
+                if tied:
+                    tied[0].layers.append(layer)
+                else:
+                    parts[path] = _Part([layer], scheme)
+        counts: list[Counter[str]] = []
+        for stage in _stages(_in_order(model, parts, batches[0], run), room):
+            hessians = _hessians(model, parts, stage, counts, batches, run)
+            for path, part in stage.items():
+                made[path] = _fit(part, hessians.pop(path, None), path)
+                for layer in part.layers:
+                    route_(layer, quantized_form(layer, part.scheme, made, path))
+                    routed.callback(unroute_, layer)
     return made
 
 
@@ -152,10 +148,7 @@ def _hessians(
         left[path] -= 1
         for rows in _rows(layer, x) if path in stage else ():
             square = rows.mT @ rows
-            if path in found:
-                found[path] += square
-            else:
-                found[path] = square
+            found[path] = found[path].add_(square) if path in found else square
         if not counting and not any(left.values()):
             raise _Enough
 
@@ -175,23 +168,14 @@ def _hessians(
 def _watched(parts: Mapping[str, _Part], see: Callable[[str, nn.Module, Tensor], Any]) -> Iterator[None]:
     """Call ``see`` with the path, the layer and its input whenever a layer of ``parts`` is called."""
 
-    def hook(path: str) -> Callable[..., None]:
-        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(path, layer, args[0] if args else kwargs["input"])
+    def hook(path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(path, layer, args[0] if args else kwargs["input"])
 
-        return before
-
-    handles = [
-        layer.register_forward_pre_hook(hook(path), with_kwargs=True)
-        for path, part in parts.items()
-        for layer in part.layers
-    ]
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
+        for path, part in parts.items():
+            for layer in part.layers:
+                hooks.callback(layer.register_forward_pre_hook(partial(hook, path), with_kwargs=True).remove)
+        yield
 
 
 def _groups(layer: nn.Module) -> int:

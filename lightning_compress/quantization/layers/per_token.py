@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,9 +77,7 @@ def _errors_of(forms: list[DynamicLinear]) -> Iterator[dict[DynamicLinear, float
         off = off[off.isfinite()].clamp_max(1.0)
         errors[form] = max(errors.get(form, 0.0), off.mean().item() if len(off) else 0.0)
 
-    handles = [form.register_forward_hook(hook) for form in forms]
-    try:
+    with ExitStack() as hooks:
+        for form in forms:
+            hooks.callback(form.register_forward_hook(hook).remove)
         yield errors
-    finally:
-        for handle in handles:
-            handle.remove()
