@@ -57,15 +57,7 @@ def plan_units(
 
     A module is accepted if nothing outside calls into it, it traces, and its prepared form, with fake-quantization off,
     gives the outputs that it gave, in training (same random state) and in evaluation. Else its children are tried.
-
-    Args:
-        model: the root.
-        log: what a run of the model called.
-        scheme: the numbers.
-        targets: which layers may be quantized; None is all.
-        layers: paths of layers that are quantized one by one.
-        training: for quantization-aware training, else for calibration.
-        flow: name of the flow.
+    What stands in ``layers`` is quantized one by one.
     """
     planner = _Planner(
         compressible_modules(model), log, scheme, _excluded(model, targets, layers), set(layers), training, flow
@@ -98,7 +90,9 @@ class _Planner:
     def visit(self, path: str) -> None:
         """Plan ``path`` as one unit, or else what is below it."""
         module = self.modules[path]
-        wanted = [inner for inner in _quantizable(path, self.modules) if inner not in self.excluded | self.layers]
+        inside = {inner: module for inner, module in self.modules.items() if is_at_or_below(inner, path)}
+        left = self.excluded | self.layers
+        wanted = [inner for inner, module in inside.items() if may_have_kernel(module) and inner not in left]
         if not wanted:
             return
         if not _is_shell(path, module):
@@ -122,14 +116,11 @@ class _Planner:
         module = self.modules[path]
         if path not in self.calls.inputs:
             return None, "it wasn't called in the dry run"
-        entered = self.calls.entered_below(path)
-        if entered is not None:
+        if (entered := self.calls.entered_below(path)) is not None:
             return None, f"its `{entered}` is called from outside of it"
-        replaced = self.calls.replaced_below(path)
-        if replaced is not None:
+        if (replaced := self.calls.replaced_below(path)) is not None:
             return None, REPLACED if replaced == path else f"its `{replaced}` is called with parameters of others"
-        read = self.calls.read_below(path)
-        if read is not None:
+        if (read := self.calls.read_below(path)) is not None:
             return None, f"its {'weight' if read == path else f'`{read}`'} is read from outside of it"
         if self.flow == "pt2e" and (others := [layer for layer in self.layers if is_below(layer, path)]):
             return None, f"its `{others[0]}` has a scheme of its own, which an exported graph can't call"
@@ -154,9 +145,11 @@ class _Planner:
                 floats = (*floats, *verdict.wrong.keys() - set(floats))
                 joined = {name: f"{path}.{name}".lstrip(".") for name in verdict.wrong}
                 whole = not holds_layers(module)  # a single layer, in whose traced form a name means itself
-                self.leave_float(
-                    {path if whole and name not in inner else joined[name]: why for name, why in verdict.wrong.items()}
-                )
+                wrong = {
+                    path if whole and name not in inner else joined[name]: why for name, why in verdict.wrong.items()
+                }
+                self.excluded |= wrong.keys()  # also from the parts that are tried when it can't be a unit
+                self.left_float |= wrong
         except CompressionError as error:
             return None, str(error)
         except Exception as error:  # whatever tracing meets in a user's forward is the reason why it stays float
@@ -166,8 +159,9 @@ class _Planner:
         tied = tied_to_float(self.modules[""])
         for name in floats:
             self.left_float.setdefault(prefix + name, tied.get(prefix + name, "excluded"))
-        left = {(prefix + name).rstrip("."): why for name, why in verdict.left.items() if name not in floats}
-        self.left_float |= left
+        self.left_float |= {
+            (prefix + name).rstrip("."): why for name, why in verdict.left.items() if name not in floats
+        }
         return unit, ""
 
     def _floats_in(self, modules: Mapping[str, nn.Module], prefix: str) -> Iterator[str]:
@@ -181,22 +175,10 @@ class _Planner:
                 matrices = (f"{name}.{matrix}".lstrip(".") for matrix in own_matrices(module))
                 yield from (matrix for matrix in matrices if is_left or prefix + matrix in left)
 
-    def leave_float(self, wrong: Mapping[str, str]) -> None:
-        """Exclude layers whose kernels are wrong from this unit, and from those that are tried when it can't be one."""
-        self.excluded |= wrong.keys()
-        self.left_float |= wrong
-
 
 def _is_shell(path: str, module: nn.Module) -> bool:
     """Tell whether the root is a LightningModule around networks, which keep their names, and no network itself."""
     return path == "" and hasattr(module, "training_step") and not any(map(has_kernel, module.children()))
-
-
-def _quantizable(path: str, modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Yield paths at or below ``path`` of layers that int8 may have kernels for."""
-    for inner, module in modules.items():
-        if (inner == path or is_below(inner, path)) and may_have_kernel(module):
-            yield inner
 
 
 def _excluded(model: nn.Module, targets: Targets | None, layers: Collection[str]) -> set[str]:
@@ -268,7 +250,7 @@ def verify(
         if not same_outputs(expected, _run(traced, tuple(tensors), {})):
             return Verdict(f"its traced form computes something else in {'training' if mode else 'evaluation'}")
         layers = {clean_name(name): child for name, child in twin.named_modules()}
-        inputs = _on_cpu(tensors)
+        inputs = [tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors]
         left = left_float(layers, flow.float_weights(traced.graph), scheme) | unused(twin, traced.names)
     # Found out now, not when hours of training end; some int8 kernels of torch compute something else altogether.
     int8 = flow.convert(traced.graph, scheme)
@@ -284,10 +266,6 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     for inner in twin.modules():
         inner._forward_hooks.clear()
     return twin
-
-
-def _on_cpu(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors]
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -19,8 +19,6 @@ from lightning_compress.quantization.static.flows.graphs import (
 )
 
 _EXPORTED = (torch.ops.aten.linear.default, torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default)
-
-
 _PADDED = {
     torch.ops.aten.conv1d.padding: torch.ops.aten.conv1d.default,
     torch.ops.aten.conv2d.padding: torch.ops.aten.conv2d.default,

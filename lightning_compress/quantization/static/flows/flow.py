@@ -116,7 +116,9 @@ class Signature:
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise CompressionError(f"its input holds a {type(leaf).__name__}")
         self.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        self.inputs = [_zeros_like(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        self.inputs = [
+            torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)
+        ]
         self.is_one_tensor = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
 
     @property
@@ -150,10 +152,6 @@ class Signature:
         leaves = [next(rest) if constant is None else constant[0] for constant in self.constants]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return tuple(args), dict(kwargs)
-
-
-def _zeros_like(tensor: Tensor) -> Tensor:
-    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def canonical(

@@ -84,7 +84,9 @@ class _Tracer(QuantizationTracer):
             output = super().call_module(m, forward, args, kwargs)
         if path in self._hooked and isinstance(output, Proxy):
             # The traced form calls no module that it inlined; an identity passes its output on to its hooks.
-            output = self._insert(f"hooked_{len(self._inserted)}", _hook_point(m), (output,), {})
+            point = nn.Identity()
+            point.register_forward_hook(_ReplayHooks(m))
+            output = self._insert(f"hooked_{len(self._inserted)}", point, (output,), {})
         return output
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
@@ -100,7 +102,9 @@ class _Tracer(QuantizationTracer):
         with isolated_random_state(), isolated_state(module.modules()):
             graph = self.trace(module)
             leaves = {str(node.target): node for node in graph.nodes if node.op in ("call_module", "get_attr")}
-            found: dict[str, Any] = {name: self._inserted.get(name) or _attribute(module, name) for name in leaves}
+            found: dict[str, Any] = {
+                name: self._inserted.get(name) or operator.attrgetter(name)(module) for name in leaves
+            }
             # A file fills them in place, which takes memory of their own for each element.
             found |= {name: value.contiguous() for name, value in found.items() if name in vars(module)}
         for name in self._hooked & found.keys() - self._inserted.keys():
@@ -114,12 +118,6 @@ class _Tracer(QuantizationTracer):
         name_layers_(traced)
         hide_integers_(traced, [not tensor.is_floating_point() for tensor in self._signature.inputs])
         return traced
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module
 
 
 class _ReplayHooks:
@@ -136,12 +134,6 @@ class _ReplayHooks:
                 hook(self.module, (), output)
 
 
-def _hook_point(module: nn.Module) -> nn.Identity:
-    point = nn.Identity()
-    point.register_forward_hook(_ReplayHooks(module))
-    return point
-
-
 def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> Trace:
     """Return the traced form of ``module``, sharing its leaves.
 
@@ -149,15 +141,11 @@ def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ())
     depends on data.
     """
     tracer = _Tracer(signature, hooked)
-    if not _is_layer(module):
+    if not type(module).__module__.startswith("torch.nn") or isinstance(module, nn.Sequential):
         graph = tracer.graph_module(module)
         return Trace(graph, tracer.structure, frozenset(tracer.names), tracer.baked)
     graph = tracer.graph_module(_Holder(_shallow_copy(module)).train(module.training))
     return Trace(graph, tracer.structure, frozenset((*module._parameters, *module._buffers, *module._modules)), {})
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
 
 
 class _Holder(nn.Module):
@@ -193,12 +181,7 @@ _KEEP_INTEGERS = (
 
 
 def hide_integers_(graph: GraphModule, are_integers: Sequence[bool]) -> None:
-    """Put operations on integers into modules, which stay as they are.
-
-    Args:
-        graph: traced.
-        are_integers: of its inputs, in order.
-    """
+    """Put operations on integers into modules, which stay as they are; ``are_integers`` tells of the graph's inputs."""
     found, inputs = set[Node](), iter(are_integers)
     for node in list(graph.graph.nodes):
         name, tensor = name_of(node), value_read(graph, node)

@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
 
 AGAIN = "__call"
 """Parts the name of a layer from the number of its call, where a layer is called several times."""
@@ -197,8 +198,7 @@ def hide_functions_(graph: GraphModule) -> None:
 
 
 def _call_layer_(graph: GraphModule, node: Node, source: str, weight: Tensor, bias: Tensor | None = None) -> None:
-    layer = _layer(node, weight, bias)
-    if layer is not None:
+    if (layer := _layer(node, weight, bias)) is not None:
         layer.train(graph.training)
         replace_(graph, node, source.removesuffix(".weight"), layer, (node_of(node, "input"),), {})
 
@@ -206,7 +206,7 @@ def _call_layer_(graph: GraphModule, node: Node, source: str, weight: Tensor, bi
 def _layer(node: Node, weight: Any, bias: Any) -> nn.Module | None:
     """Return the layer that a function is with these parameters; None where its options are computed."""
     options = {name: value for name in _NAMES[3:] if (value := _argument(node, name)) is not None}
-    if any(isinstance(leaf, Node) for value in options.values() for leaf in _leaves(value)):
+    if any(isinstance(leaf, Node) for leaf in pytree.tree_leaves(options)):
         return None
     outputs, inputs, *size = weight.shape
     sizes = {"kernel_size": tuple(size)} if size else {}
@@ -227,10 +227,6 @@ def node_of(node: Node, name: str) -> Node | None:
     """Return the node of an argument of a layer that is written as a function, if it is one."""
     value = _argument(node, name)
     return value if isinstance(value, Node) else None
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return list(tree) if isinstance(tree, tuple | list) else [tree]
 
 
 def with_padding_in_numbers(layer: nn.Module) -> nn.Module:

@@ -24,7 +24,7 @@ from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.static.flows.exported_kernels import exported_steps
 from lightning_compress.quantization.static.flows.exported_weights import fold_weights_, name_sources_, number_paddings_
 from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT, Signature, Trace
-from lightning_compress.quantization.static.flows.graphs import weights_read
+from lightning_compress.quantization.static.flows.graphs import value_read, weights_read
 from lightning_compress.quantization.static.flows.int8_graph import Exported, Int8Graph, quiet
 from lightning_compress.quantization.static.flows.kernels import furthest, reasons
 
@@ -127,11 +127,8 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
 def _tensors(graph: GraphModule) -> Iterator[tuple[Node, Tensor]]:
     """Yield the parameters and buffers that a graph reads."""
     for node in graph.graph.nodes:
-        if node.op == "get_attr" and node.users:
-            owner, _, name = str(node.target).rpartition(".")
-            value = getattr(graph.get_submodule(owner), name)
-            if isinstance(value, Tensor):
-                yield node, value
+        if node.users and isinstance(value := value_read(graph, node), Tensor):
+            yield node, value
 
 
 def _called(graph: GraphModule, node: Node) -> nn.Module | None:
