@@ -16,34 +16,20 @@ FLOAT = "float/"
 
 
 class FloatTwin:
-    """Runs each test batch through a float copy of a module too, which logs under names of its own.
+    """Runs each batch of a stage through a float copy of a module too, which logs by ``log`` under other names."""
 
-    Args:
-        twin: the copy; its ``log`` and ``log_dict`` are replaced.
-        stage: ``test`` or ``validation``.
-        log: what logs for it; takes what `LightningModule.log` takes.
-        prefix: comes before each name.
-    """
-
-    def __init__(
-        self,
-        twin: Any,
-        stage: str,
-        log: Callable[..., None],
-        prefix: str = FLOAT,
-    ) -> None:
+    def __init__(self, twin: Any, stage: str, log: Callable[..., None]) -> None:
         self.twin = twin
         self._stage = stage
         self._log = log
-        self._prefix = prefix
         twin.__dict__["log"] = self._forward
         twin.__dict__["log_dict"] = self._forward_all
 
     def _forward(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(value, torch.nn.Module):
             # A metric object: Lightning computes and resets it, once it has a name to tell it from the module's own.
-            kwargs.setdefault("metric_attribute", f"{self._prefix}{name}")
-        self._log(f"{self._prefix}{name}", value, *args, **kwargs)
+            kwargs.setdefault("metric_attribute", f"{FLOAT}{name}")
+        self._log(f"{FLOAT}{name}", value, *args, **kwargs)
 
     def _forward_all(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         for name, value in values.items():

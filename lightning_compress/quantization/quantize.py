@@ -20,12 +20,7 @@ from lightning_compress.modules.isolation import evaluation_mode, isolated_evalu
 from lightning_compress.modules.latency import round_ratios
 from lightning_compress.modules.outputs import least_cosine, outer_outputs
 from lightning_compress.modules.paths import device_of
-from lightning_compress.quantization.convert import (
-    convert_,
-    forget_,
-    prepare_,
-    record_of,
-)
+from lightning_compress.quantization.convert import convert_, forget_, prepare_, record_of
 from lightning_compress.quantization.layers.gptq_calibration import calibrated_weights
 from lightning_compress.quantization.layers.per_token import give_tokens_scales_
 from lightning_compress.quantization.layers.plan import Weights
@@ -122,13 +117,11 @@ def _say(
 def own_parameters_(model: nn.Module, shared: Collection[nn.Parameter]) -> None:
     """Give a model that has ``shared`` parameters with another its own, where its quantized layers have left any."""
     keys = {id(parameter) for parameter in shared}
-    copies: dict[int, nn.Parameter] = {}
+    copies: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) in keys:
-                if id(parameter) not in copies:
-                    copies[id(parameter)] = copy.deepcopy(parameter)
-                setattr(module, name, copies[id(parameter)])  # recurrent layers keep a second list of theirs
+                setattr(module, name, copy.deepcopy(parameter, copies))  # recurrent layers keep a second list of theirs
 
 
 def quantize_(
@@ -138,15 +131,10 @@ def quantize_(
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], Any] = run_step,
 ) -> None:
-    """Convert ``model`` in place; what it was stays aside for `convert.revert_`.
+    """Convert a float ``model`` in evaluation mode in place; what it was stays aside for `convert.revert_`.
 
-    Args:
-        model: float, in evaluation mode.
-        recipe: what to quantize with.
-        first: the first calibration batch; may be None for a dynamic scheme, which then looks at what is called with
-            the ``example_input_array``, if there is one.
-        batches: the rest of them.
-        run: how a batch goes through the model.
+    The ``first`` of the batches may be None for a scheme that doesn't calibrate, which then looks at what is called
+    with the ``example_input_array``, if there is one.
     """
     scheme, log = recipe.scheme, None
     if first is None and recipe.calibrates:
@@ -187,12 +175,7 @@ def quantize_(
 
 
 def _decide_per_token_(model: nn.Module, cosine: Callable[[], float]) -> None:
-    """Give those layers of a converted model a scale for each token that need one, where the scheme leaves it open.
-
-    Args:
-        model: converted.
-        cosine: runs it, and compares its outputs with those of the float model.
-    """
+    """Give those layers of a converted model a scale for each token that need one, where the scheme leaves it open."""
     record = record_of(model)
     assert record is not None
     schemes = {layer["path"]: layer["scheme"] for layer in record["layers"]}
@@ -239,25 +222,19 @@ def slower_than_float(
 ) -> str:
     """Return a line for the log and the report if ``quantized`` takes longer than ``floats``; empty if it doesn't.
 
-    Both take turns for about 0.3 s, 4 calls of each at least. Forms that are compiled at their first call aren't timed.
-
-    Args:
-        floats: the float model, or a copy of it; what can't be put back afterwards, such as lists that grow, changes.
-        quantized: likewise.
-        run: how a batch goes through.
-        batch: of the shapes that matter.
-        fixed_rounds: the same number of calls whatever they take, where other processes must follow.
+    Both take turns for about 0.3 s, 4 calls of each at least, or as many whatever they take, where other processes must
+    follow. What can't be put back afterwards, such as lists that grow, changes. Forms that are compiled at their first
+    call aren't timed.
     """
     record = record_of(quantized) or {}
     if any(unit["flow"] == "pt2e" for unit in record.get("units", ())):
         return ""
-    seconds = 0.0 if fixed_rounds else _SECONDS
     try:
         ratios = round_ratios(
             floats,
             quantized,
             lambda model: run(model, copy_tensors(batch)),
-            max_seconds=seconds,
+            max_seconds=0.0 if fixed_rounds else _SECONDS,
             min_rounds=_LEAST,
             max_rounds=_MOST,
             warm_up=_WARM_UP,

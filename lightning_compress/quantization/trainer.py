@@ -35,7 +35,9 @@ def calibration_batches(
     loader: Any, trainer: pl.Trainer, probe: pl.LightningModule, limit: int
 ) -> Generator[Any, None, None]:
     """Yield batches as steps get them, with a progress bar."""
-    if isinstance(loader, dict | list | tuple) and not _holds_batches(loader):
+    if isinstance(loader, dict | list | tuple) and all(
+        isinstance(leaf, Iterable) and not isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(loader)
+    ):  # and no list of batches
         loader = CombinedLoader(loader, "max_size_cycle")  # as a fit reads several loaders
     if type(loader).__name__ == "CombinedLoader":  # of either package
         loader = (batch for batch, *_ in loader)
@@ -47,12 +49,6 @@ def calibration_batches(
     hidden = bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero
     for batch in tqdm(islice(loader, limit), "Calibrating", count, leave=False, disable=hidden):
         yield to_module(trainer, probe, batch)
-
-
-def _holds_batches(loaders: Any) -> bool:
-    """Tell whether what could be several loaders is a list of batches."""
-    leaves = pytree.tree_leaves(loaders)
-    return any(isinstance(leaf, torch.Tensor) or not isinstance(leaf, Iterable) for leaf in leaves)
 
 
 def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
@@ -91,12 +87,7 @@ def time_against_float(
 ) -> str:
     """Return a line for the log and the report if a batch takes longer in the quantized copy than in the float one.
 
-    Args:
-        trainer: that runs the module.
-        floats: a copy whose steps can be run, see `make_probe`.
-        quantized: likewise.
-        batch: on the module's device.
-        stage: ``test``, ``validation`` or ``predict``: that step comes first.
+    Both are probes, see `make_probe`; the step of ``stage`` (``test``, ``validation`` or ``predict``) comes first.
     """
     feed = shape_feed(trainer, floats, stage, train=True)
     try:
