@@ -41,8 +41,7 @@ class Quantization(StructuralChange):
     is_float = False
 
     def record(self, module: nn.Module) -> Record | None:
-        record: Record | None = module.__dict__.get(convert.RECORD)
-        return record
+        return convert.record_of(module)
 
     def same(self, module: nn.Module, record: Record | None) -> bool:
         own = convert.record_of(module)
@@ -97,8 +96,7 @@ class Quantization(StructuralChange):
             _check_shapes(module, states[0])
 
     def sync_(self, copied: nn.Module, module: nn.Module) -> None:
-        record = convert.record_of(module)
-        if record is None:
+        if (record := convert.record_of(module)) is None:
             convert.revert_(copied, "float")
             return
         if convert.form_of(copied) != record["form"]:
@@ -142,9 +140,8 @@ def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
     convert.revert_(model, "float")
     convert.take_stored_(model, record)
     if record["form"] == "adapted":
-        convert.adapt_and_record_(
-            model, [layer["path"] for layer in record["layers"]], LowRank(**record["low_rank"]), record
-        )
+        paths = [layer["path"] for layer in record["layers"]]
+        convert.adapt_and_record_(model, paths, LowRank(**record["low_rank"]), record)
         convert.forget_(model)
         return
     convert.prepare_(model, record)

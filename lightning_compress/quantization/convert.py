@@ -49,8 +49,7 @@ def form_of(model: nn.Module) -> str:
 
 def keep_record_(part: nn.Module, model: nn.Module, path: str) -> None:
     """Let ``part``, a copy of the module at ``path`` of ``model``, know by itself what was done to it."""
-    record = copy.deepcopy(record_of(model))
-    if record is None:
+    if (record := copy.deepcopy(record_of(model))) is None:
         return
     for name in ("units", "layers"):
         record[name] = [
@@ -63,12 +62,7 @@ def keep_record_(part: nn.Module, model: nn.Module, path: str) -> None:
 
 
 def prepare_(model: nn.Module, described: Mapping[str, Any]) -> None:
-    """Put observers (for training, fake-quantizers) where they belong. Parameters stay the same objects.
-
-    Args:
-        model: float.
-        described: the plan as plain data, as `Plan.describe` gives it and a checkpoint has it.
-    """
+    """Put observers (for training, fake-quantizers) where `Plan.describe` says. Parameters stay the same objects."""
     record = copy.deepcopy({**described, "form": "prepared"})
     scheme, training, built = cast(StaticInt8, from_description(record["scheme"])), record["training"], []
     for plain in record["units"]:
@@ -131,11 +125,8 @@ def take_stored_(model: nn.Module, record: Mapping[str, Any]) -> None:
 def convert_(model: nn.Module, weights: Weights = MappingProxyType({}), judge: bool = True) -> None:
     """Turn a prepared model into its quantized form; what it was stays aside, for `revert_`.
 
-    Args:
-        model: prepared.
-        weights: packed weights that are known already, by the path of their layer.
-        judge: leave layers float, with a warning, whose int8 kernels compute something else now: on another CPU, say,
-            than the one that it was prepared on.
+    To ``judge`` is to leave layers float, with a warning, whose int8 kernels compute something else now: on another
+    CPU, say, than the one that it was prepared on.
     """
     record = record_of(model)
     assert record is not None and record["form"] == "prepared"
@@ -217,8 +208,7 @@ def revert_(model: nn.Module, form: str = "prepared") -> None:
 
     An adapted model has its adapters merged into float weights, unless these haven't been let go of yet.
     """
-    record = record_of(model)
-    if record is None:
+    if (record := record_of(model)) is None:
         return
     if record["form"] == "adapted":
         merge_(model, record)
@@ -246,12 +236,8 @@ def revert_(model: nn.Module, form: str = "prepared") -> None:
 def adapt_and_record_(model: nn.Module, layers: list[str], low_rank: LowRank, settings: Mapping[str, Any]) -> None:
     """Put adapters over 4-bit ``layers``; the float weights stay aside until `forget_`.
 
-    Args:
-        model: float.
-        layers: paths of linear layers.
-        low_rank: what the adapters look like.
-        settings: ``trained``, patterns of modules that train on as they are; ``targets``, what was asked for;
-            ``floats``, why others have none.
+    Of ``settings``, ``trained`` are patterns of modules that train on as they are, ``targets`` is what was asked for,
+    and ``floats`` says why other layers have none.
     """
     shapes = {path: shapes_of(module_at(model, path)) for path in layers}
     done = adapt_(model, layers, low_rank, settings["trained"])

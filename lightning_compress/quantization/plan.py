@@ -108,11 +108,7 @@ def _nothing_to_quantize(floats: dict[str, str]) -> CompressionError:
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """Say what is quantized, for the log: units by their flow, layers by their scheme.
-
-    Args:
-        record: what `Plan.describe` gave.
-    """
+    """Say what is quantized, for the log: units by their flow, layers by their scheme."""
     ways: dict[str, list[str]] = {}
     for unit in record["units"]:
         ways.setdefault(f"flow {unit['flow']}", []).append(unit["path"])
@@ -137,11 +133,7 @@ def per_token_line(record: Mapping[str, Any]) -> str:
 
 
 def explain(record: Mapping[str, Any]) -> list[str]:
-    """Say what stays float, and what has a form that users should know of: a line for each reason.
-
-    Args:
-        record: what `Plan.describe` gave.
-    """
+    """Say what stays float, and what has a form that users should know of: a line for each reason."""
     parted, floats = _left_float(record)
     lines = [f"{they(paths, 'is', 'are')} quantized in parts, {reason}" for reason, paths in by_reason(parted).items()]
     lines += [f"{they(paths, 'stays', 'stay')} float: {reason}" for reason, paths in by_reason(floats).items()]

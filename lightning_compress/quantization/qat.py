@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -22,7 +22,6 @@ from lightning_compress.modules.routing import CHILD
 from lightning_compress.probe import observe_steps
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.change import CHANGE, copy_ranges_
-from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import explain, make_plan, summary
 from lightning_compress.quantization.recipe import check_overrides
@@ -196,9 +195,8 @@ class QuantizationAwareTraining(WindowedCallback):
             log.merge(seen)
         plan = make_plan(pl_module, log, self.scheme, self.targets, self._overrides, "fx", training=True)
         if plan.units and may_rescale(trainer):
-            static = cast(StaticInt8, self.scheme)
             with evaluation_mode(pl_module):
-                plan.units = [adjusted(pl_module, unit, log, static, training=True) for unit in plan.units]
+                plan.units = [adjusted(pl_module, unit, log, self.scheme, training=True) for unit in plan.units]
         described = plan.describe()
         convert.prepare_(pl_module, described)
         self.sync_(trainer, pl_module)
@@ -224,9 +222,8 @@ class QuantizationAwareTraining(WindowedCallback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        others = compression_callbacks(trainer)
-        due = convert.form_of(pl_module) == "float" and self._trained >= 0
-        if due and self._recent and all(other.is_final() for other in others):
+        late = convert.form_of(pl_module) == "float" and self._trained >= 0 and self._recent
+        if late and all(other.is_final() for other in compression_callbacks(trainer)):
             self._prepare_late(trainer, pl_module)
         if convert.form_of(pl_module) == "prepared" and self._trained < _FEW:
             self._notes.append(f"only {self._trained} optimizer steps were trained with fake-quantizers")

@@ -7,7 +7,7 @@ import logging
 import statistics
 from collections.abc import Callable, Collection, Iterable
 from itertools import chain, islice
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from lightning_compress.quantization.convert import convert_, forget_, prepare_,
 from lightning_compress.quantization.layers.gptq_calibration import calibrated_weights
 from lightning_compress.quantization.layers.per_token import give_tokens_scales_
 from lightning_compress.quantization.layers.plan import Weights
-from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import make_plan, per_token_line
 from lightning_compress.quantization.recipe import Overrides, Recipe
@@ -149,7 +148,7 @@ def quantize_(
             log = dry_run(model, None, lambda model, _: run_example(model), keep_inputs=False)
     plan = make_plan(model, log, scheme, recipe.targets, recipe.overrides, recipe.flow, training=False)
     if log is not None:
-        plan.units = [adjusted(model, unit, log, cast(StaticInt8, scheme)) for unit in plan.units]
+        plan.units = [adjusted(model, unit, log, scheme) for unit in plan.units]
     fitted = {path: wish for path, wish in plan.layers.items() if wish.fits}
     batches = chain([first], batches)
     weights: Weights = {}

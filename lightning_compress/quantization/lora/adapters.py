@@ -52,13 +52,7 @@ class LowRankLinear(nn.Module):
     """Computes ``y = x W^T + b + (alpha / rank) dropout(x) A^T B^T`` with a packed, frozen W.
 
     A is drawn as a linear layer's weight is, from a generator of its own; B is zero, so that training starts from the
-    layer as it was.
-
-    Args:
-        layer: float; its bias is shared.
-        weight: its weight, packed.
-        low_rank: what the adapter looks like.
-        seed: of A.
+    layer as it was. The bias is the layer's own.
 
     References:
         Hu et al., "LoRA", 2021 (arXiv:2106.09685), equation 3; Dettmers et al., "QLoRA", 2023 (arXiv:2305.14314),
@@ -132,16 +126,9 @@ def plan_adapters(
 def adapt_(
     model: nn.Module, layers: Collection[str], low_rank: LowRank, trained: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Put NF4 weights and adapters under ``layers``, and freeze everything else; the float weights stay aside.
+    """Put NF4 weights and adapters under ``layers``, and freeze everything else but modules that match ``trained``.
 
-    Args:
-        model: float.
-        layers: paths of linear layers.
-        low_rank: what the adapters look like.
-        trained: patterns of modules that train on as they are.
-
-    Returns:
-        The settings, and the names of the parameters that were frozen: plain data.
+    The float weights stay aside. Returns the settings, and the names of the parameters that were frozen: plain data.
     """
     modules = compressible_modules(model)
     frozen = [clean_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -168,11 +155,7 @@ def adapt_(
             continue
         if clean_name(name) in frozen:
             frozen.remove(clean_name(name))
-    return {
-        "low_rank": asdict(low_rank),
-        "trained": list(trained),
-        "frozen": frozen,
-    }
+    return {"low_rank": asdict(low_rank), "trained": list(trained), "frozen": frozen}
 
 
 def merge_(model: nn.Module, record: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from lightning_compress.modules.isolation import isolated_evaluation, isolated_r
 from lightning_compress.modules.paths import clean_name, compressible_modules, is_at_or_below
 from lightning_compress.modules.routing import CHILD
 from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.static.equalize import adjust_
 from lightning_compress.quantization.static.flows.flow import canonical
 from lightning_compress.quantization.static.traced import Traced, Unit, trace_by
@@ -73,14 +74,14 @@ def _observing(model: nn.Module) -> Iterator[None]:
             module.calibrating = False
 
 
-def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: StaticInt8, training: bool = False) -> Unit:
+def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: Scheme, training: bool = False) -> Unit:
     """Equalize and smooth the weights of one unit of a model in evaluation, as far as `fx` can trace it.
 
     Before ``training`` frozen weights stay as they are, and so does each ReLU6: what is trained is the same function.
     """
     module = compressible_modules(model)[unit.path]
     inputs = unit.signature.tensors(*canonical(module, *log.inputs[unit.path]))
-    assert inputs is not None
+    assert inputs is not None and isinstance(scheme, StaticInt8)
     # Those of a step in mixed precision are in float32 here.
     inputs = [tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs]
     try:
