@@ -7,7 +7,7 @@ import random
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -31,29 +31,26 @@ def isolated_random_state(seed: int | None = None, loaders: Any = None) -> Itera
         loaders: a nest of loaders; the generators that they, their samplers and datasets hold are put back too.
     """
     numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     leaves = pytree.tree_leaves(getattr(loaders, "iterables", loaders))
     holders = [part for leaf in leaves for part in (leaf, *(getattr(leaf, at, None) for at in ("sampler", "dataset")))]
     found = (getattr(holder, "generator", None) for holder in holders)
-    states = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            if seed is not None:
-                torch.default_generator.manual_seed(seed)
-                # CUDA that hasn't started would remember a seed until then.
-                if devices or (torch.accelerator.is_available() and not torch.cuda.is_available()):
-                    torch.manual_seed(seed)
-                random.seed(seed)
-                if numpy:
-                    numpy.random.seed(seed % 2**32)
-            yield
-        finally:
-            for generator, state in states:
-                generator.set_state(state)
-            random.setstate(python_state)
+    with torch.random.fork_rng(devices=devices), ExitStack() as stack:
+        for generator in found:
+            if isinstance(generator, torch.Generator):
+                stack.callback(generator.set_state, generator.get_state())
+        stack.callback(random.setstate, random.getstate())
+        if numpy:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            # CUDA that hasn't started would remember a seed until then.
+            if devices or (torch.accelerator.is_available() and not torch.cuda.is_available()):
+                torch.manual_seed(seed)
+            random.seed(seed)
             if numpy:
-                numpy.random.set_state(numpy_state)
+                numpy.random.seed(seed % 2**32)
+        yield
 
 
 def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
@@ -70,12 +67,10 @@ def restore_modes_(modes: dict[nn.Module, bool]) -> None:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put ``model`` in evaluation mode, and every module back into its own mode afterwards."""
-    modes = training_modes(model)
-    model.eval()
-    try:
+    with ExitStack() as stack:
+        stack.callback(restore_modes_, training_modes(model))
+        model.eval()
         yield
-    finally:
-        restore_modes_(modes)
 
 
 @contextmanager
@@ -94,13 +89,9 @@ def isolated_inference(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
-    state = _State(model.modules())
-    try:
-        with isolated_random_state(), torch.inference_mode():
-            model.eval()
-            yield
-    finally:
-        state.restore_()
+    with _State(model.modules()), isolated_random_state(), torch.inference_mode():
+        model.eval()
+        yield
 
 
 @contextmanager
@@ -138,29 +129,25 @@ def isolated_state(modules: Iterable[nn.Module]) -> Iterator[None]:
         >>> model.outputs, hasattr(model, "count")
         ([1], False)
     """
-    state, memo = _State(modules), dict[int, Any]()
-    try:
+    with _State(modules) as state:
+        memo = dict[int, Any]()
         for module in state.modules:
             attributes = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
             vars(module).update({name: _copied(value, memo) for name, value in attributes.items()})
         yield
-    finally:
-        state.restore_()
 
 
 @contextmanager
 def restored_on_error(module: nn.Module) -> Iterator[None]:
     """If the block fails, put the modes, buffers and attributes of ``module`` back."""
-    state = _State(module.modules())
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(_State(module.modules()))
         yield
-    except BaseException:
-        state.restore_()
-        raise
+        stack.pop_all()
 
 
 class _State:
-    """The attributes, buffers and modes of modules, as they are when this is made."""
+    """The attributes, buffers and modes of modules, as they are when this is made; put back when it is left."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = list(modules)
@@ -176,7 +163,10 @@ class _State:
         with torch.inference_mode(False), torch.no_grad():
             self._buffers = [(buffer, buffer.clone()) for buffer in buffers if not nn.parameter.is_lazy(buffer)]
 
-    def restore_(self) -> None:
+    def __enter__(self) -> _State:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for module, attributes in self._attributes.items():
             for name in vars(module).keys() - attributes.keys() - _HOOKS:
                 del vars(module)[name]
