@@ -170,8 +170,7 @@ def match_(module: nn.Module, entry: Mapping[str, Any]) -> None:
         CompressionError, RuntimeError: the entry is of another module.
     """
     stack = changes()
-    same = [change.same(module, entry.get(change.key)) for change in stack]
-    first = same.index(False) if False in same else len(stack)
+    first = [*(change.same(module, entry.get(change.key)) for change in stack), False].index(False)
     for change in reversed(stack[first:]):
         change.revert_(module)
     for change in stack[first:]:
