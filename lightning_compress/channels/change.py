@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.channels.cutting.cached import cached_tensors, forget_, is_cached, kept_of
-from lightning_compress.channels.cutting.cut import RECORD, note_whole_, set_numbers_
+from lightning_compress.channels.cutting.cached import cached_tensors, forget_, is_cached, present
+from lightning_compress.channels.cutting.cut import RECORD, note_, set_numbers_
 from lightning_compress.channels.cutting.layers import STANDARD
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name, modules_of, named_tensors
-from lightning_compress.modules.resizing import assign_, resize_, take
+from lightning_compress.modules.resizing import KeptIndices, assign_, resize_, take
 from lightning_compress.modules.routing import CHILD, children_aside
 from lightning_compress.structure.change import Record, StructuralChange
 
@@ -48,14 +48,13 @@ class ChannelRemoval(StructuralChange):
         for key, value in state.items():
             name = clean_name(key)
             tensor = tensors.get(name)
-            if tensor is None or not isinstance(value, Tensor):
+            if tensor is None or not isinstance(value, Tensor) or tensor.dim() != value.dim():
                 continue
-            if tensor.shape == value.shape or tensor.dim() != value.dim():
+            if tensor.shape == value.shape:
                 continue
-            owner = modules.get(name.rpartition(".")[0])
-            narrower = all(narrow <= size for narrow, size in zip(value.shape, tensor.shape, strict=True))
-            if not narrower:
+            if any(size > whole for size, whole in zip(value.shape, tensor.shape, strict=True)):
                 return None  # another model: loading says so
+            owner = modules.get(name.rpartition(".")[0])
             if not isinstance(owner, STANDARD):
                 raise CompressionError(
                     f"`path` must tell how {name} lost channels. Received: {tuple(value.shape)} for "
@@ -69,10 +68,56 @@ class ChannelRemoval(StructuralChange):
         return self.record(module) == (record or None)
 
     def apply_(self, module: nn.Module, record: Record) -> None:
-        _take_widths_(module, record)
+        """Give the module the widths of a record; where it names nothing, those that it was built with.
+
+        The tensors are new: their values are to be loaded, but for buffers that no checkpoint holds.
+
+        Raises:
+            RuntimeError: the module was built with other widths than the record's.
+        """
+        tensors = named_tensors(module)
+        own, record = {**_NOTHING, **(self.record(module) or {})}, {**_NOTHING, **record}
+        wanted = {name: tuple(before) for name, (before, _) in own["shapes"].items()}
+        built = {name: tuple(tensor.shape) for name, tensor in tensors.items()} | wanted
+        for name, (before, now) in record["shapes"].items():
+            if name not in tensors:
+                continue  # what the module makes while it loads, such as adapters; what it doesn't, the load reports
+            if built[name] != tuple(before):
+                raise RuntimeError(
+                    f"size mismatch for {name}: built as {tuple(before)} where the checkpoint was written, as "
+                    f"{built[name]} here."
+                )
+            wanted[name] = tuple(now)
+        kept = {
+            name: {int(dim): torch.tensor(indices) for dim, indices in dims.items()}
+            for name, dims in record["buffers"].items()
+        }
+        whole = {
+            prefix + name: entry["whole"]
+            for prefix, inner in _own_modules(module)
+            for name, entry in inner.__dict__.get(RECORD, _NOTHING)["buffers"].items()
+        }
+        before_of = {name: tensors[name].detach().clone() for name in kept if name not in whole and not is_cached(name)}
+        for name, shape in wanted.items():
+            if tuple(tensors[name].shape) == shape and name not in whole:
+                continue
+            value = whole.get(name, tensors[name].detach())
+            fits = name in kept or tuple(value.shape) == shape
+            assign_(tensors[name], take(value, kept.get(name, {})) if fits else tensors[name].new_zeros(shape))
+        numbers = {name: before for name, (before, _) in own["numbers"].items()}
+        set_numbers_(module, numbers | {name: now for name, (_, now) in record["numbers"].items()})
+        before_of |= _take_cached_(module, kept, whole)
+        for inner in module.modules():
+            inner.__dict__.pop(RECORD, None)
+        modules = modules_of(module)
+        for kind in ("shapes", "numbers"):
+            for name, entry in record[kind].items():
+                note_(module, modules, kind, name, list(entry))
+        for name, dims in kept.items():
+            note_(module, modules, "buffers", name, {"kept": dims, "whole": whole.get(name, before_of.get(name))})
 
     def revert_(self, module: nn.Module) -> None:
-        _take_widths_(module, {})
+        self.apply_(module, {})
 
 
 CHANGE = ChannelRemoval()
@@ -88,81 +133,18 @@ def _own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
                 yield from _own_modules(child, f"{here}{name}.")
 
 
-def _take_widths_(model: nn.Module, record: Record) -> None:
-    """Give the model the widths of a record; where it names nothing, those that it was built with.
-
-    The tensors are new: their values are to be loaded, but for buffers that no checkpoint holds.
-
-    Raises:
-        RuntimeError: the model was built with other widths than the record's.
-    """
-    tensors = named_tensors(model)
-    own_record = CHANGE.record(model) or {}
-    built = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    built.update({name: tuple(shapes[0]) for name, shapes in own_record.get("shapes", {}).items()})
-    wanted = {name: tuple(shapes[0]) for name, shapes in own_record.get("shapes", {}).items()}
-    for name, (before, now) in record.get("shapes", {}).items():
-        if name not in tensors:
-            continue  # what the module makes while it loads, such as adapters; what it doesn't make, the load reports
-        if built[name] != tuple(before):
-            raise RuntimeError(
-                f"size mismatch for {name}: built as {tuple(before)} where the checkpoint was written, as "
-                f"{built[name]} here."
-            )
-        wanted[name] = tuple(now)
-    numbers = {name: before for name, (before, _) in own_record.get("numbers", {}).items()}
-    numbers.update({name: now for name, (_, now) in record.get("numbers", {}).items()})
-    whole = _whole_buffers(model)
-    buffers = [name for name in record.get("buffers", {}) if not is_cached(name)]
-    before_of = {name: tensors[name].detach().clone() for name in buffers if name not in whole}
-    for name, shape in wanted.items():
-        if tuple(tensors[name].shape) == shape and name not in whole:
-            continue
-        value = whole.get(name, tensors[name].detach())
-        kept = {int(dim): torch.tensor(indices) for dim, indices in record.get("buffers", {}).get(name, {}).items()}
-        value = take(value, kept) if kept or tuple(value.shape) == shape else tensors[name].new_zeros(shape)
-        assign_(tensors[name], value)
-    set_numbers_(model, numbers)
-    before_of.update(_take_cached_(model, record, whole))
-    for module in model.modules():
-        module.__dict__.pop(RECORD, None)
-    modules = modules_of(model)
-    for kind, entries in record.items():
-        for full, entry in entries.items():
-            path, _, own = full.rpartition(".")
-            if path not in modules:
-                continue
-            own_record = modules[path].__dict__.setdefault(RECORD, {"shapes": {}, "numbers": {}, "buffers": {}})
-            own_record[kind][own] = list(entry)
-            if kind == "buffers":
-                kept = {int(dim): torch.tensor(indices) for dim, indices in entry.items()}
-                own_record[kind][own] = {"kept": kept, "whole": whole.get(full, before_of.get(full))}
-    if record:
-        note_whole_(model, {kind: record[kind] for kind in ("shapes", "numbers")})
-
-
 @torch.no_grad()
-def _take_cached_(model: nn.Module, record: Record, whole: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Cut the tensors that modules keep beside their own as a record tells; returns those as they were."""
+def _take_cached_(
+    model: nn.Module, kept: Mapping[str, KeptIndices], whole: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Cut the tensors that modules keep beside their own; returns those as they were."""
     for name, tensor in cached_tensors(model).items():
         if (value := whole.get(name)) is not None:
             assign_(tensor, value)
-    entries = {name: entry for name, entry in record.get("buffers", {}).items() if is_cached(name)}
-    kept = kept_of(
-        model, {name: {int(dim): torch.tensor(one) for dim, one in dims.items()} for name, dims in entries.items()}
-    )
     tensors = cached_tensors(model)
+    kept = present(model, {name: dims for name, dims in kept.items() if is_cached(name)})
     before = {name: tensors[name].detach().clone() for name in kept}
     for name, dims in kept.items():
         resize_(tensors[name], dims)
     forget_(model)
     return before
-
-
-def _whole_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return buffers that no checkpoint holds, as they were before they shrank."""
-    found = {}
-    for prefix, module in _own_modules(model):
-        for name, entry in module.__dict__.get(RECORD, {}).get("buffers", {}).items():
-            found[prefix + name] = entry["whole"]
-    return found

@@ -54,13 +54,12 @@ def _leaves(value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
 def kinds_of(model: nn.Module) -> set[tuple[type[nn.Module], str]]:
     """Return class and name of attributes that hold such tensors, but for weights that a hook computes."""
     modules = {clean_name(path): module for path, module in model.named_modules()}
-    split = (name.rpartition(MARK) for name in map(_container, cached_tensors(model)))
-    holders = [(modules[path.removesuffix(".")], attribute) for path, _, attribute in split]
-    return {
-        (type(module), attribute)
-        for module, attribute in holders
-        if not any(name.startswith(f"{attribute}_") for name in module._parameters)
-    }
+    found = set()
+    for path, _, attribute in (name.rpartition(MARK) for name in map(_container, cached_tensors(model))):
+        module = modules[path.removesuffix(".")]
+        if not any(name.startswith(f"{attribute}_") for name in module._parameters):
+            found.add((type(module), attribute))
+    return found
 
 
 def empty_(model: nn.Module, kind: tuple[type[nn.Module], str], *, delete: bool = False) -> None:
@@ -81,18 +80,15 @@ def is_cached(name: str) -> bool:
     return name.rpartition(".")[2].startswith(MARK)
 
 
-def kept_of(model: nn.Module, kept: Mapping[str, KeptIndices]) -> dict[str, KeptIndices]:
-    """Return what stays of the tensors that a model keeps now, by name.
+def present(model: nn.Module, kept: Mapping[str, KeptIndices]) -> dict[str, KeptIndices]:
+    """Adapt a plan to such tensors as a model keeps now: these come and go.
 
-    Args:
-        model: the module, or a copy of it.
-        kept: as planned; entries of one container are alike, so that those for other sizes of inputs shrink too.
+    Entries of one container are alike, so that those for other sizes of inputs shrink too.
     """
-    planned = {name: dims for name, dims in kept.items() if is_cached(name)}
-    tensors = cached_tensors(model) if planned else {}
-    found = {}
+    found = {name: dims for name, dims in kept.items() if not is_cached(name)}
+    tensors = cached_tensors(model) if len(found) < len(kept) else {}
     for name, tensor in tensors.items():
-        alike = [other for other in planned if _container(other) == _container(name)]
+        alike = [other for other in kept if is_cached(other) and _container(other) == _container(name)]
         for other in sorted(alike, key=lambda other: other != name):
             dims = kept[other]
             if all(dim < tensor.dim() and _fits(tensor, tensors.get(other), dim, dims[dim]) for dim in dims):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_compress.channels.cutting.cached import cached_tensors, forget_, is_cached, kept_of
+from lightning_compress.channels.cutting.cached import cached_tensors, forget_, is_cached, present
 from lightning_compress.channels.cutting.layers import keep_scales_, settle_, weight_norms
 from lightning_compress.channels.cutting.written import WRITTEN, set_written_
 from lightning_compress.errors import CompressionError
@@ -36,24 +36,13 @@ def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**named_tensors(model), **cached_tensors(model)}
 
 
-def _present(model: nn.Module, kept: Mapping[str, KeptIndices]) -> dict[str, KeptIndices]:
-    """Adapt a plan to the cached tensors that a model keeps now: these come and go."""
-    return {**{name: dims for name, dims in kept.items() if not is_cached(name)}, **kept_of(model, kept)}
-
-
 @torch.no_grad()
 def cut_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[str, Any]) -> Cut:
     """Keep only some slices of tensors, and update the layers' attributes. Parameters stay the same objects.
 
-    Args:
-        model: the module, or a copy of it.
-        kept: name of each tensor that shrinks to what stays of it.
-        numbers: ``path.name`` of other numbers that follow, with their new values.
-
-    Returns:
-        What was done, for whatever else keeps state of the module's tensors.
+    Returns what was done, for whatever else keeps state of the module's tensors.
     """
-    tensors, kept = _all_tensors(model), _present(model, kept)
+    tensors, kept = _all_tensors(model), present(model, kept)
     normed = weight_norms(model)
     scales = {id(magnitude): dim for magnitude, _, dim, _ in normed}
     before = {name: tensors[name].shape for name in kept}
@@ -61,15 +50,15 @@ def cut_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[str
         _note_(model, kept, numbers)
     left = dict[int, Tensor]()
     for name, dims in kept.items():
-        tensor = tensors[name]
-        if id(tensor) in scales and scales[id(tensor)] in dims:
-            left[id(tensor)] = dims[scales[id(tensor)]]
-        resize_(tensor, dims)
+        key = id(tensors[name])
+        if scales.get(key) in dims:
+            left[key] = dims[scales[key]]
+        resize_(tensors[name], dims)
     keep_scales_(normed, left)
     set_numbers_(model, numbers)
     forget_(model)
-    parameters = {name: tensors[name] for name in kept if isinstance(tensors[name], nn.Parameter)}
-    return Cut(kept, numbers, {parameter: (before[name], kept[name]) for name, parameter in parameters.items()})
+    changes = {tensors[name]: (before[name], kept[name]) for name in kept if isinstance(tensors[name], nn.Parameter)}
+    return Cut(kept, numbers, changes)
 
 
 def set_numbers_(model: nn.Module, numbers: Mapping[str, Any]) -> None:
@@ -86,13 +75,8 @@ def set_numbers_(model: nn.Module, numbers: Mapping[str, Any]) -> None:
 
 
 def _note_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[str, Any]) -> None:
-    """Record what tensors and attributes were before the first cut, and what they are after this one.
-
-    On the module that owns them, so that a part that is taken out knows of itself, and on the whole, as an int8 form
-    takes the place of such modules.
-    """
-    modules = modules_of(model)
-    tensors = _all_tensors(model)
+    """Record what tensors and attributes were before the first cut, and what they are after this one."""
+    tensors, modules = _all_tensors(model), modules_of(model)
     held = set(map(clean_name, model.state_dict()))
     for name, dims in kept.items():
         path, _, own = name.rpartition(".")
@@ -100,27 +84,28 @@ def _note_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[s
         before = list(tensors[name].shape)
         after = [len(dims[dim]) if dim in dims else size for dim, size in enumerate(before)]
         if not is_cached(name):
-            record["shapes"][own] = [record["shapes"].get(own, [before])[0], after]
+            note_(model, modules, "shapes", name, [record["shapes"].get(own, [before])[0], after])
         if name not in held and not isinstance(tensors[name], nn.Parameter):
             entry = record["buffers"].setdefault(own, {"kept": {}, "whole": tensors[name].clone()})
             for dim, indices in dims.items():
                 entry["kept"][dim] = entry["kept"][dim][indices] if dim in entry["kept"] else indices
-    for full, value in numbers.items():
-        path, _, own = full.rpartition(".")
-        record = _record(modules[path])
-        record["numbers"][own] = [record["numbers"].get(own, [getattr(modules[path], own, None)])[0], value]
-    whole: dict[str, dict[str, Any]] = {"shapes": {}, "numbers": {}}
-    for kind, names in (("shapes", [name for name in kept if not is_cached(name)]), ("numbers", list(numbers))):
-        for full in names:
-            path, _, own = full.rpartition(".")
-            whole[kind][full] = list(_record(modules[path])[kind][own])
-    note_whole_(model, whole)
+    for name, value in numbers.items():
+        path, _, own = name.rpartition(".")
+        first = getattr(modules[path], own, None)
+        note_(model, modules, "numbers", name, [_record(modules[path])["numbers"].get(own, [first])[0], value])
 
 
-def note_whole_(model: nn.Module, record: Mapping[str, Mapping[str, Any]]) -> None:
-    """Record on the whole model what its layers' records say."""
-    for kind, entries in record.items():
-        _record(model)[kind].update({name: list(entry) for name, entry in entries.items()})
+def note_(model: nn.Module, modules: Mapping[str, nn.Module], kind: str, name: str, entry: Any) -> None:
+    """Record something of a tensor or attribute with the module that owns it, if there is one.
+
+    A part that is taken out knows of itself so. But for buffers the whole knows too, as an int8 form may take the
+    module's place.
+    """
+    path, _, own = name.rpartition(".")
+    if path in modules:
+        _record(modules[path])[kind][own] = entry
+    if kind != "buffers":
+        _record(model)[kind][name] = list(entry)
 
 
 def _record(module: nn.Module) -> dict[str, Any]:
@@ -131,7 +116,7 @@ def _record(module: nn.Module) -> dict[str, Any]:
 @torch.no_grad()
 def zero_(model: nn.Module, kept: Mapping[str, KeptIndices]) -> None:
     """Set to zero what `cut_` would remove: what remains computes the same."""
-    tensors, kept = _all_tensors(model), _present(model, kept)
+    tensors, kept = _all_tensors(model), present(model, kept)
     normed = weight_norms(model)
     # A weight norm's rows go with their magnitudes: a direction of zeros has none.
     rows = {id(direction): dim for _, direction, dim, _ in normed}
