@@ -125,9 +125,7 @@ def _reshape(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any
 
 
 def _unflatten(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
-    names = ("input", "dim", "sizes")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    x, dim, sizes = (given[name] for name in names)
+    x, dim, sizes = _by_name("input dim sizes", args, kwargs)
     if not isinstance(dim, int):
         return args, kwargs
     dim %= x.dim()
@@ -197,9 +195,7 @@ def _meant(view: Correction, written: Sequence[int]) -> list[int]:
 
 
 def _split(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
-    names = ("tensor", "split_size_or_sections", "dim")
-    given = {**dict(zip(names, args, strict=False)), **{_ALIASES.get(name, name): one for name, one in kwargs.items()}}
-    x, sizes, dim = given["tensor"], given["split_size_or_sections"], given.get("dim", 0)
+    x, sizes, dim = _by_name("tensor split_size_or_sections dim", args, kwargs)
     places, before = _places_now(corrections, x, dim)
     if not places:
         return args, kwargs
@@ -214,10 +210,15 @@ def _split(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any])
 _ALIASES = {"split_size": "split_size_or_sections", "self": "tensor", "indices": "split_size_or_sections"}
 
 
+def _by_name(names: str, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """Return arguments by their names; a ``dim`` is 0 unless it is given."""
+    named = {_ALIASES.get(name, name): argument for name, argument in kwargs.items()}
+    given = {"dim": 0, **dict(zip(names.split(), args, strict=False)), **named}
+    return [given.get(name) for name in names.split()]
+
+
 def _tensor_split(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
-    names = ("tensor", "split_size_or_sections", "dim")
-    given = {**dict(zip(names, args, strict=False)), **{_ALIASES.get(name, name): one for name, one in kwargs.items()}}
-    x, ends, dim = given["tensor"], given.get("split_size_or_sections"), given.get("dim", 0)
+    x, ends, dim = _by_name("tensor split_size_or_sections dim", args, kwargs)
     places, _ = _places_now(corrections, x, dim)
     if not isinstance(ends, (list, tuple)) or any(end not in places for end in ends):
         return args, kwargs
@@ -225,9 +226,7 @@ def _tensor_split(corrections: Sequence[Correction], args: Any, kwargs: dict[str
 
 
 def _narrow(corrections: Sequence[Correction], args: Any, kwargs: dict[str, Any]) -> Arguments:
-    names = ("input", "dim", "start", "length")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    x, dim, start, length = (given[name] for name in names)
+    x, dim, start, length = _by_name("input dim start length", args, kwargs)
     places, _ = _places_now(corrections, x, dim)
     if isinstance(start, Tensor) or start not in places or start + length not in places:
         return args, kwargs
