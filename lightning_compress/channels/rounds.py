@@ -29,11 +29,6 @@ _WORTH = 0.1
 class Rounds:
     """What a fit that removes channels must remember, and what it decides by that.
 
-    Args:
-        recipe: what is to remain in the end.
-        schedule: how much of the way to that is gone when.
-        window: when that is.
-
     Attributes:
         asked: the fraction of the way that the last round asked for.
         progress: what has left so far.
@@ -145,11 +140,7 @@ class Rounds:
     def plan(self, subject: Subject, progress: float, step: int, agree: Callable[[Any], Any]) -> RemovalPlan:
         """Decide what leaves now: a part of the way from the original to the budget.
 
-        Args:
-            subject: the module, and how it is called.
-            progress: of the window.
-            step: number of optimizer steps, by which a seed differs from round to round.
-            agree: gives all ranks the first one's value.
+        Seeds differ by ``step`` from round to round; ``agree`` gives all ranks the first one's value.
         """
         self.asked, self.checked = self.schedule.value(progress, 1.0), True
         groups = find_groups(subject)
@@ -162,12 +153,10 @@ class Rounds:
             recipe = replace(recipe, budget=Budget("macs", self._macs))
         overrides = {pattern: self._on_the_way(final) for pattern, final in recipe.overrides.items()}
         budget = replace(recipe.budget, fraction=self._on_the_way(recipe.budget.fraction))
-        recipe = replace(
-            recipe, budget=budget, goal=recipe.budget.fraction, overrides=overrides, seed=recipe.seed + step
-        )
-        if not self.is_final:
-            # Steps are for the end: a round takes less than one from most layers.
-            recipe = replace(recipe, round_to=1)
+        goal, seed = recipe.budget.fraction, recipe.seed + step
+        # Steps are for the end: a round takes less than one from most layers.
+        round_to = recipe.round_to if self.is_final else 1
+        recipe = replace(recipe, budget=budget, goal=goal, overrides=overrides, seed=seed, round_to=round_to)
         plan = make_plan(subject, groups, recipe, self.scores, self.progress)
         return agree(replace(plan, latency=self.latency))  # type: ignore[no-any-return]
 
@@ -191,8 +180,7 @@ class Rounds:
     @property
     def remaining(self) -> float:
         """The fraction of the original that is logged."""
-        remaining: float = getattr(self.progress, self.logged)
-        return remaining
+        return float(getattr(self.progress, self.logged))
 
     def outcome(self, step: int) -> list[str]:
         """What the last round led to, line by line."""

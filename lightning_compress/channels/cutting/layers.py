@@ -30,11 +30,7 @@ STANDARD = (
 
 
 def settle_(layer: Any, groups: int | None = None) -> None:
-    """Set a layer's attributes by the shapes of its tensors.
-
-    Args:
-        layer: one of torch's layers; anything else is left alone.
-        groups: of a grouped convolution, if their number changed too.
+    """Set the attributes of one of torch's layers by the shapes of its tensors, and the groups if they changed too.
 
     Example:
         >>> layer = nn.Linear(4, 3)
@@ -106,14 +102,9 @@ def _norm(direction: Tensor, dim: int | None) -> Tensor:
 
 
 @torch.no_grad()
-def keep_scales_(normed: Normed, before: dict[int, Tensor]) -> None:
-    """Set magnitudes so that what is left of each weight is what it was.
-
-    Args:
-        normed: as `weight_norms` saw it before the cut.
-        before: id of a magnitude to the indices that stayed of it.
-    """
+def keep_scales_(normed: Normed, left_of: dict[int, Tensor]) -> None:
+    """Set magnitudes so that what is left of each weight is what it was before, by the indices that are left of it."""
     for magnitude, direction, dim, scale in normed:
-        indices = before.get(id(magnitude))
+        indices = left_of.get(id(magnitude))
         left = scale if indices is None else scale.index_select(dim, indices.to(scale.device))
         magnitude.copy_(left * _norm(direction, dim))

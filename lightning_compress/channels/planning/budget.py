@@ -14,12 +14,7 @@ from lightning_compress.targets import Scope
 
 
 class _Width:
-    """Counts how many places of a width stay, by what stays of the groups.
-
-    Args:
-        groups: of each place, or -1.
-        units: and its unit in that.
-    """
+    """Counts how many places of a width stay, by the group of each place, or -1, and its unit in that."""
 
     def __init__(self, groups: Tensor, units: Tensor) -> None:
         self.size = len(groups)
@@ -35,26 +30,17 @@ class _Width:
                     self._unlike.append((number, places))
 
     def kept(self, keep: Sequence[Tensor], counts: Sequence[int]) -> int:
-        """The places that stay.
-
-        Args:
-            keep: of each group what stays.
-            counts: and how many that are.
-        """
+        """The places that stay, by what stays of each group and how many units that are."""
         total = self._fixed + sum(places * counts[number] for number, places in self._alike)
         return total + sum(int(places[keep[number][: len(places)]].sum()) for number, places in self._unlike)
 
 
 class Sizes:
-    """Counts what a model costs, by what stays of its groups.
-
-    Args:
-        groups: as `find_groups` found it, with the multiply-accumulates of the whole model.
-    """
+    """Counts what a model costs, by what stays of its groups."""
 
     def __init__(self, groups: DependencyGroups) -> None:
-        self._fixed_macs = groups.macs - sum(cost.macs for cost in groups.costs)
-        self._costs = [(cost.macs, [_Width(*width) for width in cost.widths]) for cost in groups.costs]
+        self._fixed_macs = groups.macs - sum(macs for macs, _ in groups.costs)
+        self._costs = [(macs, [_Width(*width) for width in widths]) for macs, widths in groups.costs]
         self._widths = [group.width / group.size for group in groups.all]
         members: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
         for number, group in enumerate(groups.all):
@@ -132,28 +118,19 @@ def choose(
 ) -> list[Tensor]:
     """Choose what stays of each group, so that ``cost`` comes nearest to ``target``; the least important go first.
 
-    Args:
-        ranked: importance of each unit of each group.
-        limits: of each group.
-        cost: of what stays; falls when more goes.
-        target: the cost to come to.
-        scope: rank the units of all groups together, or take the same fraction of each group.
+    The scope says whether the units of all groups are ranked together, or the same fraction of each group is taken.
     """
     orders = [scores.argsort(stable=True) for scores in ranked]
+    ranks = [order.argsort() for order in orders]
     sizes = [len(scores) for scores in ranked]
 
     def keep(counts: Sequence[int]) -> list[Tensor]:
-        masks = []
-        for order, size, count in zip(orders, sizes, counts, strict=True):
-            mask = torch.ones(size, dtype=torch.bool)
-            mask[order[: size - count]] = False
-            masks.append(mask)
-        return masks
+        return [place >= size - count for place, size, count in zip(ranks, sizes, counts, strict=True)]
 
     if scope == "global":
         owner = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
         # Ties are broken by the place within the group, so that no group pays for all.
-        places = torch.cat([torch.argsort(order).double() / len(order) for order in orders])
+        places = torch.cat([place.double() / len(place) for place in ranks])
         first = places.argsort(stable=True)
         everything = first[torch.cat(list(ranked))[first].argsort(stable=True)]
         owners = owner[everything]

@@ -123,13 +123,12 @@ def taylor(group: UnitWeights) -> Tensor | None:
     References:
         Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019 (arXiv:1906.10771), eq. 8.
     """
-    total = None
+    sums = []
     for weight in group.weights:
         gradient = weight.parameter.grad
         if weight.member.makes and gradient is not None:
-            sums = weight.sums(weight.parameter * (gradient.to_dense() if gradient.is_sparse else gradient))
-            total = sums if total is None else total + sums
-    return None if total is None else total.square()
+            sums.append(weight.sums(weight.parameter * (gradient.to_dense() if gradient.is_sparse else gradient)))
+    return sum(sums[1:], sums[0]).square() if sums else None
 
 
 def random(group: UnitWeights) -> Tensor | None:
@@ -226,12 +225,7 @@ def rank(
 ) -> list[Tensor]:
     """Return each group's scores over their mean, so that groups compare: float64 ``(size,)``.
 
-    Args:
-        model: whose groups these are.
-        groups: whose units are ranked.
-        importance: of `IMPORTANCES`, or a user's own.
-        carried: scores of an importance of gradients, as `carry_scores_` summed them.
-        seed: of random numbers.
+    Those of an importance of gradients are ``carried``, as `carry_scores_` summed them.
     """
     found = [carried.get(group.name) for group in groups] if importance.needs_gradients else None
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 from lightning_compress.channels.planning.importance import Importance, resolve_importance
 from lightning_compress.errors import CompressionError, invalid
@@ -12,7 +12,6 @@ from lightning_compress.targets import Scope, Targets
 
 SCOPE: Scope = "global"
 LEAST = 0.1
-
 
 Kind = Literal["channels", "params", "macs", "latency"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -44,7 +43,7 @@ def make_budget(given: Mapping[str, float | None]) -> Budget:
             "Each is the fraction that is to remain: macs=0.5 keeps half."
         )
     [(kind, fraction)] = budgets.items()
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 < fraction <= 1.0:
+    if not _is_fraction(fraction):
         raise invalid(kind, "lie in (0, 1]", fraction, "It is the fraction that is to remain.")
     return Budget(kind, float(fraction))
 
@@ -102,5 +101,5 @@ def make_recipe(
     return Recipe(budget, resolved, scope, targets, overrides or {}, min_layer_channels, round_to, seed)
 
 
-def _is_fraction(value: object) -> bool:
+def _is_fraction(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 1.0

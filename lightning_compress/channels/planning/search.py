@@ -61,14 +61,7 @@ def make_plan(
     carried: Mapping[str, Tensor],
     progress: Progress = Progress(),
 ) -> RemovalPlan:
-    """Make a plan for groups that are known; it is verified before it is returned.
-
-    Args:
-        subject: the model, and how it is called; a latency budget times its first run.
-        groups: as `find_groups` found it.
-        recipe: what is wanted.
-        carried: scores of an importance of gradients: see `rank`.
-        progress: what was removed before.
+    """Make a plan for the groups that `find_groups` found; it is verified before it is returned.
 
     Raises:
         CompressionError: nothing can be removed.
@@ -99,29 +92,19 @@ def _failures(subject: Subject, groups: DependencyGroups, keep: Sequence[Tensor]
     return alone or dict.fromkeys(cut, together)
 
 
+@dataclass
 class _Search:
-    def __init__(
-        self,
-        subject: Subject,
-        groups: DependencyGroups,
-        recipe: Recipe,
-        progress: Progress,
-        carried: Mapping[str, Tensor],
-    ) -> None:
-        self.subject = subject
-        self.groups = groups
-        self.recipe = recipe
-        self.progress = progress
-        self.sizes = Sizes(groups)
-        self.every = [torch.ones(group.size, dtype=torch.bool) for group in groups.all]
-        self._ranked = rank(subject.model, groups.all, recipe.importance, carried, recipe.seed)
+    subject: Subject
+    groups: DependencyGroups
+    recipe: Recipe
+    progress: Progress
+    carried: Mapping[str, Tensor]
 
-    def meet(self) -> tuple[list[Tensor], float | None]:
-        """What stays of each group, and the measured latency if the budget is one."""
-        budget = self.recipe.budget
-        if budget.kind != "latency":
-            return self._choose(budget.kind, budget.fraction), None
-        return self._meet_latency(budget.fraction)
+    def __post_init__(self) -> None:
+        groups, recipe = self.groups.all, self.recipe
+        self.sizes = Sizes(self.groups)
+        self.every = [torch.ones(group.size, dtype=torch.bool) for group in groups]
+        self._ranked = rank(self.subject.model, groups, recipe.importance, self.carried, recipe.seed)
 
     def _choose(self, kind: str, fraction: float) -> list[Tensor]:
         cost = getattr(self.sizes, kind)
@@ -143,13 +126,11 @@ class _Search:
         low, high = 0.0, 1.0
         for _ in range(20):
             middle = (low + high) / 2
-            counts = [
-                min(group.size, round(middle * _original(group, self.progress)))
-                if limit.exactly is None
-                else limit.exactly
+            masks = [
+                torch.arange(group.size)
+                < (round(middle * _original(group, self.progress)) if limit.exactly is None else limit.exactly)
                 for group, limit in zip(groups, limits, strict=True)
             ]
-            masks = [torch.arange(group.size) < count for group, count in zip(groups, counts, strict=True)]
             low, high = (middle, high) if cost(masks) <= target else (low, middle)
         return low
 
@@ -158,9 +139,12 @@ class _Search:
         now: float = getattr(self.sizes, kind)(self.every)
         return now / float(getattr(self.progress, kind))
 
-    def _meet_latency(self, fraction: float) -> tuple[list[Tensor], float]:
-        """Look for the multiply-accumulates at which the measured time is what is wanted."""
-        low, high, wanted = 0.0, 1.0, fraction
+    def meet(self) -> tuple[list[Tensor], float | None]:
+        """What stays of each group, and the measured latency if the budget is one."""
+        kind, fraction = self.recipe.budget.kind, self.recipe.budget.fraction
+        if kind != "latency":
+            return self._choose(kind, fraction), None
+        low, high, wanted = 0.0, 1.0, fraction  # of the multiply-accumulates
         found = list[tuple[float, float, list[Tensor]]]()
         for _ in range(_MEASUREMENTS):
             keep = self._choose("macs", wanted)
@@ -199,9 +183,8 @@ class _Search:
 
     def _missed(self, keep: list[Tensor], latency: float | None) -> str:
         kind, wanted = self.recipe.budget.kind, self.recipe.budget.fraction
-        reached = latency if kind == "latency" else getattr(self.sizes, kind)(keep) / self._whole(kind)
-        tolerance = _TOLERANCE[kind]
-        if reached is None or abs(reached - wanted) <= tolerance * wanted:
+        reached = getattr(self.sizes, kind)(keep) / self._whole(kind) if latency is None else latency
+        if abs(reached - wanted) <= _TOLERANCE[kind] * wanted:
             return ""
         return (
             f"The budget is missed: {kind}={wanted} was asked for, {reached:.3f} is nearest. Allow more with "
@@ -222,16 +205,15 @@ def removable(model: nn.Module, groups: DependencyGroups, recipe: Recipe) -> tup
         CompressionError: a pattern matches nothing, or nothing can be removed.
     """
     recipe.targets.check_patterns(model)
-    check_patterns(recipe.overrides, groups)
+    layers = [layer for group in groups.all for layer in group.layers]
+    for pattern in recipe.overrides:
+        if not any(matches(layer, pattern) for layer in layers):
+            raise invalid("overrides", "match layers that can lose channels", pattern, f"These are {layers[:8]}.")
     tensors = named_tensors(model)
-    keep, fixed = [], dict(groups.fixed)
-    for number, group in enumerate(groups.all):
-        reason = _refusal(group, recipe.targets, tensors)
-        if reason:
-            fixed[group.name] = reason
-        else:
-            keep.append(number)
-    groups = groups.only(keep)
+    refusals = [_refusal(group, recipe.targets, tensors) for group in groups.all]
+    refused = {group.name: reason for group, reason in zip(groups.all, refusals, strict=True) if reason}
+    groups = groups.only([number for number, reason in enumerate(refusals) if not reason])
+    fixed = {**groups.fixed, **refused}
     _require_groups(model, groups, fixed)
     return groups, fixed
 
@@ -243,14 +225,6 @@ def _require_groups(model: nn.Module, groups: DependencyGroups, fixed: Mapping[s
             f"`model` must have channels that can be removed. Received: {type(model).__name__}, where everything stays "
             f"whole: {reasons or 'no layer was called'}."
         )
-
-
-def check_patterns(overrides: Mapping[str, float], groups: DependencyGroups) -> None:
-    """Raise if an override matches no layer."""
-    layers = [layer for group in groups.all for layer in group.layers]
-    for pattern in overrides:
-        if not any(matches(layer, pattern) for layer in layers):
-            raise invalid("overrides", "match layers that can lose channels", pattern, f"These are {layers[:8]}.")
 
 
 def _refusal(group: Group, targets: Targets, tensors: Mapping[str, Tensor]) -> str:
@@ -283,12 +257,11 @@ def _limits(groups: Sequence[Group], recipe: Recipe, progress: Progress, step: i
         original = _original(group, progress)
         units = step if recipe.round_to or original >= 4 * step else 1
         units = units if group.width == group.size and original > units else 1
-        least = max(1, math.ceil(max(recipe.min_layer_channels, share) * original), min(units, group.size))
         exactly = None
         for pattern, fraction in recipe.overrides.items():
             if any(matches(layer, pattern) for layer in group.layers):
                 exactly = min(group.size, max(1, round(fraction * original)))
-        least = min(least, group.size)
+        least = min(group.size, max(1, math.ceil(max(recipe.min_layer_channels, share) * original), units))
         most = group.size if group.size == original else max(least, group.size // units * units)
         limits.append(Limits(least, most, units, exactly))
     return limits

@@ -63,17 +63,9 @@ class Group:
         return self.layers[0] if self.layers else self.members[0].name
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Multiply-accumulates that are proportional to widths.
-
-    Attributes:
-        macs: with all channels.
-        widths: for each width, which group's unit each place belongs to; -1 stays.
-    """
-
-    macs: int
-    widths: tuple[tuple[Tensor, Tensor], ...]
+Cost = tuple[int, tuple[tuple[Tensor, Tensor], ...]]
+"""Multiply-accumulates with all channels, and of each width that they are proportional to, the group of each place, or
+-1 where it stays, and the unit in that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +119,7 @@ class DependencyGroups:
         """Return only some of the groups; the others stay whole."""
         place = torch.full((len(self.all) + 1,), -1)
         place[list(numbers)] = torch.arange(len(numbers))
-        costs = [
-            replace(cost, widths=tuple((place[groups], units) for groups, units in cost.widths)) for cost in self.costs
-        ]
+        costs = [(macs, tuple((place[groups], units) for groups, units in widths)) for macs, widths in self.costs]
         return replace(
             self,
             all=tuple(self.all[number] for number in numbers),
@@ -140,18 +130,13 @@ class DependencyGroups:
 
     def kept_slices(self, keep: Sequence[Tensor]) -> dict[str, dict[int, Tensor]]:
         """Return what stays of each tensor that shrinks, by what stays of each group (bool, ``(size,)``)."""
-        stays: dict[tuple[str, int], Tensor] = {}
+        stays: dict[str, dict[int, Tensor]] = {}
         for group, mask in zip(self.all, keep, strict=True):
-            if bool(mask.all()):
-                continue
-            for member in (*group.members, *group.cached):
+            for member in () if bool(mask.all()) else (*group.members, *group.cached):
                 along = (member.units < 0) | mask[member.units]
-                key = member.name, member.dim
-                stays[key] = stays[key] & along if key in stays else along
-        slices: dict[str, dict[int, Tensor]] = {}
-        for (name, dim), mask in stays.items():
-            slices.setdefault(name, {})[dim] = mask.nonzero().flatten()
-        return slices
+                dims = stays.setdefault(member.name, {})
+                dims[member.dim] = dims.get(member.dim, along) & along
+        return {name: {dim: along.nonzero().flatten() for dim, along in dims.items()} for name, dims in stays.items()}
 
     def numbers(self, keep: Sequence[Tensor]) -> dict[str, Any]:
         """Return new values of attributes that follow, and corrections of sizes, by what stays of each group."""

@@ -63,13 +63,7 @@ def _following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
 
 
 def trace(model: nn.Module, runs: Sequence[Run], choices: Mapping[str, int]) -> DependencyGroups:
-    """Trace some runs of ``model`` and say which channels depend on each other in any of them.
-
-    Args:
-        model: nothing of it is changed but what the runs change themselves.
-        runs: each calls the model in some way and returns what it puts out, whose shape must stay.
-        choices: how splits are taken: see `Tracer`.
-    """
+    """Trace some runs of ``model`` and say which channels depend on each other in any of them."""
     tensors, beside = named_tensors(model), cached_tensors(model)  # held, as the tracer knows them by their ids
     modules = modules_of(model)
     tracer = Tracer({**tensors, **beside}, _written_numbers(modules), rule_for, choices)
@@ -157,9 +151,8 @@ class _Reader:
 
     def group(self, number: int) -> Group:
         """Return a group by its number."""
-        units, members = self.units_of[number], []
-        for name, dim in self.keys[number]:
-            members.append(self._member(number, name, dim, self._registered[name, dim], self._makes(name, dim)))
+        units = self.units_of[number]
+        members = [self._member(number, key, self._registered[key], self._makes(*key)) for key in self.keys[number]]
         weights = [member for member in members if self._is_weight(member.name)]
         layers = dict.fromkeys(self._called(member.name) for member in weights if member.makes)
         spanned = next((self.units.spanned[unit] for unit in units if unit in self.units.spanned), "")
@@ -168,15 +161,15 @@ class _Reader:
         gated = isinstance(self.modules.get(first.layer), (nn.RNNBase, nn.RNNCellBase))
         width = len(units) if gated else int((first.units >= 0).sum())
         cached = tuple(
-            self._member(number, name, dim, labels, False)
-            for (name, dim), labels in self._cached.items()
+            self._member(number, key, labels, False)
+            for key, labels in self._cached.items()
             if bool((self.places(labels)[0] == number).any())
         )
         lasting = not self.units.lasting.isdisjoint(units)
         return Group(len(units), width, tuple(members), tuple(layers), spanned, lasting, cached)
 
-    def _member(self, number: int, name: str, dim: int, labels: Tensor, makes: bool) -> Member:
-        groups, units = self.places(labels)
+    def _member(self, number: int, key: tuple[str, int], labels: Tensor, makes: bool) -> Member:
+        (name, dim), (groups, units) = key, self.places(labels)
         return Member(name, _layer_of(name), dim, units.masked_fill(groups != number, -1), makes)
 
     def fixed(self) -> dict[str, str]:
@@ -193,7 +186,7 @@ class _Reader:
         """Yield the multiply-accumulates that change."""
         for macs, widths in self.tracer.products:
             if any(bool((self.units.of(labels) != FIXED).any()) for labels in widths):
-                yield Cost(macs, tuple(self.places(labels) for labels in widths))
+                yield macs, tuple(self.places(labels) for labels in widths)
 
     def attributes(self) -> list[Attribute]:
         """Return attributes of modules that have the value of a size that was written."""
