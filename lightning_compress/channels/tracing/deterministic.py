@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import compress
 from typing import Any
 
 import torch
@@ -59,25 +60,17 @@ class _Wide(TorchDispatchMode):
         kwargs = kwargs or {}
         places = func._schema.arguments
         if func._schema.is_mutable:
-            written = next((one for one, place in zip(args, places, strict=False) if _is_written(place)), None)
-            kind = written.dtype if isinstance(written, Tensor) else None
-            if kind in _WIDE.values():
+            written = next(compress(args, (place.alias_info and place.alias_info.is_write for place in places)), None)
+            kind, wide = written.dtype if isinstance(written, Tensor) else None, _WIDE.values()
+            if kind in wide:
                 args, kwargs = pytree.tree_map(_widened, (args, kwargs))
             elif kind in _WIDE:  # what was there before stays as it is
-                args = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(kind) if _is_wide(leaf) else leaf, args)
+                args = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(kind) if leaf.dtype in wide else leaf, args)
             return func(*args, **kwargs)
         if any(place.alias_info is not None for place in places):
             return func(*args, **kwargs)  # a view
         args, kwargs = pytree.tree_map(_widened, (args, kwargs))
         return pytree.tree_map(_widened, func(*args, **kwargs))
-
-
-def _is_written(place: Any) -> bool:
-    return place.alias_info is not None and place.alias_info.is_write
-
-
-def _is_wide(leaf: Tensor) -> bool:
-    return leaf.dtype in _WIDE.values()
 
 
 def widen_(model: nn.Module) -> None:
@@ -96,10 +89,6 @@ def widen_(model: nn.Module) -> None:
 
 @contextmanager
 def deterministic(*, wide: bool = False) -> Iterator[None]:
-    """No gradients, the same draws each time, and the global random states as they were afterwards.
-
-    Args:
-        wide: whether all that is computed is computed in float64.
-    """
+    """No gradients, the same draws each time, all in float64 if ``wide``; the global random states stay."""
     with isolated_random_state(seed=0), torch.no_grad(), _Constant(), _Wide() if wide else nullcontext():  # type: ignore[no-untyped-call]
         yield

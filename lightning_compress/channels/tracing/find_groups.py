@@ -21,11 +21,7 @@ _MOST_TRACES = 6
 
 
 def find_groups(subject: Subject) -> DependencyGroups:
-    """Find the channels of a model that can go; every group is verified on copies of it.
-
-    Args:
-        subject: nothing of the model is changed.
-    """
+    """Find the channels of a model that can go; every group is verified on copies of it."""
     return _Finder(subject.emptied().varied()).find_groups()
 
 

@@ -193,10 +193,7 @@ _TIGHT = {torch.float64: 1e-8, torch.float32: 3e-5}
 
 @torch.no_grad()
 def vary_constants_(model: nn.Module) -> None:
-    """Draw values for tensors that are constant: weights that begin at zero, scales at one, biases, fresh statistics.
-
-    Args:
-        model: a copy; the same values are drawn each time.
+    """Draw the same values for tensors that are constant: weights that begin at zero, scales, biases, statistics.
 
     Example:
         >>> layer = nn.Linear(2, 2)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,19 +62,9 @@ class Witness(TorchDispatchMode):
         self._made.setdefault(key, []).append(pytree.tree_map_only(Tensor, torch.clone, out))
         return out
 
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Record the outputs of linear and convolution layers, and what is decided."""
-
-        def hook(path: str) -> Any:
-            return lambda _, __, out: self.points.setdefault(path, []).extend(map(_sample, tensors_in(out)))
-
-        with ExitStack() as hooks:
-            for path, layer in model.named_modules():
-                if isinstance(layer, nn.Linear | _ConvNd):
-                    hooks.enter_context(layer.register_forward_hook(hook(path)))
-            hooks.enter_context(self)
-            yield
+    def see(self, path: str, layer: nn.Module, inputs: Any, out: Any) -> None:
+        """Record the output of a layer."""
+        self.points.setdefault(path, []).extend(map(_sample, tensors_in(out)))
 
     def distance(self, other: Witness) -> float:
         """Return the greatest relative difference among all tensors that both have in the same shape."""
@@ -125,7 +115,10 @@ def distance(tensor: Tensor, other: Tensor) -> float:
 def witnessed(run: Run, model: nn.Module, first: Witness | None = None, *, wide: bool = False) -> Witness:
     """Run a model, taking the decisions of another run, and return what it computed."""
     witness = Witness(first)
-    with deterministic(wide=wide), witness.watching(model):
+    with ExitStack() as hooks, deterministic(wide=wide), witness:
+        for path, layer in model.named_modules():
+            if isinstance(layer, nn.Linear | _ConvNd):
+                hooks.enter_context(layer.register_forward_hook(partial(witness.see, path)))
         outputs = list(tensors_in(run(model)))
     witness.outputs = [leaf if leaf.layout == torch.strided else leaf.to_dense() for leaf in outputs]
     return witness
