@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_compress.channels.tracing.deterministic import deterministic
-from lightning_compress.modules.paths import clean_name
+from lightning_compress.modules.paths import modules_of
 from lightning_compress.modules.resizing import KeptIndices
 
+_STATISTICS = ("running_mean", "running_var")
 _LAST = 100
 _PASSES = 10
 """Batches from which statistics that can't move are estimated: as many as count with the usual momentum."""
@@ -72,14 +73,9 @@ class BatchNormRestart:
         before: Mapping[str, Tensor],
         kept: Mapping[str, KeptIndices],
     ) -> None:
-        """Estimate the statistics of the norms behind removed channels on the batch at hand.
+        """Estimate the statistics of the norms behind removed channels, in one step of a copy of the narrower module.
 
-        Args:
-            models: the narrower module, and its averaged copies.
-            probe: a copy of it to run.
-            run: one step of the copy.
-            before: what `input_moments` saw of the wider module in the same step.
-            kept: what stays of each tensor.
+        What `input_moments` saw ``before`` of the wider module in the same step tells which norms these are.
         """
         changed = set[str]()
 
@@ -145,11 +141,10 @@ def input_moments(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str
 
 def _norms(model: nn.Module) -> dict[str, Any]:
     """Return what keeps running statistics, by clean path: torch's norms, and frozen ones of other libraries."""
-    named = ("running_mean", "running_var")
     return {
-        clean_name(path): module
-        for path, module in model.named_modules()
-        if all(isinstance(module._buffers.get(name), Tensor) for name in named)
+        path: module
+        for path, module in modules_of(model).items()
+        if all(isinstance(module._buffers.get(name), Tensor) for name in _STATISTICS)
     }
 
 
@@ -190,15 +185,14 @@ def _moments(norm: Any, x: Tensor) -> Tensor | None:
 
 
 def _differ(before: Tensor, now: Tensor) -> bool:
-    (mean, var), (new_mean, new_var) = before, now
-    std = var.sqrt()
+    (mean, std), (new_mean, new_std) = ((mean, var.sqrt()) for mean, var in (before, now))
     scale = std + std.mean()  # a channel that is always 0 differs by rounding
-    return bool(((mean - new_mean).abs() > _SAME * scale).any() or ((std - new_var.sqrt()).abs() > _SAME * scale).any())
+    return bool((torch.fmax((mean - new_mean).abs(), (std - new_std).abs()) > _SAME * scale).any())
 
 
 @torch.no_grad()
 def _move_(norm: Any, moments: Tensor, weight: float) -> None:
-    for name, value in zip(("running_mean", "running_var"), moments, strict=True):
+    for name, value in zip(_STATISTICS, moments, strict=True):
         buffer = norm._buffers[name]
         buffer.lerp_(value.to(buffer.dtype), weight)
 
@@ -210,7 +204,7 @@ def _copy_(probe: nn.Module, models: Iterable[nn.Module], paths: set[str]) -> No
         for path, norm in _norms(model).items():
             if path not in paths:
                 continue
-            for name in ("running_mean", "running_var"):
+            for name in _STATISTICS:
                 norm._buffers[name].copy_(source[path]._buffers[name])
             if getattr(norm, "momentum", 0.0) is None and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.fill_(1)  # by which such a norm takes the mean over all batches

@@ -41,7 +41,7 @@ class FitCalls:
     """
 
     def __init__(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.trainer = trainer
+        self._probe = partial(make_probe, trainer)
         self.module = self._probe(pl_module)
         self._batch, self._batch_idx = batch, batch_idx
         self._modes = {name: module.training for name, module in pl_module.named_modules()}
@@ -65,9 +65,6 @@ class FitCalls:
             compare.reason = "a distillation loss holds it against the teacher"
             self.runs.append(compare)
 
-    def _probe(self, module: Any) -> Any:
-        return make_probe(self.trainer, module)
-
     @property
     def subject(self) -> Subject:
         return Subject(self.module, self.runs, self._probe, samples_in(self._batch))
@@ -88,13 +85,7 @@ class FitCalls:
 
 
 def cut_fit_(trainer: Any, pl_module: Any, plan: RemovalPlan) -> list[str]:
-    """Cut a module in a fit, and all that has its tensors; returns optimizers whose state for these starts anew.
-
-    Args:
-        trainer: its other callbacks are told, and its DDP wrapper is built anew.
-        pl_module: the module.
-        plan: of `FitCalls.module`.
-    """
+    """Cut a module in a fit, and all that has its tensors; returns optimizers whose state for these starts anew."""
     layers = {name: callback.trained_layers for name, callback in adapters_of(trainer, pl_module).items()}
     cut, anew = cut_together_(pl_module, plan, trainer.optimizers, averaged_copies(trainer), layers)
     for callback in compression_callbacks(trainer):

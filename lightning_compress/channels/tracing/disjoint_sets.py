@@ -73,10 +73,7 @@ class DisjointSets:
     def span(self, labels: Tensor, reason: str, lasting: bool = False) -> None:
         """Note that something is computed across these labels, so that one that goes changes what the others do.
 
-        Args:
-            labels: of the width.
-            reason: what is computed.
-            lasting: whether that may go unseen on an example: a maximum, of which zeros needn't be part.
+        What is ``lasting`` may go unseen on an example: a maximum, of which zeros needn't be part.
         """
         self._spans.append((labels.reshape(-1), reason))
         if lasting:

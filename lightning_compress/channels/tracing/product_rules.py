@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_compress.channels.tracing.tracer import Tracer, name_of, spread
+from lightning_compress.channels.tracing.tracer import Tracer, leaves, name_of, spread
 
 
 def product(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -105,12 +105,14 @@ def attention(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out:
     out = out[0] if isinstance(out, tuple) else out
     if (inner := tracer.same((query, -1), (key, -1))) is not None:
         tracer.sets.span(inner, f"attention's scale hangs on it, in {tracer.where()}")
-    masks = [mask for mask in (*args[3:], *kwargs.values()) if isinstance(mask, Tensor)]
     heads = _heads(tracer, query, key, value) if query.dim() == 4 else None
-    if heads is not None:
-        for mask in masks:
-            if mask.dim() == 4 and mask.shape[1] > 1:
-                _mask_heads(tracer, mask, heads)
+    for mask in leaves((args[3:], kwargs)):
+        if heads is None or mask.dim() != 4 or mask.shape[1] == 1:
+            continue
+        if (in_mask := tracer.along(mask, 1)) is not None:
+            tracer.sets.union(heads, in_mask)
+        elif mask.stride(1):
+            tracer.sets.freeze(heads, f"a mask with a part for each head, in {tracer.where()}")
     macs = math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     tracer.costs(macs, heads)
     tracer.set(out, spread(heads, 1, out.dim()) + spread(tracer.along(value, -1), -1, out.dim()))
@@ -136,14 +138,6 @@ def _heads(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor) -> Tensor 
     elif shared is not None:
         tracer.sets.union(blocks, shared[:, None])
     return heads
-
-
-def _mask_heads(tracer: Tracer, mask: Tensor, heads: Tensor) -> None:
-    in_mask = tracer.along(mask, 1)
-    if in_mask is not None:
-        tracer.sets.union(heads, in_mask)
-    elif mask.stride(1):
-        tracer.sets.freeze(heads, f"a mask with a part for each head, in {tracer.where()}")
 
 
 def weight_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:

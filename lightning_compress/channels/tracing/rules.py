@@ -39,23 +39,15 @@ def rule_for(func: Any) -> Rule:
         return nothing
     if base in _RULES:
         return _RULES[base]
-    if base in _CHECKS:
-        return nothing
-    if base in _LIKE:
-        return like
     if base in _MOVES and not (base == "squeeze" and overload == "dims"):
         return shape_rules.move
     if base in _REDUCTIONS:
         return pointwise if overload == "other" else reduce
-    if base in _SOFTMAX:
-        return softmax
     if base.startswith(_BATCHNORM):
         return batch_norm
     if base.startswith(_SPATIAL):
         return spatial
-    if torch.Tag.pointwise in func.tags or base in _POINTWISE:
-        return pointwise
-    return unknown
+    return pointwise if torch.Tag.pointwise in func.tags else unknown
 
 
 def nothing(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -120,12 +112,8 @@ def reduce(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: An
             if set(varying(factor)) - gone:
                 tracer.sets.freeze(factor, f"`{name}` runs over a part of it, in {tracer.where()}")
             continue
-        factors.append(factor if keep else _without(factor, gone))
+        factors.append(factor if keep else factor.squeeze(tuple(gone)))
     tracer.set(out, tuple(factors))
-
-
-def _without(factor: Tensor, dims: set[int]) -> Tensor:
-    return factor.reshape([size for dim, size in enumerate(factor.shape) if dim not in dims])
 
 
 def softmax(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -184,6 +172,10 @@ def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out
 
 
 _RULES: dict[str, Rule] = {
+    **dict.fromkeys(_CHECKS, nothing),
+    **dict.fromkeys(_LIKE, like),
+    **dict.fromkeys(_SOFTMAX, softmax),
+    **dict.fromkeys(_POINTWISE, pointwise),
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), product_rules.product),
     **dict.fromkeys(("convolution", "_convolution"), product_rules.convolution),
     **dict.fromkeys(("cat", "stack"), shape_rules.cat),

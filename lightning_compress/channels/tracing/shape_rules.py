@@ -109,12 +109,12 @@ def index(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any
     if any(places is not None and places.dtype == torch.bool and places.dim() > 1 for places in chosen):
         return unknown(tracer, func, args, kwargs, out)  # counts dimensions otherwise
     factors = []
-    functional = getattr(torch.ops.aten, name_of(func))
+    functional, on_cpu = getattr(torch.ops.aten, name_of(func)), pytree.tree_map_only(Tensor, Tensor.cpu, rest)
     for factor in tracer.labels(x):
         if dims & set(varying(factor)) and not _counted(tracer, factor, chosen):
             tracer.sets.freeze(factor, f"its places are numbered in {tracer.where()}")
         else:
-            factors.append(functional(factor.expand(x.shape), *pytree.tree_map(_on_cpu, rest), **kwargs))
+            factors.append(functional(factor.expand(x.shape), *on_cpu, **kwargs))
     for places in rest:
         tracer.freeze(places, f"a number of places in {tracer.where()}")
     tracer.set(out, tuple(factors))
@@ -127,10 +127,6 @@ def _counted(tracer: Tracer, factor: Tensor, chosen: Sequence[Any]) -> bool:
         return False
     take_parts(tracer, factor, dim, [[place % factor.shape[dim] for place in places.tolist()]])
     return True
-
-
-def _on_cpu(leaf: Any) -> Any:
-    return leaf.cpu() if isinstance(leaf, Tensor) else leaf
 
 
 def scatter(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:

@@ -13,14 +13,9 @@ from lightning_compress.channels.tracing.tracer import Tracer, first_along, spre
 
 
 def take_parts(tracer: Tracer, factor: Tensor, dim: int, parts: Sequence[Sequence[int]], certain: bool = False) -> None:
-    """Note that parts of a width are taken; equal parts that make up all of it stay equal.
+    """Note that parts of a width, by their places, are taken; equal parts that make up all of it stay equal.
 
-    Args:
-        tracer: notes the sizes that may have been written.
-        factor: labels of the whole.
-        dim: of the width.
-        parts: the places of each.
-        certain: whether that is certain; else it is a guess, as their lengths may have been written apart.
+    Unless that is ``certain`` it is a guess, as their lengths may have been written apart.
     """
     labels = first_along(factor, dim)
     ends = sorted({end for part in parts if part for end in (part[0], part[-1] + 1)} - {0, len(labels)})
