@@ -114,6 +114,15 @@ def test_the_plan_lists_it_with_its_note_and_its_reasons() -> None:
     assert explain(record) == ["`3` stays float: no powers_of_two kernel for LSTM", "`{0,2}`: weights are shifts"]
 
 
+def test_a_form_must_say_what_it_takes_the_place_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Shifted, "used")
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(CompressionError, match="`form` must have `used`.*'Shifted'"):
+        quantize(model, PATH)
+    assert_same_state(model.state_dict(), before)
+
+
 def test_beside_other_schemes() -> None:
     x = torch.randn(8, 16)
     mixed = quantize(net(), calibration=[x], overrides={"2": PATH, "3": "int8_dynamic"})

@@ -27,17 +27,17 @@ Weights = Mapping[str, PackedWeight]
 def quantized_form(
     layer: nn.Module, scheme: Scheme, weights: Weights = MappingProxyType({}), path: str = ""
 ) -> nn.Module:
-    """Return the form of one layer that ``scheme`` asks for.
+    """Return the form of one layer that ``scheme`` asks for; its ``path``, or what is below, is that in ``weights``.
 
-    Args:
-        layer: float, of a type for which the scheme's `why_not` has no reason.
-        scheme: one that works layer by layer.
-        weights: those that are known already.
-        path: of the layer in ``weights``; parts of an attention layer stand below it.
+    Raises:
+        CompressionError: the form lacks `used`, as of a scheme of the user's own it may.
     """
     inside = f"{path}.{CHILD}.".lstrip(".")
     known = {name.removeprefix(inside): weight for name, weight in weights.items() if name.startswith(inside)}
-    return scheme.form(layer, known | ({"": weights[path]} if path in weights else {}))
+    form = scheme.form(layer, known | ({"": weights[path]} if path in weights else {}))
+    if not hasattr(form, "used"):
+        raise invalid("form", "have `used`, the names of the tensors that it takes the place of", type(form).__name__)
+    return form
 
 
 def plan_layers(
