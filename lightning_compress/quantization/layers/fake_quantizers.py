@@ -37,9 +37,7 @@ def fake_quantized(layer: nn.Module, bits: int, group_size: int | None) -> nn.Mo
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    kind: dict[str, Any] = {"granularity": "per_channel"}
-    if group_size is not None:
-        kind = {"group_size": group_size}
+    kind: dict[str, Any] = {"granularity": "per_channel"} if group_size is None else {"group_size": group_size}
     weights = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), scale_precision=torch.bfloat16, **kind)
     holder = nn.ModuleDict({"layer": layer})
     with isolated_random_state():  # it makes a new layer first

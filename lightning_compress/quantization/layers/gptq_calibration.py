@@ -44,13 +44,7 @@ def calibrated_weights(
 
     Layers are taken in the order in which they are called, as many at a time as their Hessians have room for: within
     a pass they see each other's float outputs, as the layers of a block do in the authors' code. The model is in
-    evaluation mode, and float again afterwards.
-
-    Args:
-        model: float.
-        layers: paths of layers to their scheme. An attention layer's projections stand below its path in the result.
-        batches: calibration data; each pass runs them up to the last layer that it is for.
-        run: how a batch goes through the model.
+    evaluation mode, and float again afterwards. An attention layer's projections stand below its path in the result.
 
     Raises:
         CompressionError: there is no batch, or a layer's inputs aren't finite.

@@ -54,13 +54,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """Compute ``x W^T + b`` in the type that autocast wants, else in that of x. Gradients flow to x and b.
-
-    Args:
-        x: ``(..., columns)``.
-        weight: ``(rows, columns)``.
-        bias: ``(rows,)`` or None.
-    """
+    """Compute ``x W^T + b`` in the type that autocast wants, else in that of x. Gradients flow to x and b."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
@@ -76,12 +70,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
 
 class PackedLayer(nn.Module):
-    """Holds the packed weight of a layer, its bias, and its settings.
-
-    Args:
-        layer: float; it isn't changed.
-        weight: its weight as a packed matrix. Layers that share a weight share this.
-    """
+    """Holds the packed weight of a float layer (layers that share a weight share this), its bias, and its settings."""
 
     bias: Tensor | None
     used = frozenset(("weight", "bias"))

@@ -22,12 +22,8 @@ _FAR_OFF = (0.1, 0.03, 0.0)
 def give_tokens_scales_(model: nn.Module, paths: Collection[str], cosine: Callable[[], float]) -> list[str]:
     """Switch the worst of ``paths`` to a scale for each token until ``cosine`` is `ENOUGH`; returns those.
 
-    None is switched where that brings the outputs less than half of the way to the float ones.
-
-    Args:
-        model: converted.
-        paths: layers in dynamic int8 that may be switched.
-        cosine: runs the model, and compares its outputs with those of the float model.
+    None is switched where that brings the outputs less than half of the way to the float ones. ``cosine`` runs the
+    converted model, and compares its outputs with those of the float model.
     """
     forms = {path: _forms(model, path) for path in paths}
     with _errors_of([form for found in forms.values() for form in found]) as errors:

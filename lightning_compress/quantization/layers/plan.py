@@ -50,15 +50,8 @@ def plan_layers(
 ) -> tuple[dict[str, Scheme], dict[str, str]]:
     """Choose the layers to be quantized one by one, each with its scheme; and those that stay float, with the reason.
 
-    Layers that a ``scheme`` for whole units is left to are in neither.
-
-    Args:
-        model: the root.
-        called: paths of the modules that a run called, in order; None if there was none.
-        scheme: of the layers that no override matches.
-        targets: which layers.
-        overrides: patterns to schemes.
-        replaced: paths of modules that the run called with other parameters than their own.
+    Layers that a ``scheme`` for whole units is left to are in neither. ``called`` are the modules that a run called, in
+    order (None if there was none), ``replaced`` those of them that had other parameters than their own.
 
     Raises:
         CompressionError: an override matches no layer.

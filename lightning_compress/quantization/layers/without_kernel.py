@@ -82,12 +82,10 @@ def _own_matrices(path: str, module: nn.Module) -> dict[str, str]:
     return {f"{path}.{name}".lstrip("."): reason for name in wide}
 
 
-_OF_PARAMETERS = (nn.ParameterList, nn.ParameterDict)
-
-
 def is_layer_of_torch(module: nn.Module) -> bool:
     """Tell whether it is a class of torch's that computes; one that only holds parameters is as the user's own."""
-    return type(module).__module__.startswith("torch.") and not isinstance(module, _OF_PARAMETERS)
+    is_of_torch = type(module).__module__.startswith("torch.")
+    return is_of_torch and not isinstance(module, nn.ParameterList | nn.ParameterDict)
 
 
 def why_not(layer: nn.Module, name: str, kinds: Collection[type[nn.Module]]) -> str:
@@ -139,12 +137,9 @@ def tied_to_float(model: nn.Module) -> dict[str, str]:
 
 
 def left_float(layers: Mapping[str, nn.Module], weights: Mapping[str, str], scheme: Scheme) -> dict[str, str]:
-    """Find what a unit leaves in float, with reasons: layers, and matrices that modules around layers use as weights.
+    """Find what a unit of these ``layers`` leaves in float, with reasons; ``weights`` are `Flow.float_weights`.
 
-    Args:
-        layers: the modules of the unit, by path.
-        weights: see `Flow.float_weights`.
-        scheme: the numbers.
+    That are layers, and matrices that modules around layers use as weights.
     """
     left = {}
     for name, reason in weights.items():

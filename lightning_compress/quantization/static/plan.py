@@ -59,12 +59,10 @@ def plan_units(
     gives the outputs that it gave, in training (same random state) and in evaluation. Else its children are tried.
     What stands in ``layers`` is quantized one by one.
     """
-    planner = _Planner(
-        compressible_modules(model), log, scheme, _excluded(model, targets, layers), set(layers), training, flow
-    )
+    modules, tied = compressible_modules(model), tied_to_float(model)
+    planner = _Planner(modules, log, scheme, _excluded(model, targets, layers), set(layers), training, flow)
     planner.visit("")
     units, floats = planner.units, planner.left_float
-    modules, tied = compressible_modules(model), tied_to_float(model)
     float_owners = {other for path, other in of_one_weight(modules) if path in tied and other not in tied}
     for path, reason in (tied | without_kernel(model, scheme)).items():
         inside = any(is_at_or_below(path, unit.path) for unit in units)

@@ -60,13 +60,7 @@ class Unit:
 class Traced(RoutedForm):
     """Holds the traced form of its parent module: fake-quantized while it trains, int8 once converted.
 
-    Args:
-        graph: made of the traced one.
-        trace: the traced form; all but its graph is kept.
-        signature: the calls that it is right for.
-        used: names of the parent's own children and tensors that the graph took the place of.
-        flow: name of the flow that made it.
-        is_int8: whether ``graph`` is converted.
+    ``graph`` is made of that of ``trace``; ``used`` are the parent's children and tensors that it took the place of.
     """
 
     def __init__(

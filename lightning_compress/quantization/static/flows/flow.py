@@ -74,12 +74,8 @@ class Flow(Protocol):
     ) -> dict[str, str]:
         """Find the layers whose kernels compute something else, with reasons; the path is empty for what is no layer.
 
-        Args:
-            prepared: what was converted.
-            int8: what `convert` made of it.
-            scheme: the numbers.
-            inputs: tensors of a call.
-            drawn_only: the values of ``inputs`` mean nothing; judge by activations that are drawn.
+        ``int8`` is what `convert` made of ``prepared``. With ``drawn_only`` the values of ``inputs``, tensors of a
+        call, mean nothing: judge by activations that are drawn.
         """
 
 

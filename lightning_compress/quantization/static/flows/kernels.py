@@ -21,19 +21,15 @@ other side of a code's border: that is one step; the other is for kernels that r
 _SAMPLES = (1, 3)
 
 Run = Callable[[list[Tensor], torch.Generator | None], dict[str, float]]
+"""Takes the tensors of a call and what draws the activations (None: they are what they are); returns path and steps."""
 
 
 def furthest(run: Run, inputs: Sequence[Tensor], drawn_only: bool = False) -> dict[str, float]:
     """Measure how far each layer's kernel is off at most, in steps of its output, over several runs.
 
     A kernel that reads memory that isn't its own is right by chance at times, and any kernel is right on zeros: so
-    further runs have other batch sizes, and activations that are drawn from all codes.
-
-    Args:
-        run: takes the tensors of a call and what draws the activations (None: they are what they are); returns path
-            and steps.
-        inputs: the tensors of one call.
-        drawn_only: leave out the run with the activations as they are.
+    further runs have other batch sizes, and activations that are drawn from all codes. With ``drawn_only`` there is no
+    run with the activations as they are.
     """
     runs = [] if drawn_only else [run(list(inputs), None)]
     several = list(_other_sizes(inputs))
@@ -42,8 +38,7 @@ def furthest(run: Run, inputs: Sequence[Tensor], drawn_only: bool = False) -> di
         drawn = [steps]
     worst: dict[str, float] = {}
     for steps in (*runs, *drawn):
-        for path, value in steps.items():
-            worst[path] = max(value, worst.get(path, 0.0))
+        worst |= {path: max(value, worst.get(path, 0.0)) for path, value in steps.items()}
     return worst
 
 
@@ -65,9 +60,7 @@ def _try(run: Run, inputs: list[Tensor], seed: int) -> dict[str, float] | None:
 def reasons(steps: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, str]:
     """Return the layers whose kernels are further off than rounding explains, each with the reason why it isn't used.
 
-    Args:
-        steps: path to how far off its kernel is; the path is empty where a kernel is no layer's.
-        kinds: path to the kind of layer.
+    The path is empty where a kernel is no layer's.
     """
     return {
         path: f"its int8 kernel{f' of {kinds[path]}' if path in kinds else ''} computes something else than the layer, "
