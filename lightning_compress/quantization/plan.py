@@ -94,17 +94,12 @@ def make_plan(
         plan = Plan(scheme, training, [], layers, without_kernel(model, scheme))
     plan.floats = {path: reason for path, reason in (plan.floats | floats).items() if path not in layers}
     if not plan.units and not plan.layers:
-        raise _nothing_to_quantize(plan.floats)
+        reasons = "; ".join(f"{path or 'the module'}: {reason}" for path, reason in list(plan.floats.items())[:5])
+        raise CompressionError(
+            "The model must have a layer that the scheme can quantize. Received: none. "
+            f"{reasons or 'It has no convolution or linear layer'}."
+        )
     return plan
-
-
-def _nothing_to_quantize(floats: dict[str, str]) -> CompressionError:
-    """Return the error of a model in which no layer can be quantized, with the reasons."""
-    reasons = "; ".join(f"{path or 'the module'}: {reason}" for path, reason in list(floats.items())[:5])
-    return CompressionError(
-        "The model must have a layer that the scheme can quantize. Received: none. "
-        f"{reasons or 'It has no convolution or linear layer'}."
-    )
 
 
 def summary(record: Mapping[str, Any]) -> str:

@@ -147,7 +147,7 @@ class PostTrainingQuantization(CompressionCallback):
             several = getattr(loop, "_is_sequential", True) and loop.num_dataloaders > 1
             self._twin.step(batch, batch_idx, *[dataloader_idx] * several)
 
-    on_validation_batch_start = on_test_batch_start
+    on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -168,12 +168,6 @@ class PostTrainingQuantization(CompressionCallback):
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._quantize(trainer, pl_module)
-
-    @override
-    def on_predict_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._time(trainer, batch)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         require_float(pl_module, "train")

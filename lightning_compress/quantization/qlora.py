@@ -152,7 +152,9 @@ class QLoRA(CompressionCallback):
         assert record is not None
         saved, now = ({key: str(value) for key, value in settings.items()} for settings in (record, self._asked()))
         warn_of_other_settings(type(self).__name__, saved, now, "adapters")
-        adapters = {id(parameter) for name, parameter in pl_module.named_parameters() if _is_adapter(name)}
+        adapters = {
+            id(parameter) for name, parameter in pl_module.named_parameters() if name.endswith((".lora_A", ".lora_B"))
+        }
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
         if not adapters <= held:
@@ -266,7 +268,3 @@ def _plain(targets: Targets | None) -> dict[str, Any] | None:
         return None
     types = None if targets.types is None else [kind.__qualname__ for kind in targets.types]
     return {"include": targets.include and list(targets.include), "exclude": list(targets.exclude), "types": types}
-
-
-def _is_adapter(name: str) -> bool:
-    return name.rpartition(".")[2] in ("lora_A", "lora_B")

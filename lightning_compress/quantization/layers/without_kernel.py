@@ -70,16 +70,13 @@ def without_kernel(model: nn.Module, scheme: Scheme) -> dict[str, str]:
         elif isinstance(module, PRUNABLE) and holds_layers(module):
             found[path] = scheme.no_kernel(module)
         elif holds_layers(module):
-            found |= _own_matrices(path, module)
+            reason = f"no kernel for the own parameters of {type(module).__name__}"
+            for name in own_matrices(module):
+                if sum(size > 1 for size in module.get_parameter(name).shape) > 1:
+                    found[f"{path}.{name}".lstrip(".")] = reason
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             found[path] = scheme.no_kernel(module)
     return found
-
-
-def _own_matrices(path: str, module: nn.Module) -> dict[str, str]:
-    reason = f"no kernel for the own parameters of {type(module).__name__}"
-    wide = (name for name in own_matrices(module) if sum(size > 1 for size in module.get_parameter(name).shape) > 1)
-    return {f"{path}.{name}".lstrip("."): reason for name in wide}
 
 
 def is_layer_of_torch(module: nn.Module) -> bool:

@@ -16,8 +16,6 @@ from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.quantization.numerics.scheme import Scheme
 
 ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
-
-
 OBSERVERS = ("minmax", "histogram", "moving_average")
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

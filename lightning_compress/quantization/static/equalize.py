@@ -46,15 +46,8 @@ def adjust_(
     """Equalize and smooth a traced graph; return the ReLU6 that became ReLU.
 
     The outputs are compared before and after: where ReLU for ReLU6 changes them, or anything else does, the weights are
-    put back.
-
-    Args:
-        graph: from the flow `fx`, in evaluation; the parameters of its layers change in place.
-        inputs: of the graph.
-        fixed: ids of parameters that stay: excluded ones, and those that have other owners.
-        equalize: between layers.
-        smooth: behind LayerNorm.
-        widen: may turn ReLU6 into ReLU.
+    put back. The graph is from the flow `fx`, in evaluation. Parameters of its layers change in place, but for those
+    with ``fixed`` ids: excluded ones, and those that have other owners. To ``widen`` is to make ReLU of ReLU6.
     """
     before = graph(*inputs)
     weights = {parameter: parameter.clone() for parameter in graph.parameters()}
@@ -141,12 +134,8 @@ def equalize_(graph: GraphModule, fixed: set[int], widen: bool) -> list[str]:
 
     Each channel i of ``W2 f(W1 x)`` is divided by ``s_i`` in ``W1`` and multiplied by it in ``W2``, which leaves the
     function as it is and both ranges equal, but for a factor that all channels share: each layer keeps its mean range.
-    Chains of layers are gone through until nothing moves.
-
-    Args:
-        graph: from the flow `fx`; the parameters of its layers change in place.
-        fixed: ids of parameters that stay: excluded ones, and those that have other owners.
-        widen: also across ReLU6, which isn't homogeneous.
+    Chains of layers are gone through until nothing moves. To ``widen`` is to do it also across ReLU6, which isn't
+    homogeneous.
 
     References:
         Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019
@@ -238,12 +227,7 @@ def smooth_(graph: GraphModule, fixed: set[int], inputs: list[Tensor]) -> None:
     """Move the ranges of LayerNorms' channels into the linear layers that read them, and them alone.
 
     ``s_j = max|X_j|^a / max|W_j|^(1-a)`` with a = 0.5, divided by their geometric mean; the LayerNorm is divided by it,
-    the layers' inputs are multiplied.
-
-    Args:
-        graph: from the flow `fx`; the parameters of its layers change in place.
-        fixed: ids of parameters that stay: excluded ones, and those that have other owners.
-        inputs: of the graph, to see the ranges X of activations on.
+    the layers' inputs are multiplied. X are the activations that ``inputs`` give.
 
     References:
         Xiao et al., "SmoothQuant", 2022 (arXiv:2211.10438), equation 4.

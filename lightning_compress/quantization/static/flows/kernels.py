@@ -137,7 +137,7 @@ class _Layers(Interpreter):
         # What only passes codes on keeps those that this rounding would clip.
         given = _clipped_as(value, self._kernels.given[name].dequantize())
         far = steps_apart(given, value.dequantize(), value.q_scale(), before.isfinite())
-        for path in _layers_among(between) or [""]:
+        for path in [str(node.target) for node in between if node.op == "call_module"] or [""]:
             self.steps[path] = max(far, self.steps.get(path, 0.0))
         return self._kernels.passed_on[name].clone()
 
@@ -158,7 +158,3 @@ def _between_roundings(rounding: Node) -> list[Node]:
         found.append(node)
         ahead += node.all_input_nodes
     return found
-
-
-def _layers_among(nodes: list[Node]) -> list[str]:
-    return [str(node.target) for node in nodes if node.op == "call_module"]
