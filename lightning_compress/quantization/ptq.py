@@ -24,7 +24,7 @@ from lightning_compress.quantization.recipe import Recipe
 from lightning_compress.quantization.trainer import (
     calibration_batches,
     calibration_loader,
-    offers_calibration,
+    calibration_source,
     refuse_accelerator,
     stage_of,
     time_against_float,
@@ -196,7 +196,7 @@ class PostTrainingQuantization(CompressionCallback):
 
     def _quantize_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: pl.LightningModule) -> str:
         """Quantize ``probe``, a copy of the module; returns what is to be said of the way that batches took."""
-        takes_batch = self.recipe.decides_per_token and offers_calibration(trainer, pl_module)
+        takes_batch = self.recipe.decides_per_token and calibration_source(trainer, pl_module) is not None
         if not self.recipe.calibrates and not takes_batch:
             with evaluation_mode(probe):
                 quantize_(probe, self.recipe, None, ())

@@ -39,8 +39,6 @@ Model = TypeVar("Model", bound=nn.Module)
 NOISE = 1.05
 """Three quarters of the rounds must exceed this ratio: a busy machine slows single rounds."""
 
-_SECONDS, _LEAST, _MOST, _WARM_UP = 0.3, 3, 20, 1
-
 
 def quantize(
     model: Model,
@@ -228,16 +226,9 @@ def slower_than_float(
     record = record_of(quantized) or {}
     if any(unit["flow"] == "pt2e" for unit in record.get("units", ())):
         return ""
+    limits = {"max_seconds": 0.0 if fixed_rounds else 0.3, "min_rounds": 3, "max_rounds": 20, "warm_up": 1}
     try:
-        ratios = round_ratios(
-            floats,
-            quantized,
-            lambda model: run(model, copy_tensors(batch)),
-            max_seconds=0.0 if fixed_rounds else _SECONDS,
-            min_rounds=_LEAST,
-            max_rounds=_MOST,
-            warm_up=_WARM_UP,
-        )
+        ratios = round_ratios(floats, quantized, lambda model: run(model, copy_tensors(batch)), **limits)
     except Exception as error:  # it is the user's; to be timed is no reason to fail
         _logger.debug("The quantized model wasn't timed: %s", error)
         return ""

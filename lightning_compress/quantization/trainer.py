@@ -25,10 +25,10 @@ def stage_of(trainer: pl.Trainer) -> str:
     return "test" if trainer.testing else "validation" if trainer.validating else "predict"
 
 
-def offers_calibration(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """Tell whether datamodule or module have a ``calibration_dataloader``."""
+def calibration_source(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+    """Return the datamodule or module, the first that has a ``calibration_dataloader``; None if neither has."""
     sources = (getattr(trainer, "datamodule", None), pl_module)
-    return any(getattr(source, "calibration_dataloader", None) is not None for source in sources)
+    return next((source for source in sources if getattr(source, "calibration_dataloader", None) is not None), None)
 
 
 def calibration_batches(
@@ -53,13 +53,10 @@ def calibration_batches(
 
 def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
     """Return ``calibration_dataloader`` of the datamodule or the module, else the train loader of either."""
-    datamodule = getattr(trainer, "datamodule", None)
-    sources = [source for source in (datamodule, pl_module) if source is not None]
-    for source in sources:
-        if getattr(source, "calibration_dataloader", None) is not None:
-            return _loader(source, "calibration_dataloader")
-    for source in sources:
-        if is_own(source, "train_dataloader"):
+    if (source := calibration_source(trainer, pl_module)) is not None:
+        return _loader(source, "calibration_dataloader")
+    for source in (getattr(trainer, "datamodule", None), pl_module):
+        if source is not None and is_own(source, "train_dataloader"):
             return _loader(source, "train_dataloader")
     raise CompressionError(
         "`calibration_dataloader` must be there to calibrate on. Received: bare loaders. Test and validation data "

@@ -235,16 +235,9 @@ class GPTQ(Packed):
         return LinearWeight.nearest(matrix, self.bits, self.group_size, self.symmetric)
 
     def fit(self, matrix: Tensor, hessian: Tensor) -> PackedWeight:
-        codes, scale, zero = gptq(
-            matrix.unflatten(0, (len(hessian), -1)),
-            hessian,
-            self.bits,
-            self.group_size,
-            self.symmetric,
-            self.damping,
-            self.activation_order,
-        )
-        codes, scale, zero = codes.flatten(0, 1), scale.flatten(0, 1), zero.flatten(0, 1)
+        grouped = matrix.unflatten(0, (len(hessian), -1))
+        options = (self.bits, self.group_size, self.symmetric, self.damping, self.activation_order)
+        codes, scale, zero = (part.flatten(0, 1) for part in gptq(grouped, hessian, *options))
         return LinearWeight(codes, scale, None if self.symmetric else zero, self.bits, self.group_size)
 
 
