@@ -41,7 +41,8 @@ class Quantization(StructuralChange):
     is_float = False
 
     def record(self, module: nn.Module) -> Record | None:
-        return convert.record_of(module)
+        record: Record | None = vars(module).get(convert.RECORD)
+        return record
 
     def same(self, module: nn.Module, record: Record | None) -> bool:
         own = convert.record_of(module)
