@@ -117,7 +117,7 @@ class CompressionReport(CompressionCallback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the callback is a callback, not a copy of the models and the batch that it holds.
         rows = replace(self._rows, models={}, inputs=None)
-        return {**self.__dict__, "_rows": rows, "_waiting": None, "_tested": None, "_measured": None}
+        return {**super().__getstate__(), "_rows": rows, "_waiting": None, "_tested": None, "_measured": None}
 
     def _start(self, pl_module: pl.LightningModule | None) -> None:
         self._rows = Rows(self.batch_sizes, self.max_seconds, self.threads)

@@ -283,6 +283,8 @@ def test_a_copy_taken_in_mid_training_works_and_holds_no_model(tmp_path, make) -
     trainer(tmp_path, callback, copies).fit(Classifier())
     assert (copies.copy._rows.inputs, copies.copy._rows.models, copies.copy._waiting) == (None, {}, None)
     assert copies.copy._measured is None
+    assert "log" in vars(callback), "Lightning lends it the module's method"
+    assert not {"log", "log_dict"} & (vars(copies.copy).keys() | vars(make(callback)).keys())
     trainer(tmp_path / "copy", copies.copy).fit(Classifier())
     assert list(rows(tmp_path / "copy")) == ["before", "after"]
 
