@@ -90,7 +90,9 @@ def from_description(description: Mapping[str, Any]) -> Scheme:
     kind = str(description["class"])
     if (known := _known(kind)) is None:
         must = "be of a class that was imported before" if "." in kind else "be known to this version"
-        remedy = f"Write `import {kind.rpartition('.')[0]}` first: a file runs no code." if "." in kind else "Update."
+        module = kind.rpartition(".")[0]
+        write = "Define it in your script" if module == "__main__" else f"Write `import {module}`"
+        remedy = f"{write} first: a file runs no code." if module else "Update."
         raise CompressionError(f"`scheme` must {must}. Received: {kind!r} in a checkpoint. {remedy}")
     scheme: Scheme = known(**fields)
     return scheme

@@ -28,7 +28,7 @@ from lightning_compress.cli import main
 from lightning_compress.quantization import Scheme
 from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.plan import explain, summary
-from lightning_compress.quantization.schemes import resolve
+from lightning_compress.quantization.schemes import from_description, resolve
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state, snapshot
@@ -251,3 +251,8 @@ def test_a_class_that_a_file_could_not_name_is_refused() -> None:
         quantize(net(), Local())
     with pytest.raises(CompressionError, match="for training"):
         QuantizationAwareTraining(PATH)
+
+
+def test_a_scheme_of_a_script_is_to_be_defined_in_the_script_that_loads_it() -> None:
+    with pytest.raises(CompressionError, match="'__main__.Part'.*Define it in your script first"):
+        from_description({"class": "__main__.Part", "name": "part"})
