@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
 )
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_compress import (
     QLoRA,
@@ -213,7 +214,7 @@ def tensors_in_memory() -> Iterator[Tensor]:
     gc.collect()
     for thing in gc.get_objects():
         try:
-            if isinstance(thing, Tensor):
+            if isinstance(thing, Tensor) and not is_lazy(thing):  # which has no shape
                 yield thing
         except ReferenceError:
             continue
