@@ -35,6 +35,7 @@ def imports(file: Path) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torchao's own, where nothing has imported it yet
 @pytest.mark.parametrize("name", ["fx", "fx_trace", "int8_graph", "pt2e"])
 def test_everything_that_a_flow_takes_from_upstream_is_there(name: str) -> None:
     # Q24. torch.ao ships up to torch 2.15; torchao moves its parts about.
