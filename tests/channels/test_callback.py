@@ -425,6 +425,7 @@ def test_lbfgs_starts_anew() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the compiler's own, where it is imported first
 def test_a_compiled_submodule_shrinks_and_is_compiled_anew() -> None:
     module = Classifier()
     net = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))

@@ -55,7 +55,7 @@ MAY_REFUSE = {
     ("UNet", "distillation"): "`class_dim` must be 1",
     ("UNet", "ptq dynamic"): "must have a layer",
     ("keyword spotting", "qlora"): "must have a linear layer to adapt",
-    ("autoencoder", "distillation"): "`student` must name the layer",
+    ("autoencoder", "distillation"): "`teacher` must have a `forward`",
 }
 # One or two for each kind; `make test-all` has the rest.
 QUICK = {(kind, "qat") for kind in PROJECTS} | {
