@@ -123,6 +123,10 @@ class Feed:
         with self._context():
             return way(module, copy_batch(batch))  # a step may change or empty what it is given
 
+    def others(self) -> list[Way]:
+        """Return the ways of a batch behind the one that was chosen."""
+        return [partial(self._run, way) for way in self.ways[1:]]
+
     def choose(self, module: nn.Module, batches: Iterator[Any]) -> Iterator[Any]:
         """Choose the first way that brings a batch to the layers; return the batches, such a batch first.
 

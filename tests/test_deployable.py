@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress import Distillation, FeatureMSE, load_compressed, save_compressed
 from lightning_compress.deployable import deployable
-from lightning_compress.modules.routing import has_forgotten, is_set_aside
+from lightning_compress.modules.routing import class_of, form_before, parameters_aside
 from lightning_compress.structure.change import recorded
 from tests.golden.cases import CASES, Case
 from tests.golden.networks import NETWORKS, inputs
@@ -49,9 +49,9 @@ def test_serves_as_the_model_does_in_every_form(case: Case, tmp_path: Any) -> No
     assert_same_state(model.state_dict(), state)
     off = (case.outputs(plain) - expected).abs().max() / expected.std()
     assert off < (0.2 if form in TRAINING_FORMS else 1e-6)  # int8, and NF4's weights in float
-    assert type(plain) is NETWORKS[case.kind] or (type(plain) is type(model) and not hasattr(model, "student"))
+    assert class_of(plain) is (NETWORKS[case.kind] if hasattr(model, "student") else class_of(model))
     assert not forward_hooks(plain)
-    assert all(has_forgotten(module) for module in plain.modules() if is_set_aside(module))
+    assert not any(parameters_aside(module) or form_before(module) for module in plain.modules())
 
     path = str(tmp_path / "plain.ckpt")
     save_compressed(plain, path)

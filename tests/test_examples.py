@@ -222,7 +222,8 @@ def named_as_on_the_page() -> Classifier:
 
 
 def test_quantization_page_python(own_folder: Path) -> None:
-    post, by_pattern, training = blocks("python", "docs/quantization.md")
+    post, by_pattern, training, tree = blocks("python", "docs/quantization.md")
+    exec(compile(tree, "docs/quantization.md", "exec"), {})
     names: dict[str, Any] = {"model": Classifier(), "data": TinyData()}
     exec(compile(post, "docs/quantization.md", "exec"), names)
     assert {"test_acc", "float/test_acc"} <= names["trainer"].callback_metrics.keys()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from lightning_compress.channels.cutting.layers import STANDARD
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name, modules_of, named_tensors
 from lightning_compress.modules.resizing import KeptIndices, assign_, resize_, take
-from lightning_compress.modules.routing import CHILD, children_aside
 from lightning_compress.structure.change import Record, StructuralChange
 
 _NOTHING: dict[str, Any] = {"shapes": {}, "numbers": {}, "buffers": {}}
@@ -32,7 +31,8 @@ class ChannelRemoval(StructuralChange):
 
     def record(self, module: nn.Module) -> Record | None:
         record: dict[str, dict[str, Any]] = {"shapes": {}, "numbers": {}, "buffers": {}}
-        for prefix, inner in _own_modules(module):
+        for path, inner in modules_of(module).items():
+            prefix = f"{path}." if path else ""
             kinds = inner.__dict__.get(RECORD, _NOTHING)
             for kind in ("shapes", "numbers"):
                 record[kind] |= {prefix + name: list(entry) for name, entry in kinds[kind].items()}
@@ -93,8 +93,8 @@ class ChannelRemoval(StructuralChange):
             for name, dims in record["buffers"].items()
         }
         whole = {
-            prefix + name: entry["whole"]
-            for prefix, inner in _own_modules(module)
+            f"{path}.{name}".lstrip("."): entry["whole"]
+            for path, inner in modules_of(module).items()
             for name, entry in inner.__dict__.get(RECORD, _NOTHING)["buffers"].items()
         }
         before_of = {name: tensors[name].detach().clone() for name in kept if name not in whole and not is_cached(name)}
@@ -121,16 +121,6 @@ class ChannelRemoval(StructuralChange):
 
 
 CHANGE = ChannelRemoval()
-
-
-def _own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the user's modules with the prefix of their names, those behind a quantized form too."""
-    for path, module in model.named_modules():
-        if CHILD not in path.split("."):
-            here = prefix + (f"{clean_name(path)}." if path else "")
-            yield here, module
-            for name, child in children_aside(module).items():
-                yield from _own_modules(child, f"{here}{name}.")
 
 
 @torch.no_grad()

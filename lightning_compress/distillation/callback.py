@@ -265,7 +265,7 @@ class Distillation(DistillationCallback):
         live = self.student_of(pl_module)
         before = set(self.objective.taps)
         self.objective.apply_(plan, live)
-        if set(self.objective.taps) - before and self._restored is None and convert.form_of(pl_module) == "prepared":
+        if set(self.objective.taps) - before and self._restored is None and convert.form_name(pl_module) == "prepared":
             raise invalid(
                 "callbacks",
                 "list Distillation before QuantizationAwareTraining where pairs='auto'",

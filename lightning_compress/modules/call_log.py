@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.paths import is_at_or_below, is_below, modules_of
-from lightning_compress.modules.routing import needs_values
+from lightning_compress.modules.routing import form_of, needs_values
 
 _HALF = (torch.float16, torch.bfloat16)
 Tell = Callable[[], None]
@@ -129,7 +129,10 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
     def teller(path: str) -> Tell | None:
         reader = stack[-1] if stack else path
         # Torch's own read what lies in them for a fused path, which is switched off where it matters.
-        if reader == path or modules[reader].training or type(modules[reader]).__module__.startswith("torch."):
+        # A form reads what lies in its module, too.
+        if reader == path or modules[reader].training or form_of(modules[reader]) is not None:
+            return None
+        if type(modules[reader]).__module__.startswith("torch."):
             return None
         return lambda: log.readers.setdefault(path, set()).add(reader)
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from lightning_compress.modules.routing import CHILD
+from lightning_compress.modules.routing import routed_modules
 
 _FAST_PATH = "_fast_path"
 _SWITCHES = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
@@ -21,7 +21,7 @@ def quiet_fast_path_(model: nn.Module) -> None:
         for kind, switch in _SWITCHES.items():
             if not isinstance(module, kind) or _FAST_PATH in vars(module):
                 continue
-            if any(CHILD in inner._modules for inner in module.modules()):
+            if routed_modules(module):
                 module.__dict__[_FAST_PATH] = (switch, getattr(module, switch))
                 setattr(module, switch, 0)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.modules.fast_path import without_fast_path
-from lightning_compress.modules.routing import CHILD, all_modules
+from lightning_compress.modules.routing import with_forms
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -54,8 +54,8 @@ def isolated_random_state(seed: int | None = None, loaders: Any = None) -> Itera
 
 
 def training_modes(model: nn.Module) -> dict[nn.Module, bool]:
-    """The mode of every module, for `restore_modes_`; also of those that were set aside or leave the tree meanwhile."""
-    return {module: module.training for module in all_modules(model)}
+    """The mode of every module, for `restore_modes_`; also of those that leave the tree meanwhile."""
+    return {module: module.training for module in model.modules()}
 
 
 def restore_modes_(modes: dict[nn.Module, bool]) -> None:
@@ -89,7 +89,7 @@ def isolated_inference(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
-    with _State(model.modules()), isolated_random_state(), torch.inference_mode():
+    with _State(with_forms(model)), isolated_random_state(), torch.inference_mode():
         model.eval()
         yield
 
@@ -101,14 +101,13 @@ def isolated_evaluation(model: nn.Module) -> Iterator[None]:
     Torch's fused path, which calls no layers, is off. Buffers, attributes, the content of containers, and the global
     random states are put back.
     """
-    modules = [module for path, module in model.named_modules() if CHILD not in path.split(".")]
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         isolated_random_state(),
         without_fast_path(),
         evaluation_mode(model),
-        isolated_state(modules),
+        isolated_state(model.modules()),
     ):
         yield
 
@@ -141,7 +140,7 @@ def isolated_state(modules: Iterable[nn.Module]) -> Iterator[None]:
 def restored_on_error(module: nn.Module) -> Iterator[None]:
     """If the block fails, put the modes, buffers and attributes of ``module`` back."""
     with ExitStack() as stack:
-        stack.enter_context(_State(module.modules()))
+        stack.enter_context(_State(with_forms(module)))
         yield
         stack.pop_all()
 

@@ -76,6 +76,6 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by clean path."""
-    return {clean_name(path): module for path, module in model.named_modules()}
+def modules_of(model: nn.Module, every_name: bool = False) -> dict[str, nn.Module]:
+    """The modules of a model by clean path; one with several names under the first, or under ``every_name``."""
+    return {clean_name(path): module for path, module in model.named_modules(remove_duplicate=not every_name)}

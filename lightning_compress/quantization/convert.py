@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from lightning_compress.errors import CompressionError
 from lightning_compress.modules.fast_path import quiet_fast_path_, restore_fast_path_
-from lightning_compress.modules.isolation import restore_modes_, training_modes
-from lightning_compress.modules.paths import is_at_or_below, is_below, module_at
-from lightning_compress.modules.routing import CHILD, forget_aside_, restore_aside_, route_, set_aside_, unroute_
-from lightning_compress.quantization.layers.float_values import hide_float_values_, show_float_values_
-from lightning_compress.quantization.layers.packed import PackedLayer
+from lightning_compress.modules.paths import is_at_or_below, is_below, module_at, modules_of
+from lightning_compress.modules.routing import (
+    Form,
+    StoredWeight,
+    forget_aside_,
+    form_of,
+    has_forgotten,
+    route_,
+    routed_modules,
+    unroute_,
+)
+from lightning_compress.quantization.layers.int8_weight import Int8Weight
 from lightning_compress.quantization.layers.packed_weight import PackedWeight
 from lightning_compress.quantization.layers.plan import Weights, quantized_form
 from lightning_compress.quantization.layers.schemes import NF4
@@ -29,7 +38,11 @@ from lightning_compress.quantization.lora.adapters import LowRank, adapt_, merge
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.schemes import describe, from_description
-from lightning_compress.quantization.static.traced import Traced, Unit, prepared_form, share_buffers
+from lightning_compress.quantization.static.flows.names import is_one_of, own_path
+from lightning_compress.quantization.static.inner_layer import InnerLayer
+from lightning_compress.quantization.static.int8_unit import Int8Unit, same_tensor
+from lightning_compress.quantization.static.traced import Traced
+from lightning_compress.quantization.static.unit import Unit
 
 RECORD = "_quantization"
 """The attribute of a model that holds what was done to it."""
@@ -41,8 +54,8 @@ def record_of(model: nn.Module) -> dict[str, Any] | None:
     return record
 
 
-def form_of(model: nn.Module) -> str:
-    """Name the form: ``float``, ``prepared``, ``converted`` or ``adapted``."""
+def form_name(model: nn.Module) -> str:
+    """Name the form of a model: ``float``, ``prepared``, ``converted`` or ``adapted``."""
     record = record_of(model)
     return "float" if record is None else str(record["form"])
 
@@ -64,22 +77,14 @@ def keep_record_(part: nn.Module, model: nn.Module, path: str) -> None:
 def prepare_(model: nn.Module, described: Mapping[str, Any]) -> None:
     """Put observers (for training, fake-quantizers) where `Plan.describe` says. Parameters stay the same objects."""
     record = copy.deepcopy({**described, "form": "prepared"})
-    scheme, training, built = cast(StaticInt8, from_description(record["scheme"])), record["training"], []
-    for plain in record["units"]:
-        unit, module = Unit.from_description(plain), module_at(model, plain["path"])
-        modes = training_modes(module)
-        module.train(training)
-        try:
-            traced = prepared_form(module, unit, scheme, training=training)
-        finally:
-            restore_modes_(modes)
-        share_buffers(traced, module)
-        built.append((module, traced))
-        plain["numbers"] = traced.baked
-    for module, traced in built:
-        traced.take_qconfigs_(module)
-        route_(module, traced)
-        traced.keep_frozen_batchnorm_()
+    scheme, training = cast(StaticInt8, from_description(record["scheme"])), record["training"]
+    modules, units = modules_of(model), [Unit.from_description(plain) for plain in record["units"]]
+    built = [Traced(unit, scheme, training=training).build_(module_at(model, unit.path)) for unit in units]
+    for plain, traced in zip(record["units"], built, strict=True):
+        plain["numbers"] = traced.trace.baked
+        route_(module_at(model, plain["path"]), traced)
+        for name, scales in traced.unit.moved.items():
+            route_(modules[f"{plain['path']}.{name}".strip(".")], InnerLayer(scales))
     for layer in record["layers"]:
         module, scheme_of_layer = module_at(model, layer["path"]), from_description(layer["scheme"])
         layer["shapes"] = shapes_of(module)
@@ -97,7 +102,7 @@ def shapes_of(layer: nn.Module) -> dict[str, list[int]]:
 
 def convert_prepared_(model: nn.Module) -> None:
     """Convert a prepared module, also under `torch.inference_mode`."""
-    if form_of(model) == "prepared":
+    if form_name(model) == "prepared":
         with torch.inference_mode(False), torch.no_grad():
             convert_(model)
 
@@ -122,42 +127,96 @@ def take_stored_(model: nn.Module, record: Mapping[str, Any]) -> None:
             buffers[name].copy_(part["numbers"][name])
 
 
-def convert_(model: nn.Module, weights: Weights = MappingProxyType({}), judge: bool = True) -> None:
-    """Turn a prepared model into its quantized form; what it was stays aside, for `revert_`.
+def convert_(model: nn.Module, weights: Weights = MappingProxyType({})) -> None:
+    """Turn a prepared model into its quantized form; what it was is kept for `revert_`.
 
-    To ``judge`` is to leave layers float, with a warning, whose int8 kernels compute something else now: on another
-    CPU, say, than the one that it was prepared on.
+    Layers stay float, with a warning, whose int8 kernels compute something else now: on another CPU, say, than the one
+    that the model was prepared on.
     """
     record = record_of(model)
     assert record is not None and record["form"] == "prepared"
-    scheme = cast(StaticInt8, from_description(record["scheme"]))  # what units are in
     layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
-    converted: dict[str, nn.Module] = {}
-    for unit in record["units"]:
-        path = unit["path"]
-        traced = module_at(model, path)._modules[CHILD]
+    forms, known = _layer_forms(model, layers, weights), dict[int, Int8Weight]()
+    for plain in record["units"]:
+        path, module = plain["path"], module_at(model, plain["path"])
+        traced = form_of(module)
         assert isinstance(traced, Traced)
-        wrong = traced.wrong_kernels(scheme) if judge else dict.fromkeys(unit["unconverted"], "")
-        unconverted = [name for name in wrong if name]
-        graph = traced.converted(scheme, unconverted)
-        if judge:
-            for name in unit["unconverted"]:  # when it was converted before
-                record["floats"].pop(f"{path}.{name}".strip("."), None)
-            unit["unconverted"] = unconverted
-            _tell_of_wrong_kernels({f"{path}.{name}".strip("."): why for name, why in wrong.items()}, record["floats"])
-        for layer in [layer for layer in layers if is_below(layer, path)]:
-            # What a unit leaves in float was copied into its int8 form, where it is quantized in turn.
-            leaf: Any = graph.get_submodule(layer.removeprefix(path).lstrip("."))
-            if type(leaf).__module__.startswith("torch.ao.nn.intrinsic"):
-                leaf = leaf[0]  # upstream fuses float layers too
-            _swap_in_(leaf, quantized_form(leaf, layers.pop(layer), weights, layer))
-            forget_aside_(leaf)
-        converted[path] = traced.as_int8(graph)
-    converted |= _layer_forms(model, layers, weights)
-    for path, child in converted.items():
-        _swap_in_(module_at(model, path), child)
+        if traced.graph is None:
+            traced.build_(module)
+        traced.tree.bind_()
+        traced.source.bind_()  # loading and moving leave it other tensors than the tree's
+        wrong = traced.wrong_kernels() if record["training"] else {}  # calibration follows upon the plan's judgement
+        for name in plain["unconverted"]:  # when it was converted before
+            record["floats"].pop(f"{path}.{own_path(name)}".strip("."), None)
+        plain["unconverted"] = [name for name in wrong if name]
+        int8 = {name for name in traced.flow.int8_layers(traced.graph) if not is_one_of(name, plain["unconverted"])}
+        told = {f"{path}.{own_path(name)}".strip("."): why for name, why in wrong.items()}
+        _tell_of_wrong_kernels(told, record["floats"])
+        below = {layer: forms.pop(layer) for layer in layers if is_below(layer, path)}
+        _convert_unit_(model, traced, plain, int8, below, known)
+    for path, form in forms.items():
+        route_(module_at(model, path), form)
     quiet_fast_path_(model)
     record["form"] = "converted"
+
+
+def _convert_unit_(
+    model: nn.Module,
+    traced: Traced,
+    plain: dict[str, Any],
+    layers: Collection[str],
+    below: Mapping[str, Form],
+    known: dict[int, Int8Weight],
+) -> None:
+    """Give a unit its int8 form, its ``layers`` their codes, and those ``below`` it with other schemes their forms."""
+    module, graph = module_at(model, plain["path"]), traced.trace.graph
+    modules, floats = modules_of(module, every_name=True), dict[str, nn.Parameter]()
+    for path in layers:
+        owner, _, name = (f"{path}.weight" if path in modules else path).rpartition(".")
+        if owner in modules and (parameter := modules[owner]._parameters.get(name)) is not None:
+            floats[path] = parameter
+    keys = {id(parameter): path for path, parameter in floats.items()}
+    plain["computed"] = sorted(set(layers) - floats.keys())
+    plain["coded"] = [
+        f"{path}.{name}".lstrip(".")
+        for path, owner in modules_of(module).items()
+        for name, parameter in owner._parameters.items()
+        if id(parameter) in keys
+    ]
+    int8 = _route_unit_(model, plain, traced.scheme, traced.trains, below, known)
+    int8.roundings = traced.flow.roundings(graph, traced.graph, plain["unconverted"])
+    # The graph as it is, but with the values of the codes.
+    memo: dict[int, Any] = {id(own): own for own in (*module.modules(), *module.parameters(), *module.buffers())}
+    memo |= {key: nn.Parameter(known[key](), requires_grad=False) for key in keys}
+    int8.build_(module, replace(traced.trace, graph=copy.deepcopy(graph, memo).cpu()))  # constants were elsewhere
+
+
+def _route_unit_(
+    model: nn.Module,
+    plain: dict[str, Any],
+    scheme: StaticInt8,
+    trained: bool,
+    below: Mapping[str, Form],
+    known: dict[int, Int8Weight],
+) -> Int8Unit:
+    """Let a unit compute in int8, and its layers, called alone, with their codes; ``known`` are those of parameters."""
+    unit, module = Unit.from_description(plain), module_at(model, plain["path"])
+    modules, owned = modules_of(module), dict[str, dict[str, StoredWeight]]({"": {}})
+    for path in plain["coded"]:
+        owner, _, name = path.rpartition(".")
+        parameter = modules[owner]._parameters.get(name) if owner in modules else None
+        if parameter is None:
+            raise CompressionError(f"The model must have a parameter at {path!r}. Received: none.")
+        if id(parameter) not in known:
+            known[id(parameter)] = Int8Weight.nearest(parameter, scheme.reduced)
+        owned.setdefault(owner, {})[name] = known[id(parameter)]
+    int8 = Int8Unit(unit, scheme, trained, plain["computed"], owned.pop(""))
+    for path, form in below.items():
+        route_(module_at(model, path), form)
+    for path in dict.fromkeys((*owned, *unit.moved)):
+        route_(modules[path], InnerLayer(unit.moved.get(path, {}), owned.get(path, {})))
+    route_(module, int8)
+    return int8
 
 
 def _tell_of_wrong_kernels(wrong: Mapping[str, str], floats: dict[str, str]) -> None:
@@ -171,36 +230,22 @@ def _tell_of_wrong_kernels(wrong: Mapping[str, str], floats: dict[str, str]) -> 
         )
 
 
-def _layer_forms(model: nn.Module, layers: Mapping[str, Scheme], weights: Weights) -> dict[str, nn.Module]:
-    """Make the forms of layers outside of units. Layers that share a weight, and so a scheme, share its codes."""
-    made: dict[str, nn.Module] = {}
+def _layer_forms(model: nn.Module, layers: Mapping[str, Scheme], weights: Weights) -> dict[str, Form]:
+    """Make the forms of single layers. Layers that share a weight, and so a scheme, share its codes."""
+    made: dict[str, Form] = {}
     modules = {path: module_at(model, path) for path in layers}
     for path, scheme in layers.items():
-        if (form := modules[path]._modules.get(CHILD)) is not None:
-            weights = {**weights, path: scheme.trained_weight(form)}
-    keys = {path: id(dict(module._parameters).get("weight")) for path, module in modules.items()}
+        if (form := form_of(modules[path])) is not None:
+            weights = {**weights, path: scheme.trained_weight(form, modules[path])}
+    keys = {path: id(module._parameters.get("weight")) for path, module in modules.items()}
     shared = {keys[path]: weights[path] for path in layers if path in weights}
     for path, scheme in layers.items():
         known = {**weights, path: shared[keys[path]]} if keys[path] in shared else weights
         made[path] = form = quantized_form(modules[path], scheme, known, path)
-        if isinstance(form, PackedLayer):
-            shared[keys[path]] = form.weight
+        if "weight" in form.weights:
+            weight: Any = form.weights["weight"]
+            shared[keys[path]] = weight
     return made
-
-
-def _swap_in_(module: nn.Module, converted: Any) -> None:
-    """Replace a prepared (or plain) unit or layer by its converted form and set the rest aside."""
-    prepared = module._modules.pop(CHILD, None)
-    route_(module, converted.eval())
-    set_aside_(module, converted.used, prepared)
-    show_float_values_(module)
-
-
-def _converted_modules(model: nn.Module, record: Mapping[str, Any]) -> list[nn.Module]:
-    """Return the modules that have (or had) a form of their own: units, and layers outside of them."""
-    paths = [part["path"] for part in (*record["units"], *record["layers"])]
-    units = [unit["path"] for unit in record["units"]]
-    return [module_at(model, path) for path in paths if not any(is_below(path, unit) for unit in units)]
 
 
 def revert_(model: nn.Module, form: str = "prepared") -> None:
@@ -214,21 +259,19 @@ def revert_(model: nn.Module, form: str = "prepared") -> None:
         merge_(model, record)
         del model.__dict__[RECORD]
         return
-    modules = _converted_modules(model, record)
-    prepared = {module: restore_aside_(module) for module in modules}
-    for module in modules:
-        hide_float_values_(module)
+    paths = [part["path"] for part in (*record["units"], *record["layers"])]
+    own = {module for path, module in modules_of(model).items() if any(is_at_or_below(path, part) for part in paths)}
+    routed = [module for module in routed_modules(model) if module in own]  # a part may have been quantized before
+    if gone := [module for module in routed if has_forgotten(module)]:
+        unroute_(gone[0])  # raises
     restore_fast_path_(model)
-    if form == "float" or not any(prepared.values()):
-        for module in modules:
-            unroute_(module)
+    before = {module: unroute_(module) for module in routed if form_of(module) is not None}
+    if form == "float" or all(prepared is None for prepared in before.values()):
         del model.__dict__[RECORD]
         return
-    for module, child in prepared.items():
-        if child is None:
-            unroute_(module)
-        else:
-            route_(module, child)
+    for module, prepared in before.items():
+        if prepared is not None:
+            route_(module, prepared)
     quiet_fast_path_(model)
     record["form"] = "prepared"
 
@@ -254,22 +297,69 @@ def adapt_and_record_(model: nn.Module, layers: list[str], low_rank: LowRank, se
 
 
 def transplant_(model: nn.Module, twin: nn.Module) -> None:
-    """Give a float ``model`` the converted form of its copy ``twin``; what the model was stays aside."""
+    """Give a float ``model`` the converted form of its copy ``twin``; what the model was is kept for `revert_`.
+
+    Parameters that have other values in the twin, as ranges were moved between layers, are the twin's meanwhile.
+    """
     record = record_of(twin)
     assert record is not None and record["form"] == "converted"
-    pairs = zip(_converted_modules(model, record), _converted_modules(twin, record), strict=True)
-    for module, other in list(pairs):
-        _swap_in_(module, other._modules[CHILD])
+    modules, twins = modules_of(model), modules_of(twin)
+    forms = {path: form for path, other in twins.items() if (form := form_of(other)) is not None}
+    memo: dict[int, Any] = {id(other): modules[path] for path, other in twins.items()}
+    others: dict[str, dict[str, nn.Parameter]] = {path: {} for path in forms}
+    for path, other in twins.items():
+        for kind in ("_parameters", "_buffers"):
+            for name, tensor in getattr(other, kind).items():
+                own = getattr(modules[path], kind)[name]
+                if path in forms and (name in forms[path].weights or not same_tensor(own, tensor)):
+                    others[path] |= {} if name in forms[path].weights else {name: tensor}
+                else:
+                    memo[id(tensor)] = own
+    for path, form in copy.deepcopy(forms, memo).items():
+        if form_of(modules[path]) is None:  # not yet, as that of a child of another
+            route_(modules[path], form, copy.deepcopy(others[path], memo))
     quiet_fast_path_(model)
-    model.__dict__[RECORD] = record
+    model.__dict__[RECORD] = copy.deepcopy(record)
 
 
 def packed_weights(model: nn.Module) -> list[PackedWeight]:
     """Return the matrices that a model holds in few bits, each once."""
-    return [module for module in model.modules() if isinstance(module, PackedWeight)]
+    found = (weight for form in routed_modules(model).values() for weight in form.weights.values())
+    return list(dict.fromkeys(weight for weight in found if isinstance(weight, PackedWeight)))
 
 
 def forget_(model: nn.Module) -> None:
     """Let go of what a converted model was; it can't be reverted any more."""
     for module in model.modules():
         forget_aside_(module)
+
+
+def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give a float model the form that ``record`` tells of; its weights are loaded afterwards.
+
+    Raises:
+        CompressionError: the model hasn't the modules that the record names.
+    """
+    take_stored_(model, record)
+    if record["form"] == "adapted":
+        paths = [layer["path"] for layer in record["layers"]]
+        adapt_and_record_(model, paths, LowRank(**record["low_rank"]), record)
+    elif record["form"] == "prepared":
+        prepare_(model, record)
+        return
+    else:
+        _rebuild_converted_(model, copy.deepcopy(dict(record)))
+    forget_(model)
+
+
+def _rebuild_converted_(model: nn.Module, record: dict[str, Any]) -> None:
+    scheme = cast(StaticInt8, from_description(record["scheme"]))
+    forms = _layer_forms(model, {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}, {})
+    known: dict[int, Int8Weight] = {}
+    for plain in record["units"]:
+        below = {path: forms.pop(path) for path in list(forms) if is_below(path, plain["path"])}
+        _route_unit_(model, plain, scheme, record["training"], below, known)
+    for path, form in forms.items():
+        route_(module_at(model, path), form)
+    quiet_fast_path_(model)
+    model.__dict__[RECORD] = record

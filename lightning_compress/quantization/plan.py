@@ -19,7 +19,7 @@ from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.schemes import describe, from_description
 from lightning_compress.quantization.static.plan import AS_A_WHOLE, plan_units
-from lightning_compress.quantization.static.traced import Unit
+from lightning_compress.quantization.static.unit import Unit
 from lightning_compress.targets import Targets
 
 _logger = logging.getLogger("lightning_compress")
@@ -137,6 +137,9 @@ def explain(record: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{named(hooked)}: forward hooks (a distillation's taps are some) fire while training, and not in int8"
         )
+    computed = [f"{unit['path']}.{path}".strip(".") for unit in record["units"] for path in unit.get("computed", ())]
+    if computed:
+        lines.append(f"{named(computed)}: a forward computes the weight; files hold what it is computed of, in float")
     notes: dict[str, list[str]] = {}
     for layer in record["layers"]:
         notes.setdefault(from_description(layer["scheme"]).note(), []).append(layer["path"])

@@ -105,7 +105,7 @@ class PostTrainingQuantization(CompressionCallback):
             if self.recipe.needs_cpu:
                 refuse_accelerator(trainer)
             self._modes = training_modes(pl_module)
-        if stage == "fit" and convert.form_of(pl_module) == "converted":
+        if stage == "fit" and convert.form_name(pl_module) == "converted":
             convert.revert_(pl_module, "float")
         super().setup(trainer, pl_module, stage)
 
@@ -171,9 +171,9 @@ class PostTrainingQuantization(CompressionCallback):
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         require_float(pl_module, "train")
-        if convert.form_of(pl_module) == "converted":
+        if convert.form_name(pl_module) == "converted":
             return
-        if convert.form_of(pl_module) == "prepared":
+        if convert.form_name(pl_module) == "prepared":
             convert.convert_prepared_(pl_module)
             return
         with torch.inference_mode(False), isolated_random_state(seed=0):  # every rank shuffles alike
@@ -206,7 +206,7 @@ class PostTrainingQuantization(CompressionCallback):
         found = calibration_batches(loader, trainer, probe, self.recipe.calibration_batches)
         with evaluation_mode(probe), isolated_random_state(loaders=loader), closing(found):
             batches = feed.choose(probe, found)
-            quantize_(probe, self.recipe, next(batches, None), batches, feed)
+            quantize_(probe, self.recipe, next(batches, None), batches, feed, feed.others())
         return f"; {feed}"
 
     def _time(self, trainer: pl.Trainer, batch: Any) -> None:

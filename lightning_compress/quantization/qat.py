@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,17 +19,17 @@ from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state, restore_modes_, training_modes
 from lightning_compress.modules.paths import module_at
-from lightning_compress.modules.routing import CHILD
+from lightning_compress.modules.routing import form_of
 from lightning_compress.probe import observe_steps
 from lightning_compress.quantization import convert
-from lightning_compress.quantization.change import CHANGE, copy_ranges_
+from lightning_compress.quantization.change import CHANGE
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import explain, make_plan, summary
 from lightning_compress.quantization.recipe import check_overrides
 from lightning_compress.quantization.schemes import describe, resolve
 from lightning_compress.quantization.static.calibrate import adjusted, calibrate
 from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT
-from lightning_compress.quantization.static.traced import Traced
+from lightning_compress.quantization.static.traced import reduce_ranges_, traced_units
 from lightning_compress.quantization.trainer import (
     may_rescale,
     refuse_accelerator,
@@ -51,10 +52,10 @@ class QuantizationAwareTraining(WindowedCallback):
 
     At the window's start the largest sub-modules whose traced form computes what they computed are given
     fake-quantizers (BatchNorm folded); the rest stays float and is listed with its reason. Parameters stay the same
-    objects, so optimizers go on. Where the window starts with the fit, and nothing averages weights, those of
-    `StaticInt8` are equalized and smoothed first, as before calibration; the float function stays. After the fit the
-    model computes in int8 on the CPU: ``trainer.test(model)`` measures just that. The next `fit` trains the float
-    weights on.
+    objects with their values, so optimizers, penalties and averages go on. (Only ``StaticInt8(equalize=True)`` or
+    ``smooth=True`` changes values first, as before calibration, where the window starts with the fit and nothing
+    averages weights; the float function stays.) After the fit the model computes in int8 on the CPU:
+    ``trainer.test(model)`` measures just that. The next `fit` trains the float weights on.
 
     Args:
         scheme: ``int8_static`` or a `StaticInt8`; or ``int4_weight_only`` or a symmetric `WeightOnly`, of which
@@ -138,7 +139,7 @@ class QuantizationAwareTraining(WindowedCallback):
         self._recent.clear()
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if convert.form_of(pl_module) == "converted":
+            if convert.form_name(pl_module) == "converted":
                 convert.revert_(pl_module)
             if self._other_scheme(pl_module):
                 convert.revert_(pl_module, "float")
@@ -155,10 +156,6 @@ class QuantizationAwareTraining(WindowedCallback):
             warn_of_other_settings(type(self).__name__, {"scheme": other}, {"scheme": now}, "codes")
         if self.targets is not None:
             self.targets.check_patterns(pl_module)
-        # Not before modules have the modes in which they train: one in evaluation mode counts as frozen.
-        for module in pl_module.modules():
-            if isinstance(module, Traced):
-                module.thaw_batchnorm_()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -173,7 +170,7 @@ class QuantizationAwareTraining(WindowedCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._step >= self.bounds.start and convert.form_of(pl_module) == "float":
+        if self._step >= self.bounds.start and convert.form_name(pl_module) == "float":
             others = compression_callbacks(trainer)
             for other in others:
                 other.apply_pending_(trainer, pl_module, batch, batch_idx)
@@ -181,8 +178,14 @@ class QuantizationAwareTraining(WindowedCallback):
                 self._prepare(trainer, pl_module, batch, batch_idx)
         self._freeze(pl_module)
         self._batch = batch
-        if convert.form_of(pl_module) == "float" and self._trained > -_FEW:
+        if convert.form_name(pl_module) == "float" and self._trained > -_FEW:
             self._recent.append((copy_tensors(batch), batch_idx))  # should the fit end before it is prepared
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args)
+        if trainer.world_size > 1 and convert.form_name(pl_module) == "prepared":
+            reduce_ranges_(pl_module, partial(trainer.strategy.reduce, reduce_op="max"))
 
     @property
     def _trained(self) -> int:
@@ -203,17 +206,18 @@ class QuantizationAwareTraining(WindowedCallback):
         if trainer.training:
             rebuild_ddp(trainer, pl_module)
         self._notes = explain(described)
-        if floats := sorted(path for path in plan.layers if CHILD not in module_at(pl_module, path)._modules):
+        if floats := sorted(path for path in plan.layers if form_of(module_at(pl_module, path)) is None):
             self._notes.append(f"{named(floats)}: trained in float, rounded when the fit ends")
         head = f"{type(self).__name__}: quantizes {summary(described)}."
         rank_zero_info("\n  ".join(in_short([head, *self._notes])))
 
     def _freeze(self, pl_module: pl.LightningModule) -> None:
         progress = self.bounds.progress(self._step)
-        for module in pl_module.modules():
-            if isinstance(module, Traced) and progress is not None:
-                module.observers_frozen = progress >= self.freeze_observers < 1.0
-                module.batchnorm_frozen = progress >= self.freeze_batchnorm < 1.0
+        if progress is None:
+            return
+        for form in traced_units(pl_module):
+            form.observers_frozen = progress >= self.freeze_observers < 1.0
+            form.batchnorm_frozen = progress >= self.freeze_batchnorm < 1.0
 
     @override
     def sync_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -222,19 +226,19 @@ class QuantizationAwareTraining(WindowedCallback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        late = convert.form_of(pl_module) == "float" and self._trained >= 0 and self._recent
+        late = convert.form_name(pl_module) == "float" and self._trained >= 0 and self._recent
         if late and all(other.is_final() for other in compression_callbacks(trainer)):
             self._prepare_late(trainer, pl_module)
-        if convert.form_of(pl_module) == "prepared" and self._trained < _FEW:
+        if convert.form_name(pl_module) == "prepared" and self._trained < _FEW:
             self._notes.append(f"only {self._trained} optimizer steps were trained with fake-quantizers")
             rank_zero_info(f"{type(self).__name__}: {self._notes[-1]}. Train longer, or let channels leave earlier.")
         self._recent.clear()
-        if self.convert and convert.form_of(pl_module) == "prepared":
+        if self.convert and convert.form_name(pl_module) == "prepared":
             floats = make_probe(trainer, pl_module, list(pl_module.parameters()))
             convert.revert_(floats, "float")
             convert.convert_prepared_(pl_module)
             self._time(trainer, pl_module, floats)
-        if convert.form_of(pl_module) == "float":
+        if convert.form_name(pl_module) == "float":
             rank_zero_warn(f"{type(self).__name__}: the fit ended before the window began; the model is still float.")
 
     def _prepare_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -245,7 +249,7 @@ class QuantizationAwareTraining(WindowedCallback):
         probe = make_probe(trainer, pl_module)
         with trainer.precision_plugin.train_step_context():
             calibrate(probe, recent, len(recent), run_training_step)
-        copy_ranges_(pl_module, probe)
+        CHANGE.load_extra_(pl_module, CHANGE.extra_state(probe))
 
     def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule, floats: pl.LightningModule) -> None:
         """Say if the last batch of the training takes longer than in float; both forms are copies."""
@@ -261,7 +265,7 @@ class QuantizationAwareTraining(WindowedCallback):
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if convert.form_of(pl_module) == "float":
+        if convert.form_name(pl_module) == "float":
             rank_zero_warn(
                 "QuantizationAwareTraining: these weights were saved before quantization began; they run as float."
             )
@@ -274,7 +278,7 @@ class QuantizationAwareTraining(WindowedCallback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn == "fit" and convert.form_of(pl_module) != "adapted":
+        if trainer.state.fn == "fit" and convert.form_name(pl_module) != "adapted":
             convert.revert_(pl_module, "float")
         super().on_exception(trainer, pl_module, exception)
 

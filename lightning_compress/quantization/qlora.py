@@ -17,7 +17,6 @@ from lightning_compress.callback import STATE_VERSION, CompressionCallback, warn
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.modules.paths import compressible_modules
-from lightning_compress.modules.routing import CHILD
 from lightning_compress.probe import is_own
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.change import CHANGE
@@ -36,8 +35,8 @@ class QLoRA(CompressionCallback):
     frozen parameters leave the optimizers. The module stays so afterwards, for `test` and further fits; `merge` gives a
     plain one. Saves memory, not time: the 4-bit weights are dequantized in each forward and each backward pass.
 
-    A checkpoint holds the adapters and the 4-bit weights in an entry of their own, and the other parameters under their
-    keys; it loads with this callback or `load_compressed`.
+    A checkpoint holds the codes of 4-bit weights under these weights' keys, their scales and the adapters beside them,
+    and the other parameters as they are; it loads with this callback or `load_compressed`.
 
     Args:
         rank: r.
@@ -174,7 +173,7 @@ class QLoRA(CompressionCallback):
         let_gradients_in_()
         for weight in convert.packed_weights(pl_module):
             # Being no parameters or buffers, they are nothing that DDP makes equal.
-            weight.load_state_dict(trainer.strategy.broadcast(weight.state_dict()))
+            weight.copy_(trainer.strategy.broadcast(weight.tensors()))
         self.sync_(trainer, pl_module)
         self._notes = self._explain(pl_module, record)
         rank_zero_info("\n  ".join(in_short(self._notes)))
@@ -191,7 +190,7 @@ class QLoRA(CompressionCallback):
     ) -> None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         reached = {
-            name.rpartition(f".{CHILD}.")[0]: parameter.grad is not None
+            name.rpartition(".")[0]: parameter.grad is not None
             for name, parameter in pl_module.named_parameters()
             if name.endswith("lora_B") and id(parameter) in held
         }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import statistics
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +21,7 @@ from lightning_compress.modules.copying import copy_module, copy_tensors
 from lightning_compress.modules.isolation import evaluation_mode, isolated_evaluation
 from lightning_compress.modules.latency import round_ratios
 from lightning_compress.modules.outputs import least_cosine, outer_outputs
-from lightning_compress.modules.paths import device_of
+from lightning_compress.modules.paths import device_of, modules_of
 from lightning_compress.quantization.convert import convert_, forget_, prepare_, record_of
 from lightning_compress.quantization.layers.gptq_calibration import calibrated_weights
 from lightning_compress.quantization.layers.per_token import give_tokens_scales_
@@ -127,11 +129,13 @@ def quantize_(
     first: Any,
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], Any] = run_step,
+    others: Sequence[Callable[[nn.Module, Any], Any]] = (),
 ) -> None:
-    """Convert a float ``model`` in evaluation mode in place; what it was stays aside for `convert.revert_`.
+    """Convert a float ``model`` in evaluation mode in place; what it was is kept for `convert.revert_`.
 
-    The ``first`` of the batches may be None for a scheme that doesn't calibrate, which then looks at what is called
-    with the ``example_input_array``, if there is one.
+    What ``others`` among the ways of a batch call from outside of a module stays a module of its own. The ``first`` of
+    the batches may be None for a scheme that doesn't calibrate, which then looks at what is called with the
+    ``example_input_array``, if there is one.
     """
     scheme, log = recipe.scheme, None
     if first is None and recipe.calibrates:
@@ -142,6 +146,10 @@ def quantize_(
     with outer_outputs(model) as expected:
         if first is not None:
             log = dry_run(model, copy_tensors(first), run, keep_inputs=scheme.whole)
+            for other in others if scheme.whole else ():
+                with suppress(Exception):  # not every step takes what the first one does
+                    seen = dry_run(model, copy_tensors(first), other, keep_inputs=False)
+                    log.merge(replace(seen, inputs={}))
         elif getattr(model, "example_input_array", None) is not None:
             log = dry_run(model, None, lambda model, _: run_example(model), keep_inputs=False)
     plan = make_plan(model, log, scheme, recipe.targets, recipe.overrides, recipe.flow, training=False)
@@ -159,13 +167,15 @@ def quantize_(
     convert_(model, weights)
     if first is None:
         return
+    assert log is not None
+    called = set(log.inputs)
     if not recipe.decides_per_token:
-        _check_runs(model, first, run)
+        _check_runs(model, first, run, called)
         return
 
     def cosine() -> float:
         with outer_outputs(model) as got:
-            _check_runs(model, first, run)
+            _check_runs(model, first, run, called)
         return least_cosine(*([output for _, output in calls] for calls in (expected, got)))
 
     _decide_per_token_(model, cosine)
@@ -189,16 +199,36 @@ def _check_float32(model: nn.Module) -> None:
             )
 
 
-def _check_runs(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any]) -> None:
-    """Raise now if the quantized model can't run; code that reads a layer's weights finds none there."""
+def _check_runs(
+    model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any], before: Collection[str] = ()
+) -> None:
+    """Raise now if the quantized model can't run, or passes over layers that it called ``before``."""
     try:
-        with isolated_evaluation(model), torch.compiler.set_stance("force_eager"):
-            run(model, copy_tensors(batch))
+        missed = passed_over(model, batch, run, before)
     except Exception as error:
         raise CompressionError(
             f"The quantized model must run on a calibration batch. Received: {type(error).__name__}: {error}. "
-            "Code that reads the weights of a quantized layer can't; exclude that layer from `targets`."
+            "Code that writes to the weights of a quantized layer can't; exclude that layer from `targets`."
         ) from error
+    if missed:
+        raise CompressionError(f"The model must call its quantized layers as it called the float ones. {missed}")
+
+
+def passed_over(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any], before: Collection[str]) -> str:
+    """Say which quantized layers of those called ``before`` a run doesn't call any more; empty if it calls all."""
+    record, modules, called = record_of(model) or {}, modules_of(model), set[str]()
+    parts = (*record.get("units", ()), *record.get("layers", ()))
+    paths = {part["path"] for part in parts if part["path"] in before}
+    with ExitStack() as hooks, isolated_evaluation(model), torch.compiler.set_stance("force_eager"):
+        for path in paths:
+            hooks.enter_context(modules[path].register_forward_pre_hook(lambda *_, path=path: called.add(path)))
+        run(model, copy_tensors(batch))
+    if not (missed := sorted(paths - called)):
+        return ""
+    return (
+        f"Received: `{missed[0]}` left out. `type(layer)` is another class now: ask by `isinstance`, or exclude that "
+        "layer from `targets`."
+    )
 
 
 def dry_run(

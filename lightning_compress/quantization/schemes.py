@@ -35,7 +35,7 @@ def resolve(scheme: str | Scheme) -> Scheme:
 
     Example:
         >>> resolve("int8_static")
-        StaticInt8(engine='x86', observer='minmax', reduce_range=None, equalize=True, smooth=True)
+        StaticInt8(engine='x86', observer='minmax', reduce_range=None, equalize=None, smooth=None)
     """
     if isinstance(scheme, str) and scheme in SCHEMES:
         return SCHEMES[scheme]

@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_compress.callback import CompressionCallback, compression_callbacks
 from lightning_compress.errors import CompressionError, in_a_line, invalid
 from lightning_compress.probe import example_calls
-from lightning_compress.quantization.convert import form_of
+from lightning_compress.quantization.convert import form_name
 from lightning_compress.quantization.float_twin import FLOAT
 from lightning_compress.report.compare import Comparison, compare
 from lightning_compress.report.evaluations import (
@@ -234,7 +234,7 @@ class CompressionReport(CompressionCallback):
             self._evaluated(trainer, pl_module, "validation", trainer.val_dataloaders, trainer.num_val_batches)
         elif not trainer.sanity_checking:  # which sees a few batches only
             with self._not_ending_the_run("The metrics of the validation couldn't be taken"):
-                self._validated.remember(trainer, form_of(pl_module))
+                self._validated.remember(trainer, form_name(pl_module))
 
     def _evaluated(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, loaders: Any, batches: Sequence[float]
@@ -262,7 +262,7 @@ class CompressionReport(CompressionCallback):
                 with self._not_ending_the_run("after: it couldn't be measured"):
                     # After every callback's `on_fit_end`, in which models are converted.
                     self._rows.measure(AFTER, pl_module)
-                    self._evaluations += self._validated.evaluations(AFTER, trainer, form_of(pl_module))
+                    self._evaluations += self._validated.evaluations(AFTER, trainer, form_name(pl_module))
             if self._rows.measurements:
                 with self._not_ending_the_run("The report failed"):
                     self._report(trainer)

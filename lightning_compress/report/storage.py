@@ -13,19 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_compress.errors import invalid
-from lightning_compress.quantization.layers.packed_weight import PackedWeight
+from lightning_compress.modules.paths import clean_name
+from lightning_compress.modules.routing import StoredWeight, form_of
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 # What quantized modules save beside their weights; it belongs to activations.
 _ACTIVATION_KEYS = ("scale", "zero_point")
-# Put around a module by `torch.compile` and by the traced form of quantization: a layer keeps its name inside of them.
-_WRAPPERS = (
-    "_orig_mod.",
-    "_traced_forward.graph.graph.module.",
-    "_traced_forward.graph.graph",
-    "_traced_forward.graph.",
-    "._traced_forward",
-)
 _COMPRESS_AT_MOST = 512_000_000
 
 
@@ -110,7 +103,7 @@ def packed_weights(value: Any) -> Iterator[Tensor]:
 
 
 def _rows(model: nn.Module) -> Iterator[LayerMeasurement]:
-    seen: dict[int, Tensor] = {}
+    seen: dict[int, Any] = {}
 
     def fresh(tensors: list[Tensor]) -> list[Tensor]:
         found = [tensor for tensor in tensors if id(tensor) not in seen]
@@ -122,24 +115,21 @@ def _rows(model: nn.Module) -> Iterator[LayerMeasurement]:
         if module in covered:
             continue
         if _is_quantized(module):
-            # A quantized layer keeps its weights in children that are no layers of their own.
+            # A quantized layer of torch's keeps its weights in children that are no layers of their own.
             covered.update(module.modules())
             parameters = [tensor for child in module.modules() for tensor in _packed(child)]
         else:
             parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
-            parameters += _int8_weights(module)
-        weight = dict(module.named_children()).get("weight")
-        few_bits = [weight] if isinstance(weight, PackedWeight) and weight not in covered else []
-        covered.update(few_bits)
-        parameters, buffers = fresh(parameters), fresh(_persistent_buffers(module))
-        if parameters or few_bits:
-            yield _row(_unwrapped(name), type(module).__name__, parameters, buffers, few_bits)
-
-
-def _unwrapped(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+        form = form_of(module)
+        stored: list[Any] = (
+            [] if form is None else [weight for weight in form.weights.values() if id(weight) not in seen]
+        )
+        seen.update((id(weight), weight) for weight in stored)
+        codes = {} if form is None else {id(module._parameters[name]) for name in form.weights}
+        parameters = fresh([parameter for parameter in parameters if id(parameter) not in codes])
+        buffers = fresh(_persistent_buffers(module))
+        if parameters or stored:
+            yield _row(clean_name(name), type(module).__name__, parameters, buffers, stored)
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -152,33 +142,25 @@ def _packed(module: nn.Module) -> list[Tensor]:
     return [tensor for key, value in saved.items() if key not in _ACTIVATION_KEYS for tensor in packed_weights(value)]
 
 
-def _int8_weights(module: nn.Module) -> list[Tensor]:
-    """Weights that are held as int8 buffers, and the bias beside them or beside one of few bits."""
-    weights = [buffer for buffer in module._buffers.values() if buffer is not None and buffer.dtype is torch.int8]
-    packed = weights or isinstance(dict(module.named_children()).get("weight"), PackedWeight)
-    bias = module._buffers.get("bias") if packed else None
-    return weights if bias is None else [*weights, bias]
-
-
 def _persistent_buffers(module: nn.Module) -> list[Tensor]:
     temporary = module._non_persistent_buffers_set
     return [tensor for key, tensor in module._buffers.items() if tensor is not None and key not in temporary]
 
 
 def _row(
-    name: str, kind: str, parameters: list[Tensor], buffers: list[Tensor], few_bits: list[PackedWeight]
+    name: str, kind: str, parameters: list[Tensor], buffers: list[Tensor], stored: list[StoredWeight]
 ) -> LayerMeasurement:
     if any(map(is_lazy, parameters)):
         raise invalid("model", "have a shape for every parameter", f"lazy layer {name}", "Run it once first.")
     dtype = max(parameters, key=Tensor.numel).dtype if parameters else None
-    few = [tensor for weight in few_bits for tensor in weight.tensors().values()]
+    held = [tensor for weight in stored for tensor in weight.tensors().values()]
     return LayerMeasurement(
         name=name,
         type=kind,
-        parameters=sum(map(Tensor.numel, parameters)) + sum(weight.rows * weight.columns for weight in few_bits),
-        nonzeros=sum(map(_nonzeros, [*parameters, *(weight() for weight in few_bits)])),
-        size_bytes=sum(map(_tensor_bytes, {*parameters, *buffers, *few})),
-        dtype=f"{few_bits[0].bits} bits" if few_bits else str(dtype).removeprefix("torch."),
+        parameters=sum(map(Tensor.numel, parameters)) + sum(weight.shape.numel() for weight in stored),
+        nonzeros=sum(map(_nonzeros, [*parameters, *(weight() for weight in stored)])),
+        size_bytes=sum(map(_tensor_bytes, {*parameters, *buffers, *held})),
+        dtype=stored[0].kind if stored else str(dtype).removeprefix("torch."),
     )
 
 

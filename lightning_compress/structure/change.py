@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -78,16 +78,15 @@ class StructuralChange:
     def forget_(self, module: nn.Module) -> None:
         """Drop what `revert_` would need, since the change is final."""
 
-    def extra_state(self, module: nn.Module, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Move what isn't the user's out of state dicts of ``module``, and return it as parts of our entry."""
+    def extra_state(self, module: nn.Module) -> dict[str, Any]:
+        """Return what must be kept beside the weights, as parts of our entry."""
         return {}
 
-    def load_extra_(self, module: nn.Module, states: Sequence[dict[str, Any]], entry: Record) -> None:
-        """Put what `extra_state` took from the entry back into state dicts with the user's keys.
+    def load_extra_(self, module: nn.Module, entry: Record) -> None:
+        """Take what `extra_state` put into the entry."""
 
-        Raises:
-            RuntimeError: a state has other shapes than ``module``, which loading wouldn't notice.
-        """
+    def settle_(self, module: nn.Module) -> None:
+        """Make what the first call of a module that was loaded would make, as a call that is compiled can't."""
 
     def sync_(self, copied: nn.Module, module: nn.Module) -> None:
         """Bring an averaged copy of a module in line with it."""

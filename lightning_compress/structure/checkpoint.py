@@ -7,7 +7,6 @@ run for weights-only saves too, and on load before the weights, with the whole c
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -51,8 +50,6 @@ def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
         callback.sync_(module.trainer, module)
     type(module).on_save_checkpoint(module, checkpoint)
     entry = describe(module)
-    for change, _ in recorded(module):
-        entry |= change.extra_state(module, [checkpoint[name] for name in STATES if name in checkpoint])
     if is_converted(module) and "current_model_state" in checkpoint:
         # The fit is over, and the module is the average; the float one that a callback still holds isn't wanted.
         checkpoint["state_dict"] = checkpoint.pop("current_model_state")
@@ -67,7 +64,10 @@ def _on_save(module: Any, checkpoint: dict[str, Any]) -> None:
 
 def describe(module: nn.Module) -> dict[str, Any]:
     """Return the entry that describes a module's structure."""
-    return {"version": VERSION, **{change.key: copy.deepcopy(record) for change, record in recorded(module)}}
+    entry: dict[str, Any] = {"version": VERSION}
+    for change, record in recorded(module):
+        entry |= {change.key: copy.deepcopy(record), **change.extra_state(module)}
+    return entry
 
 
 def _on_load(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -78,10 +78,9 @@ def _on_load(module: Any, checkpoint: dict[str, Any]) -> None:
     for callback in callbacks.values():
         callback.check_entry(entry, trainer.state.fn)
     type(module).on_load_checkpoint(module, checkpoint)
-    states = editable(checkpoint)
     # On a copy first: a load that fails leaves the module as it was.
-    load_state(copy_module(module), entry, copy.copy(states[0]), strict=module.strict_loading)
-    _restore_structure_(module, entry, states, averaged_copies(trainer))
+    load_state(copy_module(module), entry, copy.copy(checkpoint["state_dict"]), strict=module.strict_loading)
+    _restore_structure_(module, entry, averaged_copies(trainer))
     for key, state in entry.get("callbacks", {}).items():
         if key in callbacks:
             callbacks[key].load_state_dict(state)
@@ -102,14 +101,6 @@ def read_entry(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return dict(entry)
 
 
-def editable(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the checkpoint's states, as dicts of the kind that can carry the versions of modules."""
-    for name in STATES:
-        if name in checkpoint and not isinstance(checkpoint[name], OrderedDict):
-            checkpoint[name] = OrderedDict(checkpoint[name])
-    return [checkpoint[name] for name in STATES if name in checkpoint]
-
-
 def load_state(module: nn.Module, entry: Mapping[str, Any], state: dict[str, Any], strict: bool = True) -> None:
     """Give ``module`` the structure and the weights of a checkpoint.
 
@@ -117,24 +108,22 @@ def load_state(module: nn.Module, entry: Mapping[str, Any], state: dict[str, Any
         CompressionError: they are of another module.
     """
     try:
-        _restore_structure_(module, entry, [state])
+        _restore_structure_(module, entry)
         module.load_state_dict(state, strict=strict)
     except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as error:
-        # torch names every missing and unexpected key and every other shape; quantized layers only their own.
+        # torch names every missing and unexpected key and every other shape.
         raise CompressionError(
             f"The checkpoint must fit {type(module).__name__}. Received: {type(error).__name__}: {str(error)[:800]} "
             "Build the model as it was built for training."
         ) from error
 
 
-def _restore_structure_(
-    module: nn.Module, entry: Mapping[str, Any], states: list[dict[str, Any]], copies: Iterable[nn.Module] = ()
-) -> None:
-    """Give a module and its averaged copies the structure of ``entry``, and ``states`` the keys for it."""
+def _restore_structure_(module: nn.Module, entry: Mapping[str, Any], copies: Iterable[nn.Module] = ()) -> None:
+    """Give a module and its averaged copies the structure of ``entry``."""
     match_(module, entry)
+    for change, _ in in_entry(entry):
+        change.load_extra_(module, entry)
     for copied in copies:
         match_(copied, entry)
         for change in changes():
             change.sync_(copied, module)
-    for change, _ in in_entry(entry):
-        change.load_extra_(module, states, entry)

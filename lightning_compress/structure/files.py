@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.copying import copy_module
+from lightning_compress.modules.routing import routed_modules
 from lightning_compress.structure.change import changes, recorded
-from lightning_compress.structure.checkpoint import ENTRY, STATES, attach, describe, editable, load_state, read_entry
+from lightning_compress.structure.checkpoint import ENTRY, STATES, attach, describe, load_state, read_entry
 from lightning_compress.structure.inert import read_inert
 
 _REMEDY = "Save tensors and plain data: torch.save(model.state_dict(), path)."
@@ -28,6 +29,9 @@ def save_compressed(model: nn.Module, path: str) -> None:
         model: any module, compressed or not.
         path: of the file.
 
+    Raises:
+        CompressionError: it is a part of what was quantized, or holds that, and doesn't know what was done.
+
     Example:
         >>> import tempfile, os
         >>> from lightning_compress import quantize
@@ -38,6 +42,9 @@ def save_compressed(model: nn.Module, path: str) -> None:
         >>> torch.equal(again(torch.ones(1, 8)), int8(torch.ones(1, 8)))
         True
     """
+    if routed_modules(model) and not any(not change.is_float for change, _ in recorded(model)):
+        remedy = "Save that one: a part, or a module around it, doesn't know what was done."
+        raise invalid("model", "be the module that was quantized", type(model).__name__, remedy)
     torch.save({"state_dict": model.state_dict(), ENTRY: describe(model)}, path)
 
 
@@ -82,6 +89,7 @@ def load_compressed(path: str, model: Model) -> Model:
         except CompressionError as error:
             raise invalid("path", "hold a checkpoint of this model", str(path), str(error)) from error
     for change, _ in recorded(model):
+        change.settle_(model)
         change.forget_(model)
         if hasattr(model, "on_save_checkpoint"):
             attach(model)
@@ -94,8 +102,7 @@ def _load(model: nn.Module, checkpoint: dict[str, Any], entry: Mapping[str, Any]
     for name, arguments in (("configure_model", ()), ("on_load_checkpoint", (checkpoint,))):
         if hasattr(type(model), name):
             getattr(type(model), name)(model, *arguments)
-    [state] = editable({"state_dict": copy.copy(checkpoint["state_dict"])})
-    load_state(model, entry, state)
+    load_state(model, entry, copy.copy(checkpoint["state_dict"]))
 
 
 def restored_state(module: nn.Module, key: str) -> dict[str, Any] | None:

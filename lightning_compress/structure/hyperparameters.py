@@ -19,18 +19,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.routing import (
-    CHILD,
-    all_modules,
-    children_aside,
-    has_forgotten,
-    parameters_aside,
-    set_aside_of,
-)
+from lightning_compress.modules.routing import form_before, form_of, has_forgotten, parameters_aside
 from lightning_compress.structure.change import changes
 
 _TENSORS_ALONE = ("state_dict", "current_model_state", "optimizer_states")
-_ATTRIBUTES = ("_aside", "_fast_path", "_quantization", "_restored_callback_states")
+_ATTRIBUTES = ("_form", "_aside", "_fast_path", "_quantization", "_restored_callback_states")
 _WRAPPED = ("forward", "training_step", "setup", "on_save_checkpoint", "on_load_checkpoint")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -65,10 +58,9 @@ def plain_modules_(checkpoint: dict[str, Any], module: Any) -> None:
     Raises:
         CompressionError: a module's float form is gone, and Lightning has kept no copy of it.
     """
-    modules = list(dict.fromkeys(all_modules(module)))
-    aside = {child for outer in modules for child in children_aside(outer).values()}
-    tops = [inner for inner in modules if inner in aside or CHILD in inner._modules or any(_ours(inner))]
-    marked = list(dict.fromkeys(inner for top in tops if top is not module for inner in all_modules(top)))
+    modules = list(module.modules())
+    tops = [inner for inner in modules if inner is not module and any(_ours(inner))]
+    marked = list(dict.fromkeys(inner for top in tops for inner in top.modules()))
     memo = _memo(module, modules, [module, *marked])
     keys = [key for key in checkpoint.keys() - set(_TENSORS_ALONE) if _reaches(checkpoint[key], [module, *marked])]
     if keys:
@@ -135,7 +127,7 @@ def _memo(module: nn.Module, modules: list[nn.Module], marked: list[nn.Module]) 
     aside = [found for inner in modules for found in parameters_aside(inner)]
     memo |= _zeros(parameter for parameter in aside if id(parameter) not in live)
     for inner in marked:
-        parts: list[Any] = [getattr(inner, CHILD, None), (set_aside_of(inner) or {}).get("prepared")]
+        parts: list[Any] = [form_of(inner), form_before(inner)]
         parts += [hook for name in _HOOKS for hook in getattr(inner, name).values() if _is_ours(hook)]
         memo |= {id(part): part for part in parts if part is not None}
     return memo
@@ -153,7 +145,7 @@ def drop_hooks_(module: nn.Module) -> None:
 
 
 class _Walk(pickle.Pickler):
-    """Walks through what a file would hold , and keeps the tensors and those of ``modules`` that it meets."""
+    """Walks through what a file would hold, and keeps the tensors and those of ``modules`` that it meets."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.buffer = io.BytesIO()

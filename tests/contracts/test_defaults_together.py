@@ -64,7 +64,7 @@ def test_defaults_combine_in_fits_of_any_length(
     macs = module.body.weight.numel() + module.head.weight.numel()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         trainer, _ = fit(*(PRUNE[name]() for name in order), module=module, **length)
-    assert convert.form_of(module) == "converted"
+    assert convert.form_name(module) == "converted"
     kept = float_form(module)
     assert kept.body.weight.numel() + kept.head.weight.numel() <= 0.55 * macs
     weights = [kept.body.weight, kept.head.weight]
@@ -80,7 +80,7 @@ def test_defaults_combine_in_fits_of_any_length(
 def test_every_order_gives_the_same_shapes(order: tuple[str, ...]) -> None:
     module = trained()
     fit(*(PRUNE[name]() for name in order), module=module, max_epochs=1)
-    assert convert.form_of(module) == "converted"
+    assert convert.form_name(module) == "converted"
     assert float_form(module).body.out_features == 16
 
 
@@ -93,7 +93,7 @@ def test_defaults_combine_with_an_average_a_teacher_and_a_report() -> None:
         others = [EMAWeightAveraging(decay=0.5), Distillation(teacher), report]
         module, ours = trained(), [make() for make in PRUNE.values()]
         trainer, _ = fit(*([*others, *ours] if first else [*ours, *others]), module=module)
-        assert convert.form_of(module) == "converted" and float_form(module).body.out_features == 16
+        assert convert.form_name(module) == "converted" and float_form(module).body.out_features == 16
         trainer.test(module, TinyData(), verbose=False)
 
 
@@ -105,7 +105,7 @@ def test_quantization_waits_for_an_explicit_window_of_channels(channels: Window)
 
     class When(Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            prepared.extend([trainer.global_step] * (convert.form_of(pl_module) == "prepared" and not prepared))
+            prepared.extend([trainer.global_step] * (convert.form_name(pl_module) == "prepared" and not prepared))
 
     qat = QuantizationAwareTraining()
     fit(qat, ChannelPruning(macs=0.5, window=channels), When())
@@ -121,7 +121,7 @@ def test_it_does_not_wait_for_channels_that_have_left_before() -> None:
     qat = QuantizationAwareTraining()
     fit(channels, qat, module=module)
     assert qat.bounds.start == 0
-    assert convert.form_of(module) == "converted" and float_form(module).body.out_features == 16
+    assert convert.form_name(module) == "converted" and float_form(module).body.out_features == 16
 
 
 @too_short
@@ -129,7 +129,7 @@ def test_channels_that_leave_until_the_end_leave_a_calibrated_int8_model(caplog:
     module = trained()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(ChannelPruning(macs=0.5, window=Window(0.0, 1.0)), QuantizationAwareTraining(), module=module)
-    assert convert.form_of(module) == "converted" and agreement(module) >= 0.9
+    assert convert.form_name(module) == "converted" and agreement(module) >= 0.9
     assert any(
         "only 0 optimizer steps were trained with fake-quantizers" in each.getMessage() for each in caplog.records
     )

@@ -22,6 +22,8 @@ from lightning_compress import (
     load_compressed,
     quantize,
 )
+from lightning_compress.modules.routing import routed_modules
+from tests.quantization.prepared import int8_layers
 from tests.support.data import TinyData
 from tests.support.fits import fit, read_checkpoint, resume
 from tests.support.modules import quiet_trainer
@@ -90,8 +92,7 @@ def test_what_is_saved_is_sparse_and_what_is_tested_is_int8(averaged: bool, tmp_
     plain.load_state_dict(read_checkpoint(path)["state_dict"])
     zeros, elements = count_zeros([plain.get_parameter(name) for name in masks])
     assert zeros == round(0.6 * elements)
-    assert any("torch.ao.nn" in type(layer).__module__ for layer in module.student.modules())
-    assert not any("torch.ao.nn" in type(layer).__module__ for layer in module.adapters.modules())
+    assert int8_layers(module.student) and not routed_modules(module.adapters)
     metrics = trainer.test(module, TinyData(), verbose=False)
     # A Trainer of its own: one that holds averages would test the weights that weren't averaged, with or without us.
     tester = quiet_trainer(callbacks=callbacks(averaged=False))
@@ -123,9 +124,7 @@ def test_a_pruned_model_quantized_afterwards_keeps_its_zeros(tmp_path: Path) -> 
     before = snapshot(student)
     int8 = quantize(student, "int8_static", data.train_dataloader())
     assert_same_state(before, snapshot(student))
-    weights = [
-        layer.weight() for layer in int8.modules() if "quantized" in type(layer).__module__ and hasattr(layer, "weight")
-    ]
-    assert weights
-    kept = sum(int((weight.int_repr() != 0).sum()) for weight in weights)
+    codes = [int8.state_dict()[f"{path}.weight"] for path in int8_layers(int8)]
+    assert len(codes) == 3
+    kept = sum(int((weight != 0).sum()) for weight in codes)
     assert kept <= sum(int(mask.sum()) for mask in pruning.masks.values())

@@ -326,7 +326,7 @@ def test_an_int8_student_is_exported_with_what_was_done_to_it(tmp_path: Path) ->
     trainer(callbacks=[QuantizationAwareTraining()]).fit(module, loader())
     student = module.export_student()
     x = dataset().tensors[0]
-    assert type(student) is ConvNet and torch.equal(student(x), module(x)) and hooks(student) == 0
+    assert isinstance(student, ConvNet) and torch.equal(student(x), module(x)) and hooks(student) == 0
     save_compressed(student, tmp_path / "student.ckpt")
     again = load_compressed(tmp_path / "student.ckpt", ConvNet())
     assert torch.equal(again.eval()(x), student.eval()(x))

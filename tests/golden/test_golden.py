@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,6 @@ from tests.golden.cases import CASES, FOLDER, Case, facts, quiet_trainer
 from tests.golden.networks import inputs, loader
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:TypedStorage is deprecated",  # as `torch.load` meets quantized tensors
     "ignore:You defined a `validation_step`",  # a distillation module has one
 )
 EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())
@@ -62,8 +62,7 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in items:
             yield from leaves(value, f"{name}.{key}")
     else:
-        tensor = tree.dequantize() if isinstance(tree, Tensor) else tree
-        yield name, (tensor.dtype, tensor.tolist()) if isinstance(tensor, Tensor) else tree
+        yield name, (tree.dtype, tree.tolist()) if isinstance(tree, Tensor) else tree
 
 
 def read(case: Case) -> dict[str, Any]:
@@ -104,8 +103,9 @@ def test_holds_plain_data_and_no_class_of_ours(case: Case) -> None:
     with zipfile.ZipFile(case.path) as archive:
         [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
         operations = list(pickletools.genops(archive.read(name)))
-    modules = {str(argument).split()[0] for operation, argument, _ in operations if operation.name == "GLOBAL"}
-    assert modules and modules <= {"collections", "torch", "torch._utils"}
+    named = [str(argument).split() for operation, argument, _ in operations if operation.name == "GLOBAL"]
+    assert named and {module for module, _ in named} <= {"collections", "torch", "torch._utils"}
+    assert not [name for _, name in named if re.match(r"q|Q|_rebuild_q|per_", name)]  # no quantized dtype
     assert not any(operation.name in ("STACK_GLOBAL", "INST") for operation, _, _ in operations)
 
 

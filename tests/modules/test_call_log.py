@@ -92,7 +92,7 @@ class Module(L.LightningModule):
     ("net", "float_layers", "units"),
     [
         (Asks, {}, ["net.first", "net.second"]),
-        (Reader, {"net.first": "its weight is read from outside of it"}, ["net.second"]),
+        (Reader, {"net.first": "no static int8 kernel for this Linear as it is used here"}, ["net"]),
         (Deep, {"net.block.0": "its weight is read from outside of it"}, ["net.block.2", "net.second"]),
         (Regularized, {}, ["net"]),
     ],

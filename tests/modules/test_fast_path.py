@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_compress.modules.fast_path import quiet_fast_path_, restore_fast_path_, without_fast_path
-from lightning_compress.modules.routing import route_
+from lightning_compress.modules.routing import Form, route_
 
 
 def test_only_layers_with_another_form_in_them_leave_the_fused_path() -> None:
@@ -14,7 +14,7 @@ def test_only_layers_with_another_form_in_them_leave_the_fused_path() -> None:
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).eval()
     before = model.use_nested_tensor, [layer.activation_relu_or_gelu for layer in model.layers]
     assert all(before[1]) and before[0]
-    route_(model.layers[0].linear1, nn.Linear(4, 8))
+    route_(model.layers[0].linear1, Form())
     quiet_fast_path_(model)
     assert (model.use_nested_tensor, model.layers[0].activation_relu_or_gelu) == (0, 0)
     assert model.layers[1].activation_relu_or_gelu

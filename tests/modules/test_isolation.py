@@ -23,7 +23,7 @@ from lightning_compress.modules.isolation import (
     restored_on_error,
     training_modes,
 )
-from lightning_compress.modules.routing import CHILD, route_, set_aside_
+from lightning_compress.modules.routing import Form, form_of, route_
 from tests.support.oracles import assert_same_state, same_random_state
 
 
@@ -177,18 +177,18 @@ def test_what_is_put_back_can_be_trained_on_even_inside_inference_mode() -> None
 
 
 def test_evaluation_alone_moves_observers_and_calls_every_layer() -> None:
-    class Observer(nn.Module):
+    class Observer(Form):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("most", torch.zeros(()))
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, module: nn.Module, x: Tensor) -> Tensor:
             self.most.copy_(x.max())
             return x
 
     model = nn.Sequential(nn.Linear(2, 2))
     route_(model[0], Observer())
-    observer: Any = model[0].get_submodule(CHILD)
+    observer: Any = form_of(model[0])
     with isolated_inference(model):
         assert torch.is_inference_mode_enabled() and torch.backends.mha.get_fastpath_enabled()
         model(torch.full((1, 2), 7.0))
@@ -217,8 +217,9 @@ def test_modes_of_what_leaves_the_tree_are_put_back() -> None:
     inner, (dropout, linear) = model[0], model[0]
     modes = training_modes(model)
     with evaluation_mode(model):
-        set_aside_(inner, frozenset({"0"}), None)
-        assert dropout not in set(model.modules()) and not dropout.training
+        inner[0] = nn.Identity()
+        assert not dropout.training
+    inner[0] = dropout
     assert dropout.training and not linear.training and training_modes(model) == modes
     dropout.eval()
     restore_modes_(modes)

@@ -11,6 +11,9 @@ from lightning_compress import (
     QuantizationAwareTraining,
     WeightOnly,
 )
+from lightning_compress.modules.routing import form_of
+from lightning_compress.quantization.layers.fake_quantizers import FakeQuantized
+from lightning_compress.quantization.layers.packed_weight import PackedWeight
 
 
 def qat(bits: int = 4, group_size: int | None = None, **kwargs: Any) -> QuantizationAwareTraining:
@@ -18,21 +21,19 @@ def qat(bits: int = 4, group_size: int | None = None, **kwargs: Any) -> Quantiza
 
 
 def packed(module: nn.Module) -> dict[str, Any]:
-    """The layers that hold few bits, by path."""
+    """The matrices that are held in few bits, by the paths of their layers."""
     return {
-        path.removesuffix("._traced_forward.weight"): inner
+        path: weight
         for path, inner in module.named_modules()
-        if hasattr(inner, "codes")
+        if (form := form_of(inner)) is not None
+        for weight in form.weights.values()
+        if isinstance(weight, PackedWeight)
     }
 
 
 def trained_in_few_bits(module: nn.Module) -> list[str]:
     """The layers with torchao's fake-quantizer."""
-    return [
-        path.removesuffix("._traced_forward")
-        for path, inner in module.named_modules()
-        if hasattr(inner, "weight_fake_quantizer")
-    ]
+    return [path for path, inner in module.named_modules() if isinstance(form_of(inner), FakeQuantized)]
 
 
 def rounded(matrix: Tensor, bits: int, group_size: int | None) -> Tensor:

@@ -6,25 +6,45 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+
+from lightning_compress.modules.routing import form_of
+from lightning_compress.quantization import Scheme
+from lightning_compress.quantization.convert import prepare_
+from lightning_compress.quantization.plan import make_plan
+from lightning_compress.quantization.quantize import dry_run
+from lightning_compress.quantization.static.inner_layer import InnerLayer
+from lightning_compress.quantization.static.int8_unit import Int8Unit
 
 
 def fake_quantizers(module: nn.Module) -> dict[str, nn.Module]:
     from torch.ao.quantization import FakeQuantizeBase
 
-    return {path: inner for path, inner in module.named_modules() if isinstance(inner, FakeQuantizeBase)}
+    return {path: inner for path, inner in form_modules(module).items() if isinstance(inner, FakeQuantizeBase)}
+
+
+def form_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules inside of forms, under the paths of the modules that compute in them."""
+    return {
+        f"{path}.{name}".strip("."): inner
+        for path, routed in module.named_modules()
+        if (form := form_of(routed)) is not None
+        for name, inner in form.named_modules()
+        if "_reference" not in name
+    }
 
 
 def int8_layers(module: nn.Module) -> list[str]:
-    """Paths of the layers that hold int8 weights."""
-    found = []
-    for path, inner in module.named_modules():
-        weight = getattr(inner, "weight", None)
-        if callable(weight) and getattr(weight(), "dtype", None) == torch.qint8:
-            found.append(path)
-    return found
+    """Paths of the layers that are static int8."""
+    forms = {path: form_of(inner) for path, inner in module.named_modules()}
+    return [path for path, form in forms.items() if isinstance(form, InnerLayer | Int8Unit) and form.weights]
+
+
+def prepare_for_training_(model: nn.Module, batch: Any, scheme: Scheme) -> None:
+    """Prepare a model as a fit does, by one batch."""
+    plan = make_plan(model, dry_run(model, batch), scheme, None, {}, "fx", training=True)
+    prepare_(model, plan.describe())
 
 
 class At(Callback):

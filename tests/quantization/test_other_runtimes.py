@@ -78,6 +78,7 @@ CASES = [
 
 @pytest.mark.parametrize(("way", "mix", "used"), CASES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:Constant folding:UserWarning")  # of torch's exporter, which leaves slices unfolded
 def test_another_runtime_computes_with_the_weights_that_are_stored(
     way: str, mix: str, used: bool, tmp_path: Path
 ) -> None:

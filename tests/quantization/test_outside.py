@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +90,6 @@ def test_a_head_that_is_tied_to_an_embedding_stays_float(scheme: str) -> None:
     model, (ids,) = row("tied").build(), row("tied").inputs()[0]
     floats = (record_of(quantize(model, scheme, calibration=[(ids,)])) or {})["floats"]
     assert any("tied to" in reason for reason in floats.values())
-
-
-def test_pickling_a_quantized_model_says_what_to_do_instead() -> None:
-    int8 = quantize(row("mlp").build(), calibration=[torch.randn(8, 16)])
-    with pytest.raises(CompressionError, match=r"save_checkpoint.*load_compressed"):
-        pickle.dumps(int8)
 
 
 class BuiltLate(L.LightningModule):

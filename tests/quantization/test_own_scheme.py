@@ -25,6 +25,7 @@ from lightning_compress import (
     save_compressed,
 )
 from lightning_compress.cli import main
+from lightning_compress.modules.routing import Form, StoredWeight
 from lightning_compress.quantization import Scheme
 from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.plan import explain, summary
@@ -36,23 +37,25 @@ from tests.support.oracles import assert_same_state, snapshot
 PATH = f"{__name__}.PowersOfTwo"
 
 
-class Shifted(nn.Module):
-    """``y = x W^T + b`` with each weight a sign and an exponent of two."""
+class Power(StoredWeight):
+    """Each value a sign and an exponent of two."""
 
-    used = frozenset(("weight", "bias"))
+    held = ("codes", "sign")
 
-    def __init__(self, layer: nn.Linear, lowest: int) -> None:
-        super().__init__()
-        weight = layer.weight.detach()
-        self.register_buffer("sign", weight.sign().to(torch.int8))
-        self.register_buffer("exponent", weight.abs().clamp_min(2.0**lowest).log2().round().to(torch.int8))
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+    def __init__(self, weight: Tensor, lowest: int) -> None:
+        super().__init__(weight)
+        exponent = weight.detach().abs().clamp_min(2.0**lowest).log2().round().to(torch.int8)
+        self.hold_(codes=exponent, sign=weight.detach().sign().to(torch.int8))
 
-    def float_value(self, name: str) -> Tensor | None:
-        return self.bias if name == "bias" else self.sign * 2.0**self.exponent
+    def values(self) -> Tensor:
+        return self.sign * 2.0**self.codes
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.float_value("weight"), self.bias)
+
+class Shifted(Form):
+    """``y = x W^T + b`` with such a weight."""
+
+    def forward(self, layer: Any, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weights["weight"](), layer.bias)
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class PowersOfTwo(Scheme):
     def why_not(self, layer: nn.Module) -> str:
         return "" if type(layer) is nn.Linear else super().why_not(layer)
 
-    def form(self, layer: Any, weights: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
-        return Shifted(layer, self.lowest)
+    def form(self, layer: Any, weights: Mapping[str, Any] = MappingProxyType({})) -> Form:
+        return Shifted({"weight": Power(layer.weight, self.lowest)})
 
     def note(self) -> str:
         return "weights are shifts"
@@ -114,11 +117,11 @@ def test_the_plan_lists_it_with_its_note_and_its_reasons() -> None:
     assert explain(record) == ["`3` stays float: no powers_of_two kernel for LSTM", "`{0,2}`: weights are shifts"]
 
 
-def test_a_form_must_say_what_it_takes_the_place_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(Shifted, "used")
+def test_a_form_must_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PowersOfTwo, "form", lambda self, layer, weights: nn.Linear(1, 1))
     model = net()
     before = snapshot(model)
-    with pytest.raises(CompressionError, match="`form` must have `used`.*'Shifted'"):
+    with pytest.raises(CompressionError, match="`form` must return a `Form`.*'Linear'"):
         quantize(model, PATH)
     assert_same_state(model.state_dict(), before)
 
@@ -142,7 +145,7 @@ def test_comes_back_from_a_file(tmp_path: Path) -> None:
     }
     again = load_compressed(tmp_path / "shifted.pt", net())
     assert torch.equal(again(x)[0], shifted(x)[0])
-    assert not list(again[0].parameters())
+    assert again.state_dict()["0.weight_sign"].dtype == again.state_dict()["0.weight"].dtype == torch.int8
 
 
 def test_a_file_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +233,7 @@ def test_qat_rounds_its_layers_when_the_fit_ends() -> None:
         (f"{__name__}.Gone", "import path of a class that needs no arguments.*no attribute 'Gone'"),
         ("tests.quantization.nowhere.Scheme", "import path .*No module named"),
         (f"{__name__}.Needy", "needs no arguments.*`highest` must be given"),
-        (f"{__name__}.Shifted", "missing 2 required positional arguments"),
+        (f"{__name__}.Power", "missing 2 required positional arguments"),
         ("collections.Counter", "`scheme` must be the name of a scheme"),
         (f"{__name__}.NoDataclass", "`scheme` must be a dataclass"),
         (NoDataclass(), "`scheme` must be a dataclass"),

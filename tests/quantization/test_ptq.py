@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_compress import CompressionError, PostTrainingQuantization, StaticInt8, Targets, quantize
+from lightning_compress.modules.routing import form_of
 from tests.quantization.prepared import At, int8_layers
 from tests.quantization.test_qat_fits import attributes
 from tests.support.data import TinyData, keyword_loader
@@ -195,7 +196,8 @@ def test_only_the_calibration_data_decides_the_ranges() -> None:
     scales: list[list[float]] = []
 
     def note(trainer: Any, module: Any) -> None:
-        scales.append([float(inner.scale) for inner in module.modules() if hasattr(inner, "scale")])
+        form: Any = form_of(module)
+        scales.append([rounding.scale for rounding in form.roundings])
 
     for data in (TinyData(), Loud()):
         quiet_trainer(callbacks=[PostTrainingQuantization(), At(on_test_end=note)]).test(trained(), data, verbose=False)

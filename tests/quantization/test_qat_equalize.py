@@ -1,4 +1,7 @@
-"""Training for int8 begins as calibration does, with equalized weights, if nothing holds weights of the old scale."""
+"""Training for int8 begins as calibration does, with equalized weights, where that is asked for.
+
+And if nothing holds weights of the old scale.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +62,24 @@ def error(model: nn.Module, expected: Tensor) -> float:
         return float((model.eval()(X) - expected).norm() / expected.norm())
 
 
-def fit(module: Uneven, *others: Any, **settings: Any) -> Uneven:
-    quiet_trainer(max_epochs=2, callbacks=[*others, QuantizationAwareTraining(**settings)]).fit(module)
+MOVES = StaticInt8(equalize=True, smooth=True)
+
+
+def fit(module: Uneven, *others: Any, scheme: StaticInt8 = MOVES, **settings: Any) -> Uneven:
+    quiet_trainer(max_epochs=2, callbacks=[*others, QuantizationAwareTraining(scheme, **settings)]).fit(module)
     return module
+
+
+def test_by_default_the_users_parameters_keep_their_values() -> None:
+    module = fit(Uneven(), scheme=StaticInt8(), convert=False)
+    assert_same_state(Uneven(), module)
+
+
+def test_moved_layers_that_are_called_alone_compute_what_they_computed() -> None:
+    module, plain = fit(Uneven(), convert=False), Uneven()
+    torch.testing.assert_close(module.first(X), plain.first(X), rtol=1e-4, atol=1e-4)
+    module = fit(Uneven())
+    assert error(module.first, plain.first(X).detach()) < 0.02
 
 
 def test_training_for_int8_begins_where_calibration_does() -> None:
@@ -69,7 +87,7 @@ def test_training_for_int8_begins_where_calibration_does() -> None:
     with torch.no_grad():
         expected = module(X)
     calibrated = error(quantize(module.net.eval(), calibration=[*module.train_dataloader()]), expected)
-    trained, raw = error(fit(Uneven()), expected), error(fit(Uneven(), scheme=StaticInt8(equalize=False)), expected)
+    trained, raw = error(fit(Uneven()), expected), error(fit(Uneven(), scheme=StaticInt8()), expected)
     assert trained < 1.5 * calibrated < raw / 2
 
 
@@ -113,9 +131,9 @@ def test_weights_keep_their_scale_where_something_holds_them(others: tuple[Any, 
 
 def test_mixed_precision_is_equalized_too() -> None:
     module = Uneven()
-    quiet_trainer(max_epochs=1, precision="bf16-mixed", callbacks=[QuantizationAwareTraining(convert=False)]).fit(
-        module
-    )
+    quiet_trainer(
+        max_epochs=1, precision="bf16-mixed", callbacks=[QuantizationAwareTraining(MOVES, convert=False)]
+    ).fit(module)
     assert not torch.equal(module.first.weight, Uneven().first.weight)
 
 

@@ -50,11 +50,7 @@ def attributes(module: nn.Module) -> dict[str, set[str]]:
 
 def int8_weights(module: nn.Module) -> dict[tuple[int, ...], Tensor]:
     """The int8 weights of a converted model by their shape."""
-    return {
-        tuple(inner.weight().shape): inner.weight().int_repr()
-        for inner in module.modules()
-        if callable(getattr(inner, "weight", None)) and getattr(inner.weight(), "dtype", None) == torch.qint8
-    }
+    return {tuple(value.shape): value for value in module.state_dict().values() if value.dtype == torch.int8}
 
 
 # Systems.
@@ -329,11 +325,8 @@ def test_with_averaged_weights_the_int8_model_is_the_averages(average: Any, firs
 
     callbacks = [qat, other] if first else [other, qat]
     quiet_trainer(max_epochs=4, callbacks=[*callbacks, At(on_train_batch_end=note)]).fit(module)
-    weights = {
-        tuple(inner.weight().shape): inner.weight().dequantize()
-        for inner in module.modules()
-        if callable(getattr(inner, "weight", None)) and getattr(inner.weight(), "dtype", None) == torch.qint8
-    }
+    layers = [module.get_submodule(path) for path in int8_layers(module)]
+    weights = {tuple(layer.weight.shape): layer.weight for layer in layers}
     assert len(weights) == 3
     if isinstance(other, EMAWeightAveraging):
         for shape, weight in weights.items():

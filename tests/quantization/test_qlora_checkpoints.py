@@ -1,4 +1,4 @@
-"""Checkpoints of `QLoRA`: adapters and the 4-bit base once, in their own entry, and everything comes back from them."""
+"""Checkpoints of `QLoRA`: the 4-bit base once, adapters beside it, and everything comes back from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
 from lightning_compress import (
@@ -22,7 +22,7 @@ from lightning_compress import (
 )
 from lightning_compress.cli import main
 from tests.quantization.lora.files import AVERAGES, fit
-from tests.quantization.lora.fits import At, Net, adapted_layers, adapters, mlp
+from tests.quantization.lora.fits import BOTH, At, Net, adapted_layers, adapters, mlp
 from tests.support.data import TinyData
 from tests.support.fits import PARTS, read_checkpoint
 from tests.support.modules import Classifier, ZooModule, quiet_trainer
@@ -37,6 +37,9 @@ pytestmark = [
 ]
 
 
+COPIES = AVERAGES | {"stochastic": lambda: [StochasticWeightAveraging(0.01, swa_epoch_start=1)]}
+
+
 def every_tensor(tree: Any) -> dict[str, Tensor]:
     return {name: leaf for name, leaf in flatten(tree).items() if isinstance(leaf, Tensor)}
 
@@ -45,23 +48,20 @@ def every_tensor(tree: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
-def test_a_file_holds_the_adapters_and_the_base_once_and_the_rest_under_its_keys(
+def test_a_file_holds_codes_under_the_users_keys_and_scales_and_adapters_beside_them(
     weights_only: bool, tmp_path: Path
 ) -> None:
     _, module = fit(QLoRA(rank=2), folder=tmp_path, save_weights_only=weights_only)
     checkpoint = read_checkpoint(tmp_path / "epoch=2.ckpt")
-    user = Classifier().state_dict()
-    assert list(checkpoint["state_dict"]) == [key for key in user if key != "body.weight"]
-    for key, value in checkpoint["state_dict"].items():
-        assert (value.dtype, value.shape) == (user[key].dtype, user[key].shape)
-    entry = every_tensor(checkpoint["lightning_compress"])
-    codes = [name for name, value in entry.items() if value.dtype == torch.uint8 and value.numel() == 32 * 16 // 2]
-    assert len(codes) == 1
-    [layer] = adapted_layers(module).values()
-    values = [value for name, value in entry.items() if "lora_" in name]
-    assert len(values) == 2
-    assert any(torch.equal(value, layer.lora_A) for value in values)
-    assert any(torch.equal(value, layer.lora_B) for value in values)
+    user, state, [layer] = Classifier().state_dict(), checkpoint["state_dict"], adapted_layers(module).values()
+    beside = {f"body.weight_scale_{name}" for name in ("codes", "offset", "step")}
+    assert state.keys() == user.keys() | BOTH | beside
+    for key in user.keys() - {"body.weight"}:
+        assert (state[key].dtype, state[key].shape) == (user[key].dtype, user[key].shape)
+    assert (state["body.weight"].dtype, state["body.weight"].shape) == (torch.uint8, (32, 16 // 2))
+    for name in ("lora_A", "lora_B"):
+        assert torch.equal(state[f"body.{name}"], getattr(layer, name))
+    assert not every_tensor(checkpoint["lightning_compress"])
     assert not [
         name
         for name, value in every_tensor(checkpoint).items()
@@ -85,12 +85,11 @@ def storages(tree: Any) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("others", AVERAGES)
+@pytest.mark.parametrize("others", COPIES)
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step", "ignore:Swapping scheduler")
 def test_the_base_is_on_disk_once(others: str, weights_only: bool, tmp_path: Path) -> None:
-    fit(
-        QLoRA(rank=2), *AVERAGES[others](), folder=tmp_path, module=Wide(), save_weights_only=weights_only, max_epochs=2
-    )
+    fit(QLoRA(rank=2), *COPIES[others](), folder=tmp_path, module=Wide(), save_weights_only=weights_only, max_epochs=2)
     path = tmp_path / "epoch=1.ckpt"
     # In bits: 4 for a weight and 8 for each 64 of them, in both layers; float for the rest.
     base = (256 * 256 + 256 * 16) // 2 + 256 * (256 // 64) + 256
@@ -158,7 +157,7 @@ def test_load_compressed_and_training_goes_on(tmp_path: Path) -> None:
     )
     fit(QLoRA(rank=2, modules_to_train=["head"]), note, folder=tmp_path / "again", module=loaded)
     assert_same_state(snapshot(module), start)
-    assert set(trainable) == {f"body._traced_forward.lora_{name}" for name in "AB"} | {"head.weight", "head.bias"}
+    assert set(trainable) == {f"body.lora_{name}" for name in "AB"} | {"head.weight", "head.bias"}
     assert_different_state(adapters(module), adapters(loaded))
     again = load_compressed(tmp_path / "again" / "epoch=2.ckpt", Classifier())
     assert_same_state(loaded, again)
@@ -204,12 +203,12 @@ def test_the_best_and_the_last_after_a_fit(tmp_path: Path) -> None:
     assert list(adapted_layers(module)) == ["body"]
 
 
-def test_a_file_without_us_names_what_is_missing(tmp_path: Path) -> None:
+def test_a_file_without_us_names_what_is_in_4_bits(tmp_path: Path) -> None:
     # The one exception to the float keys of promise 9: torch's own strict load says so.
     fit(QLoRA(rank=2), folder=tmp_path)
-    with pytest.raises(RuntimeError, match="Missing key.*body.weight"):
+    with pytest.raises(RuntimeError, match="size mismatch for body.weight"):
         Classifier.load_from_checkpoint(tmp_path / "epoch=2.ckpt", weights_only=True)
-    with pytest.raises(RuntimeError, match="Missing key.*body.weight"):
+    with pytest.raises(RuntimeError, match="size mismatch for body.weight"):
         quiet_trainer().test(Classifier(), TinyData(), ckpt_path=tmp_path / "epoch=2.ckpt", weights_only=True)
 
 
@@ -286,7 +285,9 @@ def test_resuming_with_other_settings_says_so(other: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize("way", ["load_compressed", "fit", "test"])
-@pytest.mark.parametrize("content", ["other model", "missing adapter", "missing base", "missing key", "newer", "text"])
+@pytest.mark.parametrize(
+    "content", ["other model", "body.lora_B", "body.weight", "body.weight_scale_step", "head.weight", "newer", "text"]
+)
 def test_a_load_that_fails_leaves_the_module_as_it_was(way: str, content: str, tmp_path: Path) -> None:
     fit(QLoRA(rank=2), folder=tmp_path, max_epochs=1)
     path, module = tmp_path / "epoch=0.ckpt", Classifier()
@@ -296,13 +297,8 @@ def test_a_load_that_fails_leaves_the_module_as_it_was(way: str, content: str, t
         module = Classifier(hidden=40)
     elif content == "newer":
         entry["version"] = 2
-    elif content == "missing key":
-        del checkpoint["state_dict"]["head.weight"]
     elif content != "text":
-        word = "lora_B" if content == "missing adapter" else "codes"
-        states = entry["adapters"] if isinstance(entry["adapters"], list) else [entry["adapters"]]
-        for state in states:
-            del state[next(key for key in state if word in key)]
+        del checkpoint["state_dict"][content]  # a key
     torch.save(checkpoint, path)
     if content == "text":
         path.write_text("nothing")

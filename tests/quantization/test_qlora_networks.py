@@ -179,15 +179,21 @@ def test_subclasses_of_linear_stay_float() -> None:
     assert list(adapted_layers(module)) == ["net.2"]
 
 
-def test_a_step_that_reads_the_weight_of_a_layer_says_what_to_do() -> None:
-    # A penalty on weights: they are in 4 bits now.
+def test_a_penalty_on_the_weight_of_a_layer_reaches_its_adapters() -> None:
     class Penalty(Classifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(batch, batch_idx) + 1e-3 * self.body.weight.square().sum()
+        factor = 0.0
 
-    module = Penalty()
-    fit(QLoRA(rank=2, targets=Targets(include=["head"])), module=module)  # the remedy
-    assert list(adapted_layers(module)) == ["head"]
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            weight = self.body.weight.to(self.body.weight.dtype)
+            return super().training_step(batch, batch_idx) + self.factor * weight.square().sum()
+
+    free, held = Penalty(), Penalty()
+    held.load_state_dict(free.state_dict())
+    held.factor = 0.05
+    for module in (free, held):
+        fit(QLoRA(rank=2, alpha=2.0), module=module)
+    assert list(adapted_layers(held)) == ["body"]
+    assert held.body.weight.norm() < 0.98 * free.body.weight.norm()
 
 
 def test_hooks_on_an_adapted_layer_still_run() -> None:
@@ -238,7 +244,7 @@ def test_no_float_copy_of_an_adapted_weight_lives_on(average: bool) -> None:
     count(trainer, module)
     assert original() is None
     assert alive == [0, 0, 0]
-    packed = sum(b.numel() * b.element_size() for b in adapted_layers(module)["net.2"].weight.buffers())
+    packed = sum(b.numel() * b.element_size() for b in adapted_layers(module)["net.2"].weight.tensors().values())
     assert packed < 67 * 61 * 0.65  # bytes: half of one for a code, and the scales of 67 rows
 
 

@@ -31,7 +31,7 @@ class Clock:
 
     def tick(self, module: nn.Module) -> None:
         self.calls += 1
-        self.now += self.quantized if convert.form_of(module) == "converted" else 1.0
+        self.now += self.quantized if convert.form_name(module) == "converted" else 1.0
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_post_training_quantization_says_so(
 def test_training_says_so_when_it_converts(clock: Clock) -> None:
     module, qat = TimedClassifier(), QuantizationAwareTraining()
     quiet_trainer(callbacks=[qat]).fit(module, TinyData())
-    assert convert.form_of(module) == "converted"
+    assert convert.form_name(module) == "converted"
     assert len(said(qat.report_notes())) == (clock.quantized == SLOW)
     assert qat._batch is None
 

@@ -39,7 +39,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed",
     "ignore:Be aware that when using `ckpt_path`",
     "ignore:.*accuracy is near chance",
-    "ignore:TypedStorage is deprecated",  # as `torch.load` meets quantized tensors
 )
 FOREIGN = ("lightning_compress", "torch.ao", "torch.fx", "torchao")
 
@@ -154,7 +153,7 @@ def test_nothing_is_written_twice(tmp_path: Path) -> None:
     sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("*.ckpt")}
     weights = 4 * sum(tensor.numel() for tensor in Wide().state_dict().values())
     assert weights < sizes["float"] < 1.5 * weights  # and the observers
-    assert sizes["int8"] < 0.7 * weights  # with scales, zero points and biases for each of its rows
+    assert sizes["int8"] < 0.5 * weights  # with a scale, a bias and a BatchNorm in float for each of its rows
 
 
 def test_weights_in_few_bits_are_zeros_in_the_network_of_the_file(tmp_path: Path) -> None:

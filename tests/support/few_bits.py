@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from lightning_compress.quantization.convert import record_of
 
-CHILD = "_traced_forward"
-
 NF4_CONSTANTS = [
     -1.0,
     -0.6961928009986877,
@@ -72,29 +70,25 @@ def decode(state: dict[str, Tensor], scheme: dict[str, Any], columns: int) -> Te
     size = scheme["group_size"] or columns
     zeros = np.full_like(arrays["scale"], 2 ** (bits - 1))
     if not scheme["symmetric"]:
-        zeros = unpack_slowly(arrays["zero"], bits, arrays["scale"].shape[1])
+        zeros = unpack_slowly(arrays["zero_point"], bits, arrays["scale"].shape[1])
     for row, column in np.ndindex(rows, columns):
         block = row, column // size
         values[row, column] = arrays["scale"][block] * (codes[row, column] - zeros[block])
     return torch.from_numpy(values)
 
 
+def stored(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
+    """What a state dict has of the weight called ``key``: codes under its own name, the rest beside it."""
+    beside = {name.removeprefix(f"{key}_"): value for name, value in state.items() if name.startswith(f"{key}_")}
+    return {"codes": state[key], **beside}
+
+
 def rounded(model: nn.Module, quantized: nn.Module) -> nn.Module:
     """A copy of the float ``model`` whose weights are what ``quantized`` stores."""
-    twin = copy.deepcopy(model).eval()
+    twin, state = copy.deepcopy(model).eval(), quantized.state_dict()
     for layer in (record_of(quantized) or {})["layers"]:
-        form = quantized.get_submodule(f"{layer['path']}.{CHILD}".lstrip("."))
-        target: Any = twin.get_submodule(layer["path"])
-        with torch.no_grad():
-            if isinstance(target, nn.MultiheadAttention):
-                split = target.in_proj_weight is None
-                names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-                places = [getattr(target, name) for name in names] if split else target.in_proj_weight.chunk(3)
-                for index, place in enumerate([*places, target.out_proj.weight]):
-                    part = form.get_submodule(f"in_proj.{index}" if index < 3 else "out_proj")
-                    place.copy_(decode(part.get_submodule("weight").state_dict(), layer["scheme"], place.shape[1]))
-            else:
-                columns = target.weight.flatten(1).shape[1]
-                values = decode(form.get_submodule("weight").state_dict(), layer["scheme"], columns)
-                target.weight.copy_(values.view(target.weight.shape))
+        for name, weight in twin.get_submodule(layer["path"]).named_parameters(prefix=layer["path"]):
+            if weight.dim() > 1:
+                values = decode(stored(state, name), layer["scheme"], weight.flatten(1).shape[1])
+                weight.data.copy_(values.view(weight.shape))
     return twin

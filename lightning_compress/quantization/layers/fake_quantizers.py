@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_compress.modules.isolation import isolated_random_state
-from lightning_compress.quantization.layers.packed import matrix_of
+from lightning_compress.modules.routing import Form
 from lightning_compress.quantization.layers.packed_weight import LinearWeight
 from lightning_compress.quantization.numerics import linear
 
@@ -23,33 +23,48 @@ def why_not(layer: nn.Module, symmetric: bool, group_size: int | None) -> str:
         return "torchao's fake-quantizer has no integer zero points"
     if layer.weight.dtype == torch.float64:
         return "torchao's fake-quantizer takes no float64"
-    if matrix_of(layer).shape[1] % (group_size or 1):
-        return f"its {matrix_of(layer).shape[1]} inputs don't divide into groups of {group_size}"
+    inputs: int = layer.weight[0].numel()  # type: ignore[index]
+    if inputs % (group_size or 1):
+        return f"its {inputs} inputs don't divide into groups of {group_size}"
     return ""
 
 
-def fake_quantized(layer: nn.Module, bits: int, group_size: int | None) -> nn.Module:
-    """Return ``layer`` as one that rounds its weight in each forward and passes gradients straight through.
+class FakeQuantized(Form):
+    """Rounds a layer's weight in each forward and passes gradients straight through, in torchao's own layer.
 
-    The parameters stay the same objects. The scale is ``max|W| / (2^(bits-1) - 1/2)`` of each group, which clips the
-    largest weights by at most half a step, in the bfloat16 in which it will be stored.
+    Its parameters are the layer's, the same objects. The scale is ``max|W| / (2^(bits-1) - 1/2)`` of each group, which
+    clips the largest weights by at most half a step, in the bfloat16 in which it will be stored.
     """
-    from torchao.quantization import quantize_
-    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    kind: dict[str, Any] = {"granularity": "per_channel"} if group_size is None else {"group_size": group_size}
-    weights = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), scale_precision=torch.bfloat16, **kind)
-    holder = nn.ModuleDict({"layer": layer})
-    with isolated_random_state():  # it makes a new layer first
-        quantize_(holder, QATConfig(weight_config=weights, step="prepare"), filter_fn=lambda module, _: module is layer)
-    return holder["layer"]
+    def __init__(self, layer: nn.Module, bits: int, group_size: int | None) -> None:
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+        super().__init__()
+        kind: dict[str, Any] = {"granularity": "per_channel"} if group_size is None else {"group_size": group_size}
+        weights = IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), scale_precision=torch.bfloat16, **kind)
+        config = QATConfig(weight_config=weights, step="prepare")
+        holder = nn.ModuleDict({"layer": layer})
+        with isolated_random_state():  # it makes a new layer first
+            quantize_(holder, config, filter_fn=lambda module, _: module is layer)
+        self.layer = holder["layer"]
+
+    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, parameter in self.layer._parameters.items():
+            value = getattr(module, name)  # another one after a move or a load; a computed one of a parametrized layer
+            if value is not parameter:
+                self.layer._parameters[name] = value
+        if self.layer.training != module.training:
+            self.layer.train(module.training)
+        return self.layer(*args, **kwargs)
 
 
 @torch.no_grad()
-def trained_weight(fake: Any, bits: int, group_size: int | None) -> LinearWeight:
+def trained_weight(form: FakeQuantized, layer: Any, bits: int, group_size: int | None) -> LinearWeight:
     """Return the weight of a fake-quantized layer in the codes that it trained with."""
-    rounded = fake.weight_fake_quantizer(fake.weight).float()
-    scale = fake.weight_fake_quantizer.scale.float().view(len(rounded), -1)
+    quantizer: Any = form.layer.weight_fake_quantizer
+    rounded = quantizer(layer.weight).float()
+    scale = quantizer.scale.float().view(len(rounded), -1)
     blocks = linear.blocks(rounded, group_size)  # they are codes times the scale already
     codes = linear.quantize(blocks, scale.unsqueeze(-1), torch.tensor(2.0 ** (bits - 1)), bits)
-    return LinearWeight(codes.flatten(1), scale, None, bits, group_size)
+    return LinearWeight(layer.weight, codes.flatten(1), scale, None, bits, group_size)

@@ -18,9 +18,8 @@ from lightning_compress.modules.calls import run_step
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.isolation import isolated_evaluation
 from lightning_compress.modules.paths import compressible_modules
-from lightning_compress.modules.routing import CHILD, route_, unroute_
-from lightning_compress.quantization.layers.attention import QuantizedAttention
-from lightning_compress.quantization.layers.packed import matrix_of
+from lightning_compress.modules.routing import route_, unroute_
+from lightning_compress.quantization.layers.attention import QuantizedAttention, projections_of
 from lightning_compress.quantization.layers.plan import quantized_form
 from lightning_compress.quantization.numerics.scheme import Scheme
 
@@ -60,11 +59,15 @@ def calibrated_weights(
             layer: Any = modules[path]
             if isinstance(layer, nn.MultiheadAttention):
                 # Its projections are called as layers of their own, so that what they are given can be seen.
-                attention = QuantizedAttention(layer, lambda _, part: part)
+                attention = _AttentionInParts(layer)
                 route_(layer, attention)
                 routed.callback(unroute_, layer)
-                named = attention.named_modules(prefix=f"{path}.{CHILD}".lstrip("."))
-                parts |= {name: _Part([part], scheme) for name, part in named if isinstance(part, nn.Linear)}
+                named = {**dict(attention.named_modules()), "out_proj": layer.out_proj}
+                parts |= {
+                    f"{path}.{name}".lstrip("."): _Part([part], scheme)
+                    for name, part in named.items()
+                    if isinstance(part, nn.Linear)
+                }
             elif not isinstance(layer, nn.Embedding):  # its Hessian is diagonal: to the nearest is the best there
                 tied = [part for part in parts.values() if part.layers[0].weight is layer.weight]
                 if tied:
@@ -82,6 +85,27 @@ def calibrated_weights(
     return made
 
 
+class _AttentionInParts(QuantizedAttention):
+    """Attends with float projections that are layers of their own, and share the memory of the layer's weights."""
+
+    def __init__(self, layer: nn.MultiheadAttention) -> None:
+        super().__init__({})
+        weights = [rows for weight in projections_of(layer).values() for rows in weight.detach().split(layer.embed_dim)]
+        biases = [None] * 3 if layer.in_proj_bias is None else layer.in_proj_bias.detach().chunk(3)
+        self.in_proj = nn.ModuleList(_linear(*tensors) for tensors in zip(weights, biases, strict=True))
+
+    def part(self, index: int, x: Tensor, name: str, rows: slice, bias: Tensor | None) -> Tensor:
+        projection: Tensor = self.in_proj[index](x)
+        return projection
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+    return linear
+
+
 class _Part(NamedTuple):
     """Names the layers that one weight belongs to: nearly always one."""
 
@@ -93,9 +117,9 @@ def _fit(part: _Part, hessian: Tensor | None, path: str) -> Any:
     if hessian is None:
         raise CompressionError("`calibration` must hold samples. Received: empty batches.")
     try:
-        return part.scheme.fit(matrix_of(part.layers[0]), hessian)
+        return part.scheme.fit(part.layers[0].weight, hessian)
     except CompressionError as error:
-        raise CompressionError(f"{error} Seen by `{path.replace(f'.{CHILD}', '')}`.") from error
+        raise CompressionError(f"{error} Seen by `{path}`.") from error
 
 
 def _stages(parts: Mapping[str, _Part], room: int) -> Iterator[dict[str, _Part]]:
@@ -104,7 +128,7 @@ def _stages(parts: Mapping[str, _Part], room: int) -> Iterator[dict[str, _Part]]
     taken = 0
     for path, part in parts.items():
         layer = part.layers[0]
-        size = 4 * _groups(layer) * matrix_of(layer).shape[1] ** 2
+        size = 4 * _groups(layer) * layer.weight[0].numel() ** 2
         if stage and taken + size > room:
             yield stage
             stage, taken = {}, 0

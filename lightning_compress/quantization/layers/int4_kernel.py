@@ -1,7 +1,7 @@
 """torch's 4-bit product on the CPU, for few rows of activations, and the order of codes that it wants.
 
 It reads tiles of 32 or 64 rows: for each column half as many bytes, each with the codes of two rows. Codes in rows take
-as many bytes, so a weight is kept in one order or the other. Activations are rounded to bfloat16 on their way in.
+as many bytes, so a weight is kept in one order and not in both. Activations are rounded to bfloat16 on their way in.
 """
 
 from __future__ import annotations

@@ -7,8 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from lightning_compress.quantization.numerics.int8 import needs_reduced_range, refuse_to_move
+from lightning_compress.modules.routing import Form
+from lightning_compress.quantization.layers.int8_weight import Int8Weight
+from lightning_compress.quantization.layers.kernel_cache import KernelCache
+from lightning_compress.quantization.numerics.int8 import needs_reduced_range
+from lightning_compress.quantization.numerics.packing import is_recorded
 
 OUTLIER = 6.0
 """A column of activations is an outlier where its largest magnitude exceeds so many times the mean of the columns'."""
@@ -17,7 +22,28 @@ _LEAST, _MOST = 255 * 6.2e-5, torch.finfo(torch.float32).max
 """Between these the kernel resolves the range of a call's activations; its scales don't go below 6.1e-5."""
 
 
-class DynamicLinear(nn.Module):
+def in_plain_operators(x: Tensor) -> bool:
+    """Tell whether int8 weights are multiplied in float, dequantized, as torch's kernel can't take them.
+
+    It is opaque to whatever compiles or writes down a run, and computes on the CPU alone. Activations aren't quantized
+    then, which is as exact as any scale for each token, but not as fast.
+    """
+    return torch.compiler.is_compiling() or is_recorded() or x.device.type != "cpu"
+
+
+def packed_kernel(codes: Tensor, scale: Tensor, bias: Tensor | None) -> Any:
+    """Return weights, and a bias, in the kernel's own order; in 7 bits where 8 would overflow."""
+    scale = scale.double()
+    if codes.abs().amax() > 64 and needs_reduced_range(torch.backends.quantized.engine):
+        codes, scale = (codes / 2).round().to(torch.int8), scale * 2
+    zeros = torch.zeros(len(scale), dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces the end of the tensors that its kernels still take
+        weight = torch._make_per_channel_quantized_tensor(codes, scale, zeros, 0)
+    return torch.ops.quantized.linear_prepack(weight, None if bias is None else bias.detach().float())
+
+
+class DynamicProduct(nn.Module):
     """Computes ``y = s_x Q(x / s_x) Q(W)^T s_W + b`` in torch's kernel, `torch.ops.quantized.linear_dynamic`.
 
     ``s_W`` is a scale for each output channel. ``s_x`` is one for all of x, or ``per_token`` one for each row:
@@ -27,9 +53,6 @@ class DynamicLinear(nn.Module):
     small for the kernel) goes by rows too, so that a row of NaN leaves the others alone.
 
     Args:
-        weight: float, ``(out_features, in_features)``.
-        bias: ``(out_features,)`` or None.
-        reduce_range: 7-bit weights, for CPUs without VNNI.
         per_token: a scale for each row.
 
     References:
@@ -37,100 +60,78 @@ class DynamicLinear(nn.Module):
         magnitudes in place of a fixed threshold of 6.
     """
 
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    used = frozenset(("weight", "bias"))
-    """Names of the float layer's tensors that it takes the place of."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, reduce_range: bool, per_token: bool = False) -> None:
+    def __init__(self, per_token: bool = False) -> None:
         super().__init__()
-        scale = weight.detach().float().abs().amax(dim=1).clamp_min(1e-12) / (63 if reduce_range else 127)
-        self.register_buffer("weight", (weight.detach().float() / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.per_token = per_token
-        self._packed: dict[str, Any] = {}
+        self._kernel, self._kernel_without_bias = KernelCache(), KernelCache()
 
-    @classmethod
-    def from_float(cls, linear: nn.Linear, reduce_range: bool, per_token: bool = False) -> DynamicLinear:
-        """Return the dynamic form of a linear layer, on the CPU."""
-        bias = None if linear.bias is None else linear.bias.cpu()
-        return cls(linear.weight.cpu(), bias, reduce_range, per_token)
+    def forward(self, x: Tensor, weight: Int8Weight, bias: Tensor | None, rows: slice = slice(None)) -> Tensor:
+        """Return the product with some ``rows`` of W, in all calls the same ones, and their bias added."""
+        if in_plain_operators(x):
+            return functional.linear(x.float(), weight.values()[rows], None if bias is None else bias.float()).to(
+                x.dtype
+            )
+        if x.dtype == torch.float32 and x.dim() > 1 and not self.per_token and _fits_one_scale(x):
+            return self._by_kernel(x, weight, bias, rows)
+        flat = x.float().reshape(-1, x.shape[-1])
+        if not len(flat):
+            return x.new_empty(*x.shape[:-1], len(weight.scale[rows]))
+        by = self._by_kernel if not self.per_token and _fits_one_scale(flat) else self._by_rows
+        return by(flat, weight, bias, rows).view(*x.shape[:-1], -1).to(x.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 and x.dim() > 1 and not self.per_token and self._fits_one_scale(x):
-            return self._by_kernel(x)
-        rows = x.float().reshape(-1, x.shape[-1])
-        if not len(rows):
-            return x.new_empty(*x.shape[:-1], len(self.scale))
-        fits = not self.per_token and self._fits_one_scale(rows)
-        product = self._by_kernel(rows) if fits else self._by_rows(rows)
-        return product.view(*x.shape[:-1], -1).to(x.dtype)
-
-    def _by_kernel(self, x: Tensor) -> Tensor:
-        if "bias" not in self._packed:
-            self._packed["bias"] = self.pack(self.bias)  # once the weights have been loaded
-        product: Tensor = torch.ops.quantized.linear_dynamic.default(x, self._packed["bias"])
+    def _by_kernel(self, x: Tensor, weight: Int8Weight, bias: Tensor | None, rows: slice) -> Tensor:
+        kernel = self._kernel.made(
+            (weight.codes, weight.scale), [bias], lambda: packed_kernel(weight.codes[rows], weight.scale[rows], bias)
+        )
+        product: Tensor = torch.ops.quantized.linear_dynamic.default(x, kernel)
         return product
 
-    @staticmethod
-    def _fits_one_scale(rows: Tensor) -> bool:
-        if not rows.numel():
-            return False
-        low, high = torch.aminmax(rows)
-        spread: float = max(high.item(), 0.0) - min(low.item(), 0.0)
-        return _LEAST <= spread <= _MOST
-
-    def _by_rows(self, rows: Tensor) -> Tensor:
-        if "no bias" not in self._packed:
-            self._packed["no bias"] = self.pack(None)
-        magnitudes = rows.abs()
+    def _by_rows(self, x: Tensor, weight: Int8Weight, bias: Tensor | None, rows: slice) -> Tensor:
+        codes, scale = weight.codes[rows], weight.scale[rows]
+        kernel = self._kernel_without_bias.made(
+            (weight.codes, weight.scale), [], lambda: packed_kernel(codes, scale, None)
+        )
+        magnitudes = x.abs()
         columns = magnitudes.amax(dim=0)
         broken = None
         if not columns.isfinite().all():
-            broken = ~rows.isfinite().all(dim=1, keepdim=True)
-            rows = rows.masked_fill(broken, 0.0)
-            magnitudes = rows.abs()
+            broken = ~x.isfinite().all(dim=1, keepdim=True)
+            x = x.masked_fill(broken, 0.0)
+            magnitudes = x.abs()
             columns = magnitudes.amax(dim=0)
         outliers = (columns > OUTLIER * columns.mean()).nonzero().flatten()
         apart = None
         if len(outliers):
-            apart = rows[:, outliers] @ (self.weight[:, outliers] * self.scale[:, None]).T
-            rows, magnitudes = rows.index_fill(1, outliers, 0.0), magnitudes.index_fill_(1, outliers, 0.0)
+            apart = x[:, outliers] @ (codes[:, outliers] * scale[:, None]).T
+            x, magnitudes = x.index_fill(1, outliers, 0.0), magnitudes.index_fill_(1, outliers, 0.0)
         largest = magnitudes.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         # Of rows that were divided by their own largest magnitude, one scale for all is one for each.
-        product: Tensor = torch.ops.quantized.linear_dynamic(rows / largest, self._packed["no bias"])
+        product: Tensor = torch.ops.quantized.linear_dynamic(x / largest, kernel)
         product = product.mul_(largest)
         if broken is not None:
             product.masked_fill_(broken, torch.nan)  # these rows, and no other
-        for term in (apart, self.bias):
+        for term in (apart, None if bias is None else bias.detach()):
             if term is not None:
                 product += term
         return product
 
-    def float_value(self, name: str) -> Tensor | None:
-        """Return the float layer's ``weight`` as it is stored, or its ``bias``."""
-        return self.bias if name == "bias" else self.weight * self.scale[:, None]
 
-    def pack(self, bias: Tensor | None) -> Any:
-        """Return the weights, and a bias, in the kernel's own order; in 7 bits where 8 would overflow."""
-        codes, scale = self.weight, self.scale.double()
-        if codes.abs().amax() > 64 and needs_reduced_range(torch.backends.quantized.engine):
-            codes, scale = (codes / 2).round().to(torch.int8), scale * 2
-        zeros = torch.zeros(len(scale), dtype=torch.long)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch announces the end of the tensors that its kernels still take
-            weight = torch._make_per_channel_quantized_tensor(codes, scale, zeros, 0)
-        return torch.ops.quantized.linear_prepack(weight, bias)
+def _fits_one_scale(rows: Tensor) -> bool:
+    if not rows.numel():
+        return False
+    low, high = torch.aminmax(rows)
+    spread: float = max(high.item(), 0.0) - min(low.item(), 0.0)
+    return _LEAST <= spread <= _MOST
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        refuse_to_move(fn)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._packed = {}
+class DynamicLinear(Form):
+    """Computes a linear layer as `DynamicProduct` does, with the layer's own bias."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": {}}
+    def __init__(self, weight: Int8Weight, per_token: bool = False) -> None:
+        super().__init__({"weight": weight})
+        self.product = DynamicProduct(per_token)
+
+    def forward(self, module: Any, input: Tensor) -> Tensor:
+        self.bind_(module)
+        product: Tensor = self.product(input, self.weights["weight"], module._parameters["bias"])
+        return product

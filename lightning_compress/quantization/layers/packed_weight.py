@@ -2,202 +2,202 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.modules.routing import StoredWeight
 from lightning_compress.quantization.layers import int4_kernel
+from lightning_compress.quantization.layers.kernel_cache import KernelCache
 from lightning_compress.quantization.numerics import linear, nf4
 from lightning_compress.quantization.numerics.packing import pack, unpack
 
 Rows = slice | Tensor
 
+_SAVED: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""Codes of weights as they were saved, for as long as somebody holds them."""
 
-class PackedWeight(nn.Module):
-    """Stores a matrix ``(rows, columns)`` in few bits; blocks lie along the rows, the input dimension.
 
-    Its tensors move and are saved with the module, but are no buffers: whoever averages a model's buffers would average
-    codes. Scales keep their own type, whatever the model is cast to.
+class PackedWeight(StoredWeight):
+    """Stores a weight in few bits, as a matrix ``(rows, columns)``: `flatten(1)` of it. Blocks lie along the rows.
+
+    Args:
+        like: has the shape and type of the weight.
+        bits: of a code.
+        block_size: values with one scale; None is a scale for each row.
     """
 
-    codes: Tensor
-    held: tuple[str, ...]
-    """Names of its tensors."""
-
-    def __init__(self, shape: tuple[int, int], bits: int, block_size: int | None) -> None:
-        super().__init__()
-        self.rows, self.columns = shape
+    def __init__(self, like: Tensor, bits: int, block_size: int | None) -> None:
+        super().__init__(like)
+        self.rows, self.columns = like.flatten(1).shape
         self.bits = bits
         self.block_size = block_size
 
+    @property
+    def kind(self) -> str:
+        return f"{self.bits} bits"
+
     @abstractmethod
-    def values(self, rows: Rows) -> Tensor:
+    def values_of(self, rows: Rows) -> Tensor:
         """Return those rows as float32, ``(len(rows), columns)``."""
 
-    def forward(self) -> Tensor:
-        """Return the whole matrix in float32."""
-        return self.values(slice(None))
+    def values(self) -> Tensor:
+        return self.values_of(slice(None))
 
     def unpacked(self, rows: Rows) -> Tensor:
         """Return codes of those rows: uint8, ``(len(rows), columns)``."""
         return unpack(_take(self.codes, rows), self.bits, self.columns)
 
-    def few_rows_product(self, x: Tensor) -> Tensor | None:
-        """Return ``x W^T`` by a kernel for few rows of activations; None if there is none for this weight, or here."""
+    def few_rows_product(self, x: Tensor, rows: slice) -> Tensor | None:
+        """Return ``x W^T`` by a kernel for few rows of activations; None if it takes none of these, or of x."""
         return None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what it holds, by name."""
-        found = {name: getattr(self, name) for name in self.held}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        for name, tensor in self.tensors().items():
-            moved: Tensor = fn(tensor)
-            setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination.update((prefix + name, tensor) for name, tensor in self.tensors().items())
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        for name, tensor in self.tensors().items():
-            value = state_dict.get(prefix + name)
-            if value is None:
-                missing_keys.append(prefix + name)
-            elif value.shape != tensor.shape or value.dtype != tensor.dtype:
-                own, other = (f"{tuple(values.shape)} of {values.dtype}" for values in (tensor, value))
-                error_msgs.append(f"size mismatch for {prefix}{name}: {other} in the checkpoint, {own} in the model.")
-            else:
-                setattr(self, name, value.to(tensor.device, copy=True))
-
-    def extra_repr(self) -> str:
-        blocks = "" if self.block_size is None else f", block_size={self.block_size}"
-        return f"{self.rows} x {self.columns}, bits={self.bits}{blocks}"
-
-    def __len__(self) -> int:
-        return self.rows
+    def tile_(self) -> None:
+        """Bring codes into the order in which such a kernel reads them, if it takes this weight."""
 
 
 class LinearWeight(PackedWeight):
     """Stores ``W = S (Q - Z)``: Q of 2 to 8 bits; for each block S in bfloat16 and, if asymmetric, Z of as many bits.
 
     Args:
+        like: has the shape and type of W.
         codes: uint8, ``(rows, columns)``.
         scale: ``(rows, n_blocks)``.
-        zero: ``(rows, n_blocks)``; None where it is ``2^(bits-1)``, which is symmetric quantization.
+        zero_point: ``(rows, n_blocks)``; None where it is ``2^(bits-1)``, which is symmetric quantization.
         bits: of a code.
         block_size: values with one scale; None is a scale for each row.
     """
 
     scale: Tensor
-    zero: Tensor | None
-    held = ("codes", "scale", "zero")
+    zero_point: Tensor | None
+    held = ("codes", "scale", "zero_point")
 
-    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, block_size: int | None) -> None:
-        super().__init__((codes.shape[0], codes.shape[1]), bits, block_size)
-        self.codes = pack(codes, bits)
-        self.scale = scale.to(torch.bfloat16)
-        self.zero = None if zero is None else pack(zero.to(torch.uint8), bits)
-        self._kernel_scales: Tensor | None = None
+    def __init__(
+        self,
+        like: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bits: int,
+        block_size: int | None,
+    ) -> None:
+        super().__init__(like, bits, block_size)
+        self.tile = 0  # rows in a tile of codes, if these are in the kernel's order
+        self._has_products = False
+        self._kernel_scales = KernelCache()
+        packed_zeros = None if zero_point is None else pack(zero_point.to(torch.uint8), bits)
+        self.hold_(codes=pack(codes, bits), scale=scale.to(torch.bfloat16), zero_point=packed_zeros)
 
     @classmethod
-    def nearest(cls, matrix: Tensor, bits: int, block_size: int | None, symmetric: bool) -> LinearWeight:
-        """Round ``matrix`` to the nearest codes."""
-        blocks = linear.blocks(matrix.detach().float(), block_size)
+    def nearest(cls, weight: Tensor, bits: int, block_size: int | None, symmetric: bool) -> LinearWeight:
+        """Round ``weight`` to the nearest codes."""
+        matrix = weight.detach().flatten(1).float()
+        blocks = linear.blocks(matrix, block_size)
         scale, zero = linear.fitted_parameters(blocks, bits, symmetric)
         codes = linear.quantize(blocks, scale, zero, bits).flatten(1)[:, : matrix.shape[1]]
-        return cls(codes, scale.squeeze(-1), None if symmetric else zero.squeeze(-1), bits, block_size)
+        return cls(weight, codes, scale.squeeze(-1), None if symmetric else zero.squeeze(-1), bits, block_size)
+
+    @classmethod
+    def joined(cls, like: Tensor, parts: Sequence[LinearWeight]) -> LinearWeight:
+        """Join weights of the same columns, bits and blocks by their rows."""
+        every, first = slice(None), parts[0]
+        codes, scale = torch.cat([part.unpacked(every) for part in parts]), torch.cat([part.scale for part in parts])
+        zero_point = None if first.zero_point is None else torch.cat([part._zeros(every) for part in parts])
+        return cls(like, codes, scale, zero_point, first.bits, first.block_size)
 
     def _zeros(self, rows: Rows) -> Tensor:
         """Return zero points of those rows: ``(len(rows), n_blocks)``, or one for all."""
-        if self.zero is None:
+        if self.zero_point is None:
             return torch.full((1, 1), 2 ** (self.bits - 1), device=self.scale.device)
-        return unpack(_take(self.zero, rows), self.bits, self.scale.shape[1])
+        return unpack(_take(self.zero_point, rows), self.bits, self.scale.shape[1])
 
-    def values(self, rows: Rows) -> Tensor:
+    def values_of(self, rows: Rows) -> Tensor:
         scale = _take(self.scale, rows).float().unsqueeze(-1)
         zero = self._zeros(rows).unsqueeze(-1)
         blocks = linear.blocks(self.unpacked(rows), self.block_size)
         return linear.dequantize(blocks, scale, zero).flatten(1)[:, : self.columns]
 
-    # The kernel's order of codes: taken when it is first of use, left for all that isn't a product.
+    # The kernel's order of codes. Files have rows: another CPU's kernel reads other tiles.
 
     def unpacked(self, rows: Rows) -> Tensor:
-        if self._kernel_scales is None:
+        if not self.tile:
             return super().unpacked(rows)
-        size = int4_kernel.tile_rows()
         if isinstance(rows, Tensor):
-            return int4_kernel.some_untiled(self.codes, rows, size)
+            return int4_kernel.some_untiled(self.codes, rows, self.tile)
         start, stop, _ = rows.indices(self.rows)
-        first = start - start % size
-        codes = int4_kernel.untiled(self.codes[first : stop + -stop % size], size)
+        first = start - start % self.tile
+        codes = int4_kernel.untiled(self.codes[first : stop + -stop % self.tile], self.tile)
         return codes[start - first : stop - first]
 
-    def few_rows_product(self, x: Tensor) -> Tensor | None:
-        if self.bits != 4 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+    def tile_(self) -> None:
+        self._has_products = True
+        if self.tile or self.bits != 4 or self.codes.device.type != "cpu" or self.codes.is_inference():
+            return
+        if int4_kernel.kernel_group(self.rows, self.columns, self.block_size):
+            with torch.inference_mode(False), torch.no_grad():
+                self.codes.data = int4_kernel.tiled(self.unpacked(slice(None)), int4_kernel.tile_rows())
+            self.tile = int4_kernel.tile_rows()
+
+    def few_rows_product(self, x: Tensor, rows: slice) -> Tensor | None:
+        start, stop, _ = rows.indices(self.rows)
+        if not self.tile or self.tile != int4_kernel.tile_rows() or start % self.tile or stop % self.tile:
+            return None
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
             return None
         group = int4_kernel.kernel_group(self.rows, self.columns, self.block_size)
-        if not group:
-            return None
-        if self._kernel_scales is None:
-            count = (self.block_size or self.columns) // group
-            with torch.inference_mode(False), torch.no_grad():
-                codes = super().unpacked(slice(None))
-                self._kernel_scales = int4_kernel.scales_and_zeros(self.scale.float(), self._zeros(slice(None)), count)
-                self.codes = int4_kernel.tiled(codes, int4_kernel.tile_rows())
-        return int4_kernel.product(x, self.codes, group, self._kernel_scales)
+        repeat = (self.block_size or self.columns) // group
+        scales: Tensor = self._kernel_scales.made(
+            [self.scale, *(() if self.zero_point is None else (self.zero_point,))],
+            [],
+            lambda: int4_kernel.scales_and_zeros(self.scale.float(), self._zeros(slice(None)), repeat),
+        )
+        return int4_kernel.product(x, self.codes[rows], group, scales[:, rows].contiguous())
 
-    def _in_rows(self) -> None:
-        if self._kernel_scales is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                self.codes = pack(self.unpacked(slice(None)), self.bits)
-            self._kernel_scales = None
+    def saved(self) -> dict[str, Tensor]:
+        if not self.tile:
+            return super().saved()
+        codes, before = pack(self.unpacked(slice(None)), self.bits).detach(), _SAVED.get(self, lambda: None)()
+        if before is not None and torch.equal(codes, before):
+            codes = before  # for another layer that has this weight
+        _SAVED[self] = weakref.ref(codes)
+        return super().saved() | {"codes": codes}
+
+    def load_(self, name: str, state: Mapping[str, Any], prefix: str, *found: list[str]) -> None:
+        codes = state.get(prefix + name)
+        if self.tile and codes is not None and codes.shape == self.codes.shape and codes.dtype == torch.uint8:
+            tiles = int4_kernel.tiled(unpack(codes, self.bits, self.columns), self.tile)
+            state = ChainMap({prefix + name: tiles}, state)  # type: ignore[arg-type]
+        super().load_(name, state, prefix, *found)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._in_rows()
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._in_rows()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._in_rows()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._in_rows()
-        return self.__dict__
+        super()._apply(fn, recurse)
+        if self._has_products:
+            self.tile_()
+        return self
 
 
 class NF4Weight(PackedWeight):
     """Stores ``W = A * NF4_VALUES[Q]`` with a largest magnitude A for each block, itself in 8 bits."""
 
+    scale_codes: Tensor
+    scale_offset: Tensor
+    scale_step: Tensor
     held = ("codes", "scale_codes", "scale_offset", "scale_step")
 
-    def __init__(self, matrix: Tensor, block_size: int) -> None:
-        super().__init__((matrix.shape[0], matrix.shape[1]), 4, block_size)
-        blocks = linear.blocks(matrix.detach().float(), block_size)
+    def __init__(self, weight: Tensor, block_size: int) -> None:
+        super().__init__(weight, 4, block_size)
+        blocks = linear.blocks(weight.detach().flatten(1).float(), block_size)
         codes, offset, step = nf4.scale_codes(blocks.abs().amax(dim=-1).flatten())
         absmax = nf4.scale_values(codes, offset, step).view(*blocks.shape[:2], 1)
-        self.codes = pack(nf4.nf4_codes(blocks, absmax).flatten(1)[:, : self.columns], 4)
-        self.scale_codes = codes.view(blocks.shape[:2])
-        self.scale_offset, self.scale_step = offset, step
+        packed = pack(nf4.nf4_codes(blocks, absmax).flatten(1)[:, : self.columns], 4)
+        self.hold_(codes=packed, scale_codes=codes.view(blocks.shape[:2]), scale_offset=offset, scale_step=step)
 
-    def values(self, rows: Rows) -> Tensor:
+    def values_of(self, rows: Rows) -> Tensor:
         scales = _take(self.scale_codes, rows)
         count = self.scale_codes.shape[1]
         index = _take(torch.arange(self.rows, device=scales.device), rows)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.modules.paths import clean_name
-from lightning_compress.modules.routing import CHILD
-from lightning_compress.quantization.layers.linear import DynamicLinear
+from lightning_compress.modules.paths import is_at_or_below, modules_of
+from lightning_compress.modules.routing import form_of
+from lightning_compress.quantization.layers.linear import DynamicProduct
 
 ENOUGH = 0.985
 """Where the outputs' cosine to the float model's is as high, one scale for a call's activations does."""
@@ -25,55 +25,54 @@ def give_tokens_scales_(model: nn.Module, paths: Collection[str], cosine: Callab
     None is switched where that brings the outputs less than half of the way to the float ones. ``cosine`` runs the
     converted model, and compares its outputs with those of the float model.
     """
-    forms = {path: _forms(model, path) for path in paths}
-    with _errors_of([form for found in forms.values() for form in found]) as errors:
+    products = {path: _products(model, path) for path in paths}
+    with _errors_of([product for found in products.values() for product in found]) as errors:
         before = after = cosine()
-    if before >= ENOUGH or not forms:
+    if before >= ENOUGH or not products:
         return []
-    worst = {path: max((errors.get(form, 0.0) for form in found), default=0.0) for path, found in forms.items()}
+    worst = {
+        path: max((errors.get(product, 0.0) for product in found), default=0.0) for path, found in products.items()
+    }
     switched: list[str] = []
     for bound in _FAR_OFF:
         switched = [path for path in paths if worst[path] > bound]
-        _switch_(forms, switched, True)
+        _switch_(products, switched, True)
         after = cosine()
         if after >= ENOUGH:
             return switched
     if 1.0 - after > 0.5 * (1.0 - before):
-        _switch_(forms, switched, False)
+        _switch_(products, switched, False)
         return []
     return switched
 
 
-def _forms(model: nn.Module, path: str) -> list[DynamicLinear]:
-    """Return the dynamic linear layers that stand for the layer at ``path``, in a traced unit or not."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, DynamicLinear)
-        and f"{clean_name(name)}.".replace(f"{CHILD}.graph.", "").startswith(f"{path}.{CHILD}.".lstrip("."))
-    ]
+def _products(model: nn.Module, path: str) -> list[DynamicProduct]:
+    """Return what multiplies in the layer at ``path``: of attention, whose output's projection is a child, several."""
+    forms = [form_of(module) for name, module in modules_of(model).items() if is_at_or_below(name, path)]
+    inner = (module for form in forms if form is not None for module in form.modules())
+    return [module for module in inner if isinstance(module, DynamicProduct)]
 
 
-def _switch_(forms: dict[str, list[DynamicLinear]], paths: Collection[str], per_token: bool) -> None:
+def _switch_(products: dict[str, list[DynamicProduct]], paths: Collection[str], per_token: bool) -> None:
     for path in paths:
-        for form in forms[path]:
-            form.per_token = per_token
+        for product in products[path]:
+            product.per_token = per_token
 
 
 @contextmanager
-def _errors_of(forms: list[DynamicLinear]) -> Iterator[dict[DynamicLinear, float]]:
-    """Measure, while a run goes on, how far each layer's outputs are from those with a scale for each token."""
-    errors: dict[DynamicLinear, float] = {}
+def _errors_of(products: list[DynamicProduct]) -> Iterator[dict[DynamicProduct, float]]:
+    """Measure, while a run goes on, how far each product is from that with a scale for each token."""
+    errors: dict[DynamicProduct, float] = {}
 
-    def hook(form: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        form.per_token = True
-        exact = form.forward(*args).reshape(-1, output.shape[-1])
-        form.per_token = False
+    def hook(product: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        product.per_token = True
+        exact = product.forward(*args).reshape(-1, output.shape[-1])
+        product.per_token = False
         off = (output.reshape(exact.shape) - exact).norm(dim=1) / exact.norm(dim=1)
         off = off[off.isfinite()].clamp_max(1.0)
-        errors[form] = max(errors.get(form, 0.0), off.mean().item() if len(off) else 0.0)
+        errors[product] = max(errors.get(product, 0.0), off.mean().item() if len(off) else 0.0)
 
     with ExitStack() as hooks:
-        for form in forms:
-            hooks.callback(form.register_forward_hook(hook).remove)
+        for product in products:
+            hooks.callback(product.register_forward_hook(hook).remove)
         yield errors

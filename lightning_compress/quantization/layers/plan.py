@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from itertools import product
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 
 from lightning_compress.errors import invalid, nearest
-from lightning_compress.modules.paths import compressible_modules
-from lightning_compress.modules.routing import CHILD
+from lightning_compress.modules.paths import compressible_modules, is_at_or_below
+from lightning_compress.modules.routing import Form, StoredWeight, form_of
 from lightning_compress.quantization.layers.packed import PACKED
-from lightning_compress.quantization.layers.packed_weight import PackedWeight
 from lightning_compress.quantization.layers.without_kernel import REPLACED
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.targets import Targets, matches, names_itself
@@ -20,23 +20,21 @@ from lightning_compress.targets import Targets, matches, names_itself
 _TYPES = {*PACKED, nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention}
 """Layers of exactly these types are quantized one by one, or stay float with a reason."""
 
-Weights = Mapping[str, PackedWeight]
-"""Packed weights that are known already, by the path of their layer: of GPTQ, or shared with another layer."""
+Weights = Mapping[str, StoredWeight]
+"""Stored weights that are known already, by the path of their layer: of GPTQ, or shared with another layer."""
 
 
-def quantized_form(
-    layer: nn.Module, scheme: Scheme, weights: Weights = MappingProxyType({}), path: str = ""
-) -> nn.Module:
+def quantized_form(layer: nn.Module, scheme: Scheme, weights: Weights = MappingProxyType({}), path: str = "") -> Form:
     """Return the form of one layer that ``scheme`` asks for; its ``path``, or what is below, is that in ``weights``.
 
     Raises:
-        CompressionError: the form lacks `used`, as of a scheme of the user's own it may.
+        CompressionError: it is no `Form`, as of a scheme of the user's own it may be.
     """
-    inside = f"{path}.{CHILD}.".lstrip(".")
+    inside = f"{path}.".lstrip(".")
     known = {name.removeprefix(inside): weight for name, weight in weights.items() if name.startswith(inside)}
-    form = scheme.form(layer, known | ({"": weights[path]} if path in weights else {}))
-    if not hasattr(form, "used"):
-        raise invalid("form", "have `used`, the names of the tensors that it takes the place of", type(form).__name__)
+    form: Any = scheme.form(layer, known | ({"": weights[path]} if path in weights else {}))
+    if not isinstance(form, Form):
+        raise invalid("form", "return a `Form`, whose `weights` take the place of the layer's", type(form).__name__)
     return form
 
 
@@ -57,7 +55,9 @@ def plan_layers(
         CompressionError: an override matches no layer.
     """
     modules = compressible_modules(model)
-    layers = {path: module for path, module in modules.items() if type(module) in _TYPES}
+    done = [path for path, module in modules.items() if form_of(module) is not None]
+    free = {path: module for path, module in modules.items() if not any(is_at_or_below(path, part) for part in done)}
+    layers = {path: module for path, module in free.items() if type(module) in _TYPES}
     for pattern in overrides:
         if not any(matches(path, pattern) for path in layers):
             raise invalid("overrides", "match layers of the model", pattern, nearest(pattern, list(layers)))

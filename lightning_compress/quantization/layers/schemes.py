@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.errors import invalid
+from lightning_compress.modules.routing import Form, class_of
 from lightning_compress.quantization.layers import fake_quantizers
-from lightning_compress.quantization.layers.attention import DynamicAttention, QuantizedAttention
+from lightning_compress.quantization.layers.attention import DynamicAttention, PackedAttention, projections_of
+from lightning_compress.quantization.layers.int8_weight import Int8Weight
 from lightning_compress.quantization.layers.linear import DynamicLinear
-from lightning_compress.quantization.layers.packed import PACKED, matrix_of
+from lightning_compress.quantization.layers.packed import PACKED, PackedLinear
 from lightning_compress.quantization.layers.packed_weight import LinearWeight, NF4Weight, PackedWeight
 from lightning_compress.quantization.layers.recurrent import DynamicRecurrent
 from lightning_compress.quantization.layers.without_kernel import why_not
@@ -63,11 +65,15 @@ class DynamicInt8(Scheme):
     def why_not(self, layer: nn.Module) -> str:
         return why_not(layer, self.name, (nn.Linear, nn.LSTM, nn.GRU, nn.MultiheadAttention))
 
-    def form(self, layer: Any, weights: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
+    def form(self, layer: Any, weights: Mapping[str, Any] = MappingProxyType({})) -> Form:
         if isinstance(layer, nn.LSTM | nn.GRU):
             return DynamicRecurrent(layer, self.reduced)
-        kind = DynamicAttention if isinstance(layer, nn.MultiheadAttention) else DynamicLinear
-        return kind.from_float(layer, self.reduced, bool(self.per_token))
+        per_token = bool(self.per_token)
+        if isinstance(layer, nn.MultiheadAttention):
+            int8 = {name: Int8Weight.nearest(part, self.reduced) for name, part in projections_of(layer).items()}
+            out_proj = DynamicLinear(Int8Weight.nearest(layer.out_proj.weight, self.reduced), per_token)
+            return DynamicAttention(int8, out_proj, per_token)
+        return DynamicLinear(weights.get("") or Int8Weight.nearest(layer.weight, self.reduced), per_token)
 
     def warning(self) -> str:
         if self.reduced or not needs_reduced_range():
@@ -94,19 +100,23 @@ class Packed(Scheme):
         return self.bits < 8
 
     @abstractmethod
-    def packed(self, matrix: Tensor) -> PackedWeight:
-        """Return ``matrix`` in few bits, each value rounded to the nearest code."""
+    def packed(self, weight: Tensor) -> PackedWeight:
+        """Return ``weight`` in few bits, each value rounded to the nearest code."""
 
     def why_not(self, layer: nn.Module) -> str:
         return why_not(layer, self.name, (*PACKED, nn.MultiheadAttention))
 
-    def form(self, layer: Any, weights: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
+    def form(self, layer: Any, weights: Mapping[str, Any] = MappingProxyType({})) -> Form:
         if isinstance(layer, nn.MultiheadAttention):
-            return QuantizedAttention(
-                layer, lambda name, part: self.form(part, {"": weights[name]} if name in weights else {})
-            )
-        weight = weights.get("")
-        return PACKED[type(layer)](layer, self.packed(matrix_of(layer)) if weight is None else weight)
+            parts = projections_of(layer)
+            made = [weights[name] for name in ("in_proj.0", "in_proj.1", "in_proj.2") if name in weights]
+            made = made or [self.packed(part) for part in parts.values()]
+            if len(made) > len(parts):  # each was fitted to inputs of its own
+                made = [LinearWeight.joined(layer.in_proj_weight, made)]
+            out_proj = PackedLinear({"weight": weights.get("out_proj") or self.packed(layer.out_proj.weight)})
+            return PackedAttention(dict(zip(parts, made, strict=True)), out_proj)
+        kind = PACKED.get(class_of(layer), PackedLinear)  # of attention's projections too
+        return kind({"weight": weights.get("") or self.packed(layer.weight)})
 
     def note(self) -> str:
         return f"weights are stored in {self.bits} bits and computed with in float; this is smaller, not faster"
@@ -146,8 +156,8 @@ class WeightOnly(Packed):
         """``int8_weight_only`` and so on."""
         return f"int{self.bits}_weight_only"
 
-    def packed(self, matrix: Tensor) -> PackedWeight:
-        return LinearWeight.nearest(matrix, self.bits, self.group_size, self.symmetric)
+    def packed(self, weight: Tensor) -> PackedWeight:
+        return LinearWeight.nearest(weight, self.bits, self.group_size, self.symmetric)
 
     def check_trains(self) -> None:
         if not self.symmetric:
@@ -157,11 +167,11 @@ class WeightOnly(Packed):
     def why_rounded_last(self, layer: nn.Module) -> str:
         return fake_quantizers.why_not(layer, self.symmetric, self.group_size)
 
-    def training_form(self, layer: nn.Module) -> nn.Module:
-        return fake_quantizers.fake_quantized(layer, self.bits, self.group_size)
+    def training_form(self, layer: nn.Module) -> Form:
+        return fake_quantizers.FakeQuantized(layer, self.bits, self.group_size)
 
-    def trained_weight(self, form: nn.Module) -> PackedWeight:
-        return fake_quantizers.trained_weight(form, self.bits, self.group_size)
+    def trained_weight(self, form: Any, layer: nn.Module) -> PackedWeight:
+        return fake_quantizers.trained_weight(form, layer, self.bits, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -191,8 +201,8 @@ class NF4(Packed):
         if self.block_size is None:
             raise invalid("block_size", "be at least 2", None)
 
-    def packed(self, matrix: Tensor) -> PackedWeight:
-        return NF4Weight(matrix, self.block_size)
+    def packed(self, weight: Tensor) -> PackedWeight:
+        return NF4Weight(weight, self.block_size)
 
 
 @dataclass(frozen=True)
@@ -231,14 +241,14 @@ class GPTQ(Packed):
         if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0.0 < self.damping <= 1.0:
             raise invalid("damping", "lie in (0, 1]", self.damping, "It is a fraction of the Hessian's mean diagonal.")
 
-    def packed(self, matrix: Tensor) -> PackedWeight:
-        return LinearWeight.nearest(matrix, self.bits, self.group_size, self.symmetric)
+    def packed(self, weight: Tensor) -> PackedWeight:
+        return LinearWeight.nearest(weight, self.bits, self.group_size, self.symmetric)
 
-    def fit(self, matrix: Tensor, hessian: Tensor) -> PackedWeight:
-        grouped = matrix.unflatten(0, (len(hessian), -1))
+    def fit(self, weight: Tensor, hessian: Tensor) -> PackedWeight:
+        grouped = weight.detach().flatten(1).unflatten(0, (len(hessian), -1))
         options = (self.bits, self.group_size, self.symmetric, self.damping, self.activation_order)
         codes, scale, zero = (part.flatten(0, 1) for part in gptq(grouped, hessian, *options))
-        return LinearWeight(codes, scale, None if self.symmetric else zero, self.bits, self.group_size)
+        return LinearWeight(weight, codes, scale, None if self.symmetric else zero, self.bits, self.group_size)
 
 
 def _check_bits(bits: int) -> None:

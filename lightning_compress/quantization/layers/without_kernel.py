@@ -14,6 +14,7 @@ from lightning_compress.modules.paths import clean_name, compressible_modules, i
 from lightning_compress.quantization.layers import attention
 from lightning_compress.quantization.numerics.scheme import Scheme
 
+QUANTIZED = "it is quantized already"
 REPLACED = "it is called with parameters that aren't its own (functional_call)"
 """Reason of a layer that can't be taken as it stands, as its own parameters aren't used."""
 

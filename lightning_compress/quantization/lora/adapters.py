@@ -15,10 +15,9 @@ from torch.nn import functional
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.fast_path import quiet_fast_path_, restore_fast_path_
 from lightning_compress.modules.paths import clean_name, compressible_modules
-from lightning_compress.modules.routing import CHILD, drop_aside_, route_, set_aside_, unroute_
-from lightning_compress.quantization.layers.float_values import hide_float_values_, show_float_values_
-from lightning_compress.quantization.layers.packed import matrix_of, product
-from lightning_compress.quantization.layers.packed_weight import NF4Weight, PackedWeight
+from lightning_compress.modules.routing import Form, has_forgotten, route_, routed_modules, settle_, unroute_
+from lightning_compress.quantization.layers.packed import product
+from lightning_compress.quantization.layers.packed_weight import NF4Weight
 from lightning_compress.quantization.layers.plan import plan_layers
 from lightning_compress.quantization.layers.schemes import NF4
 from lightning_compress.quantization.layers.without_kernel import without_kernel
@@ -48,49 +47,35 @@ class LowRank:
             raise invalid("dropout", "lie in [0, 1)", self.dropout)
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(Form):
     """Computes ``y = x W^T + b + (alpha / rank) dropout(x) A^T B^T`` with a packed, frozen W.
 
-    A is drawn as a linear layer's weight is, from a generator of its own; B is zero, so that training starts from the
-    layer as it was. The bias is the layer's own.
+    A and B are parameters of the layer, ``lora_A`` and ``lora_B``, as b is.
 
     References:
         Hu et al., "LoRA", 2021 (arXiv:2106.09685), equation 3; Dettmers et al., "QLoRA", 2023 (arXiv:2305.14314),
         equation 5.
     """
 
-    used = frozenset(("weight",))
+    weights: Mapping[str, NF4Weight]  # type: ignore[assignment]
+    is_trained = True
+    added = ("lora_A", "lora_B")
 
-    def __init__(self, layer: nn.Linear, weight: PackedWeight, low_rank: LowRank, seed: int) -> None:
-        super().__init__()
-        like: dict[str, Any] = {"dtype": layer.weight.dtype}
-        generator = torch.Generator().manual_seed(seed)
-        bound = 1 / math.sqrt(layer.in_features)
-        drawn = torch.empty(low_rank.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
-        self.weight = weight
-        self.bias = layer.bias
-        self.lora_A = nn.Parameter(drawn.to(layer.weight.device, **like))
-        self.lora_B = nn.Parameter(torch.zeros(layer.out_features, low_rank.rank, device=layer.weight.device, **like))
+    def __init__(self, weight: NF4Weight, low_rank: LowRank) -> None:
+        super().__init__({"weight": weight})
         self.scaling = low_rank.alpha / low_rank.rank
         self.dropout = low_rank.dropout
 
-    def forward(self, input: Tensor) -> Tensor:
-        y = product(input, self.weight, self.bias)
-        narrow = functional.linear(functional.dropout(input, self.dropout, self.training), self.lora_A)
-        return y + functional.linear(narrow, self.lora_B) * self.scaling
+    def forward(self, module: Any, input: Tensor) -> Tensor:
+        y = product(input, self.weights["weight"], module.bias)
+        narrow = functional.linear(functional.dropout(input, self.dropout, module.training), module.lora_A)
+        return y + functional.linear(narrow, module.lora_B) * self.scaling
 
-    def merged(self) -> Tensor:
+    def float_value(self, module: Any, name: str) -> Tensor:
         """Return ``W + (alpha / rank) B A``, in the type of the adapters, to which gradients flow."""
-        update = self.lora_B.float() @ self.lora_A.float()
-        merged: Tensor = self.weight().add(update, alpha=self.scaling)
-        return merged.to(self.lora_A.dtype)
-
-    def float_value(self, name: str) -> Tensor | None:
-        """Return the layer's ``weight``, with the adapters in it."""
-        return self.merged() if name == "weight" else None
-
-    def extra_repr(self) -> str:
-        return f"rank={len(self.lora_A)}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        update = module.lora_B.float() @ module.lora_A.float()
+        merged: Tensor = self.weights[name].values().add(update, alpha=self.scaling)
+        return merged.to(module.lora_A.dtype)
 
 
 def plan_adapters(
@@ -134,12 +119,11 @@ def adapt_(
     frozen = [clean_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for seed, path in enumerate(layers):
         layer: Any = modules[path]
-        child = LowRankLinear(layer, NF4Weight(matrix_of(layer), NF4().block_size), low_rank, seed)
-        route_(layer, child)
-        set_aside_(layer, child.used, None)
-        show_float_values_(layer)
+        drawn = _drawn(layer, low_rank.rank, seed)
+        route_(layer, LowRankLinear(NF4Weight(layer.weight, NF4().block_size), low_rank))
+        layer.lora_A, layer.lora_B = drawn
     quiet_fast_path_(model)
-    adapters = {id(parameter) for child in _adapted(model).values() for parameter in (child.lora_A, child.lora_B)}
+    adapters = {id(parameter) for layer in _adapted(model) for parameter in (layer.lora_A, layer.lora_B)}
     trained_on = [modules[path] for path in modules if any(matches(path, pattern) for pattern in trained)]
     free = {
         id(parameter) for module in trained_on for parameter in module.parameters() if parameter.is_floating_point()
@@ -158,24 +142,32 @@ def adapt_(
     return {"low_rank": asdict(low_rank), "trained": list(trained), "frozen": frozen}
 
 
+def _drawn(layer: nn.Linear, rank: int, seed: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return A, drawn as a linear layer's weight is, from a generator of its own, and B, zero.
+
+    So training starts from the layer as it was.
+    """
+    bound, like = 1 / math.sqrt(layer.in_features), layer.weight.detach()
+    drawn = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+    return nn.Parameter(drawn.to(like)), nn.Parameter(like.new_zeros(layer.out_features, rank))
+
+
 def merge_(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Make plain linear layers of adapted ones again, with the adapters in their weights, and thaw what was frozen.
 
     A layer that still has its float weight, as no training has begun, gets that back.
     """
-    for layer, child in _adapted(model).items():
-        known = drop_aside_(layer)
-        unroute_(layer)
-        hide_float_values_(layer)
-        if not known:
-            layer.weight = nn.Parameter(child.merged().detach(), requires_grad=False)
+    for layer in _adapted(model):
+        if has_forgotten(layer):
+            settle_(layer)
+        else:
+            unroute_(layer)
     restore_fast_path_(model)
     for name, parameter in model.named_parameters():
         if clean_name(name) in record["frozen"]:
             parameter.requires_grad_(True)
 
 
-def _adapted(model: nn.Module) -> dict[Any, LowRankLinear]:
-    """Return the layers that have adapters, and those."""
-    children = ((module, getattr(module, CHILD, None)) for module in model.modules())
-    return {module: child for module, child in children if isinstance(child, LowRankLinear)}
+def _adapted(model: nn.Module) -> list[Any]:
+    """Return the layers that have adapters."""
+    return [layer for layer, form in routed_modules(model).items() if isinstance(form, LowRankLinear)]

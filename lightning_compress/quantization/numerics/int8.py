@@ -35,8 +35,10 @@ class StaticInt8(Scheme):
             ``histogram`` the range of least squared error, in several times the time, ``moving_average`` a mean of the
             batches' extremes, for batches of 32 and more (training always does so).
         reduce_range: 7-bit weights, without which CPUs that lack VNNI overflow in int8 products; None asks this CPU.
-        equalize: before calibration, give the channels between two layers like ranges; the float function stays.
-        smooth: before calibration, move the ranges of LayerNorm's outlier channels into the linear layers behind it.
+        equalize: first give the channels between two layers like ranges; the float function stays, the parameters
+            don't. None does so before calibration, and not before training, where penalties, averages and optimizers
+            of yours follow them.
+        smooth: first move the ranges of LayerNorm's outlier channels into the linear layers behind it; None as above.
 
     Raises:
         CompressionError: ``engine`` or ``observer`` has no such name.
@@ -50,8 +52,8 @@ class StaticInt8(Scheme):
     engine: str = "x86"
     observer: str = "minmax"
     reduce_range: bool | None = None
-    equalize: bool = True
-    smooth: bool = True
+    equalize: bool | None = None
+    smooth: bool | None = None
     name = "int8_static"
     whole = True
     calibrates = True

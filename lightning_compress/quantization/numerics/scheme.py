@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.errors import invalid
+from lightning_compress.modules.routing import Form, StoredWeight
 
 _DYNAMIC = (nn.LSTM, nn.GRU, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
@@ -32,7 +33,7 @@ class Scheme(ABC):
         reduced: whether weights have 7 bits, where this CPU decides about a ``reduce_range`` of None.
         spares_embeddings: whether embeddings are left out unless they are named.
         spares_last_layer: whether the last layer is.
-        decides_per_token: whether a batch decides which of its `DynamicLinear` forms have a scale for each token.
+        decides_per_token: whether a batch decides which of its layers have a scale for each token.
     """
 
     name: str
@@ -52,24 +53,25 @@ class Scheme(ABC):
         """
         return f"no {self.name} kernel for {type(layer).__name__}"
 
-    def form(self, layer: Any, weights: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
-        """Make the module that computes in the place of a float ``layer``, which isn't changed.
+    def form(self, layer: Any, weights: Mapping[str, Any] = MappingProxyType({})) -> Form:
+        """Make the form that computes in the place of a float ``layer``, which isn't changed.
 
-        Its attribute ``used`` holds the names of the layer's tensors and children that it takes the place of; these are
-        dropped. Its method ``float_value(name)`` gives the float values of such a tensor to code that reads it.
+        Its ``weights`` take the place of the layer's parameters of these names; what else it needs, such as a bias, it
+        reads from the layer, with which it is called: ``form(layer, *args)``.
 
         Args:
             layer: float, one for which `why_not` has no reason.
             weights: quantized weights that are known already, as `fit` made them or another layer has them; by the part
-                of the layer, which is ``""`` for the layer itself.
+                of the layer, which is ``""`` for its ``weight``, and of attention ``in_proj.0`` to ``in_proj.2`` (for
+                queries, keys and values) and ``out_proj``.
         """
         raise NotImplementedError
 
-    def fit(self, matrix: Tensor, hessian: Tensor) -> Any:
+    def fit(self, weight: Tensor, hessian: Tensor) -> StoredWeight:
         """Return the quantized weight of a layer that gets such inputs.
 
         Args:
-            matrix: ``(rows, columns)``.
+            weight: float; as a matrix, ``(rows, columns)``, it is ``weight.flatten(1)``.
             hessian: ``X^T X`` of the inputs, ``(groups, columns, columns)``.
         """
         raise NotImplementedError
@@ -100,10 +102,10 @@ class Scheme(ABC):
         """Say why a layer trains in float and is rounded afterwards only; empty if it has a `training_form`."""
         return f"no fake-quantizer for {self.name}"
 
-    def training_form(self, layer: nn.Module) -> nn.Module:
-        """Make the module that computes in the place of ``layer`` while its parameters, the same objects, train."""
+    def training_form(self, layer: nn.Module) -> Form:
+        """Make the form that computes in the place of ``layer`` while its parameters, the same objects, train."""
         raise NotImplementedError
 
-    def trained_weight(self, form: nn.Module) -> Any:
-        """Return the weight of such a module in the codes that it trained with."""
+    def trained_weight(self, form: Any, layer: nn.Module) -> StoredWeight:
+        """Return the weight of ``layer`` in the codes that it trained with in such a form."""
         raise NotImplementedError

@@ -16,13 +16,13 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.modules.call_log import CallLog
 from lightning_compress.modules.calls import run_step
 from lightning_compress.modules.isolation import isolated_evaluation, isolated_random_state
-from lightning_compress.modules.paths import clean_name, compressible_modules, is_at_or_below
-from lightning_compress.modules.routing import CHILD
+from lightning_compress.modules.paths import clean_name, compressible_modules, is_at_or_below, modules_of
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.static.equalize import adjust_
-from lightning_compress.quantization.static.flows.flow import canonical
-from lightning_compress.quantization.static.traced import Traced, Unit, trace_by
+from lightning_compress.quantization.static.flows.flow import canonical, tracer
+from lightning_compress.quantization.static.traced import traced_units
+from lightning_compress.quantization.static.unit import Unit
 
 
 def calibrate(
@@ -53,39 +53,44 @@ def calibrate(
 
 def _check_ranges(model: nn.Module) -> None:
     """Raise where an observer saw what has no range; before it has seen anything its minimum is inf."""
-    for name, module in model.named_modules():
-        low, high = (dict(module._buffers).get(name) for name in ("min_val", "max_val"))
-        if low is None or high is None:
-            continue
-        if (low.isnan() | (low == -math.inf)).any() or (high.isnan() | (high == math.inf)).any():
-            place = clean_name(name).replace(f"{CHILD}.graph.", "")
-            raise CompressionError(f"`calibration` must be finite. Received: NaN or infinity, seen by `{place}`.")
+    for form in traced_units(model):
+        for name, module in form.graph.named_modules():
+            low, high = (dict(module._buffers).get(name) for name in ("min_val", "max_val"))
+            if low is None or high is None:
+                continue
+            if (low.isnan() | (low == -math.inf)).any() or (high.isnan() | (high == math.inf)).any():
+                place = f"{form.unit.path}.{name}".strip(".")
+                raise CompressionError(f"`calibration` must be finite. Received: NaN or infinity, seen by `{place}`.")
 
 
 @contextmanager
 def _observing(model: nn.Module) -> Iterator[None]:
-    traced = [module for module in model.modules() if isinstance(module, Traced)]
-    for module in traced:
-        module.calibrating = True
+    traced = traced_units(model)
+    for form in traced:
+        form.calibrating = True
     try:
         yield
     finally:
-        for module in traced:
-            module.calibrating = False
+        for form in traced:
+            form.calibrating = False
 
 
 def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: Scheme, training: bool = False) -> Unit:
     """Equalize and smooth the weights of one unit of a model in evaluation, as far as `fx` can trace it.
 
-    Before ``training`` frozen weights stay as they are, and so does each ReLU6: what is trained is the same function.
+    Before ``training`` that is done only where the scheme asks for it; frozen weights stay as they are, and so does
+    each ReLU6: what is trained is the same function.
     """
     module = compressible_modules(model)[unit.path]
     inputs = unit.signature.tensors(*canonical(module, *log.inputs[unit.path]))
     assert inputs is not None and isinstance(scheme, StaticInt8)
+    equalize, smooth = (not training if asked is None else asked for asked in (scheme.equalize, scheme.smooth))
+    if not (equalize or smooth):
+        return unit
     # Those of a step in mixed precision are in float32 here.
     inputs = [tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs]
     try:
-        graph = trace_by("fx", module, replace(unit, hooked=())).graph
+        graph = tracer("fx")(module, unit.signature, ()).graph
     except Exception:  # as with any tracing of a user's forward
         return unit
     assert isinstance(graph, GraphModule)
@@ -100,5 +105,8 @@ def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: Scheme, trainin
         fixed |= {id(parameter) for parameter in module.parameters() if not parameter.requires_grad}
     widen = unit.flow == "fx" and not training
     with isolated_random_state():
-        relu6 = adjust_(graph, inputs, fixed, equalize=scheme.equalize, smooth=scheme.smooth, widen=widen)
-    return replace(unit, widened=tuple(relu6))
+        relu6, found = adjust_(graph, inputs, fixed, equalize=equalize, smooth=smooth, widen=widen)
+    by_weight = {id(layer.weight): scales for layer, scales in found.items()}
+    paths = {path: id(dict(layer._parameters).get("weight")) for path, layer in modules_of(module).items()}
+    moved = {path: by_weight[key] for path, key in paths.items() if key in by_weight}
+    return replace(unit, widened=tuple(relu6), moved=moved)

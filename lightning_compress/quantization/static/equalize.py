@@ -17,14 +17,13 @@ from torch.nn import functional
 
 from lightning_compress.modules.outputs import cosine, same_outputs
 from lightning_compress.quantization.static.flows.graphs import value_read
-from lightning_compress.quantization.static.traced import widen_
+from lightning_compress.quantization.static.inner_layer import CONVOLUTIONS
 
 ALPHA = 0.5
 """How much of an outlier's range moves from the activations into the weights."""
 
 _ROUNDS = 20
 _LIKENESS = 0.999
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # All f with f(s x) = s f(x) for each channel's s > 0: elementwise, or over the positions of one channel.
 _ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -42,8 +41,8 @@ _POOLING_FUNCTIONS: tuple[Any, ...] = (
 @torch.no_grad()
 def adjust_(
     graph: GraphModule, inputs: list[Tensor], fixed: set[int], *, equalize: bool, smooth: bool, widen: bool
-) -> list[str]:
-    """Equalize and smooth a traced graph; return the ReLU6 that became ReLU.
+) -> tuple[list[str], Moved]:
+    """Equalize and smooth a traced graph; return the ReLU6 that became ReLU, and what was moved between layers.
 
     The outputs are compared before and after: where ReLU for ReLU6 changes them, or anything else does, the weights are
     put back. The graph is from the flow `fx`, in evaluation. Parameters of its layers change in place, but for those
@@ -52,12 +51,12 @@ def adjust_(
     before = graph(*inputs)
     weights = {parameter: parameter.clone() for parameter in graph.parameters()}
     for wider in (True, False) if widen and equalize else (False,):
-        accepted, relu6 = False, list[str]()
+        accepted, relu6, moved = False, list[str](), Moved()
         try:
-            relu6 = equalize_(graph, fixed, wider) if equalize else []
+            relu6 = equalize_(graph, fixed, wider, moved) if equalize else []
             widen_(graph, relu6)
             if smooth:
-                smooth_(graph, fixed, inputs)
+                smooth_(graph, fixed, inputs, moved)
             after = graph(*inputs)
             accepted = cosine(before, after) >= _LIKENESS if relu6 else same_outputs(before, after)
         finally:
@@ -66,8 +65,17 @@ def adjust_(
                 for parameter, weight in weights.items():
                     parameter.copy_(weight)
         if accepted:
-            return relu6
-    return []
+            return relu6, moved
+    return [], Moved()
+
+
+class Moved(dict[nn.Module, dict[str, Tensor]]):
+    """Holds by which scales the outputs (``out``) and inputs (``in``) of layers have been divided."""
+
+    def add(self, layer: nn.Module, side: str, scales: Tensor) -> None:
+        """Note one more division."""
+        found = self.setdefault(layer, {})
+        found[side] = found[side] * scales if side in found else scales
 
 
 @dataclass(frozen=True)
@@ -97,11 +105,15 @@ class Pair:
         r2 = _by_input(self.second, len(r1)).abs().amax(dim=(1, 3)).flatten()
         return _centred((r1 / r2).sqrt())
 
-    def divide_(self, scales: Tensor) -> None:
+    def divide_(self, scales: Tensor, moved: Moved) -> None:
         """Divide the first layer's channels by ``scales``, and multiply the second's inputs by them."""
-        _divide_output_(self.first if self.norm is None else self.norm, scales)
+        first = self.first if self.norm is None else self.norm
+        _divide_output_(first, scales)
         weight = _by_input(self.second, len(scales))
         weight *= scales.view(len(weight), 1, -1, 1)
+        moved.add(first, "out", scales)
+        inputs = self.second.weight.shape[1] * getattr(self.second, "groups", 1)
+        moved.add(self.second, "in", scales.repeat_interleave(inputs // len(scales)))
 
 
 def _centred(scales: Tensor) -> Tensor:
@@ -129,7 +141,7 @@ def _divide_output_(layer: Any, scales: Tensor) -> None:
 
 
 @torch.no_grad()
-def equalize_(graph: GraphModule, fixed: set[int], widen: bool) -> list[str]:
+def equalize_(graph: GraphModule, fixed: set[int], widen: bool, moved: Moved) -> list[str]:
     """Equalize all pairs of layers of a traced ``graph`` in evaluation; returns the ReLU6 that are to become ReLU.
 
     Each channel i of ``W2 f(W1 x)`` is divided by ``s_i`` in ``W1`` and multiplied by it in ``W2``, which leaves the
@@ -143,12 +155,12 @@ def equalize_(graph: GraphModule, fixed: set[int], widen: bool) -> list[str]:
     """
     found = [pair for pair in pairs(graph, fixed) if widen or not pair.relu6]
     for _ in range(_ROUNDS):
-        moved = 0.0
+        furthest = 0.0
         for pair in found:
             scales = pair.scales()
-            pair.divide_(scales)
-            moved = max(moved, scales.log().abs().max().item())
-        if moved < 1e-2:
+            pair.divide_(scales, moved)
+            furthest = max(furthest, scales.log().abs().max().item())
+        if furthest < 1e-2:
             break
     return sorted({path for pair in found for path in pair.relu6})
 
@@ -158,12 +170,12 @@ def pairs(graph: GraphModule, fixed: set[int]) -> Iterator[Pair]:
     layer = _OwnLayers(graph, fixed)
 
     for node in graph.graph.nodes:
-        if (first := layer(node, (*_CONVOLUTIONS, nn.Linear))) is None:
+        if (first := layer(node, (*CONVOLUTIONS, nn.Linear))) is None:
             continue
         norm, relu6, flat, current = None, list[str](), isinstance(first, nn.Linear), node
         while len(current.users) == 1:
             previous, current = current, next(iter(current.users))
-            if (second := layer(current, (nn.Linear,) if flat else _CONVOLUTIONS)) is not None:
+            if (second := layer(current, (nn.Linear,) if flat else CONVOLUTIONS)) is not None:
                 if second.weight.shape[1] * getattr(second, "groups", 1) % len(first.weight) == 0:
                     yield Pair(first, norm, second, tuple(relu6))
                 break
@@ -223,7 +235,7 @@ def _flattens(graph: GraphModule, node: Node) -> bool:
 
 
 @torch.no_grad()
-def smooth_(graph: GraphModule, fixed: set[int], inputs: list[Tensor]) -> None:
+def smooth_(graph: GraphModule, fixed: set[int], inputs: list[Tensor], moved: Moved) -> None:
     """Move the ranges of LayerNorms' channels into the linear layers that read them, and them alone.
 
     ``s_j = max|X_j|^a / max|W_j|^(1-a)`` with a = 0.5, divided by their geometric mean; the LayerNorm is divided by it,
@@ -242,8 +254,10 @@ def smooth_(graph: GraphModule, fixed: set[int], inputs: list[Tensor]) -> None:
         weights = torch.stack([layer.weight.abs().amax(dim=0) for layer in layers]).amax(dim=0)
         scales = _centred(largest**ALPHA / weights ** (1 - ALPHA))
         _divide_output_(norm, scales)
+        moved.add(norm, "out", scales)
         for linear in layers:
             linear.weight *= scales
+            moved.add(linear, "in", scales)
 
 
 class _Outputs(torch.fx.Interpreter):
@@ -258,3 +272,9 @@ class _Outputs(torch.fx.Interpreter):
         if n.op == "call_module" and type(self.fetch_attr(str(n.target))) is nn.LayerNorm and n.users:
             self.largest[n] = output.abs().flatten(0, -2).amax(dim=0)
         return output
+
+
+def widen_(graph: nn.Module, relu6: list[str], kind: type[nn.Module] = nn.ReLU) -> None:
+    """Put a ReLU in the place of each of these ReLU6 of a traced graph; the traced module keeps its own."""
+    for path in relu6:
+        graph.set_submodule(path, kind())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from functools import partial
 from io import StringIO
 from typing import Any
 
@@ -19,7 +20,9 @@ from lightning_compress.modules.fast_path import without_fast_path
 from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.outputs import same_outputs, same_structure
 from lightning_compress.modules.paths import clean_name, compressible_modules, is_at_or_below, is_below
+from lightning_compress.modules.routing import form_of, routed_modules
 from lightning_compress.quantization.layers.without_kernel import (
+    QUANTIZED,
     REPLACED,
     has_kernel,
     holds_layers,
@@ -34,12 +37,14 @@ from lightning_compress.quantization.layers.without_kernel import (
 )
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.static.flows.flow import Signature, canonical
-from lightning_compress.quantization.static.traced import Unit, prepared_form
+from lightning_compress.quantization.static.traced import Traced
+from lightning_compress.quantization.static.unit import Unit
 from lightning_compress.targets import Targets
 
 AS_A_WHOLE = "not as a whole: "
 """Begins the reason of what is tried in parts."""
 
+_BACKWARD_HOOKS = (("backward hook", "_backward_hooks"), ("backward pre-hook", "_backward_pre_hooks"))
 _TRACERS = {"fx": "torch.fx", "pt2e": "torch.export"}
 
 
@@ -88,6 +93,9 @@ class _Planner:
     def visit(self, path: str) -> None:
         """Plan ``path`` as one unit, or else what is below it."""
         module = self.modules[path]
+        if form_of(module) is not None:
+            self.left_float[path] = QUANTIZED
+            return
         inside = {inner: module for inner, module in self.modules.items() if is_at_or_below(inner, path)}
         left = self.excluded | self.layers
         wanted = [inner for inner, module in inside.items() if may_have_kernel(module) and inner not in left]
@@ -122,10 +130,13 @@ class _Planner:
             return None, f"its {'weight' if read == path else f'`{read}`'} is read from outside of it"
         if self.flow == "pt2e" and (others := [layer for layer in self.layers if is_below(layer, path)]):
             return None, f"its `{others[0]}` has a scheme of its own, which an exported graph can't call"
+        if routed_modules(module):
+            return None, "a part of it is quantized already"
         if "forward" in vars(module):
             return None, "its forward was replaced on the instance"
-        if watched := [name for name, child in module.named_modules() if name and child._forward_pre_hooks]:
-            return None, f"its `{watched[0]}` has a forward pre-hook, which a traced form doesn't call"
+        for kind, hooks in (("forward pre-hook", "_forward_pre_hooks"), *_BACKWARD_HOOKS):
+            if watched := [name for name, child in module.named_modules() if name and getattr(child, hooks)]:
+                return None, f"its `{watched[0]}` has a {kind}, which a traced form doesn't call"
         if any(type(inner).get_extra_state is not nn.Module.get_extra_state for inner in module.modules()):
             return None, "it keeps extra state"
         prefix = f"{path}." if path else ""
@@ -227,17 +238,16 @@ def verify(
     left, inputs = dict[str, str](), list[Tensor]()
     for mode in (True, False) if training else (False,):
         original, twin = _without_hooks(module), _without_hooks(module)
-        twin.train(training)
-        traced = prepared_form(twin, unit, scheme, training=training)
-        flow = traced.upstream
+        traced = Traced(unit, scheme, training=training).build_(twin)
+        flow = traced.flow
         if not flow.quantizes(traced.graph):
             return Verdict("no layer in it can be quantized")
         flow.fake_quantize_(traced.graph, False)
         traced.calibrating = True  # so that its int8 form knows the ranges
-        for model in (original, twin, traced):
+        for model in (original, twin):
             model.train(mode)
         buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
-        expected = _run(original, args, kwargs)
+        expected = _run(partial(_call, original), (args, kwargs))
         changed = [
             name for name, buffer in original.named_buffers() if not same_outputs(buffers.get(name), buffer, 0.0)
         ]
@@ -245,15 +255,15 @@ def verify(
             return Verdict(f"it changes its `{changed[0]}` in evaluation, which an int8 form doesn't")
         tensors = unit.signature.tensors(*copy_tensors((args, kwargs)))
         assert tensors is not None
-        if not same_outputs(expected, _run(traced, tuple(tensors), {})):
+        if not same_outputs(expected, _run(partial(traced.run, mode), tensors)):
             return Verdict(f"its traced form computes something else in {'training' if mode else 'evaluation'}")
         layers = {clean_name(name): child for name, child in twin.named_modules()}
         inputs = [tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors]
-        left = left_float(layers, flow.float_weights(traced.graph), scheme) | unused(twin, traced.names)
+        left = left_float(layers, flow.float_weights(traced.graph), scheme) | unused(twin, traced.trace.names)
     # Found out now, not when hours of training end; some int8 kernels of torch compute something else altogether.
     int8 = flow.convert(traced.graph, scheme)
     with torch.compiler.set_stance("force_eager"):
-        if not same_structure(expected, _run(traced.as_int8(int8), tuple(inputs), {})):
+        if not same_structure(expected, _run(lambda call: traced.trace.structure.rebuild(int8(*call)), inputs)):
             return Verdict("its int8 form gives outputs of another structure")
     wrong = flow.wrong_kernels(traced.graph, int8, scheme, inputs)
     return Verdict(wrong.pop("", ""), left, wrong)
@@ -266,8 +276,12 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    args, kwargs = copy_tensors((args, kwargs))
-    device = next((leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
+def _call(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    return module(*call[0], **call[1])
+
+
+def _run(function: Callable[[Any], Any], arguments: Any) -> Any:
+    arguments = copy_tensors(arguments)
+    device = next((leaf.device.type for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)), "cpu")
     with torch.no_grad(), isolated_random_state(seed=0), without_fast_path(), torch.autocast(device, enabled=False):
-        return module(*args, **kwargs)
+        return function(arguments)

@@ -1,252 +1,241 @@
-"""A unit, a module that is quantized as a whole, and its traced form: fake-quantized while it trains, then int8."""
+"""The traced form of a unit while it is calibrated or trained: observers and fake-quantizers around its layers.
+
+It holds a graph whose layers are copies around the very tensors of the unit. These are looked up in the unit's tree at
+each call, as loading, moving and `torch.func.functional_call` put others there.
+"""
 
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.isolation import isolated_random_state
-from lightning_compress.modules.routing import CHILD, RoutedForm, is_set_aside
-from lightning_compress.quantization.numerics.int8 import StaticInt8, refuse_to_move
-from lightning_compress.quantization.static.flows.flow import Flow, Signature, Trace, canonical, load
+from lightning_compress.modules.isolation import isolated_random_state, restore_modes_, training_modes
+from lightning_compress.modules.paths import modules_of
+from lightning_compress.modules.routing import Form, class_of, routed_modules
+from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.static.flows.flow import Flow, Trace, load, tracer
+from lightning_compress.quantization.static.unit import Unit
 
-_LISTS = ("hooked", "floats", "widened", "unconverted")
+KINDS = ("_parameters", "_buffers")
+_ENDS = ("min_val", "max_val")
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Describes one module that is traced and quantized as a whole.
+class Tree:
+    """Knows where the tensors of a graph stand in the tree of the module that it was traced of."""
 
-    Attributes:
-        path: where it stands, without ``_orig_mod``.
-        signature: the calls that it is traced for.
-        hooked: inner modules (paths in the unit) whose forward hooks must go on firing.
-        floats: inner modules (paths in the unit) that stay float by the user's choice.
-        flow: name of the flow that traces it.
-        widened: inner ReLU6 (paths in the unit) that are ReLU in its traced form.
-        unconverted: inner layers (paths in the unit) that were prepared, and are float in its int8 form all the same:
-            their kernels were found wrong when it was converted.
+    def __init__(self, graph: nn.Module, module: nn.Module) -> None:
+        modules = modules_of(module)
+        owned = {
+            id(tensor): (owner, kind, name)
+            for owner in modules.values()
+            for kind in KINDS
+            for name, tensor in getattr(owner, kind).items()
+            if tensor is not None
+        }
+        inner = dict(graph.named_modules())
+        # The same tensor, seen from both: by the graph's module and from the tree's.
+        self._shared = [
+            (holder, kind, name, *owned[id(tensor)])
+            for holder in inner.values()
+            for kind in KINDS
+            for name, tensor in getattr(holder, kind).items()
+            if id(tensor) in owned
+        ]
+        pairs = {inner[path]: owner for path, owner in modules.items() if path in inner and path}
+        pairs |= {holder: owner for holder, _, _, owner, *_ in self._shared if holder is not graph}
+        self._modes = list(pairs.items())
+        self._children = [(owner, name, child) for owner in modules.values() for name, child in owner._modules.items()]
+
+    def holds(self) -> set[int]:
+        """Return the ids of the tensors that are shared."""
+        return {id(vars(holder)[kind][name]) for holder, kind, name, *_ in self._shared}
+
+    def bind_(self) -> None:
+        """Give the graph the tensors that stand in the tree now.
+
+        Raises:
+            CompressionError: a module of the tree is another one than was traced.
+        """
+        for parent, name, child in self._children:
+            if parent._modules.get(name) is not child:
+                raise CompressionError(
+                    f"The modules of a quantized {class_of(parent).__name__} must stay the ones that were traced. "
+                    f"Received: another `{name}`. Replace it before the model is quantized, or exclude it in `targets`."
+                )
+        for holder, kind, name, owner, own_kind, own in self._shared:
+            tensor = vars(owner)[own_kind][own]
+            if vars(holder)[kind][name] is not tensor:
+                vars(holder)[kind][name] = tensor
+
+    def follow_modes_(self, batchnorm_frozen: bool) -> None:
+        """Give the graph's layers the modes of the tree's."""
+        for holder, owner in self._modes:
+            mode = owner.training and not (batchnorm_frozen and isinstance(holder, _BatchNorm))
+            if holder.training != mode:
+                holder.training = mode
+
+
+class Traced(Form):
+    """Computes a unit in its traced form, with observers and fake-quantizers.
+
+    It isn't pickled: what is unpickled traces the unit anew at its first call.
     """
 
-    path: str
-    signature: Signature
-    hooked: tuple[str, ...] = ()
-    floats: tuple[str, ...] = ()
-    flow: str = "fx"
-    widened: tuple[str, ...] = ()
-    unconverted: tuple[str, ...] = ()
+    trace: Trace
+    tree: Tree
+    source: Tree
 
-    def describe(self) -> dict[str, Any]:
-        """Return plain data for a checkpoint."""
-        lists = {name: list(getattr(self, name)) for name in _LISTS}
-        return {"path": self.path, "example": self.signature.example, "flow": self.flow, **lists}
-
-    @classmethod
-    def from_description(cls, plain: dict[str, Any]) -> Unit:
-        args, kwargs = plain["example"]
-        signature = Signature(tuple(args), kwargs)
-        lists = {name: tuple(plain[name]) for name in _LISTS}
-        return cls(plain["path"], signature, flow=plain["flow"], **lists)
-
-
-class Traced(RoutedForm):
-    """Holds the traced form of its parent module: fake-quantized while it trains, int8 once converted.
-
-    ``graph`` is made of that of ``trace``; ``used`` are the parent's children and tensors that it took the place of.
-    """
-
-    def __init__(
-        self,
-        graph: nn.Module,
-        trace: Trace,
-        signature: Signature,
-        used: frozenset[str],
-        flow: str,
-        is_int8: bool = False,
-    ) -> None:
+    def __init__(self, unit: Unit, scheme: StaticInt8, *, training: bool) -> None:
         super().__init__()
-        self.graph = graph
-        self.signature = signature
-        self.structure = trace.structure
-        self.names = trace.names
-        self.baked = trace.baked
-        self.used = used
-        self.flow = flow
-        self.is_int8 = is_int8
+        self.unit, self.scheme, self.trains = unit, scheme, training
         self.calibrating = False
         self.observers_frozen = False
         self.batchnorm_frozen = False
         self._observing: bool | None = None
-        # (module in the graph, buffer, module in the parent, buffer): the same tensor, seen from both.
-        self.shared_buffers: list[tuple[nn.Module, str, nn.Module, str]] = []
-        self._qconfigs: list[tuple[nn.Module, Any]] = []
+        self.graph: Any = None
+        self._state: dict[str, Tensor] | None = None
 
     @property
-    def upstream(self) -> Flow:
-        """The flow that made it."""
-        return load(self.flow)
+    def flow(self) -> Flow:
+        """The flow that traces it."""
+        return load(self.unit.flow)
 
-    def forward(self, *tensors: Tensor) -> Any:
-        observe = self.calibrating or (self.training and not self.observers_frozen)
-        if observe != self._observing and not self.is_int8:
-            # Evaluation never moves an observer, whoever runs it.
-            self.upstream.observe_(self.graph, observe)
-            self._observing = observe
-        if self.batchnorm_frozen and self.training:
-            self.graph.apply(freeze_batchnorm_)
-        device = tensors[0].device.type if tensors else "cpu"
-        if not torch.is_autocast_enabled(device):
-            return self.structure.rebuild(self.graph(*tensors))
-        with torch.autocast(device, enabled=False):
-            floats = [tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors]
-            return self.structure.rebuild(self.graph(*floats))
+    def build_(self, module: nn.Module) -> Traced:
+        """Trace and prepare ``module``, in the mode in which it is to be quantized; it isn't changed."""
+        self.trace = trace_unit(module, self.unit, self.trains)
+        self.graph = self.flow.prepare(self.trace.graph, self.scheme, training=self.trains, floats=self.unit.floats)
+        self.tree, self.source = Tree(self.graph, module), Tree(self.trace.graph, module)
+        if self._state is not None:
+            self.load_extra_(self._state)
+        return self
 
     def serve(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.signature.is_one_tensor and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            return self(args[0])  # nearly every call, and binding it would take longer than a small layer
-        tensors = self.signature.tensors(*canonical(module, args, kwargs))
-        if tensors is not None:
-            return self(*tensors)
-        if not is_set_aside(module):
-            return type(module).forward(module, *args, **kwargs)
-        raise CompressionError(
-            f"The int8 form of {type(module).__name__} must be called as it was traced. "
-            "Received: other arguments or flags. Call it with the arguments of the calibration or training step, or "
-            "exclude it from `targets`."
-        )
+        tensors = self.unit.signature.of_call(module, args, kwargs)
+        if tensors is None:
+            return class_of(module).forward(module, *args, **kwargs)
+        return self._bound(module, tensors)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # upstream's fake-quantizers can't be compiled
+    def _bound(self, module: nn.Module, tensors: list[Tensor]) -> Any:
+        if self.graph is None:
+            self.build_(module)
+        self.tree.bind_()
+        return self.run(module.training, tensors)
+
+    def run(self, training: bool, tensors: list[Tensor]) -> Any:
+        """Compute the module's output of the tensors of a call."""
+        self.tree.follow_modes_(self.batchnorm_frozen)
+        observe = self.calibrating or (training and not self.observers_frozen)
+        if observe != self._observing:
+            # Evaluation never moves an observer, whoever runs it.
+            self.flow.observe_(self.graph, observe)
+            self._observing = observe
+        with without_autocast(tensors) as floats:
+            return self.trace.structure.rebuild(self.graph(*floats))
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Return what its observers and fake-quantizers hold, by name."""
+        if self.graph is None:
+            return dict(self._state or {})
+        shared = self.tree.holds()
+        found = self.graph.named_buffers(remove_duplicate=False)
+        return {name: buffer for name, buffer in found if id(buffer) not in shared}
+
+    @torch.no_grad()
+    def load_extra_(self, state: Mapping[str, Tensor]) -> None:
+        if self.graph is None:
+            self._state = dict(state)
+            return
+        own = self.extra_state()
+        for name in own.keys() & state.keys():
+            if own[name].shape != state[name].shape:
+                own[name].resize_(state[name].shape)
+            own[name].copy_(state[name])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
-    def __reduce__(self) -> Any:
-        # At the start of each run Lightning pickles every hyperparameter, only to drop from `hparams` what fails. What
-        # it writes into files later is made plain beforehand, so a module of these must not fail here.
-        if sys._getframe(1).f_code.co_name == "is_picklable":
-            return nn.Identity, ()
-        raise CompressionError(
-            "A quantized model can't be pickled: torch's traced form can't. Save it with trainer.save_checkpoint(path) "
-            "or save_compressed(model, path), and load it with load_compressed(path, model)."
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: buffer.detach().clone() for name, buffer in self.extra_state().items()}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("trace", "tree", "source")}
+        modules = {**self._modules, "graph": None}
+        return {**kept, "_modules": modules, "_observing": None, "_state": state}
 
-    def take_qconfigs_(self, parent: nn.Module) -> None:
-        """Take off the parent's modules what upstream leaves on them, which can't be pickled."""
-        self._qconfigs = [(inner, vars(inner).pop("qconfig")) for inner in parent.modules() if "qconfig" in vars(inner)]
-
-    def converted(self, scheme: StaticInt8, floats: Collection[str] = ()) -> Any:
-        """Return the graph in int8, but for the layers in ``floats``; the one that is prepared is left as it is."""
-        with self._as_prepared():
-            return self.upstream.convert(self.graph, scheme, floats)
-
-    def as_int8(self, graph: nn.Module) -> Traced:
-        """Return the same for ``graph``, what `converted` gave."""
-        trace = Trace(graph, self.structure, self.names, self.baked)
-        return Traced(graph, trace, self.signature, self.used, self.flow, is_int8=True)
-
-    def wrong_kernels(self, scheme: StaticInt8) -> dict[str, str]:
-        """Find the layers (paths in the parent) whose int8 kernels compute something else now, with reasons."""
-        examples, flow = self.signature.inputs, self.upstream
-        with isolated_random_state(), self._as_prepared():
+    def wrong_kernels(self) -> dict[str, str]:
+        """Find the layers (paths in the unit) whose int8 kernels compute something else now, with reasons."""
+        examples, flow = self.unit.signature.inputs, self.flow
+        with isolated_random_state():
             inputs = [torch.randn(zeros.shape) if zeros.is_floating_point() else zeros.clone() for zeros in examples]
-            int8 = flow.convert(self.graph, scheme)
-            return flow.wrong_kernels(self.graph, int8, scheme, inputs, drawn_only=True)
-
-    @contextmanager
-    def _as_prepared(self) -> Iterator[None]:
-        for inner, qconfig in self._qconfigs:
-            vars(inner)["qconfig"] = qconfig
-        try:
-            yield
-        finally:
-            for inner, _ in self._qconfigs:
-                del vars(inner)["qconfig"]
-
-    def keep_frozen_batchnorm_(self) -> None:
-        """Return a BatchNorm that the user had put into evaluation mode stays so when it was fused."""
-        for inner, name, outer, _ in self.shared_buffers:
-            if name == "running_mean" and not outer.training:
-                for module in self.graph.modules():
-                    if getattr(module, "bn", None) is inner:
-                        freeze_batchnorm_(module)
-                inner.eval()
-
-    def thaw_batchnorm_(self) -> None:
-        """Let the statistics of fused BatchNorms move again, but for those that the user had frozen."""
-        fused: Any
-        for fused in self.graph.modules():
-            if hasattr(fused, "update_bn_stats"):
-                fused.update_bn_stats()
-        self.keep_frozen_batchnorm_()
+            int8 = flow.convert(self.graph, self.scheme)
+            return flow.wrong_kernels(self.graph, int8, self.scheme, inputs, drawn_only=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        if self.is_int8:
-            refuse_to_move(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Moving a module gives it new buffers; the parent's were moved before, so they are taken from there.
-        for inner, name, outer, outer_name in self.shared_buffers:
-            inner._buffers[name] = outer._buffers[outer_name]
+        if self.graph is not None:
+            self.tree.bind_()  # moving makes other buffers; those of the tree count
         return self
 
 
-def freeze_batchnorm_(module: Any) -> None:
-    """Stop the statistics of a layer with a fused BatchNorm."""
-    if hasattr(module, "freeze_bn_stats"):
-        module.freeze_bn_stats()
+def trace_unit(module: nn.Module, unit: Unit, training: bool) -> Trace:
+    """Trace a module in the mode in which it is to be quantized."""
+    modes = training_modes(module)
+    module.train(training)
+    try:
+        trace = tracer(unit.flow)(module, unit.signature, unit.hooked)
+    finally:
+        restore_modes_(modes)
+    for path in unit.widened:
+        trace.graph.set_submodule(path, nn.ReLU())  # in the place of a ReLU6; the module keeps its own
+    return trace
 
 
-def share_buffers(traced: Traced, parent: nn.Module) -> None:
-    """Note which buffers of the graph are the parent's own, so that they stay so."""
-    owned = {
-        id(buffer): (module, name)
-        for path, module in parent.named_modules()
-        if CHILD not in path.split(".")
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    }
-    traced.shared_buffers = [
-        (module, name, *owned[id(buffer)])
-        for module in traced.graph.modules()
-        for name, buffer in module._buffers.items()
-        if id(buffer) in owned
+@contextmanager
+def without_autocast(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Switch autocast off where it is on, and yield the tensors in float32 then."""
+    device = tensors[0].device.type if tensors else "cpu"
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        yield tensors
+        return
+    with torch.autocast(device, enabled=False):
+        yield [tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors]
+
+
+def traced_units(model: nn.Module) -> list[Traced]:
+    """Return the traced forms of a prepared model."""
+    return [form for form in routed_modules(model).values() if isinstance(form, Traced)]
+
+
+@torch.no_grad()
+def reduce_ranges_(model: nn.Module, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Give all processes the widest of their ranges; ``reduce`` returns the largest values of all of them.
+
+    They see different samples, and what moves a module's buffers between them moves no observers.
+    """
+    quantizers = [
+        module
+        for form in traced_units(model)
+        for module in form.graph.modules()
+        if hasattr(module, "calculate_qparams") and dict(module.named_buffers()).keys() >= {"scale"}
     ]
-
-
-def trace_by(flow: str, module: nn.Module, unit: Unit) -> Trace:
-    """Return the traced form of ``module`` by the flow of this name."""
-    return load(flow).trace(module, unit.signature, unit.hooked)
-
-
-def prepared_form(module: nn.Module, unit: Unit, scheme: StaticInt8, *, training: bool) -> Traced:
-    """Return the traced, prepared form of ``module``; sharing its parameters, not yet in its place."""
-    flow, trace = load(unit.flow), trace_by(unit.flow, module, unit)
-    widen_(trace.graph, unit.widened)
-    prepared = flow.prepare(trace.graph, scheme, training=training, floats=unit.floats)
-    return Traced(prepared, trace, unit.signature, _replaced(module, trace.names), unit.flow)
-
-
-def _replaced(module: nn.Module, names: Collection[str]) -> frozenset[str]:
-    """Name the module's own children and tensors in which these stand, or that hold nothing but the same again."""
-    used = {name.partition(".")[0] for name in names}
-    taken = {
-        id(parameter) for name in used & module._modules.keys() for parameter in module.get_submodule(name).parameters()
-    }
-    for name, child in module._modules.items():
-        parameters = [] if child is None else list(child.parameters())
-        if parameters and all(id(parameter) in taken for parameter in parameters):
-            used.add(name)
-    return frozenset(used)
-
-
-def widen_(graph: nn.Module, relu6: Collection[str], kind: type[nn.Module] = nn.ReLU) -> None:
-    """Put a ReLU in the place of each of these ReLU6 of a traced graph; the traced module keeps its own."""
-    for path in relu6:
-        graph.set_submodule(path, kind())
+    lows, highs = ([quantizer.activation_post_process.get_buffer(name) for quantizer in quantizers] for name in _ENDS)
+    if not quantizers:
+        return
+    flat = reduce(torch.cat([*(-low.flatten() for low in lows), *(high.flatten() for high in highs)]))
+    parts = flat.split([end.numel() for end in (*lows, *highs)])
+    for end, part in zip(lows, parts, strict=False):
+        end.copy_(-part.view_as(end))
+    for end, part in zip(highs, parts[len(lows) :], strict=True):
+        end.copy_(part.view_as(end))
+    for quantizer in quantizers:
+        scale, zero_point = quantizer.calculate_qparams()
+        quantizer.scale.copy_(scale)
+        quantizer.zero_point.copy_(zero_point)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_compress.modules.routing import form_of, route_, with_forms
 from lightning_compress.quantization.convert import record_of
+from lightning_compress.quantization.numerics.scheme import Scheme
 
 
 def schemes(model: nn.Module) -> dict[str, str]:
@@ -15,8 +18,15 @@ def schemes(model: nn.Module) -> dict[str, str]:
 
 
 def count(model: nn.Module, kind: str) -> int:
-    """How many modules are of the class with this name."""
-    return sum(type(module).__name__ == kind for module in model.modules())
+    """How many modules and forms are of the class with this name."""
+    return sum(type(module).__name__ == kind for module in with_forms(model))
+
+
+def routed(layer: nn.Module, scheme: Scheme) -> Any:
+    """A copy of a layer that computes in a scheme's form."""
+    twin = copy.deepcopy(layer).eval()
+    route_(twin, scheme.form(twin))
+    return twin
 
 
 WEIGHT_ONLY, DYNAMIC = "int8_weight_only", "int8_dynamic"
@@ -24,6 +34,5 @@ WEIGHT_ONLY, DYNAMIC = "int8_weight_only", "int8_dynamic"
 
 def rounded(layer: Any) -> tuple[Tensor, Tensor]:
     """The weights that a quantized layer computes with, and the step of each row."""
-    if isinstance(layer.weight, nn.Module):
-        return layer.weight.values(slice(None)), layer.weight.scale.float()
-    return layer.weight * layer.scale.view(-1, 1), layer.scale.view(-1, 1)
+    weight: Any = form_of(layer).weights["weight"]  # type: ignore[union-attr]
+    return weight.values(), weight.scale.float().view(len(weight.scale), -1)

@@ -14,6 +14,7 @@ from lightning_compress import (
     WeightOnly,
     quantize,
 )
+from lightning_compress.modules.routing import routed_modules
 from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.layers.schemes import Packed
 from tests.support.architectures import SharedModule, TiedLanguageModel
@@ -140,9 +141,16 @@ def stored_in(quantized: nn.Module) -> dict[str, str]:
     return {layer["path"]: layer["scheme"]["name"] for layer in (record_of(quantized) or {})["layers"]}
 
 
-def storages(module: nn.Module) -> set[int]:
-    """Addresses of all memory that a module's tensors stand in, hidden second holds of recurrent layers too."""
-    tensors = [*module.state_dict(keep_vars=True).values(), *module.buffers()]
+def held(module: nn.Module) -> list[Tensor]:
+    """All tensors that a module and its stored weights hold, hidden second holds of recurrent layers too."""
+    tensors = [*module.parameters(), *module.buffers()]
     for inner in module.modules():
-        tensors += [one for one in getattr(inner, "_flat_weights", []) if one is not None]
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+        tensors += [tensor for tensor in getattr(inner, "_flat_weights", []) if tensor is not None]
+    for form in routed_modules(module).values():
+        tensors += [tensor for weight in form.weights.values() for tensor in weight.tensors().values()]
+    return tensors
+
+
+def storages(module: nn.Module) -> set[int]:
+    """Addresses of all memory that a module's tensors stand in."""
+    return {tensor.untyped_storage().data_ptr() for tensor in held(module) if tensor.numel()}

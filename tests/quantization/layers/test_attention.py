@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.layers.attention import why_not
 from lightning_compress.quantization.layers.schemes import DynamicInt8
+from tests.quantization.layers.layer_views import routed
 
 SCHEME = DynamicInt8(reduce_range=True)  # that of any CPU
 
@@ -82,7 +83,7 @@ def test_computes_what_the_float_layer_with_rounded_weights_does(
     weights: dict[str, bool], batch_first: bool, bias: bool, kind: str
 ) -> None:
     layer = attention(batch_first=batch_first, bias=bias, dropout=0.5)
-    dynamic, oracle = SCHEME.form(layer), rounded(layer)
+    dynamic, oracle = routed(layer, SCHEME), rounded(layer)
     args = inputs(kind, batch_first)
     result, expected = dynamic(*args, **weights), oracle(*args, **weights)
     assert_near(result, expected)
@@ -95,7 +96,7 @@ def test_computes_what_the_float_layer_with_rounded_weights_does(
 def test_keys_and_values_of_other_sizes(weights: dict[str, bool], kind: str, kdim: int, vdim: int, bias: bool) -> None:
     layer = attention(kdim=kdim, vdim=vdim, batch_first=True, bias=bias)
     args = inputs(kind, True, kdim, vdim)
-    assert_near(SCHEME.form(layer)(*args, **weights), rounded(layer)(*args, **weights))
+    assert_near(routed(layer, SCHEME)(*args, **weights), rounded(layer)(*args, **weights))
 
 
 def masks(length: int, keys: int) -> dict[str, dict[str, Tensor]]:
@@ -130,7 +131,7 @@ def test_masks_mean_what_they_mean_to_torch(weights: dict[str, bool], batch_firs
     layer = attention(batch_first=batch_first)
     mask = masks(LENGTH, LENGTH if kind == "self" else KEYS)[name]
     args = inputs(kind, batch_first)
-    dynamic, oracle = SCHEME.form(layer), rounded(layer)
+    dynamic, oracle = routed(layer, SCHEME), rounded(layer)
     result = dynamic(*args, **mask, **weights)
     assert_near(result, oracle(*args, **mask, **weights))
     assert not torch.allclose(result[0], dynamic(*args, **weights)[0], atol=0.02)  # the mask matters
@@ -145,7 +146,7 @@ def test_the_causal_hint_counts_where_torch_lets_it(weights: dict[str, bool], pa
     options: dict[str, Any] = {"attn_mask": torch.zeros(LENGTH, LENGTH), "is_causal": True}
     if padded:
         options["key_padding_mask"] = torch.zeros(BATCH, LENGTH).masked_fill(torch.arange(LENGTH) == 3, -torch.inf)
-    dynamic = SCHEME.form(layer)
+    dynamic = routed(layer, SCHEME)
     result = dynamic(*args, **options, **weights)
     assert_near(result, rounded(layer)(*args, **options, **weights))
     hinted, plain = result[0], dynamic(*args, **{**options, "is_causal": False}, **weights)[0]
@@ -161,7 +162,7 @@ def test_the_causal_hint_counts_where_torch_lets_it(weights: dict[str, bool], pa
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_unbatched(weights: dict[str, bool], batch_first: bool) -> None:
     layer = attention(batch_first=batch_first)
-    dynamic, oracle = SCHEME.form(layer), rounded(layer)
+    dynamic, oracle = routed(layer, SCHEME), rounded(layer)
     query, key = torch.randn(LENGTH, WIDTH), torch.randn(KEYS, WIDTH)
     masked = {
         "key_padding_mask": torch.arange(KEYS) > 4,
@@ -173,7 +174,7 @@ def test_unbatched(weights: dict[str, bool], batch_first: bool) -> None:
 
 
 def test_self_and_cross_attention_use_the_same_numbers() -> None:
-    dynamic = SCHEME.form(attention())
+    dynamic = routed(attention(), SCHEME)
     x = torch.randn(LENGTH, BATCH, WIDTH)
     assert torch.equal(dynamic(x, x, x)[0], dynamic(x, x.clone(), x.clone())[0])
 
@@ -181,7 +182,7 @@ def test_self_and_cross_attention_use_the_same_numbers() -> None:
 @pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 10}], ids=["packed", "apart"])
 @torch.no_grad()
 def test_a_fresh_layer_and_the_state_dict_give_the_same_bits(options: dict[str, int]) -> None:
-    dynamic, fresh = (SCHEME.form(attention(**options)) for _ in range(2))
+    dynamic, fresh = (routed(attention(**options), SCHEME) for _ in range(2))
     calls = [inputs("cross", False, **options)] + ([] if options else [inputs("self", False)])
     unused_size = len(pickle.dumps(dynamic))
     expected = [dynamic(*args) for args in calls]
@@ -198,12 +199,12 @@ def test_a_fresh_layer_and_the_state_dict_give_the_same_bits(options: dict[str, 
 
 
 @pytest.mark.parametrize("options", [{}, {"kdim": 60, "vdim": 100}, {"bias": False}])
-def test_holds_int8_weights_in_place_of_all_tensors_of_the_layer(options: dict[str, Any]) -> None:
+def test_holds_int8_weights_in_place_of_the_floats(options: dict[str, Any]) -> None:
     layer = nn.MultiheadAttention(64, 4, **options)
     before = copy.deepcopy(layer.state_dict())
-    dynamic = SCHEME.form(layer)
-    assert dynamic.used >= {name.partition(".")[0] for name in before}
-    assert not list(dynamic.parameters())
+    dynamic = routed(layer, SCHEME)
+    assert [name for name, _ in dynamic.named_parameters()] == [name for name, _ in layer.named_parameters()]
+    assert all(parameter.dtype == torch.int8 for parameter in dynamic.parameters() if parameter.dim() > 1)
     dynamic(torch.randn(5, 64), torch.randn(5, options.get("kdim", 64)), torch.randn(5, options.get("vdim", 64)))
     size, float_size = (sum(t.nbytes for t in m.state_dict().values()) for m in (dynamic, layer))
     assert size < 0.3 * float_size
@@ -211,12 +212,13 @@ def test_holds_int8_weights_in_place_of_all_tensors_of_the_layer(options: dict[s
         assert torch.equal(tensor, before[name]), name
 
 
-def test_refuses_to_move() -> None:
-    dynamic = SCHEME.form(attention())
-    for move in (lambda: dynamic.to("meta"), dynamic.half, dynamic.double):
-        with pytest.raises(CompressionError, match="must stay on the CPU"):
-            move()
-    assert dynamic.float().cpu() is dynamic
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_moves_as_the_float_layer_does(dtype: torch.dtype) -> None:
+    dynamic, x = routed(attention(), SCHEME), torch.randn(LENGTH, BATCH, WIDTH)
+    moved, args = copy.deepcopy(dynamic).to(dtype), (x.to(dtype),) * 3
+    assert moved.in_proj_weight.dtype == moved.out_proj.bias.dtype == moved(*args)[0].dtype == dtype
+    torch.testing.assert_close(moved(*args)[0].float(), dynamic(x, x, x)[0], rtol=0.0, atol=0.05)
+    assert dynamic.to("meta")(*(x.to("meta"),) * 3)[0].device.type == "meta"
 
 
 @WEIGHTS
@@ -232,7 +234,7 @@ def test_keeps_the_dtype_and_the_random_state_in_inference_mode(
     mask = torch.randn(LENGTH, len(args[1]), dtype=dtype)
     before = torch.get_rng_state()
     with torch.inference_mode():
-        dynamic = SCHEME.form(layer)
+        dynamic = routed(layer, SCHEME)
         result, shown = dynamic(*args, attn_mask=mask, **weights)
     assert torch.equal(torch.get_rng_state(), before)
     assert_near((result, shown), layer(*args, attn_mask=mask, **weights))
@@ -259,4 +261,4 @@ def test_calls_that_torch_refuses_are_refused(options: dict[str, Any], message: 
     with pytest.raises((RuntimeError, AssertionError)):
         layer(*args, **options)
     with pytest.raises(CompressionError, match=message):
-        SCHEME.form(layer)(*args, **options)
+        routed(layer, SCHEME)(*args, **options)

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_compress import CompressionError, DynamicInt8, load_compressed, quantize, save_compressed
-from lightning_compress.quantization.change import rebuild_
-from lightning_compress.quantization.convert import record_of
+from lightning_compress.modules.routing import form_of, routed_modules
+from lightning_compress.quantization.convert import rebuild_, record_of
 from lightning_compress.quantization.layers import linear, schemes
-from lightning_compress.quantization.layers.linear import DynamicLinear
 from lightning_compress.quantization.numerics import int8
+from tests.quantization.layers.layer_views import routed
 
 ENGINES = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
 
@@ -43,15 +43,25 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def packed_codes(form: DynamicLinear) -> tuple[np.ndarray, np.ndarray]:
+def dynamic(weight: Tensor, bias: Tensor | None, reduce_range: bool, per_token: bool = False) -> Any:
+    """A linear layer of these numbers, which computes dynamically."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.weight = nn.Parameter(weight.detach())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach())
+    return routed(layer, DynamicInt8(per_token, reduce_range))
+
+
+def packed_codes(layer: Any) -> tuple[np.ndarray, np.ndarray]:
     """The integers and scales that the kernel itself holds."""
+    weight: Any = form_of(layer).weights["weight"]  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        weight, _ = torch.ops.quantized.linear_unpack(form.pack(form.bias))
+        weight, _ = torch.ops.quantized.linear_unpack(linear.packed_kernel(weight.codes, weight.scale, None))
     return weight.int_repr().numpy().astype(np.int64), weight.q_per_channel_scales().numpy()
 
 
-def by_integers(x: Tensor, form: DynamicLinear) -> Tensor:
+def by_integers(x: Tensor, form: Any) -> Tensor:
     """The layer in int64, with the range of all activations in 255 steps."""
     codes, scales = packed_codes(form)
     low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
@@ -81,7 +91,7 @@ def test_sums_of_extreme_values_never_overflow(
     # Codes of 0 and 255 alone: the largest sums that there are.
     x = torch.randint(0, 2, (batch, columns), generator=draw) * 255.0
     x[0] = 255.0
-    form = DynamicLinear(weight, torch.randn(rows, generator=draw) if bias else None, reduce_range)
+    form = dynamic(weight, torch.randn(rows, generator=draw) if bias else None, reduce_range)
     with running(engine):
         got = form(x).double()
         torch.testing.assert_close(got, by_integers(x, form), rtol=1e-4, atol=1e-2)
@@ -90,7 +100,7 @@ def test_sums_of_extreme_values_never_overflow(
 
 
 def test_8_bit_codes_would_overflow_where_7_bits_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    form = DynamicLinear(torch.ones(4, 64), None, reduce_range=False)
+    form = dynamic(torch.ones(4, 64), None, reduce_range=False)
     monkeypatch.setattr(linear, "needs_reduced_range", lambda engine: False)
     overflows = form(torch.full((2, 64), 255.0))[0, 0].item() < 0.9 * 64 * 255
     assert not overflows or int8.needs_reduced_range()  # a convolution may overflow where this doesn't
@@ -100,22 +110,23 @@ def test_8_bit_codes_would_overflow_where_7_bits_are_asked_for(monkeypatch: pyte
 def test_the_file_holds_8_bits_and_the_kernel_what_the_cpu_can_add(
     monkeypatch: pytest.MonkeyPatch, reduced: bool, largest: int
 ) -> None:
-    form = DynamicLinear(torch.randn(8, 32), None, reduce_range=False)
-    assert form.weight.abs().max() == 127
+    form = dynamic(torch.randn(8, 32), None, reduce_range=False)
+    codes_, scale_ = form.state_dict()["weight"], form.state_dict()["weight_scale"]
+    assert codes_.abs().max() == 127
     monkeypatch.setattr(linear, "needs_reduced_range", lambda engine: reduced)
     codes, scales = packed_codes(form)
     assert np.abs(codes).max() == largest
-    step = form.scale[:, None].double().numpy() * (2 if reduced else 1)
-    assert (np.abs(codes * scales[:, None] - (form.weight * form.scale[:, None]).numpy()) <= 0.51 * step).all()
+    step = scale_[:, None].double().numpy() * (2 if reduced else 1)
+    assert (np.abs(codes * scales[:, None] - form.weight.numpy()) <= 0.51 * step).all()
 
 
 def test_7_bit_codes_are_the_same_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    form = DynamicLinear(torch.randn(8, 32), None, reduce_range=True)
+    form = dynamic(torch.randn(8, 32), None, reduce_range=True)
     found = []
     for reduced in (False, True):
         monkeypatch.setattr(linear, "needs_reduced_range", lambda engine, reduced=reduced: reduced)
         found.append(packed_codes(form)[0])
-    assert (found[0] == found[1]).all() and (found[0] == form.weight.numpy()).all()
+    assert (found[0] == found[1]).all() and (found[0] == form.state_dict()["weight"].numpy()).all()
 
 
 @pytest.mark.parametrize("vnni", [False, True])
@@ -158,7 +169,7 @@ SHAPES = [(4, 7, 6), (3, 6), (6,), (0, 6), (2, 0, 6), (1, 1, 1, 6)]
 @pytest.mark.parametrize("engine", ENGINES, indirect=True)
 def test_any_shape_and_dtype(engine: str, shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> None:
     layer = nn.Linear(6, 5)
-    form = DynamicLinear(layer.weight, layer.bias, True, per_token)
+    form = dynamic(layer.weight, layer.bias, True, per_token)
     x = torch.randn(shape).to(dtype)
     got, expected = form(x), layer(x.float())
     assert got.dtype == dtype and got.shape == expected.shape
@@ -167,7 +178,7 @@ def test_any_shape_and_dtype(engine: str, shape: tuple[int, ...], dtype: torch.d
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_inputs_that_are_not_contiguous_and_stay_as_they_are(per_token: bool) -> None:
-    form = DynamicLinear(torch.randn(5, 6), torch.randn(5), True, per_token)
+    form = dynamic(torch.randn(5, 6), torch.randn(5), True, per_token)
     x = torch.randn(6, 8, 4).permute(2, 1, 0)
     before = x.clone()
     torch.testing.assert_close(form(x), form(x.contiguous()))
@@ -176,7 +187,7 @@ def test_inputs_that_are_not_contiguous_and_stay_as_they_are(per_token: bool) ->
 
 
 def test_a_single_column_and_constant_inputs() -> None:
-    form = DynamicLinear(torch.tensor([[2.0], [-3.0]]), torch.tensor([1.0, 1.0]), True)
+    form = dynamic(torch.tensor([[2.0], [-3.0]]), torch.tensor([1.0, 1.0]), True)
     torch.testing.assert_close(
         form(torch.tensor([[1.0], [-4.0], [0.0]])),
         torch.tensor([[3.0, -2.0], [-7.0, 13.0], [1.0, 1.0]]),
@@ -193,7 +204,7 @@ def test_a_single_column_and_constant_inputs() -> None:
 def test_a_broken_value_breaks_its_row_and_no_other(engine: str, value: float, per_token: bool) -> None:
     # torch's kernel turns NaN into a number, and an infinity into NaN for all rows.
     layer = nn.Linear(6, 5)
-    form = DynamicLinear(layer.weight, layer.bias, True, per_token)
+    form = dynamic(layer.weight, layer.bias, True, per_token)
     x = torch.randn(4, 3, 6)
     expected = layer(x)
     x[1, 2, 3] = value
@@ -203,19 +214,27 @@ def test_a_broken_value_breaks_its_row_and_no_other(engine: str, value: float, p
     torch.testing.assert_close(got, expected, atol=0.1, rtol=0.0)
 
 
-def test_packs_once_and_anew_for_loaded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    form, other = (DynamicLinear(torch.randn(4, 6), torch.randn(4), True) for _ in range(2))
+def test_packs_once_and_anew_for_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, other = (dynamic(torch.randn(4, 6), torch.randn(4), True) for _ in range(2))
     x = torch.randn(3, 6)
     packs: list[Any] = []
-    pack = DynamicLinear.pack
-    monkeypatch.setattr(DynamicLinear, "pack", lambda self, bias: packs.append(bias) or pack(self, bias))
-    form(x), form(x)
-    assert len(packs) == 1 and packs[0] is form.bias
+    pack = linear.packed_kernel
+    monkeypatch.setattr(linear, "packed_kernel", lambda *args: packs.append(args) or pack(*args))
+    first = layer(x)
+    assert torch.equal(layer(x), first) and len(packs) == 1 and torch.equal(packs[0][2], layer.bias)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), first)
+    assert len(packs) == 1
+    bias = layer.bias.detach().clone()
+    layer.bias.data += 1.0  # where no version counts
+    torch.testing.assert_close(layer(x), first + 1.0)
+    layer.bias = nn.Parameter(torch.zeros(4))
+    torch.testing.assert_close(layer(x), first - bias)
     stream = io.BytesIO()
     torch.save(other.state_dict(), stream)
     stream.seek(0)
-    form.load_state_dict(torch.load(stream, weights_only=True))
-    assert torch.equal(form(x), other(x)) and torch.equal(copy.deepcopy(form)(x), form(x))
+    layer.load_state_dict(torch.load(stream, weights_only=True))
+    assert torch.equal(layer(x), other(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
 def test_per_token_is_checked_and_comes_back_from_a_file(tmp_path: Path) -> None:
@@ -223,7 +242,7 @@ def test_per_token_is_checked_and_comes_back_from_a_file(tmp_path: Path) -> None
         DynamicInt8(per_token="yes")  # type: ignore[arg-type]
     model, x = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(5, 8) * 10
     int8 = quantize(model, DynamicInt8(per_token=True), overrides={"2": "int8_dynamic"})
-    assert [form.per_token for form in int8.modules() if isinstance(form, DynamicLinear)] == [True, False]
+    assert [form.product.per_token for form in routed_modules(int8).values()] == [True, False]
     twin = copy.deepcopy(model)
     rebuild_(twin, record_of(int8) or {})
     twin.load_state_dict(int8.state_dict())

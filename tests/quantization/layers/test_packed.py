@@ -18,7 +18,7 @@ from lightning_compress.quantization.layers import packed
 from lightning_compress.quantization.layers.schemes import Packed
 from tests.quantization.layers.packed_cases import CASES, FEW, Lookup, build, fully, layers_of, stored_in
 from tests.quantization.test_quantize import agreement
-from tests.support.few_bits import CHILD, NF4_CONSTANTS, rounded
+from tests.support.few_bits import NF4_CONSTANTS, rounded
 from tests.support.oracles import assert_same_state, same_random_state, snapshot
 
 ROUNDED: list[Packed] = [
@@ -137,8 +137,10 @@ def test_derivatives_by_differences(scheme: Packed) -> None:
 def test_bias_and_float_layers_train_on_and_stored_weights_do_not() -> None:
     model, batch = build("encoder")
     quantized = quantize(model, "nf4").train()
+    packed = {key for key, value in quantized.state_dict().items() if value.dtype == torch.uint8}
+    packed |= {f"{key}_{name}" for key in packed for name in ("scale_offset", "scale_step")}
     trainable = [name for name, parameter in quantized.named_parameters() if parameter.requires_grad]
-    assert trainable == [name for name, _ in model.named_parameters() if "norm" in name or "head" in name]
+    assert trainable == [name for name, _ in model.named_parameters() if name not in packed]
     before = snapshot(quantized)
     optimizer = torch.optim.SGD(quantized.parameters(), lr=0.1)
     losses = []
@@ -150,7 +152,7 @@ def test_bias_and_float_layers_train_on_and_stored_weights_do_not() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     after = quantized.state_dict()
-    assert all(torch.equal(before[key], after[key]) == (CHILD in key) for key in before)
+    assert all(torch.equal(before[key], after[key]) == (key in packed) for key in before)
 
 
 # 4 bits on the CPU, in blocks of 32 and more: torch has a kernel for few rows of activations.
@@ -194,14 +196,18 @@ def test_few_rows_compute_what_many_do_but_for_activations_in_bfloat16(scheme: P
 
 
 @pytest.mark.parametrize("scheme", KERNEL, ids=str)
-def test_buffers_and_states_can_be_copied_at_any_time(scheme: Packed) -> None:
+def test_parameters_and_states_can_be_copied_at_any_time(scheme: Packed) -> None:
     x = torch.randn(3, 128)
     used, fresh = fully(kernel_sized(), scheme), fully(kernel_sized(1), scheme)
     taken, state = (
-        {key: one.clone() for key, one in it.items()} for it in (dict(used.named_buffers()), used.state_dict())
+        {key: value.clone() for key, value in tensors.items()}
+        for tensors in (dict(used.named_parameters()), used.state_dict())
     )
     expected = used(x)
     assert torch.equal(torch.func.functional_call(used, taken, (x,)), expected)
+    taken["0.weight"] = torch.zeros_like(taken["0.weight"])
+    assert not torch.equal(torch.func.functional_call(used, taken, (x,)), expected)
+    assert torch.equal(used(x), expected)
     average = torch.optim.swa_utils.AveragedModel(fully(kernel_sized(), scheme))
     average.update_parameters(used)
     assert torch.equal(average(x), expected)

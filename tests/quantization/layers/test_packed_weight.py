@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_compress import (
     GPTQ,
@@ -24,10 +24,10 @@ from lightning_compress import (
     quantize,
     save_compressed,
 )
-from lightning_compress.quantization.convert import form_of, record_of
+from lightning_compress.quantization.convert import form_name, record_of
 from lightning_compress.quantization.layers.schemes import Packed
-from tests.quantization.layers.packed_cases import CASES, FEW, build, fully, storages
-from tests.support.few_bits import CHILD, rounded
+from tests.quantization.layers.packed_cases import CASES, FEW, build, fully, held, storages
+from tests.support.few_bits import rounded
 from tests.support.oracles import assert_same_state, snapshot
 
 # What is stored.
@@ -54,7 +54,7 @@ def test_bytes_in_memory_and_on_disk_are_within_3_percent_of_the_theory(
     theory = 1024 * 1024 * bits / 8
     in_memory = sum(tensor.nbytes for tensor in quantized.state_dict().values())
     assert in_memory == pytest.approx(theory, rel=0.03)
-    assert not list(quantized.parameters())
+    assert [parameter.dtype for parameter in quantized.parameters()] == [torch.uint8]
     save_compressed(quantized, str(tmp_path / "small.ckpt"))
     assert (tmp_path / "small.ckpt").stat().st_size == pytest.approx(theory, rel=0.03)
 
@@ -119,8 +119,9 @@ def test_deep_copies_and_pickles(scheme: Packed) -> None:
         assert torch.equal(twin(**batch), expected) and torch.equal(again(**batch), expected)
         assert storages(twin).isdisjoint(storages(quantized))
         with torch.no_grad():
-            for buffer in twin.buffers():
-                buffer.zero_()
+            for tensor in held(twin):
+                tensor.zero_()
+        assert not torch.equal(twin(**batch), expected)
         assert torch.equal(quantized(**batch), expected)
 
 
@@ -129,13 +130,14 @@ def test_state_dicts_have_the_users_keys_for_all_that_is_float_and_load_strictly
     (model, batch), (other, _) = build("encoder"), build("encoder", seed=1)
     quantized, target = fully(model, scheme, batch), fully(other, scheme, batch)
     state = quantized.state_dict()
-    mine = {key for key in state if CHILD not in key}
-    assert mine == {key for key in model.state_dict() if "norm" in key}
-    assert all(isinstance(value, Tensor) for value in state.values())
+    names, stored = set(model.state_dict()), {key for key, value in state.items() if value.dtype == torch.uint8}
+    assert names <= set(state)
+    assert stored & names == {name for name, value in model.named_parameters() if value.dim() > 1}
+    assert all(any(key.startswith(f"{name}_") for name in stored) for key in set(state) - names)
     assert not torch.equal(quantized(**batch), target(**batch))
     target.load_state_dict(state, strict=True)
     assert torch.equal(quantized(**batch), target(**batch))
-    assert "bits=" in repr(quantized) and "block_size=" in repr(quantized)
+    assert f"out_features=5, bias=True, weight={scheme.bits} bits)" in repr(quantized)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "shared"])
@@ -146,7 +148,7 @@ def test_files_load_bit_equal_into_a_fresh_model(scheme: Packed, case: str, tmp_
     save_compressed(quantized, str(tmp_path / "few.ckpt"))
     fresh, _ = build(case, seed=1)
     loaded = load_compressed(str(tmp_path / "few.ckpt"), fresh)
-    assert loaded is fresh and form_of(loaded) == "converted"
+    assert loaded is fresh and form_name(loaded) == "converted"
     assert record_of(loaded) == record_of(quantized)
     assert_same_state(quantized, loaded)
     with torch.no_grad():

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_compress import DynamicInt8, PostTrainingQuantization, Targets, quantize
+from lightning_compress.modules.routing import with_forms
 from lightning_compress.quantization.convert import record_of
-from lightning_compress.quantization.layers.linear import DynamicLinear
+from lightning_compress.quantization.layers.linear import DynamicProduct
 from lightning_compress.quantization.plan import explain
 from tests.support.modules import quiet_trainer
+
+
+def per_token(model: nn.Module) -> list[bool]:
+    return [module.per_token for module in with_forms(model) if isinstance(module, DynamicProduct)]
 
 
 def chosen(model: nn.Module) -> list[str]:
@@ -43,7 +48,7 @@ def test_a_batch_shows_which_layers_need_it() -> None:
     model, x = Uneven().eval(), torch.randn(4, 12, 16)
     int8 = quantize(model, "int8_dynamic", calibration=[x])
     assert chosen(int8) == ["second"]
-    assert [form.per_token for form in int8.modules() if isinstance(form, DynamicLinear)] == [False, True, False]
+    assert per_token(int8) == [False, True, False]
     fast = quantize(model, DynamicInt8(per_token=False), calibration=[x])
     assert cosine(model(x), fast(x)) < 0.9 and cosine(model(x), int8(x)) > 0.985
     [line] = [line for line in explain(record_of(int8) or {}) if "for each token" in line]
@@ -69,7 +74,7 @@ def test_inside_of_a_traced_unit() -> None:
     model, x = Uneven().eval(), torch.randn(4, 12, 16)
     int8 = quantize(model, calibration=[x], overrides={"second": "int8_dynamic"}, targets=Targets(include=["second"]))
     assert chosen(int8) == ["second"]
-    assert [form.per_token for form in int8.modules() if isinstance(form, DynamicLinear)] == [True]
+    assert per_token(int8) == [True]
 
 
 def test_losses_and_outputs_without_floats_decide_nothing() -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.layers.schemes import DynamicInt8
+from tests.quantization.layers.layer_views import routed
 
 SCHEME = DynamicInt8(reduce_range=True)  # that of any CPU
 
@@ -75,7 +76,7 @@ def test_computes_what_the_float_layer_with_rounded_weights_does(
 ) -> None:
     layer = kind(5, 12, num_layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional)
     layer.dropout = 0.5  # left out in evaluation; set here, as the constructor warns where there is one layer
-    dynamic, oracle = SCHEME.form(layer), rounded(layer)
+    dynamic, oracle = routed(layer, SCHEME), rounded(layer)
     x = torch.randn(3, 7, 5) if batch_first else torch.randn(7, 3, 5)
     for args in [(x,), (x, states(layer, 3)), (x[0],), (x[0], states(layer))]:
         assert_near(dynamic(*args), oracle(*args))
@@ -88,7 +89,7 @@ def test_computes_what_the_float_layer_with_rounded_weights_does(
 @torch.no_grad()
 def test_packed_sequences_come_back_packed(kind: Any, bidirectional: bool) -> None:
     layer = kind(5, 12, 2, bidirectional=bidirectional)
-    dynamic, oracle = SCHEME.form(layer), rounded(layer)
+    dynamic, oracle = routed(layer, SCHEME), rounded(layer)
     sequences = [torch.randn(length, 5) for length in (2, 6, 4)]
     ordered = sorted(sequences, key=len, reverse=True)
     padded = pack_padded_sequence(nn.utils.rnn.pad_sequence(sequences), torch.tensor([2, 6, 4]), enforce_sorted=False)
@@ -108,7 +109,7 @@ def test_an_outlier_channel_costs_the_others_nothing(kind: Any) -> None:
     x = torch.randn(20, 8, 64)
     x[..., 3] *= 50
     # One scale for the whole input gives 0.98.
-    assert cosine(SCHEME.form(layer)(x)[0], layer(x)[0]) > 0.9995
+    assert cosine(routed(layer, SCHEME)(x)[0], layer(x)[0]) > 0.9995
 
 
 @BOTH
@@ -117,7 +118,7 @@ def test_an_outlier_channel_costs_the_others_nothing(kind: Any) -> None:
 @torch.no_grad()
 def test_runs_on_any_engine(kind: Any, engine: str) -> None:
     layer = kind(16, 24, 2)
-    dynamic, x = SCHEME.form(layer), torch.randn(9, 4, 16)
+    dynamic, x = routed(layer, SCHEME), torch.randn(9, 4, 16)
     before = torch.backends.quantized.engine
     try:
         torch.backends.quantized.engine = engine
@@ -130,7 +131,7 @@ def test_runs_on_any_engine(kind: Any, engine: str) -> None:
 @torch.no_grad()
 def test_a_fresh_layer_and_the_state_dict_give_the_same_bits(kind: Any) -> None:
     layer, x = kind(5, 12, 2, bidirectional=True), torch.randn(7, 3, 5)
-    dynamic, fresh = (SCHEME.form(each) for each in (layer, kind(5, 12, 2, bidirectional=True)))
+    dynamic, fresh = (routed(each, SCHEME) for each in (layer, kind(5, 12, 2, bidirectional=True)))
     expected = dynamic(x)
     assert not torch.equal(fresh(x)[0], expected[0])  # and it has packed the weights that now go
     stream = io.BytesIO()
@@ -143,32 +144,33 @@ def test_a_fresh_layer_and_the_state_dict_give_the_same_bits(kind: Any) -> None:
 @BOTH
 @torch.no_grad()
 def test_copies_and_pickles_after_use(kind: Any) -> None:
-    dynamic, x = SCHEME.form(kind(5, 12)), torch.randn(7, 3, 5)
+    dynamic, x = routed(kind(5, 12), SCHEME), torch.randn(7, 3, 5)
     expected = dynamic(x)
     for twin in (copy.deepcopy(dynamic), pickle.loads(pickle.dumps(dynamic))):
         assert_same(twin(x), expected)
 
 
 @BOTH
-def test_holds_int8_weights_in_place_of_all_tensors_of_the_layer(kind: Any) -> None:
+def test_holds_int8_weights_in_place_of_the_floats(kind: Any) -> None:
     for bias in (False, True):
         layer = kind(50, 64, 2, bidirectional=True, bias=bias)
         before = copy.deepcopy(layer.state_dict())
-        dynamic = SCHEME.form(layer)
-        assert dynamic.used == set(dict(layer.named_parameters()))
-        assert not list(dynamic.parameters())
+        dynamic = routed(layer, SCHEME)
+        assert [name for name, _ in dynamic.named_parameters()] == [name for name, _ in layer.named_parameters()]
+        assert all(parameter.dtype == torch.int8 for parameter in dynamic.parameters() if parameter.dim() > 1)
         size, float_size = (sum(t.nbytes for t in m.state_dict().values()) for m in (dynamic, layer))
         assert size < 0.3 * float_size
         assert_same(list(layer.state_dict().values()), list(before.values()))
 
 
 @BOTH
-def test_refuses_to_move(kind: Any) -> None:
-    dynamic = SCHEME.form(kind(5, 12))
-    for move in (lambda: dynamic.to("meta"), dynamic.half, dynamic.double):
-        with pytest.raises(CompressionError, match="must stay on the CPU"):
-            move()
-    assert dynamic.float().cpu() is dynamic
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_moves_as_the_float_layer_does(kind: Any, dtype: torch.dtype) -> None:
+    dynamic, x = routed(kind(5, 12), SCHEME), torch.randn(7, 3, 5)
+    moved = copy.deepcopy(dynamic).to(dtype)
+    assert moved.weight_hh_l0.dtype == moved.bias_hh_l0.dtype == moved(x.to(dtype))[0].dtype == dtype
+    torch.testing.assert_close(moved(x.to(dtype))[0].float(), dynamic(x)[0], rtol=0.0, atol=0.05)
+    assert dynamic.to("meta")(x.to("meta"))[0].device.type == "meta"
 
 
 @BOTH
@@ -179,7 +181,7 @@ def test_keeps_the_dtype_and_the_random_state_in_inference_mode(kind: Any, dtype
     narrow = tuple(t.to(dtype) for t in hx) if isinstance(hx, tuple) else hx.to(dtype)
     before = torch.get_rng_state()
     with torch.inference_mode():
-        dynamic = SCHEME.form(layer)
+        dynamic = routed(layer, SCHEME)
         expected = layer(x.to(dtype), narrow)
         assert_near(dynamic(x.to(dtype), narrow), expected, 2 * STEP)
     assert torch.equal(torch.get_rng_state(), before)
@@ -190,7 +192,7 @@ def test_keeps_the_dtype_and_the_random_state_in_inference_mode(kind: Any, dtype
 @BOTH
 def test_initial_states_of_another_shape_are_refused(kind: Any) -> None:
     layer = kind(5, 12, 2)
-    dynamic, x = SCHEME.form(layer), torch.randn(7, 3, 5)
+    dynamic, x = routed(layer, SCHEME), torch.randn(7, 3, 5)
     lstm = kind is nn.LSTM
     wrong = [states(layer, 1), states(layer), torch.zeros(2, 3, 12) if lstm else torch.zeros(1, 3, 12)]
     for hx in wrong:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_compress import (
-    CompressionError,
     DynamicInt8,
     quantize,
 )
@@ -29,6 +28,7 @@ from tests.support.zoo import row
 LAYERS: dict[str, Any] = {"1d": nn.Conv1d, "2d": nn.Conv2d, "3d": nn.Conv3d}
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")  # torch's own
 @settings(max_examples=60)
 @given(
     kind=st.sampled_from(sorted(LAYERS)),
@@ -65,8 +65,8 @@ def test_weight_only_convolutions_round_to_half_a_step_and_compute_the_rest_as_t
         layer.weight[3] = 0
     model = nn.Sequential(layer)
     int8 = quantize(model, WEIGHT_ONLY)
-    [quantized] = [module for module in int8.modules() if type(module).__name__ == "PackedConv"]
-    values, scale = rounded(quantized)
+    assert count(int8, "PackedConv") == 1
+    values, scale = rounded(int8[0])
     assert (scale.flatten() <= layer.weight.detach().abs().flatten(1).amax(1) / 127 * (1 + 2**-7) + 1e-37).all()
     assert ((values - layer.weight.flatten(1)).abs() <= scale * (0.5 + 1e-5)).all()
     assert not values[3].any()
@@ -92,8 +92,8 @@ def test_linear_weights_round_to_half_a_step_in_any_shape(
     torch.manual_seed(seed)
     layer = nn.Linear(*shape, bias=bias)
     int8 = quantize(nn.Sequential(layer), scheme)
-    [quantized] = [one for one in int8.modules() if type(one).__name__ in ("PackedLinear", "DynamicLinear")]
-    values, scale = rounded(quantized)
+    assert count(int8, {WEIGHT_ONLY: "PackedLinear", DYNAMIC: "DynamicLinear"}[scheme]) == 1
+    values, scale = rounded(int8[0])
     codes = 63 if scheme == DYNAMIC and needs_reduced_range() else 127
     assert (scale <= layer.weight.detach().abs().amax(1, keepdim=True) / codes * (1 + 2**-7)).all()
     assert ((values - layer.weight).abs() <= scale * (0.5 + 1e-4)).all()
@@ -117,15 +117,13 @@ def test_weight_only_takes_half_precision_inputs() -> None:
 
 
 @pytest.mark.parametrize("scheme", [WEIGHT_ONLY, DYNAMIC])
-def test_an_int8_layer_says_that_it_cannot_be_moved_off_the_cpu_or_to_half(scheme: str) -> None:
+def test_int8_layers_move_as_float_ones_do(scheme: str) -> None:
     # Q11, Q15.
-    int8 = quantize(row("mlp").build(), scheme)
-    if scheme == WEIGHT_ONLY:
-        int8.to(torch.float32)
-        return  # it computes in float, wherever it is
-    for move in (lambda: int8.to("meta"), lambda: int8.half()):
-        with pytest.raises(CompressionError, match="An int8 model must stay on the CPU"):
-            move()
+    int8, x = quantize(row("mlp").build().eval(), scheme), torch.randn(6, 16)
+    expected = int8(x)
+    half = int8.half()(x.half())
+    assert half.dtype == torch.float16 and agreement(expected, half.float()) > 0.99
+    assert int8.to("meta")(x.to("meta")).device.type == "meta"
 
 
 # Dynamic.
@@ -149,7 +147,7 @@ def test_dynamic_keeps_a_deep_transformer_with_outlier_channels() -> None:
     with torch.no_grad():
         expected, got = model(x), int8(x)
     assert F.cosine_similarity(expected.flatten(), got.flatten(), dim=0) >= 0.99
-    assert count(int8, "DynamicAttention") == 4 and count(int8, "DynamicLinear") == 4 * 4 + 1
+    assert count(int8, "DynamicAttention") == 4 and count(int8, "DynamicLinear") == 4 * 3 + 1
     assert not [
         module
         for module in int8.modules()
@@ -264,10 +262,7 @@ def test_two_layers_of_one_weight_hold_the_same_int8_weight(scheme: str) -> None
     before = snapshot(model)
     int8, x = quantize(model, scheme).eval(), torch.randn(8, 16)
     assert agreement(model(x), int8(x)) > 0.99
-    weights = [
-        rounded(module)[0] for module in int8.modules() if type(module).__name__ in ("PackedLinear", "DynamicLinear")
-    ]
-    assert len(weights) == 2 and torch.equal(*weights)
+    assert int8[0]._parameters["weight"] is int8[2]._parameters["weight"]
     assert_same_state(before, model)
     assert model[2].weight is model[0].weight
 

@@ -13,17 +13,24 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor, nn
 
+from lightning_compress.modules.paths import modules_of
+from lightning_compress.modules.routing import form_of
 from tests.support import fits
 from tests.support.modules import Classifier
 
 
-def adapted_layers(module: nn.Module) -> dict[str, Any]:
-    """What computes each adapted layer, by the layer's path: a packed `weight`, `lora_A`, `lora_B`, `scaling`."""
-    return {
-        ".".join(part for part in path.split(".")[:-1] if part != "_orig_mod"): inner
-        for path, inner in module.named_modules()
-        if "lora_A" in inner._parameters
-    }
+class Adapted:
+    """What an adapted layer computes with: a packed `weight`, its own tensors, `scaling` and `dropout`."""
+
+    def __init__(self, layer: Any) -> None:
+        form: Any = form_of(layer)
+        self.weight, self.scaling, self.dropout = form.weights["weight"], form.scaling, form.dropout
+        self.bias, self.lora_A, self.lora_B = layer.bias, layer.lora_A, layer.lora_B
+
+
+def adapted_layers(module: nn.Module) -> dict[str, Adapted]:
+    """What each adapted layer computes with, by its path."""
+    return {path: Adapted(inner) for path, inner in modules_of(module).items() if "lora_A" in inner._parameters}
 
 
 def adapters(module: nn.Module) -> dict[str, Tensor]:
@@ -89,7 +96,7 @@ class Held(Callback):
         return {name for groups in self.groups for group in groups for name in group}
 
 
-BOTH = {"body._traced_forward.lora_A", "body._traced_forward.lora_B"}
+BOTH = {"body.lora_A", "body.lora_B"}
 
 
 # Modules that make or load their weights late.

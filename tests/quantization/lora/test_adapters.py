@@ -19,7 +19,7 @@ from lightning_compress import (
     Targets,
     quantize,
 )
-from tests.quantization.lora.fits import At, Net, adapted_layers, adapters, fit, mlp
+from tests.quantization.lora.fits import BOTH, At, Net, adapted_layers, adapters, fit, mlp
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import (
@@ -223,6 +223,32 @@ def test_targets_name_layers(targets: Targets, expected: list[str]) -> None:
     assert list(adapted_layers(module)) == expected
 
 
+def test_the_tree_is_the_users_with_adapters() -> None:
+    module, plain = Classifier(), Classifier()
+    fit(QLoRA(rank=2), module=module, max_epochs=1)
+    assert [name for name, _ in module.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert [name for name, _ in module.named_buffers()] == [name for name, _ in plain.named_buffers()]
+    names = {name for name, _ in plain.named_parameters()}
+    assert {name for name, _ in module.named_parameters()} == names | BOTH
+    scales = {f"body.weight_scale_{name}" for name in ("codes", "offset", "step")}
+    assert module.state_dict().keys() == plain.state_dict().keys() | BOTH | scales
+    assert module.body.state_dict().keys() == {key.removeprefix("body.") for key in BOTH | scales} | {"weight", "bias"}
+
+
+def test_it_compiles_and_exports_without_a_float_weight() -> None:
+    module, x = Net(mlp(24, 24, 4)), torch.randn(5, 16)
+    fit(QLoRA(rank=2), module=module, max_epochs=1)
+    expected = module.eval()(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(module.net, fullgraph=True, backend="eager")(x), expected)
+    for strict in (False, True):
+        program = torch.export.export(module.net, (x,), strict=strict)
+        held = {**program.state_dict, **program.constants}
+        floats = {key for key, value in held.items() if value.is_floating_point() and value.dim() > 1}
+        assert floats == {"4.weight", *(f"{layer}.lora_{name}" for layer in (0, 2) for name in "AB")}
+        torch.testing.assert_close(program.module()(x), expected)
+
+
 def test_all_else_stays_bit_identical() -> None:
     class Busy(Classifier):
         def __init__(self) -> None:
@@ -248,10 +274,10 @@ def test_all_else_stays_bit_identical() -> None:
     after = snapshot(module)
     moved = {key for key in start if not torch.equal(start[key], after[key])}
     assert moved == {
-        *(f"body._traced_forward.lora_{name}" for name in "AB"),
+        *(f"body.lora_{name}" for name in "AB"),
         *(f"norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")),
     }
-    assert {key for key in start if ".codes" in key or "scale_" in key}  # the base is among what didn't move
+    assert {"body.weight", "body.weight_scale_codes"} <= set(start)  # the base is among what didn't move
     kept = {"scale", "table", "frozen.weight", "frozen.bias", "table_of.weight", "head.weight", "norm.weight"}
     assert_same_state({key: before[key] for key in kept}, {key: after[key] for key in kept})
 
@@ -262,7 +288,7 @@ def test_modules_to_train_train_as_they_are() -> None:
     seen: list[set[str]] = []
     note = At(on_train_start=lambda t, m: seen.append({n for n, p in m.named_parameters() if p.requires_grad}))
     fit(QLoRA(rank=2, modules_to_train=["head", "no*m"]), note, module=module)
-    adapters_of = {f"body._traced_forward.lora_{name}" for name in "AB"}
+    adapters_of = {f"body.lora_{name}" for name in "AB"}
     assert seen == [{"head.weight", "head.bias", "norm.weight", "norm.bias", *adapters_of}]
     after = snapshot(module)
     for key in ("head.weight", "head.bias", "norm.weight", "norm.bias"):

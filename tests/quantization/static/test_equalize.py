@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress import CompressionError, StaticInt8, Targets, quantize
 from lightning_compress.quantization.convert import record_of
-from lightning_compress.quantization.static.equalize import adjust_, equalize_, pairs
+from lightning_compress.quantization.static.equalize import Moved, adjust_, equalize_, pairs
 from tests.quantization.static.traces import geometric_mean, relative, spread_, traced
 from tests.support.oracles import assert_same_state, differing, snapshot
 
@@ -136,7 +136,7 @@ def test_the_function_stays_and_the_ranges_of_each_pair_become_alike(name: str, 
     x = torch.randn(*shape, dtype=torch.double)
     graph, float_output = traced(model, x), model(x)
     assert names(model, graph) == [(str(first), str(second)) for first, _, second, _ in expected]
-    equalize_(graph, set(), widen=False)
+    equalize_(graph, set(), False, Moved())
     assert relative(float_output, graph(x)[0]) < 1e-4
     for first, norm, second, groups in expected:
         r1, r2 = ranges(model[first], None if norm is None else model[norm], model[second], groups)
@@ -153,7 +153,7 @@ def test_the_scales_are_the_papers(seed: int, scale: float) -> None:
     with torch.no_grad():
         model[0].weight *= scale
     w1, b1, w2, b2 = (parameter.detach().numpy().copy() for parameter in model.parameters())
-    equalize_(traced(model, torch.zeros(2, 5)), set(), widen=False)
+    equalize_(traced(model, torch.zeros(2, 5)), set(), False, Moved())
     s = np.sqrt(np.abs(w1).max(1) * np.abs(w2).max(0)) / np.abs(w2).max(0)
     s = np.clip(s / geometric_mean(s), 1e-4, 1e4)
     for got, want in zip(model.parameters(), (w1 / s[:, None], b1 / s, w2 * s, b2), strict=True):
@@ -170,7 +170,7 @@ def test_dead_channels_stay_finite() -> None:
     x = torch.randn(*IMAGE)
     expected = model(x)
     graph = traced(model, x)
-    equalize_(graph, set(), widen=False)
+    equalize_(graph, set(), False, Moved())
     assert relative(expected, graph(x)[0]) < 1e-4
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
@@ -362,7 +362,7 @@ def test_what_is_no_pair_stays_bit_identical(name: str) -> None:
     owners = [id(one) for module in model.modules() for one in module.parameters(recurse=False)]
     shared = {key for key in owners if owners.count(key) > 1}
     assert names(model, graph, shared) == []
-    equalize_(graph, shared, widen=False)
+    equalize_(graph, shared, False, Moved())
     assert_same_state(before, model)
 
 
@@ -400,7 +400,7 @@ def test_parameters_that_are_kept_stay_bit_identical() -> None:
     model = spread_(nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1)))
     before, x = snapshot(model.eval()), torch.randn(*IMAGE)
     graph = traced(model, x)
-    assert adjust_(graph, [x], {id(model[2].bias)}, equalize=True, smooth=True, widen=True) == []
+    assert adjust_(graph, [x], {id(model[2].bias)}, equalize=True, smooth=True, widen=True) == ([], {})
     assert_same_state(before, model)
     adjust_(graph, [x], {id(model[4].weight)}, equalize=True, smooth=True, widen=True)
     assert set(differing(before, model)) == {"0.weight", "0.bias", "2.weight"}
@@ -430,7 +430,7 @@ def test_relu6_becomes_relu_only_where_the_outputs_agree() -> None:
     for scale, widened in ((1.0, ["1", "3"]), (40.0, [])):
         model = spread_(sixes(scale), low=0.5, high=2.0)
         before, expected, graph = snapshot(model), model(x), traced(model, x)
-        assert adjust_(graph, [x], set(), equalize=True, smooth=False, widen=True) == widened
+        assert adjust_(graph, [x], set(), equalize=True, smooth=False, widen=True)[0] == widened
         assert relative(expected, graph(x)[0]) < 0.05
         assert {type(one) for one in model.modules()} >= {nn.ReLU6}  # the module keeps its own
         kinds = [type(graph.get_submodule(path)) for path in ("1", "3")]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_compress import PostTrainingQuantization, StaticInt8, quantize
-from lightning_compress.quantization.static.equalize import equalize_, smooth_
+from lightning_compress.quantization.static.equalize import Moved, equalize_, smooth_
 from lightning_compress.quantization.static.flows import fx
 from lightning_compress.quantization.static.flows.flow import Signature
 from tests.quantization.static.traces import geometric_mean, relative, spread_, traced
@@ -57,7 +57,7 @@ def test_the_scales_behind_a_layernorm_are_smoothquants(seed: int, outlier: floa
     s = largest**0.5 / np.abs(np.concatenate(weights)).max(0) ** 0.5  # equation 4, one for all that read it
     s /= geometric_mean(s)
     graph = traced(model, x)
-    smooth_(graph, set(), [x])
+    smooth_(graph, set(), [x], Moved())
     for got, want in ((model.norm.weight, gamma / s), (model.norm.bias, beta / s)):
         np.testing.assert_allclose(got.detach().numpy(), want, rtol=1e-4, atol=1e-6)
     for layer, weight, bias in zip((model.q, model.k, model.v), weights, biases, strict=True):
@@ -107,7 +107,7 @@ def test_a_layernorm_that_others_read_is_left(kind: str) -> None:
         if kind != "plain":
             model.norm.weight[..., 3] *= 20
     before, x = snapshot(model.eval()), torch.randn(4, 5, 16)
-    smooth_(traced(model, x), set(), [x])
+    smooth_(traced(model, x), set(), [x], Moved())
     assert_same_state(before, model)
 
 
@@ -118,7 +118,7 @@ def test_channels_that_are_never_seen_or_read_keep_their_scale() -> None:
         for layer in (model.q, model.k, model.v):
             layer.weight[:, 5] = 0
     expected, graph = model(x), traced(model, x)
-    smooth_(graph, set(), [x])
+    smooth_(graph, set(), [x], Moved())
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     assert relative(expected, graph(x)[0]) < 1e-4
 
@@ -135,8 +135,8 @@ def test_over_the_zoo_the_float_function_stays(row: Row) -> None:
     inputs = signature.tensors(args, kwargs)
     assert inputs is not None
     expected, *_ = graph(*inputs)
-    relu6 = equalize_(graph, set(), widen=False)
-    smooth_(graph, set(), inputs)
+    relu6 = equalize_(graph, set(), False, Moved())
+    smooth_(graph, set(), inputs, Moved())
     got, *_ = graph(*inputs)
     assert relu6 == []
     assert relative(expected, got) < 1e-4
@@ -152,7 +152,7 @@ def test_two_layernorms_are_smoothed_both() -> None:
     expected, before = model(x), snapshot(model)
     assert relative(expected, quantize(model, calibration=[x]).eval()(x)) < 0.1
     graph = traced(model, x)
-    smooth_(graph, set(), [x])
+    smooth_(graph, set(), [x], Moved())
     assert {"0.weight", "1.weight", "2.weight", "3.weight"} <= set(differing(before, model))
     assert relative(expected, graph(x)[0]) < 1e-4
 

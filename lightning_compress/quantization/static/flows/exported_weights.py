@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from lightning_compress.quantization.static.flows.graphs import (
     constants,
@@ -17,15 +17,31 @@ from lightning_compress.quantization.static.flows.graphs import (
     source_of,
     value_read,
 )
+from lightning_compress.quantization.static.flows.names import AGAIN, COMPUTED, is_one_of
 
-_EXPORTED = (torch.ops.aten.linear.default, torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default)
+LAYERS: tuple[Any, ...] = (
+    *(torch.ops.aten.linear.default, torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default),
+    *(torch.ops.aten.conv1d.padding, torch.ops.aten.conv2d.padding),
+)
 _PADDED = {
     torch.ops.aten.conv1d.padding: torch.ops.aten.conv1d.default,
     torch.ops.aten.conv2d.padding: torch.ops.aten.conv2d.default,
 }
 
 
-def number_paddings_(graph: GraphModule) -> None:
+def simplify_exported_(graph: GraphModule) -> None:
+    """Give an exported graph weights and paddings in the form in which upstream takes them."""
+    _number_paddings_(graph)
+    _fold_weights_(graph)
+    _part_weights_(graph)
+
+
+def path_of(tensor: Node) -> str:
+    """Return the path in the module of the layer whose weight a node reads, or that of a weight of no layer."""
+    return str(tensor.target).removeprefix("module.").removesuffix(".weight")
+
+
+def _number_paddings_(graph: GraphModule) -> None:
     """Give convolutions of an exported graph their padding in numbers, where both sides have the same."""
     for node in graph.graph.nodes:
         if node.target in _PADDED and (weight := value_read(graph, node.args[1])) is not None:
@@ -40,18 +56,36 @@ def number_paddings_(graph: GraphModule) -> None:
 
 
 @torch.no_grad()
-def fold_weights_(graph: GraphModule) -> None:
+def _fold_weights_(graph: GraphModule) -> None:
     """Read the values that computed weights of an exported graph have now; see `graphs.fold_layers_`."""
     constant = constants(graph)
     for node in list(graph.graph.nodes):
-        weight = node.args[1] if node.target in _EXPORTED else None
+        weight = node.args[1] if node.target in LAYERS else None
         if weight in constant and weight.op != "get_attr":
-            name = f"{source_of(weight)}_of_{node.name}"
+            name = f"{source_of(weight)}{COMPUTED}{node.name}"
             parent, _, leaf = name.rpartition(".")
             setattr(graph.get_submodule(parent), leaf, nn.Parameter(evaluate(graph, weight), requires_grad=False))
             with graph.graph.inserting_before(node):
                 node.update_arg(1, graph.graph.get_attr(name))
     drop_unused_(graph, constant)
+
+
+def _part_weights_(graph: GraphModule) -> None:
+    """Give each call of a layer a weight and a bias of its own where a BatchNorm is to be folded into one of them."""
+    for shared in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        layers = [user for user in shared.users if user.target in LAYERS and user.args[1] is shared]
+        if not any(behind.target is torch.ops.aten.batch_norm.default for layer in layers for behind in layer.users):
+            continue
+        for count, layer in enumerate(layers[1:], 2):
+            path = f"{str(shared.target).removesuffix('.weight')}{AGAIN}{count}"
+            graph.add_submodule(path, nn.Module())
+            for place, name in enumerate(("weight", "bias"), 1):
+                if place < len(layer.args) and (read := layer.args[place]) is not None:
+                    values = nn.Parameter(value_read(graph, read).detach(), requires_grad=False)
+                    graph.get_submodule(path).register_parameter(name, values)
+                    with graph.graph.inserting_before(layer):
+                        layer.update_arg(place, graph.graph.get_attr(f"{path}.{name}"))
+    graph.recompile()
 
 
 _SOURCES = {
@@ -77,7 +111,9 @@ def name_sources_(graph: GraphModule, floats: Collection[str]) -> None:
     for node in graph.graph.nodes:
         source = _SOURCES.get(node.target, node.target)
         if source in (nn.Linear, nn.Conv1d, nn.Conv2d):
-            weight = str(node.args[1].target).removeprefix("module.") if node.args[1].op == "get_attr" else ""
-            if not weight or any(weight.startswith(f"{path}.") or weight == path for path in floats):
+            weight = node.args[1]
+            # There are no codes of what anything else reads, too.
+            is_own = weight.op == "get_attr" and all(user.target in LAYERS for user in weight.users)
+            if not is_own or is_one_of(path_of(weight), floats):
                 source = node.target
         node.meta["source_fn_stack"] = [(node.name, source)]

@@ -6,7 +6,7 @@ What would replace `torch.ao` for training, should it go, is one more such modul
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -23,6 +23,32 @@ from lightning_compress.quantization.numerics.int8 import StaticInt8
 FLOWS = ("fx", "pt2e")
 AVERAGING_CONSTANT = 0.1
 """Weight of each new batch in a moving average of activation ranges; with torch's 0.01 a short fit would end first."""
+
+
+def largest_code(reduced: bool) -> int:
+    """Return the largest code of a weight, whose codes lie on both sides of zero, so that a sign changes them alone."""
+    return 63 if reduced else 127
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Says where an activation is rounded to 8 bits: ``clamp(round(x / scale) + zero_point, low, high)``.
+
+    Attributes:
+        after: the node of a traced graph whose value it is, the last of those that one kernel computes.
+        users: the nodes that read the rounded value; None if all do.
+    """
+
+    after: str
+    users: tuple[str, ...] | None
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point as observers do."""
+        return torch.tensor([self.scale]), torch.tensor([self.zero_point])
 
 
 @dataclass(frozen=True)
@@ -69,6 +95,18 @@ class Flow(Protocol):
     def convert(self, prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> nn.Module:
         """Return a new int8 form on the CPU, but for the layers in ``floats``; ``prepared`` is left as it is."""
 
+    def roundings(self, graph: nn.Module, prepared: nn.Module, floats: Collection[str] = ()) -> list[Rounding]:
+        """List where the int8 form rounds activations, but for the layers in ``floats``, as places in ``graph``.
+
+        ``prepared`` is what `prepare` made of ``graph``.
+        """
+
+    def fix_(self, graph: nn.Module, prepared: nn.Module, roundings: Sequence[Rounding]) -> None:
+        """Let a ``prepared`` graph be converted with these scales and zero points, whatever it has observed."""
+
+    def int8_layers(self, prepared: nn.Module) -> set[str]:
+        """Return the paths of the layers that become int8, and of matrices of no layer."""
+
     def wrong_kernels(
         self, prepared: nn.Module, int8: nn.Module, scheme: StaticInt8, inputs: list[Tensor], drawn_only: bool = False
     ) -> dict[str, str]:
@@ -91,6 +129,12 @@ def load(name: str) -> Flow:
         raise CompressionError(f"`flow` must have its upstream installed. Received: flow={name!r}, {error}.") from error
     checked: Flow = flow
     return checked
+
+
+def tracer(name: str) -> Callable[[nn.Module, Signature, Collection[str]], Trace]:
+    """Return the function that traces for the flow called ``name``; it needs no upstream."""
+    trace: Callable[[nn.Module, Signature, Collection[str]], Trace] = import_module(f"{__package__}.{name}_trace").trace
+    return trace
 
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
@@ -141,6 +185,12 @@ class Signature:
             elif constant is None or isinstance(leaf, Tensor) or leaf != constant[0]:
                 return None
         return found
+
+    def of_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
+        """Return the tensors of a call of ``module`` that has this shape; None if it hasn't."""
+        if self.is_one_tensor and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return [args[0]]  # nearly every call, and binding it would take longer than a small layer
+        return self.tensors(*canonical(module, args, kwargs))
 
     def rebuild(self, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return ``(args, kwargs)`` with ``tensors`` in their places."""

@@ -1,6 +1,6 @@
 """The fx flow: `torch.ao.quantization` in graph mode, int8 kernels in eager mode with no compiler.
 
-Everything that upstream is to remove in torch 2.15 is imported in this file and `fx_trace.py` alone.
+Everything that upstream is to remove in torch 2.15 is imported in this file and `fx_qparams.py` alone.
 """
 
 from __future__ import annotations
@@ -41,18 +41,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.quantization.numerics.int8 import StaticInt8, kernels_of
-from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT
-from lightning_compress.quantization.static.flows.fx_trace import WITH_KERNEL, Opaque
+from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT, largest_code
+from lightning_compress.quantization.static.flows.fx_qparams import fix_ as fix_
+from lightning_compress.quantization.static.flows.fx_qparams import roundings as roundings
+from lightning_compress.quantization.static.flows.fx_trace import WITH_KERNEL, Opaque, simplify_
 from lightning_compress.quantization.static.flows.fx_trace import trace as trace  # of `Flow`
-from lightning_compress.quantization.static.flows.graphs import (
-    AGAIN,
-    Function,
-    fold_layers_,
-    hide_functions_,
-    weights_read,
-    without_parametrization,
-)
+from lightning_compress.quantization.static.flows.graphs import Function, value_read, weights_read
 from lightning_compress.quantization.static.flows.kernels import furthest, quantized_steps, reasons
+from lightning_compress.quantization.static.flows.names import AGAIN, called, is_one_of, own_path
 
 FLOAT_TYPES = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Layers that static int8 leaves in float: torch has no static kernel for them."""
@@ -69,17 +65,13 @@ loaded takes what its own process would, so it doesn't help that this one is rig
 def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()) -> GraphModule:
     """Return ``graph`` with fake-quantizers (training) or observers (calibration); Parameters are kept as they are."""
     assert isinstance(graph, GraphModule)
-    if not training:
-        fold_layers_(graph)
-        for path, module in list(graph.named_modules()):
-            if isinstance(module, Opaque) and (plain := without_parametrization(module.__dict__["module"])) is not None:
-                graph.set_submodule(path, plain.eval())
-    hide_functions_(graph)
+    simplify_(graph, training)
     mapping = _qconfig_mapping(scheme, training)
-    tied = {id(weight) for layer in graph.modules() if isinstance(layer, FLOAT_TYPES) for weight in layer.parameters()}
+    tied = _read_as_floats(graph)
     for path, module in graph.named_modules():
         stays = is_parametrized(module) or isinstance(getattr(module, "padding", None), str)
-        if stays or _is_one_of(path, floats) or id(getattr(module, "weight", None)) in tied:
+        is_read = isinstance(module, WITH_KERNEL) and id(module.weight) in tied
+        if stays or is_read or is_one_of(path, floats):
             mapping.set_module_name(path, None)
     config = PrepareCustomConfig().set_non_traceable_module_classes([Opaque, Function])
     example = tuple(torch.zeros(1) for node in graph.graph.nodes if node.op == "placeholder")
@@ -94,6 +86,20 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
     return prepared
 
 
+def _read_as_floats(graph: GraphModule) -> set[int]:
+    """Return ids of the tensors that something reads that isn't a layer with a kernel: there are no codes of them."""
+    behind = {node for node in graph.graph.nodes if node.op == "output"}  # and what the output is computed of
+    for node in reversed(graph.graph.nodes):
+        behind |= set(node.all_input_nodes) if node in behind else set()
+    read = [value_read(graph, node) for node in behind if node.op == "get_attr"]
+    for module in graph.modules():
+        if isinstance(module, Opaque):
+            read += module.__dict__["module"].parameters()
+        elif not isinstance(module, (*WITH_KERNEL, GraphModule)) and type(module) is not nn.Module:
+            read += module.parameters(recurse=False)
+    return {id(tensor) for tensor in read}
+
+
 def observe_(prepared: nn.Module, on: bool) -> None:
     """Let the activations' ranges move, or freeze them."""
     prepared.apply(enable_observer if on else disable_observer)
@@ -106,7 +112,19 @@ def fake_quantize_(prepared: nn.Module, on: bool) -> None:
 
 def quantizes(prepared: nn.Module) -> bool:
     """Tell whether any layer computes in int8."""
-    return any(_has_kernel(inner) and isinstance(inner, WITH_KERNEL) for inner in prepared.modules())
+    return bool(int8_layers(prepared))
+
+
+def int8_layers(prepared: nn.Module) -> set[str]:
+    """Return the paths of the layers that become int8; see `Flow`."""
+    assert isinstance(prepared, GraphModule)
+    paths = [str(node.target) for node in prepared.graph.nodes if node.op == "call_module"]
+    layers = [(path, prepared.get_submodule(path)) for path in paths]
+    return {called(path) for path, layer in layers if _has_kernel(layer) and _holds_matrix(layer)}
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    return any(isinstance(inner, WITH_KERNEL) for inner in module.modules())
 
 
 def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> GraphModule:
@@ -138,7 +156,7 @@ def _convert_with(
         schemes = graph.meta["_observed_graph_module_attrs"].node_name_to_qconfig
         for node in graph.graph.nodes:
             node.stack_trace = node.name  # what a kernel is made of keeps its trace, though not its name
-            if node.op == "call_module" and _is_one_of(str(node.target), floats):
+            if node.op == "call_module" and is_one_of(str(node.target), floats):
                 schemes[node.name] = None
         converted = upstream(graph)
     for path, module in list(converted.named_modules()):
@@ -153,18 +171,12 @@ def _convert_with(
     return converted
 
 
-def _is_one_of(path: str, layers: Collection[str]) -> bool:
-    """Tell whether a module of a graph is one of these layers, or has its weight from within one."""
-    own = path.partition(AGAIN)[0]
-    return any(own == layer or own.startswith(f"{layer}.") for layer in layers)
-
-
 def float_weights(prepared: nn.Module) -> dict[str, str]:
     """Find what a prepared graph leaves in float; see `Flow`."""
     assert isinstance(prepared, GraphModule)
     called = {str(node.target) for node in prepared.graph.nodes if node.op == "call_module"}
     layers = {path: prepared.get_submodule(path) for path in called}
-    int8 = {path.partition(AGAIN)[0] for path, layer in layers.items() if _has_kernel(layer)}
+    int8 = {own_path(path) for path, layer in layers.items() if _has_kernel(layer)}
     found = {
         path: ""
         for path, layer in layers.items()
@@ -179,9 +191,8 @@ def _has_kernel(module: nn.Module) -> bool:
 
 
 def _qconfig_mapping(scheme: StaticInt8, training: bool) -> QConfigMapping:
-    """Return upstream's mapping for the engine, with the scheme's range in place of its own."""
-    with _upstream_quiet():  # of `onednn` it warns that its weights have 8 bits, which aren't taken
-        mapping = (get_default_qat_qconfig_mapping if training else get_default_qconfig_mapping)(scheme.engine)
+    """Return upstream's mapping, with the scheme's range for its own, and for every engine with scales by channel."""
+    mapping = (get_default_qat_qconfig_mapping if training else get_default_qconfig_mapping)("x86")
     default = mapping.global_qconfig
     assert default is not None
     if training:
@@ -208,13 +219,14 @@ _OBSERVERS = {
 
 
 def _weight_observer(observer: Any, scheme: StaticInt8) -> Any:
-    """Take upstream's own, in 7 bits where the CPU needs that, with the range of the weight as it is at that moment."""
-    reduced, kind = scheme.reduced, getattr(observer, "p", partial(observer)).func
-    if kind is FusedMovingAvgObsFakeQuantize:
-        # A range that follows slowly would clip what grows.
-        bounds = {"quant_min": -64, "quant_max": 63} if reduced else {}
-        return observer.with_args(averaging_constant=1.0, **bounds)
-    return observer if kind is PlaceholderObserver else observer.with_args(reduce_range=reduced)
+    """Take upstream's own, with codes on both sides of zero and the range of the weight as it is at that moment."""
+    kind = getattr(observer, "p", partial(observer)).func
+    if kind is PlaceholderObserver:
+        return observer
+    largest = largest_code(scheme.reduced)
+    symmetric = observer.with_args(quant_min=-largest, quant_max=largest, reduce_range=False)
+    # A range that follows slowly would clip what grows.
+    return symmetric.with_args(averaging_constant=1.0) if kind is FusedMovingAvgObsFakeQuantize else symmetric
 
 
 @contextmanager

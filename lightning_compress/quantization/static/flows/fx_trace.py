@@ -7,23 +7,27 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch.fx
 from torch import Tensor, nn
-from torch.ao.quantization.fx.tracer import QuantizationTracer
-from torch.fx import GraphModule, Node, Proxy
+from torch.fx import GraphModule, Node, Proxy, Tracer
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress.modules.isolation import isolated_random_state, isolated_state
 from lightning_compress.modules.outputs import Structure, flatten
+from lightning_compress.modules.routing import ROUTING, class_of
 from lightning_compress.quantization.static.flows.flow import Signature, Trace
 from lightning_compress.quantization.static.flows.graphs import (
-    AGAIN,
     Function,
+    fold_layers_,
+    hide_functions_,
     name_layers_,
     name_of,
     replace_,
     value_read,
     with_padding_in_numbers,
+    without_parametrization,
 )
+from lightning_compress.quantization.static.flows.names import AGAIN, HELD, rename_
 
 WITH_KERNEL = (nn.Linear, _ConvNd)
 
@@ -39,11 +43,12 @@ class Opaque(nn.Module):
         return self.__dict__["module"](*args, **kwargs)
 
 
-class _Tracer(QuantizationTracer):
-    """Traces the forward of one module for calls of one signature."""
+class _Tracer(Tracer):
+    """Traces the forward of one module for calls of one signature, as upstream's own tracer does, which it replaces."""
 
     def __init__(self, signature: Signature, hooked: Collection[str]) -> None:
-        super().__init__([], [Opaque])
+        super().__init__()
+        self.record_stack_traces = not torch.fx.config.do_not_emit_stack_traces
         self._signature = signature
         self._hooked = set(hooked)
         self._inserted: dict[str, nn.Module] = {}
@@ -52,6 +57,10 @@ class _Tracer(QuantizationTracer):
         self.structure = Structure(None)
         self.names: set[str] = set()
         self.baked: dict[str, Tensor] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_torchs = m.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(m, nn.Sequential)
+        return is_torchs or type(m) is Opaque
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         count = len(self._signature.inputs)
@@ -62,7 +71,7 @@ class _Tracer(QuantizationTracer):
         self.tensor_attrs.clear()
 
         def forward(root: nn.Module, *_: Any) -> list[Any]:
-            tensors, self.structure = flatten(type(root).forward(root, *args, **kwargs))
+            tensors, self.structure = flatten(class_of(root).forward(root, *args, **kwargs))
             return tensors
 
         return forward, [self.root, *proxies]
@@ -79,7 +88,7 @@ class _Tracer(QuantizationTracer):
         if again or isinstance(getattr(m, "padding", None), str):
             # An int8 layer has one output range: each further call gets a layer of its own, of the same weights.
             name = f"{path}{AGAIN}{self._calls[path]}" if again else path
-            output = self._insert(name, with_padding_in_numbers(_shallow_copy(m)), args, kwargs)
+            output = self._insert(name, with_padding_in_numbers(shallow_copy(m)), args, kwargs)
         else:
             output = super().call_module(m, forward, args, kwargs)
         if path in self._hooked and isinstance(output, Proxy):
@@ -107,8 +116,10 @@ class _Tracer(QuantizationTracer):
             }
             # A file fills them in place, which takes memory of their own for each element.
             found |= {name: value.contiguous() for name, value in found.items() if name in vars(module)}
-        for name in self._hooked & found.keys() - self._inserted.keys():
-            found[name] = _shallow_copy(found[name])  # without its hooks: the identity behind it calls them
+        for name in found.keys() - self._inserted.keys():
+            if isinstance(found[name], nn.Module):
+                # The module's own may be routed to what is made of the graph. Hooks stay there: an identity calls them.
+                found[name] = shallow_copy(found[name])
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         self.names |= read
         buffers = {name: buffer for name, buffer in module.named_buffers() if id(buffer) in self._read}
@@ -135,7 +146,7 @@ class _ReplayHooks:
 
 
 def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> Trace:
-    """Return the traced form of ``module``, sharing its leaves.
+    """Return the traced form of ``module``, whose layers are others around the same tensors.
 
     Inner modules in ``hooked`` keep calling their forward hooks. Raises whatever `torch.fx` raises where control flow
     depends on data.
@@ -144,7 +155,7 @@ def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ())
     if not type(module).__module__.startswith("torch.nn") or isinstance(module, nn.Sequential):
         graph = tracer.graph_module(module)
         return Trace(graph, tracer.structure, frozenset(tracer.names), tracer.baked)
-    graph = tracer.graph_module(_Holder(_shallow_copy(module)).train(module.training))
+    graph = tracer.graph_module(_Holder(shallow_copy(module)).train(module.training))
     return Trace(graph, tracer.structure, frozenset((*module._parameters, *module._buffers, *module._modules)), {})
 
 
@@ -153,20 +164,35 @@ class _Holder(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.add_module(HELD, layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.layer(*args, **kwargs)
+        return self._modules[HELD](*args, **kwargs)  # type: ignore[misc]
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
+def simplify_(graph: GraphModule, training: bool) -> None:
+    """Call layers of torch wherever one is computed, and hide the rest of such functions; once done it changes nothing.
+
+    Before ``training`` computed weights stay computed: they hold what is trained.
+    """
+    if not training:
+        fold_layers_(graph)
+        for path, module in list(graph.named_modules()):
+            if isinstance(module, Opaque) and (plain := without_parametrization(module.__dict__["module"])) is not None:
+                graph.set_submodule(path, plain.eval())
+    hide_functions_(graph)
+    rename_(graph)
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
     """Make a second module around the same tensors: the first one's forward will be routed to where this one stands."""
-    twin = type(module).__new__(type(module))  # `copy` refuses parametrizations
-    vars(twin).update(vars(module))
-    for kind in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
-        twin.__dict__[kind] = type(getattr(module, kind))()
+    own = class_of(module)
+    twin = own.__new__(own)  # `copy` refuses parametrizations
+    vars(twin).update({name: value for name, value in vars(module).items() if name not in ROUTING})
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        vars(twin)[kind] = type(getattr(module, kind))()
     for kind in ("_parameters", "_buffers", "_modules"):
-        getattr(twin, kind).update(getattr(module, kind))
+        vars(twin)[kind] = dict(getattr(module, kind).items())  # of what a `CallLog` watches plain ones
     return twin
 
 

@@ -18,8 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
-AGAIN = "__call"
-"""Parts the name of a layer from the number of its call, where a layer is called several times."""
+from lightning_compress.quantization.static.flows.names import AGAIN, COMPUTED
 
 
 class Function(nn.Module):
@@ -170,7 +169,7 @@ def fold_layers_(graph: GraphModule) -> None:
             parts = [part for part in (node_of(node, "weight"), node_of(node, "bias")) if part is not None]
             if all(part in constant for part in parts):
                 values = [nn.Parameter(evaluate(graph, part), requires_grad=False) for part in parts]
-                _call_layer_(graph, node, source_of(parts[0]), *values)
+                _call_layer_(graph, node, f"{source_of(parts[0])}{COMPUTED}{node.name}", *values)
     drop_unused_(graph, constant)
 
 

@@ -8,25 +8,31 @@ compiled by inductor at its first call; uncompiled it rounds to int8 and compute
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.isolation import isolated_evaluation, isolated_random_state
-from lightning_compress.modules.outputs import Structure, flatten
+from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.static.flows.exported_kernels import exported_steps
-from lightning_compress.quantization.static.flows.exported_weights import fold_weights_, name_sources_, number_paddings_
-from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT, Signature, Trace
+from lightning_compress.quantization.static.flows.exported_weights import (
+    name_sources_,
+    simplify_exported_,
+)
+from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT, largest_code
 from lightning_compress.quantization.static.flows.graphs import value_read, weights_read
-from lightning_compress.quantization.static.flows.int8_graph import Exported, Int8Graph, quiet
+from lightning_compress.quantization.static.flows.int8_graph import Int8Graph
 from lightning_compress.quantization.static.flows.kernels import furthest, reasons
+from lightning_compress.quantization.static.flows.pt2e_qparams import fix_ as fix_
+from lightning_compress.quantization.static.flows.pt2e_qparams import int8_layers as int8_layers
+from lightning_compress.quantization.static.flows.pt2e_qparams import module_called
+from lightning_compress.quantization.static.flows.pt2e_qparams import roundings as roundings
+from lightning_compress.quantization.static.flows.pt2e_trace import Exported, quiet
+from lightning_compress.quantization.static.flows.pt2e_trace import trace as trace
 
 with quiet():
     from torchao.quantization.pt2e.observer import (
@@ -38,65 +44,6 @@ with quiet():
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationSpec
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import QuantizationConfig, X86InductorQuantizer
-
-
-class _Call(nn.Module):
-    """Makes a function of the tensors of its call of a module; what it puts those of its output into is told aside."""
-
-    def __init__(self, module: nn.Module, signature: Signature, tell: Callable[[Structure], None]) -> None:
-        super().__init__()
-        self.module = module
-        self.signature = signature
-        self.tell = tell
-        self.training = module.training
-
-    def forward(self, *tensors: Tensor) -> list[Any]:
-        args, kwargs = self.signature.rebuild(list(tensors))
-        outputs, structure = flatten(type(self.module).forward(self.module, *args, **kwargs))
-        self.tell(structure)
-        return outputs
-
-
-def trace(module: nn.Module, signature: Signature, hooked: Collection[str] = ()) -> Trace:
-    """Return the exported form of ``module`` in evaluation.
-
-    All sizes that its code leaves open may vary, or the first alone where else it couldn't be one. Raises whatever
-    `torch.export` raises where control flow depends on data.
-    """
-    if hooked:
-        raise CompressionError(f"its `{next(iter(hooked))}` has a forward hook, which an exported graph doesn't call")
-    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    inputs = tuple(tensor.to(device) for tensor in _sizes_above_one(signature.inputs))
-    structures: list[Structure] = []
-    call = _Call(module, signature, structures.append)
-    with quiet(), isolated_evaluation(module):
-        call(*inputs)  # so that it is exported with what it makes at its first call, whether it has been called or not
-        exported = _export(call, inputs)
-    read = [str(node.target) for node in exported.graph.nodes if node.op == "get_attr" and node.users]
-    names = frozenset(name.removeprefix("module.") for name in read if name.startswith("module."))
-    return Trace(Exported(exported), structures[-1], names, {})
-
-
-def _export(call: nn.Module, inputs: tuple[Tensor, ...]) -> GraphModule:
-    """Return the graph with as many variable sizes as leave a batch of one possible."""
-    several = [range(tensor.dim()) for tensor in inputs]
-    for dims in (several, [sizes[:1] for sizes in several]):
-        dynamic = (tuple(dict.fromkeys(sizes, Dim.AUTO) for sizes in dims),)
-        exported = torch.export.export(call, inputs, dynamic_shapes=dynamic).module()
-        assert isinstance(exported, GraphModule)
-        try:
-            exported(*[tensor[:1] for tensor in inputs])
-            break
-        except (AssertionError, RuntimeError, IndexError):  # with all sizes variable, some code excludes a one
-            continue
-    return exported
-
-
-def _sizes_above_one(inputs: list[Tensor]) -> list[Tensor]:
-    """Return a batch of one would be exported as a batch that is always one."""
-    if all(tensor.dim() and tensor.shape[0] == 1 for tensor in inputs):
-        return [tensor.expand(2, *tensor.shape[1:]) for tensor in inputs]
-    return inputs
 
 
 def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Collection[str] = ()) -> Exported:
@@ -113,13 +60,12 @@ def prepare(graph: nn.Module, scheme: StaticInt8, *, training: bool, floats: Col
         quantizer.set_module_name_qconfig(f"module.{path}", None)
     with quiet(), torch.no_grad(), isolated_random_state():
         copied = copy.deepcopy(graph.graph)
-        number_paddings_(copied)
-        fold_weights_(copied)
+        simplify_exported_(copied)
         name_sources_(copied, floats)
         prepared = prepare_pt2e(copied, quantizer)
         for node, tensor in _tensors(prepared):
             for user in node.users:
-                if isinstance(observer := _called(prepared, user), PerChannelMinMaxObserver):
+                if isinstance(observer := module_called(prepared, user), PerChannelMinMaxObserver):
                     observer(tensor)  # so that it has its shape before a checkpoint is loaded
     return Exported(prepared)
 
@@ -131,10 +77,6 @@ def _tensors(graph: GraphModule) -> Iterator[tuple[Node, Tensor]]:
             yield node, value
 
 
-def _called(graph: GraphModule, node: Node) -> nn.Module | None:
-    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
 _OBSERVERS = {
     "moving_average": MovingAverageMinMaxObserver.with_args(eps=2**-12, averaging_constant=AVERAGING_CONSTANT),
     "minmax": MinMaxObserver.with_args(eps=2**-12),
@@ -143,7 +85,7 @@ _OBSERVERS = {
 
 
 def _configuration(scheme: StaticInt8) -> QuantizationConfig:
-    reduced = scheme.reduced
+    largest = largest_code(scheme.reduced)
     activations = QuantizationSpec(
         dtype=torch.uint8,
         quant_min=0,
@@ -153,11 +95,11 @@ def _configuration(scheme: StaticInt8) -> QuantizationConfig:
     )
     weights = QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-64 if reduced else -128,
-        quant_max=63 if reduced else 127,
+        quant_min=-largest,
+        quant_max=largest,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
-        observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=2**-12),
+        observer_or_fake_quant_ctr=PerChannelMinMaxObserver,
     )
     return QuantizationConfig(activations, activations, weights, None)
 
@@ -182,24 +124,15 @@ def float_weights(prepared: nn.Module) -> dict[str, str]:
     observed = {
         str(node.target).removeprefix("module.")
         for node, _ in _tensors(graph)
-        if any(isinstance(_called(graph, user), PerChannelMinMaxObserver) for user in node.users)
+        if any(isinstance(module_called(graph, user), PerChannelMinMaxObserver) for user in node.users)
     }
     read = ((name.removeprefix("module."), why) for name, why in weights_read(graph) if name.startswith("module."))
     return {name: why for name, why in read if name not in observed}
 
 
 def convert(prepared: nn.Module, scheme: StaticInt8, floats: Collection[str] = ()) -> Int8Graph:
-    """Return a new int8 graph on the CPU; ``prepared`` is left as it is.
-
-    Raises:
-        CompressionError: prepared layers are to be float nonetheless, which this flow can't do.
-    """
-    assert isinstance(prepared, Exported)
-    if floats:
-        raise CompressionError(
-            "A layer that is converted must compute what it computed before. Received: "
-            f"{', '.join(map(repr, floats))}, whose int8 form doesn't. Exclude it in `targets`, or use flow='fx'."
-        )
+    """Return a new int8 graph on the CPU; ``prepared`` is left as it is, and was judged before: no layer goes back."""
+    assert isinstance(prepared, Exported) and not floats
     with quiet(), torch.no_grad(), isolated_random_state():
         converted = convert_pt2e(copy.deepcopy(prepared.graph).cpu())
     _drop_unread_(converted)

@@ -19,7 +19,9 @@ from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.numerics.int8 import needs_reduced_range
 from lightning_compress.quantization.static.flows import fx, kernels
 from lightning_compress.quantization.static.flows.flow import Signature
-from lightning_compress.quantization.static.traced import Unit, prepared_form
+from lightning_compress.quantization.static.traced import Traced
+from lightning_compress.quantization.static.unit import Unit
+from tests.quantization.prepared import form_modules, int8_layers
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_same_state
@@ -99,7 +101,7 @@ def test_a_wrong_kernel_beside_a_skip_connection_is_not_used(wrong: str, mutate:
     mutate(WRONG[wrong])
     int8 = quantize(model, calibration=[x]).eval()
     assert "computes something else" in floats(int8)["branch"]
-    assert isinstance(int8.get_submodule("_traced_forward.graph.head"), nnq.Conv2d)  # the rest is int8
+    assert "head" in int8_layers(int8)  # the rest is int8
     assert cosine(int8(x), model(x)) > 0.999
 
 
@@ -159,7 +161,7 @@ def test_training_leaves_a_layer_with_a_wrong_kernel_float(mutate: Callable[...,
     quiet_trainer(callbacks=[QuantizationAwareTraining()]).fit(module, TinyData())
     found = [reason for path, reason in floats(module).items() if path.endswith("branch")]
     assert len(found) == 1 and "computes something else" in found[0]
-    assert any(isinstance(inner, nnq.Conv2d) for inner in module.modules())
+    assert any(isinstance(inner, nnq.Conv2d) for inner in form_modules(module).values())
 
 
 def fitted(tmp_path: Path) -> Images:
@@ -244,8 +246,9 @@ def around(up: nn.Module) -> tuple[nn.Module, Tensor]:
 def test_transposed_convolutions_are_float_on_every_engine(kind: str, engine: str) -> None:
     net, x = around(Functional() if kind == "functional" else KINDS[kind]())
     int8 = quantize(net, StaticInt8(engine=engine), calibration=[x])
-    assert not [inner for inner in int8.modules() if isinstance(inner, nnq.modules.conv._ConvTransposeNd)]
-    assert "quantized.conv_transpose" not in int8._modules["_traced_forward"].graph.code
+    kernels = form_modules(int8).values()
+    assert not [inner for inner in kernels if isinstance(inner, nnq.modules.conv._ConvTransposeNd)]
+    assert not [inner for inner in kernels if "quantized.conv_transpose" in getattr(inner, "code", "")]
     assert cosine(int8.eval()(x), net(x)) > 0.995
     if kind != "functional":
         assert any("right on every CPU" in reason for path, reason in floats(int8).items() if path.startswith("1"))
@@ -263,10 +266,10 @@ def test_the_judgement_finds_torchs_own_wrong_kernel(channels: int, monkeypatch:
     monkeypatch.setattr(fx, "WRONG_KERNELS", ())
     scheme, x = StaticInt8(engine="onednn"), torch.randn(4, 8, 6, 6)
     net = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, channels, 3, 2)).eval()
-    traced = prepared_form(net, Unit("", Signature((x,), {})), StaticInt8(), training=False)
+    traced = Traced(Unit("", Signature((x,), {})), StaticInt8(), training=False).build_(net)
     traced.calibrating = True
     with torch.no_grad():
-        traced(x)
+        traced.run(False, [x])
     wrong = fx.wrong_kernels(traced.graph, fx.convert(traced.graph, scheme), scheme, [x])
     assert list(wrong) == ([] if channels == 8 else ["1"])
 
@@ -295,10 +298,10 @@ def test_products_that_overflow_on_this_cpu_are_not_used() -> None:
 def test_every_kernel_is_judged_and_rounds_as_its_layer(name: str, engine: str) -> None:
     model, (args, _) = row(name).build().eval(), row(name).inputs(0)
     scheme = StaticInt8(engine=engine)
-    traced = prepared_form(model, Unit("", Signature(args, {})), scheme, training=False)
+    traced = Traced(Unit("", Signature(args, {})), scheme, training=False).build_(model)
     traced.calibrating = True
     with torch.no_grad():
-        traced(*args)
+        traced.run(False, list(args))
     int8 = fx.convert(traced.graph, scheme)
     reference = fx._convert_with(fx.convert_to_reference_fx, traced.graph, scheme, ())
     run = kernels._Kernels(int8, None)

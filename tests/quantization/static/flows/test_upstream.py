@@ -36,7 +36,7 @@ def imports(file: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torchao's own, where nothing has imported it yet
-@pytest.mark.parametrize("name", ["fx", "fx_trace", "int8_graph", "pt2e"])
+@pytest.mark.parametrize("name", ["fx", "fx_qparams", "int8_graph", "pt2e"])
 def test_everything_that_a_flow_takes_from_upstream_is_there(name: str) -> None:
     # Q24. torch.ao ships up to torch 2.15; torchao moves its parts about.
     file = REPOSITORY / "lightning_compress" / "quantization" / "static" / "flows" / f"{name}.py"
@@ -58,7 +58,7 @@ def test_everything_that_a_flow_takes_from_upstream_is_there(name: str) -> None:
 def test_only_the_flows_own_files_import_their_upstream() -> None:
     package = REPOSITORY / "lightning_compress"
     users = {str(file.relative_to(package)) for file in package.rglob("*.py") if imports(file)}
-    flows = {f"quantization/static/flows/{name}.py" for name in ("fx", "fx_trace", "int8_graph", "pt2e")}
+    flows = {f"quantization/static/flows/{name}.py" for name in ("fx", "fx_qparams", "int8_graph", "pt2e")}
     assert users == flows | {"quantization/layers/fake_quantizers.py"}
 
 
@@ -156,7 +156,8 @@ def test_importing_and_using_the_flows_changes_no_global_flags(globals_run: Any)
 
 
 def test_importing_and_using_the_flows_says_nothing(globals_run: Any) -> None:
-    assert globals_run.stderr == ""
+    said = [line for line in globals_run.stderr.splitlines() if line != "quantize:" and "slower than float" not in line]
+    assert not said  # but for the time that it takes here
 
 
 def test_logging_that_the_user_disabled_stays_disabled() -> None:
