@@ -48,7 +48,7 @@ Scores = dict[tuple[str, str, int], float]
 
 PLAIN, PTQ = "plain", "PTQ of plain"
 QAT, CUT, ZEROS = "QAT", "ChannelPruning", "ScheduledPruning"
-_RAW = StaticInt8(equalize=False, smooth=False)
+_MOVED = StaticInt8(equalize=True, smooth=True)
 
 
 class Floored(ChannelPruning):
@@ -82,10 +82,10 @@ ARMS: dict[str, Arm] = {
     PTQ: lambda: ([], [PostTrainingQuantization()]),
     QAT: lambda: ([QuantizationAwareTraining()], None),
     f"{QAT}, as it was": lambda: (
-        [QuantizationAwareTraining(_RAW, freeze_observers=0.9, freeze_batchnorm=0.9)],
+        [QuantizationAwareTraining(freeze_observers=0.9, freeze_batchnorm=0.9)],
         None,
     ),
-    f"{QAT}, not equalized": lambda: ([QuantizationAwareTraining(_RAW)], None),
+    f"{QAT}, equalized": lambda: ([QuantizationAwareTraining(_MOVED)], None),
     f"{QAT}, freeze_batchnorm=0.5": lambda: ([QuantizationAwareTraining(freeze_batchnorm=0.5)], None),
     f"{QAT}, freeze_observers=0.9": lambda: ([QuantizationAwareTraining(freeze_observers=0.9)], None),
     f"{QAT}, none, but statistics frozen at 0.9": lambda: ([FrozenStatistics(0.9)], None),
