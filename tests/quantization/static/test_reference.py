@@ -298,6 +298,7 @@ assert not [name for name in sys.modules if name.startswith(("torch.ao", "torcha
 """
 
 
+@pytest.mark.slow  # a file is read and computed so in test_tree.py
 @pytest.mark.parametrize("flow", ["fx", "pt2e"])
 def test_the_reference_form_needs_no_upstream(flow: str, tmp_path: Path) -> None:
     case = Case("conv_bn_relu", flow)
