@@ -163,6 +163,13 @@ def flipped(expected: Any, got: Any) -> float:
     return max(float(((a - b).abs() > 1e-5 * (a.max() - a.min())).float().mean()) for a, b in pairs)
 
 
+def apart(expected: Any, got: Any) -> float:
+    """How far outputs are apart at most, as a share of their range: a code that lay between two moves a few of them."""
+    pairs = list(zip(tensors(expected), tensors(got), strict=True))
+    assert pairs
+    return max(((a - b).abs().max() / (a.max() - a.min())).item() for a, b in pairs)
+
+
 def uncompiled(int8: nn.Module) -> nn.Module:
     return int8.graph if isinstance(int8, Exported) else int8
 
@@ -182,16 +189,16 @@ def test_a_graph_that_is_built_anew_computes_what_was_converted(name: str, flow:
     graphs, inputs = [case.built_anew()[1] for _ in range(2)], case.inputs(7)
     first, second = (tensors(uncompiled(int8)(*inputs)) for int8 in graphs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert flipped(uncompiled(case.int8)(*inputs), first) < 0.02  # a code that lay between two
+    assert apart(uncompiled(case.int8)(*inputs), first) < 0.02
 
 
 @pytest.mark.parametrize(("name", "flow"), CASES)
 def test_the_reference_form_computes_what_upstreams_does(name: str, flow: str) -> None:
     case = Case(name, flow)
     expected, inputs = upstreams_reference(case, *case.built_anew()), case.inputs(7)
-    assert flipped(expected(*inputs), case.reference(case.dequantized())(*inputs)) < 0.01
+    assert apart(expected(*inputs), case.reference(case.dequantized())(*inputs)) < 0.02
     weights = {path: Int8Weight.nearest(weight, case.scheme.reduced) for path, weight in case.weights.items()}
-    assert flipped(expected(*inputs), case.reference(copy.deepcopy(case.model), weights)(*inputs)) < 0.01
+    assert apart(expected(*inputs), case.reference(copy.deepcopy(case.model), weights)(*inputs)) < 0.02
 
 
 @pytest.mark.parametrize("flow", ["fx", "fx_trained"])
