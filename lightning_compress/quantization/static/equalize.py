@@ -6,7 +6,7 @@ Works on the traced form of a module, whose layers are the module's own: it is t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,7 +274,7 @@ class _Outputs(torch.fx.Interpreter):
         return output
 
 
-def widen_(graph: nn.Module, relu6: list[str], kind: type[nn.Module] = nn.ReLU) -> None:
+def widen_(graph: nn.Module, relu6: Collection[str], kind: type[nn.Module] = nn.ReLU) -> None:
     """Put a ReLU in the place of each of these ReLU6 of a traced graph; the traced module keeps its own."""
     for path in relu6:
         graph.set_submodule(path, kind())

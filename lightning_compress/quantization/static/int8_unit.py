@@ -23,6 +23,7 @@ from lightning_compress.modules.paths import is_at_or_below, modules_of
 from lightning_compress.modules.routing import Form, StoredWeight, class_of, form_of, routed_modules, settle_
 from lightning_compress.quantization.numerics.int8 import StaticInt8, refuse_to_move
 from lightning_compress.quantization.static.flows.flow import Rounding, Trace, load
+from lightning_compress.quantization.static.flows.fx_trace import Opaque
 from lightning_compress.quantization.static.flows.names import own_path
 from lightning_compress.quantization.static.inner_layer import InnerLayer
 from lightning_compress.quantization.static.reference import reference
@@ -127,9 +128,9 @@ class Int8Unit(Form):
             form = form_of(owner)
             if owner is not module and form is not None and not isinstance(form, InnerLayer):
                 if type(holder).__module__.startswith("torch.ao.nn.intrinsic"):
-                    holder[0] = _Direct(owner)  # upstream fuses float layers too
+                    holder[0] = Opaque(owner)  # upstream fuses float layers too
                 else:
-                    graph.set_submodule(path, _Direct(owner))
+                    graph.set_submodule(path, Opaque(owner))
                 continue
             for kind in KINDS:
                 held, tensors = getattr(holder, kind), getattr(owner, kind)
@@ -164,9 +165,8 @@ class Int8Unit(Form):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        twin = copy.copy(self.__dict__)
         modules = {name: None if name in ("_kernels", "_reference") else inner for name, inner in self._modules.items()}
-        return {**twin, "_modules": modules, "_structure": None, "_seen": []}
+        return {**self.__dict__, "_modules": modules, "_structure": None, "_seen": []}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         refuse_to_move(fn)
@@ -183,17 +183,6 @@ def _values(module: nn.Module) -> dict[str, nn.Module]:
             for name in form.weights:  # type: ignore[union-attr]
                 found[f"{path}.{name}".lstrip(".")] = found[path] = _Value(owner, name)
     return found
-
-
-class _Direct(nn.Module):
-    """Calls a module of the tree from a graph."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["module"] = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["module"](*args, **kwargs)
 
 
 class _Value(nn.Module):

@@ -20,6 +20,7 @@ from lightning_compress.modules.isolation import isolated_random_state, restore_
 from lightning_compress.modules.paths import modules_of
 from lightning_compress.modules.routing import Form, class_of, routed_modules
 from lightning_compress.quantization.numerics.int8 import StaticInt8
+from lightning_compress.quantization.static.equalize import widen_
 from lightning_compress.quantization.static.flows.flow import Flow, Trace, load, tracer
 from lightning_compress.quantization.static.unit import Unit
 
@@ -193,8 +194,7 @@ def trace_unit(module: nn.Module, unit: Unit, training: bool) -> Trace:
         trace = tracer(unit.flow)(module, unit.signature, unit.hooked)
     finally:
         restore_modes_(modes)
-    for path in unit.widened:
-        trace.graph.set_submodule(path, nn.ReLU())  # in the place of a ReLU6; the module keeps its own
+    widen_(trace.graph, unit.widened)
     return trace
 
 
