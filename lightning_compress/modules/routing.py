@@ -28,6 +28,11 @@ _CHANGED = (
 )
 
 
+def needs_plain_operators() -> bool:
+    """Tell whether a run is compiled, exported or traced: what stands in it must be known outside of this process."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 class StoredWeight(nn.Module):
     """Holds the values of a parameter in other numbers: codes, and what makes floats of them.
 
@@ -186,9 +191,7 @@ class _Routed:
             return super().__getattr__(name)  # type: ignore[misc]
         form.bind_(self)
         value = form.float_value(self, name)
-        # What is compiled or written down knows no class of ours.
-        plain = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if plain:
+        if needs_plain_operators():  # and tensors of no class of ours
             return value
         view: Any = value.as_subclass(_ReadOnly)
         view._is_param = True  # as torch's `get_parameter` and code of users ask for one

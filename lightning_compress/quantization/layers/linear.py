@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_compress.modules.routing import Form
+from lightning_compress.modules.routing import Form, needs_plain_operators
 from lightning_compress.quantization.layers.int8_weight import Int8Weight
 from lightning_compress.quantization.layers.kernel_cache import KernelCache
 from lightning_compress.quantization.numerics.int8 import needs_reduced_range
-from lightning_compress.quantization.numerics.packing import is_recorded
 
 OUTLIER = 6.0
 """A column of activations is an outlier where its largest magnitude exceeds so many times the mean of the columns'."""
@@ -28,7 +27,7 @@ def in_plain_operators(x: Tensor) -> bool:
     It is opaque to whatever compiles or writes down a run, and computes on the CPU alone. Activations aren't quantized
     then, which is as exact as any scale for each token, but not as fast.
     """
-    return torch.compiler.is_compiling() or is_recorded() or x.device.type != "cpu"
+    return needs_plain_operators() or x.device.type != "cpu"
 
 
 def packed_kernel(codes: Tensor, scale: Tensor, bias: Tensor | None) -> Any:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_compress.modules.routing import Form
+from lightning_compress.modules.routing import Form, needs_plain_operators
 from lightning_compress.quantization.layers import int4_kernel
 from lightning_compress.quantization.layers.packed_weight import PackedWeight
-from lightning_compress.quantization.numerics.packing import is_recorded
 
 _BLOCK = 2**20
 """Values that are dequantized at a time: 4 MB of float32."""
@@ -61,7 +60,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rows: slice = 
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     y: Tensor | None = None
-    if torch.compiler.is_compiling() or is_recorded():
+    if needs_plain_operators():
         # In plain operators, for any number of rows: without the kernel, and with all of W in float at a time.
         y = x @ weight.values_of(rows).to(x.dtype).T
     elif 0 < x.numel() <= int4_kernel.FEW * weight.columns and not (x.requires_grad and torch.is_grad_enabled()):

@@ -20,7 +20,15 @@ from lightning_compress.errors import CompressionError, NoEffectWarning
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.isolation import evaluation_mode
 from lightning_compress.modules.paths import is_at_or_below, modules_of
-from lightning_compress.modules.routing import Form, StoredWeight, class_of, form_of, routed_modules, settle_
+from lightning_compress.modules.routing import (
+    Form,
+    StoredWeight,
+    class_of,
+    form_of,
+    needs_plain_operators,
+    routed_modules,
+    settle_,
+)
 from lightning_compress.quantization.numerics.int8 import StaticInt8, refuse_to_move
 from lightning_compress.quantization.static.flows.flow import Rounding, Trace, load
 from lightning_compress.quantization.static.flows.fx_trace import Opaque
@@ -76,7 +84,7 @@ class Int8Unit(Form):
                 "Received: other arguments or flags. Call it with the arguments of the calibration or training step, "
                 "or exclude it from `targets`."
             )
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        recorded = needs_plain_operators()
         if not recorded and self._is_stale():
             self.build_(module)
         graph = self._reference if recorded or self._kernels is None else self._kernels
