@@ -41,7 +41,6 @@ INSIDE = {
 # The files that import what a string names.
 BY_NAME = {
     "structure/change.py",  # the changes of structure, whose rooms stand above
-    "quantization/static/flows/flow.py",  # a flow, whose upstream takes seconds and may go
     "pruning/recipe.py",  # a user's own pruning method
     "channels/planning/importance.py",  # a user's own importance
     "quantization/schemes.py",  # a user's own scheme
@@ -77,8 +76,6 @@ MAY_ALSO_IMPORT = {
     "report/files.py": {"rich"},
     "distillation/teacher_check.py": {"torchmetrics"},
     "quantization/trainer.py": {"tqdm"},
-    "quantization/static/flows/int8_graph.py": {"torchao"},
-    "quantization/static/flows/pt2e.py": {"torchao"},
     "quantization/layers/fake_quantizers.py": {"torchao"},
 }
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}

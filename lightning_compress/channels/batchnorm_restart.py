@@ -20,7 +20,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from lightning_compress.channels.tracing.deterministic import deterministic
 from lightning_compress.modules.paths import modules_of
 from lightning_compress.modules.resizing import KeptIndices
-from lightning_compress.modules.routing import with_forms
 
 _STATISTICS = ("running_mean", "running_var")
 _LAST = 100
@@ -113,7 +112,7 @@ class BatchNormRestart:
         wanted = 1.0 / (self.batches + 1)
         norms = _norms(model)
         changed = {id(norms[path].running_mean) for path in self.norms if path in norms}
-        for module in with_forms(model):
+        for module in model.modules():
             # Momentum 0 is a way to freeze: what no cut has changed stays.
             if isinstance(module, _NormBase) and _follows(module) and module.momentum is not None:
                 held = id(module.running_mean)
@@ -126,8 +125,7 @@ class BatchNormRestart:
         """Restore each norm's momentum after a batch, or when a fit breaks off."""
         if self.batches is not None:
             self.batches += 1
-        for module in with_forms(model):
-            # By the statistics, as a traced form may have got a norm of its own around them meanwhile.
+        for module in model.modules():
             if isinstance(module, _NormBase) and id(module.running_mean) in self._momenta:
                 module.momentum = self._momenta[id(module.running_mean)]
         self._momenta = {}

@@ -198,7 +198,8 @@ class _Routed:
         return view
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        if name in vars(self)[_FORM].weights:
+        form = vars(self).get(_FORM)  # a copy of a parametrized layer is given all its attributes at once
+        if form is not None and name in form.weights:
             raise CompressionError(_CHANGED.format("others in the place of"))
         super().__setattr__(name, value)
 

@@ -88,7 +88,7 @@ class Quantization(StructuralChange):
             return
         if convert.form_name(copied) != record["form"]:
             convert.revert_(copied, "float")
-            convert.rebuild_(copied, record)
+            convert.rebuild_(copied, record, convert.traces_of(module))
         if record["form"] == "prepared":
             self.load_extra_(copied, self.extra_state(module))
         if record["form"] == "adapted":

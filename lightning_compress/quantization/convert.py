@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -38,9 +37,10 @@ from lightning_compress.quantization.lora.adapters import LowRank, adapt_, merge
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.schemes import describe, from_description
-from lightning_compress.quantization.static.flows.names import is_one_of, own_path
+from lightning_compress.quantization.static.graphs import COMPUTED, int8_layers
 from lightning_compress.quantization.static.inner_layer import InnerLayer
 from lightning_compress.quantization.static.int8_unit import Int8Unit, same_tensor
+from lightning_compress.quantization.static.trace import Trace
 from lightning_compress.quantization.static.traced import Traced
 from lightning_compress.quantization.static.unit import Unit
 
@@ -74,17 +74,24 @@ def keep_record_(part: nn.Module, model: nn.Module, path: str) -> None:
         part.__dict__[RECORD] = record
 
 
-def prepare_(model: nn.Module, described: Mapping[str, Any]) -> None:
-    """Put observers (for training, fake-quantizers) where `Plan.describe` says. Parameters stay the same objects."""
+def prepare_(
+    model: nn.Module, described: Mapping[str, Any], traces: Mapping[str, Trace] = MappingProxyType({})
+) -> None:
+    """Put observers (for training, fake-quantizers) where `Plan.describe` says. Parameters stay the same objects.
+
+    Units are traced, but for those whose ``traces`` are known, by their paths.
+    """
     record = copy.deepcopy({**described, "form": "prepared"})
     scheme, training = cast(StaticInt8, from_description(record["scheme"])), record["training"]
     modules, units = modules_of(model), [Unit.from_description(plain) for plain in record["units"]]
-    built = [Traced(unit, scheme, training=training).build_(module_at(model, unit.path)) for unit in units]
-    for plain, traced in zip(record["units"], built, strict=True):
-        plain["numbers"] = traced.trace.baked
-        route_(module_at(model, plain["path"]), traced)
+    built = [
+        Traced(unit, scheme, training=training).build_(module_at(model, unit.path), traces.get(unit.path))
+        for unit in units
+    ]
+    for traced in built:
+        route_(module_at(model, traced.unit.path), traced)
         for name, scales in traced.unit.moved.items():
-            route_(modules[f"{plain['path']}.{name}".strip(".")], InnerLayer(scales))
+            route_(modules[f"{traced.unit.path}.{name}".strip(".")], InnerLayer(scales))
     for layer in record["layers"]:
         module, scheme_of_layer = module_at(model, layer["path"]), from_description(layer["scheme"])
         layer["shapes"] = shapes_of(module)
@@ -107,8 +114,8 @@ def convert_prepared_(model: nn.Module) -> None:
             convert_(model)
 
 
-def take_stored_(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Check that a float model is the one of a stored record, and take the buffers whose values its traces hold.
+def check_stored(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Check that a float model is the one of a stored record.
 
     Raises:
         CompressionError: the model hasn't the modules that the record names.
@@ -122,73 +129,45 @@ def take_stored_(model: nn.Module, record: Mapping[str, Any]) -> None:
         if (shapes := part.get("shapes", shapes_of(module))) != shapes_of(module):
             # Packed rows of different lengths can take the same bytes.
             raise RuntimeError(f"size mismatch for {part['path']}: {shapes} in the file, {shapes_of(module)} here.")
-        buffers = dict(module.named_buffers())
-        for name in part.get("numbers", {}).keys() & buffers.keys():
-            buffers[name].copy_(part["numbers"][name])
 
 
 def convert_(model: nn.Module, weights: Weights = MappingProxyType({})) -> None:
-    """Turn a prepared model into its quantized form; what it was is kept for `revert_`.
-
-    Layers stay float, with a warning, whose int8 kernels compute something else now: on another CPU, say, than the one
-    that the model was prepared on.
-    """
+    """Turn a prepared model into its quantized form; what it was is kept for `revert_`."""
     record = record_of(model)
     assert record is not None and record["form"] == "prepared"
     layers = {layer["path"]: from_description(layer["scheme"]) for layer in record["layers"]}
     forms, known = _layer_forms(model, layers, weights), dict[int, Int8Weight]()
     for plain in record["units"]:
-        path, module = plain["path"], module_at(model, plain["path"])
+        module = module_at(model, plain["path"])
         traced = form_of(module)
         assert isinstance(traced, Traced)
         if traced.graph is None:
             traced.build_(module)
-        traced.tree.bind_()
-        traced.source.bind_()  # loading and moving leave it other tensors than the tree's
-        wrong = traced.wrong_kernels() if record["training"] else {}  # calibration follows upon the plan's judgement
-        for name in plain["unconverted"]:  # when it was converted before
-            record["floats"].pop(f"{path}.{own_path(name)}".strip("."), None)
-        plain["unconverted"] = [name for name in wrong if name]
-        int8 = {name for name in traced.flow.int8_layers(traced.graph) if not is_one_of(name, plain["unconverted"])}
-        told = {f"{path}.{own_path(name)}".strip("."): why for name, why in wrong.items()}
-        _tell_of_wrong_kernels(told, record["floats"])
-        below = {layer: forms.pop(layer) for layer in layers if is_below(layer, path)}
-        _convert_unit_(model, traced, plain, int8, below, known)
+        plain |= _coded(module, int8_layers(traced.trace.graph, traced.unit.floats).values())
+        below = {layer: forms.pop(layer) for layer in layers if is_below(layer, plain["path"])}
+        int8 = _route_unit_(model, plain, traced.scheme, traced.trains, below, known)
+        int8.roundings = traced.roundings()
+        int8.build_(module, traced.trace)
     for path, form in forms.items():
         route_(module_at(model, path), form)
     quiet_fast_path_(model)
     record["form"] = "converted"
 
 
-def _convert_unit_(
-    model: nn.Module,
-    traced: Traced,
-    plain: dict[str, Any],
-    layers: Collection[str],
-    below: Mapping[str, Form],
-    known: dict[int, Int8Weight],
-) -> None:
-    """Give a unit its int8 form, its ``layers`` their codes, and those ``below`` it with other schemes their forms."""
-    module, graph = module_at(model, plain["path"]), traced.trace.graph
-    modules, floats = modules_of(module, every_name=True), dict[str, nn.Parameter]()
+def _coded(module: nn.Module, layers: Collection[str]) -> dict[str, list[str]]:
+    """Return which parameters of a unit have codes, by all of their names, and which layers compute their weights."""
+    modules, codes = modules_of(module, every_name=True), set[int]()
     for path in layers:
         owner, _, name = (f"{path}.weight" if path in modules else path).rpartition(".")
-        if owner in modules and (parameter := modules[owner]._parameters.get(name)) is not None:
-            floats[path] = parameter
-    keys = {id(parameter): path for path, parameter in floats.items()}
-    plain["computed"] = sorted(set(layers) - floats.keys())
-    plain["coded"] = [
+        if COMPUTED not in path:
+            codes.add(id(modules[owner]._parameters[name]))
+    names = [
         f"{path}.{name}".lstrip(".")
         for path, owner in modules_of(module).items()
         for name, parameter in owner._parameters.items()
-        if id(parameter) in keys
+        if id(parameter) in codes
     ]
-    int8 = _route_unit_(model, plain, traced.scheme, traced.trains, below, known)
-    int8.roundings = traced.flow.roundings(graph, traced.graph, plain["unconverted"])
-    # The graph as it is, but with the values of the codes.
-    memo: dict[int, Any] = {id(own): own for own in (*module.modules(), *module.parameters(), *module.buffers())}
-    memo |= {key: nn.Parameter(known[key](), requires_grad=False) for key in keys}
-    int8.build_(module, replace(traced.trace, graph=copy.deepcopy(graph, memo).cpu()))  # constants were elsewhere
+    return {"coded": names, "computed": sorted(path for path in layers if COMPUTED in path)}
 
 
 def _route_unit_(
@@ -210,24 +189,13 @@ def _route_unit_(
         if id(parameter) not in known:
             known[id(parameter)] = Int8Weight.nearest(parameter, scheme.reduced)
         owned.setdefault(owner, {})[name] = known[id(parameter)]
-    int8 = Int8Unit(unit, scheme, trained, plain["computed"], owned.pop(""))
+    int8 = Int8Unit(unit, scheme, trained, owned.pop(""))
     for path, form in below.items():
         route_(module_at(model, path), form)
     for path in dict.fromkeys((*owned, *unit.moved)):
         route_(modules[path], InnerLayer(unit.moved.get(path, {}), owned.get(path, {})))
     route_(module, int8)
     return int8
-
-
-def _tell_of_wrong_kernels(wrong: Mapping[str, str], floats: dict[str, str]) -> None:
-    if wrong:
-        floats |= wrong
-        lines = [f"`{path}`: {reason}" for path, reason in wrong.items()]
-        warnings.warn(
-            f"On this CPU some layers can't be int8, and stay float: {'; '.join(lines)}. They were right when they "
-            "were prepared: the model isn't quite the one that it is on a CPU where they still are.",
-            stacklevel=3,
-        )
 
 
 def _layer_forms(model: nn.Module, layers: Mapping[str, Scheme], weights: Weights) -> dict[str, Form]:
@@ -322,6 +290,12 @@ def transplant_(model: nn.Module, twin: nn.Module) -> None:
     model.__dict__[RECORD] = copy.deepcopy(record)
 
 
+def traces_of(model: nn.Module) -> dict[str, Trace]:
+    """Return the traces of a prepared model's units, by their paths."""
+    forms = {path: form_of(module) for path, module in modules_of(model).items()}
+    return {path: form.trace for path, form in forms.items() if isinstance(form, Traced) and form.graph is not None}
+
+
 def packed_weights(model: nn.Module) -> list[PackedWeight]:
     """Return the matrices that a model holds in few bits, each once."""
     found = (weight for form in routed_modules(model).values() for weight in form.weights.values())
@@ -334,18 +308,18 @@ def forget_(model: nn.Module) -> None:
         forget_aside_(module)
 
 
-def rebuild_(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Give a float model the form that ``record`` tells of; its weights are loaded afterwards.
+def rebuild_(model: nn.Module, record: Mapping[str, Any], traces: Mapping[str, Trace] = MappingProxyType({})) -> None:
+    """Give a float model the form that ``record`` tells of; its weights are loaded afterwards. See `prepare_`.
 
     Raises:
         CompressionError: the model hasn't the modules that the record names.
     """
-    take_stored_(model, record)
+    check_stored(model, record)
     if record["form"] == "adapted":
         paths = [layer["path"] for layer in record["layers"]]
         adapt_and_record_(model, paths, LowRank(**record["low_rank"]), record)
     elif record["form"] == "prepared":
-        prepare_(model, record)
+        prepare_(model, record, traces)
         return
     else:
         _rebuild_converted_(model, copy.deepcopy(dict(record)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,16 +12,16 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.messages import by_reason, named, they
 from lightning_compress.modules.call_log import CallLog
 from lightning_compress.modules.paths import is_below
+from lightning_compress.quantization.agreement import Agreement
 from lightning_compress.quantization.layers.plan import plan_layers
 from lightning_compress.quantization.layers.without_kernel import without_kernel
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.schemes import describe, from_description
 from lightning_compress.quantization.static.plan import AS_A_WHOLE, plan_units
+from lightning_compress.quantization.static.trace import Trace
 from lightning_compress.quantization.static.unit import Unit
 from lightning_compress.targets import Targets
-
-_logger = logging.getLogger("lightning_compress")
 
 _LONGEST = 200
 
@@ -40,6 +39,7 @@ class Plan:
         units: modules that are traced as a whole.
         layers: paths of layers that are quantized one by one, each with its scheme; in units or not.
         floats: paths of what stays float, each with the reason.
+        traces: those of the units, by their paths.
     """
 
     scheme: Scheme
@@ -47,6 +47,7 @@ class Plan:
     units: list[Unit] = field(default_factory=list)
     layers: dict[str, Scheme] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
+    traces: dict[str, Trace] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Return plain data for a checkpoint."""
@@ -65,7 +66,6 @@ def make_plan(
     scheme: Scheme,
     targets: Targets | None,
     overrides: Mapping[str, Scheme],
-    flow: str,
     *,
     training: bool,
 ) -> Plan:
@@ -80,16 +80,8 @@ def make_plan(
     layers, floats = plan_layers(model, called, scheme, targets, overrides, replaced)
     if scheme.whole:
         assert log is not None
-
-        def by(name: str) -> Plan:
-            whole = cast(StaticInt8, scheme)
-            units, left = plan_units(model, log, whole, targets, layers, training=training, flow=name)
-            return Plan(scheme, training, units, layers, left)
-
-        plan = by("fx" if flow == "auto" else flow)
-        if flow == "auto" and not plan.units and not training and (other := by("pt2e")).units:
-            _logger.warning("flow 'fx' can quantize nothing here, 'pt2e' can: %s", "; ".join(explain(other.describe())))
-            plan = other
+        units, traces, left = plan_units(model, log, cast(StaticInt8, scheme), targets, layers, training=training)
+        plan = Plan(scheme, training, units, layers, left, traces)
     else:
         plan = Plan(scheme, training, [], layers, without_kernel(model, scheme))
     plan.floats = {path: reason for path, reason in (plan.floats | floats).items() if path not in layers}
@@ -103,10 +95,10 @@ def make_plan(
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """Say what is quantized, for the log: units by their flow, layers by their scheme."""
+    """Say what is quantized, for the log: units by their target, layers by their scheme."""
     ways: dict[str, list[str]] = {}
     for unit in record["units"]:
-        ways.setdefault(f"flow {unit['flow']}", []).append(unit["path"])
+        ways.setdefault(f"{record['scheme']['name']} for {record['scheme']['target']}", []).append(unit["path"])
     for layer in record["layers"]:
         ways.setdefault(layer["scheme"]["name"], []).append(layer["path"])
     return "; ".join(f"{named(paths)} ({way})" for way, paths in ways.items())
@@ -130,7 +122,8 @@ def per_token_line(record: Mapping[str, Any]) -> str:
 def explain(record: Mapping[str, Any]) -> list[str]:
     """Say what stays float, and what has a form that users should know of: a line for each reason."""
     parted, floats = _left_float(record)
-    lines = [f"{they(paths, 'is', 'are')} quantized in parts, {reason}" for reason, paths in by_reason(parted).items()]
+    lines = [str(Agreement(**record["agreement"]))] if "agreement" in record else []
+    lines += [f"{they(paths, 'is', 'are')} quantized in parts, {reason}" for reason, paths in by_reason(parted).items()]
     lines += [f"{they(paths, 'stays', 'stay')} float: {reason}" for reason, paths in by_reason(floats).items()]
     hooked = [name for unit in record["units"] for name in unit["hooked"]]
     if hooked:
@@ -146,15 +139,15 @@ def explain(record: Mapping[str, Any]) -> list[str]:
     lines += [f"{named(paths)}: {note}" for note, paths in notes.items() if note]
     if line := per_token_line(record):
         lines.append(line)
-    if len(record["units"]) >= _MANY and record["units"][0]["flow"] == "fx":
+    if len(record["units"]) >= _MANY:
         lines.append(
-            f"quantized in {len(record['units'])} pieces, with activations rounded at each border; flow='pt2e' may "
-            "take it whole, and int8_dynamic keeps the outputs of linear layers in float"
+            f"quantized in {len(record['units'])} pieces, with activations rounded at each border; int8_dynamic keeps "
+            "the outputs of linear layers in float"
         )
-    if any(unit["flow"] == "pt2e" for unit in record["units"]):
+    if record["units"] and record["scheme"]["engine"] == "inductor":
         lines.append(
-            "flow pt2e: compiled by inductor at the first call with each new shape, which takes a while; not timed "
-            "against float"
+            "engine inductor: compiled at the first call with each new shape, which takes a while; not timed against "
+            "float"
         )
     return lines
 

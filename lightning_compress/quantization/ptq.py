@@ -25,9 +25,9 @@ from lightning_compress.quantization.trainer import (
     calibration_batches,
     calibration_loader,
     calibration_source,
+    compare_with_float,
     refuse_accelerator,
     stage_of,
-    time_against_float,
 )
 from lightning_compress.silent_copy import make_probe, unsilence_
 from lightning_compress.structure.change import require_float
@@ -51,8 +51,7 @@ class PostTrainingQuantization(CompressionCallback):
     Args:
         scheme: ``int8_static``, ``int8_dynamic``, ``int8_weight_only``, ``int4_weight_only``, ``nf4`` or ``gptq`` (see
             `quantize`), a scheme object, or the import path of a class of yours. Int8 runs on the CPU alone.
-        flow: what makes static int8, ``fx`` or ``pt2e`` (see `quantize`); ``auto`` is ``fx``, and ``pt2e`` where that
-            can quantize nothing.
+        flow: the way to static int8; there is one, ``pt2e``, through `torch.export`.
         calibration_batches: how many batches calibrate at most.
         targets: which layers; by default all that the scheme has kernels for.
         overrides: pattern of layers' paths to the scheme that they get instead, any but ``int8_static``; the last
@@ -82,7 +81,7 @@ class PostTrainingQuantization(CompressionCallback):
     def __init__(
         self,
         scheme: str | Scheme = "int8_static",
-        flow: Literal["auto", "fx", "pt2e"] = "auto",
+        flow: Literal["auto", "pt2e"] = "auto",
         calibration_batches: int = 32,
         targets: Targets | None = None,
         overrides: dict[str, str | Scheme] | None = None,
@@ -216,7 +215,7 @@ class PostTrainingQuantization(CompressionCallback):
             return
         with torch.inference_mode(False), isolated_random_state():
             quantized = make_probe(trainer, self.quantized_model)
-            line = time_against_float(trainer, floats, quantized, batch, stage_of(trainer))
+            _, line = compare_with_float(trainer, floats, quantized, batch, stage_of(trainer))
         if line:
             self._notes.append(line)
             rank_zero_info(f"{type(self).__name__}: {line}.")

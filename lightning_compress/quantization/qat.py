@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -25,16 +26,16 @@ from lightning_compress.quantization import convert
 from lightning_compress.quantization.change import CHANGE
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import explain, make_plan, summary
-from lightning_compress.quantization.recipe import check_overrides
+from lightning_compress.quantization.recipe import check_flow, check_overrides
 from lightning_compress.quantization.schemes import describe, resolve
 from lightning_compress.quantization.static.calibrate import adjusted, calibrate
-from lightning_compress.quantization.static.flows.flow import AVERAGING_CONSTANT
+from lightning_compress.quantization.static.rounding import AVERAGING_CONSTANT
 from lightning_compress.quantization.static.traced import reduce_ranges_, traced_units
 from lightning_compress.quantization.trainer import (
+    compare_with_float,
     may_rescale,
     refuse_accelerator,
     run_training_step,
-    time_against_float,
 )
 from lightning_compress.silent_copy import make_probe
 from lightning_compress.structure.listener import averaged_copies
@@ -60,7 +61,7 @@ class QuantizationAwareTraining(WindowedCallback):
     Args:
         scheme: ``int8_static`` or a `StaticInt8`; or ``int4_weight_only`` or a symmetric `WeightOnly`, of which
             linear and embedding layers are fake-quantized by torchao, and others rounded when the fit ends.
-        flow: ``fx``; ``auto`` is the same for training.
+        flow: the way to static int8; there is one, ``pt2e``, through `torch.export`.
         window: prepared at its start; by default before training, or when the last channels have left where
             `ChannelPruning` removes some: fractions of the window count from there.
         targets: which layers; by default all that int8 has kernels for.
@@ -97,7 +98,7 @@ class QuantizationAwareTraining(WindowedCallback):
     def __init__(
         self,
         scheme: str | Scheme = "int8_static",
-        flow: Literal["auto", "fx"] = "auto",
+        flow: Literal["auto", "pt2e"] = "auto",
         window: Window = _WINDOW,
         targets: Targets | None = None,
         overrides: dict[str, str | Scheme] | None = None,
@@ -108,8 +109,7 @@ class QuantizationAwareTraining(WindowedCallback):
         super().__init__(window)
         self.scheme = resolve(scheme)
         self.scheme.check_trains()
-        if flow not in ("auto", "fx"):
-            raise invalid("flow", "be 'auto' or 'fx' for training", flow)
+        check_flow(flow, self.scheme)
         for name, value in {"freeze_observers": freeze_observers, "freeze_batchnorm": freeze_batchnorm}.items():
             if not 0.0 < value <= 1.0:
                 raise invalid(name, "lie in (0, 1]", value, "It is a fraction of the window; 1 never freezes.")
@@ -196,12 +196,15 @@ class QuantizationAwareTraining(WindowedCallback):
         log = CallLog()
         for seen in observe_steps(trainer, pl_module, batch, batch_idx, record_calls):
             log.merge(seen)
-        plan = make_plan(pl_module, log, self.scheme, self.targets, self._overrides, "fx", training=True)
+        plan = make_plan(pl_module, log, self.scheme, self.targets, self._overrides, training=True)
         if plan.units and may_rescale(trainer):
             with evaluation_mode(pl_module):
-                plan.units = [adjusted(pl_module, unit, log, self.scheme, training=True) for unit in plan.units]
+                plan.units = [
+                    adjusted(pl_module, unit, plan.traces[unit.path], log, self.scheme, training=True)
+                    for unit in plan.units
+                ]
         described = plan.describe()
-        convert.prepare_(pl_module, described)
+        convert.prepare_(pl_module, described, plan.traces)
         self.sync_(trainer, pl_module)
         if trainer.training:
             rebuild_ddp(trainer, pl_module)
@@ -237,7 +240,7 @@ class QuantizationAwareTraining(WindowedCallback):
             floats = make_probe(trainer, pl_module, list(pl_module.parameters()))
             convert.revert_(floats, "float")
             convert.convert_prepared_(pl_module)
-            self._time(trainer, pl_module, floats)
+            self._compare(trainer, pl_module, floats)
         if convert.form_name(pl_module) == "float":
             rank_zero_warn(f"{type(self).__name__}: the fit ended before the window began; the model is still float.")
 
@@ -251,17 +254,20 @@ class QuantizationAwareTraining(WindowedCallback):
             calibrate(probe, recent, len(recent), run_training_step)
         CHANGE.load_extra_(pl_module, CHANGE.extra_state(probe))
 
-    def _time(self, trainer: pl.Trainer, pl_module: pl.LightningModule, floats: pl.LightningModule) -> None:
-        """Say if the last batch of the training takes longer than in float; both forms are copies."""
+    def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, floats: pl.LightningModule) -> None:
+        """Say how well int8 and float agree on the last batch of the training, and if it takes longer; on copies."""
         batch, self._batch = self._batch, None
         int8 = any(scheme.needs_cpu for scheme in (self.scheme, *self._overrides.values()))
         if batch is None or (int8 and pl_module.device.type != "cpu"):
             return
         with torch.no_grad(), isolated_random_state():
-            line = time_against_float(trainer, floats, make_probe(trainer, pl_module), batch, "validation")
-        if line:
-            self._notes.append(line)
-            rank_zero_info(f"{type(self).__name__}: {line}.")
+            agreement, line = compare_with_float(trainer, floats, make_probe(trainer, pl_module), batch, "validation")
+        record = convert.record_of(pl_module)
+        if agreement is not None and record is not None:
+            record["agreement"] = asdict(agreement)
+        for said in filter(None, ("" if agreement is None else str(agreement), line)):
+            self._notes.append(said)
+            rank_zero_info(f"{type(self).__name__}: {said}.")
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

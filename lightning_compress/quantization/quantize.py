@@ -22,6 +22,7 @@ from lightning_compress.modules.isolation import evaluation_mode, isolated_evalu
 from lightning_compress.modules.latency import round_ratios
 from lightning_compress.modules.outputs import least_cosine, outer_outputs
 from lightning_compress.modules.paths import device_of, modules_of
+from lightning_compress.quantization.agreement import BATCHES, outputs_of, record_agreement_
 from lightning_compress.quantization.convert import convert_, forget_, prepare_, record_of
 from lightning_compress.quantization.layers.gptq_calibration import calibrated_weights
 from lightning_compress.quantization.layers.per_token import give_tokens_scales_
@@ -49,7 +50,7 @@ def quantize(
     calibration_batches: int = 32,
     targets: Targets | None = None,
     overrides: Overrides | None = None,
-    flow: Literal["auto", "fx", "pt2e"] = "auto",
+    flow: Literal["auto", "pt2e"] = "auto",
 ) -> Model:
     """Make a new model with the same interface and weights of 2 to 8 bits; ``model`` is left as it is.
 
@@ -64,8 +65,7 @@ def quantize(
         targets: which layers; by default all that the scheme has kernels for.
         overrides: pattern of layers' paths to the scheme that they get instead, any but ``int8_static``; the last
             match wins.
-        flow: what makes static int8: ``fx`` runs int8 kernels at once, ``pt2e`` sees through more code and is compiled
-            by inductor at the first call. ``auto`` is ``fx``, and ``pt2e`` where that can quantize nothing.
+        flow: the way to static int8; there is one, ``pt2e``, through `torch.export`.
 
     Returns:
         A copy, whose layers that can't be quantized are float still.
@@ -152,33 +152,38 @@ def quantize_(
                     log.merge(replace(seen, inputs={}))
         elif getattr(model, "example_input_array", None) is not None:
             log = dry_run(model, None, lambda model, _: run_example(model), keep_inputs=False)
-    plan = make_plan(model, log, scheme, recipe.targets, recipe.overrides, recipe.flow, training=False)
+    plan = make_plan(model, log, scheme, recipe.targets, recipe.overrides, training=False)
     if log is not None:
-        plan.units = [adjusted(model, unit, log, scheme) for unit in plan.units]
+        plan.units = [adjusted(model, unit, plan.traces[unit.path], log, scheme) for unit in plan.units]
     fitted = {path: wish for path, wish in plan.layers.items() if wish.fits}
-    batches = chain([first], batches)
+    found = iter(() if first is None else islice(chain([first], batches), recipe.calibration_batches))
+    measured = list(islice(found, BATCHES if recipe.calibrates else 1))
+    floats = outputs_of(model, measured, run)
     weights: Weights = {}
     if fitted:
-        batches = list(islice(batches, recipe.calibration_batches))
-        weights = calibrated_weights(model, fitted, batches, run)
-    prepare_(model, plan.describe())
+        found = iter(measured := [*measured, *found])
+        weights = calibrated_weights(model, fitted, measured, run)
+    else:
+        found = chain(measured, found)
+    prepare_(model, plan.describe(), plan.traces)
     if plan.units:
-        calibrate(model, batches, recipe.calibration_batches, run)
+        calibrate(model, found, recipe.calibration_batches, run)
     convert_(model, weights)
     if first is None:
         return
     assert log is not None
     called = set(log.inputs)
-    if not recipe.decides_per_token:
-        _check_runs(model, first, run, called)
-        return
 
     def cosine() -> float:
         with outer_outputs(model) as got:
             _check_runs(model, first, run, called)
         return least_cosine(*([output for _, output in calls] for calls in (expected, got)))
 
-    _decide_per_token_(model, cosine)
+    if recipe.decides_per_token:
+        _decide_per_token_(model, cosine)
+    else:
+        _check_runs(model, first, run, called)
+    record_agreement_(model, floats, measured[: len(floats)], run)
 
 
 def _decide_per_token_(model: nn.Module, cosine: Callable[[], float]) -> None:
@@ -254,7 +259,7 @@ def slower_than_float(
     call aren't timed.
     """
     record = record_of(quantized) or {}
-    if any(unit["flow"] == "pt2e" for unit in record.get("units", ())):
+    if record.get("units") and record["scheme"]["engine"] == "inductor":
         return ""
     limits = {"max_seconds": 0.0 if fixed_rounds else 0.3, "min_rounds": 3, "max_rounds": 20, "warm_up": 1}
     try:

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lightning_compress.errors import invalid, nearest
+from lightning_compress.errors import invalid
 from lightning_compress.quantization.layers.packed import packable
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.schemes import resolve
-from lightning_compress.quantization.static.flows.flow import FLOWS
 from lightning_compress.targets import Targets
 
 Overrides = Mapping[str, str | Scheme]
@@ -37,6 +36,18 @@ def check_overrides(overrides: Overrides | None) -> dict[str, Scheme]:
     return resolved
 
 
+def check_flow(flow: str, scheme: Scheme) -> None:
+    """Raise `CompressionError` if there is no such flow, or none for a scheme.
+
+    A flow is the way from a module to static int8. There is one: ``pt2e``, through `torch.export`.
+    """
+    if flow not in ("auto", "pt2e"):
+        remedy = "torch's `fx` goes with torch.ao. Leave `flow` out." if flow == "fx" else ""
+        raise invalid("flow", "be 'auto' or 'pt2e'", flow, remedy)
+    if flow != "auto" and not scheme.whole:
+        raise invalid("flow", "be 'auto' for a scheme that works layer by layer", flow)
+
+
 class Recipe:
     """Checks what to quantize with; the arguments are those of `quantize`.
 
@@ -57,11 +68,7 @@ class Recipe:
             raise invalid("targets", "be a Targets", targets, "Write Targets(include=[...]).")
         self.targets = targets
         self.overrides = check_overrides(overrides)
-        if flow not in ("auto", *FLOWS):
-            raise invalid("flow", f"be one of auto, {', '.join(FLOWS)}", flow, nearest(str(flow), FLOWS))
-        if flow != "auto" and not self.scheme.whole:
-            raise invalid("flow", "be 'auto' for a scheme that works layer by layer", flow)
-        self.flow = flow
+        check_flow(flow, self.scheme)
         if not isinstance(calibration_batches, int) or calibration_batches < 1:
             raise invalid("calibration_batches", "be at least 1", calibration_batches)
         self.calibration_batches = calibration_batches

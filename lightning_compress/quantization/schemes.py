@@ -34,8 +34,8 @@ def resolve(scheme: str | Scheme) -> Scheme:
             arguments, or isn't found by its own import path.
 
     Example:
-        >>> resolve("int8_static")
-        StaticInt8(engine='x86', observer='minmax', reduce_range=None, equalize=None, smooth=None)
+        >>> resolve("int8_dynamic")
+        DynamicInt8(per_token=None, reduce_range=None)
     """
     if isinstance(scheme, str) and scheme in SCHEMES:
         return SCHEMES[scheme]

@@ -16,6 +16,7 @@ from lightning_compress.callback import compression_callbacks
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import run_step
 from lightning_compress.probe import is_own, shape_feed, to_module
+from lightning_compress.quantization.agreement import Agreement, outputs_of
 from lightning_compress.quantization.quantize import dry_run, passed_over, slower_than_float
 from lightning_compress.structure.listener import averaged_copies
 
@@ -79,10 +80,10 @@ def _loader(source: Any, name: str) -> Any:
     return getattr(source, name)()
 
 
-def time_against_float(
+def compare_with_float(
     trainer: pl.Trainer, floats: pl.LightningModule, quantized: pl.LightningModule, batch: Any, stage: str
-) -> str:
-    """Return a line for the log and the report if a batch takes longer in the quantized copy, or passes over layers.
+) -> tuple[Agreement | None, str]:
+    """Return how well outputs agree on a batch, and a line if the quantized copy takes longer or passes over layers.
 
     Both are probes, see `make_probe`; the step of ``stage`` (``test``, ``validation`` or ``predict``) comes first.
     """
@@ -90,11 +91,12 @@ def time_against_float(
     try:
         feed.choose(floats, iter([batch]))
     except CompressionError:  # nothing runs, and nothing can be timed
-        return ""
+        return None, ""
     called = set(dry_run(floats, batch, feed, keep_inputs=False).inputs)
     if missed := passed_over(quantized, batch, feed, called):
-        return f"quantized layers aren't called as the float ones were. {missed.rstrip('.')}"
-    return slower_than_float(floats, quantized, feed, batch, fixed_rounds=trainer.world_size > 1)
+        return None, f"quantized layers aren't called as the float ones were. {missed.rstrip('.')}"
+    agreement = Agreement.of(*(outputs_of(model, [batch], feed) for model in (floats, quantized)))
+    return agreement, slower_than_float(floats, quantized, feed, batch, fixed_rounds=trainer.world_size > 1)
 
 
 def refuse_accelerator(trainer: pl.Trainer) -> None:

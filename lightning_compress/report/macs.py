@@ -17,7 +17,7 @@ from lightning_compress.distillation.calling import call
 from lightning_compress.modules.isolation import isolated_inference
 from lightning_compress.report.storage import packed_weights
 
-_TRANSPARENT = ("aten", "prim", "prims", "profiler", "quantized", "quantized_decomposed", "torchvision")
+_TRANSPARENT = ("aten", "onednn", "prim", "prims", "profiler", "quantized", "quantized_decomposed", "torchvision")
 # Fused operators of aten that multiply and have no formula here.
 _OPAQUE = ("_trilinear", "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_native_multi_head_attention",
            "_transformer_encoder_layer_fwd")  # fmt: skip
@@ -96,10 +96,12 @@ _Formula = Callable[[Any, Any], int]
 def _formula(namespace: str, name: str) -> _Formula | None:
     if namespace == "aten":
         return _ATEN.get(name)
-    if namespace != "quantized" or "prepack" in name or "unpack" in name:
+    if namespace not in ("quantized", "onednn") or "prepack" in name or "unpack" in name:
         return None
-    if name.startswith("linear") or name == "matmul":
+    if name.startswith(("linear", "qlinear")) or name == "matmul":
         return _matrix_product
+    if name.startswith("qconv"):
+        return _int8_conv
     if name.startswith("conv_transpose"):
         return _quantized_conv_transpose
     return _quantized_conv if name.startswith("conv") else None
@@ -109,6 +111,10 @@ def _weight(args: Any) -> Tensor:
     # The weight is the largest tensor in the packed object: the others are the bias and the convolution's settings.
     packed = next(argument for argument in args if isinstance(argument, torch.ScriptObject))
     return max(packed_weights(packed), key=lambda tensor: tensor.numel() * (tensor.ndim > 1))
+
+
+def _int8_conv(args: Any, out: Tensor) -> int:
+    return out.numel() // out.shape[1] * int(args[3].numel())  # its weight, in an order of its own
 
 
 def _quantized_conv(args: Any, out: Tensor) -> int:

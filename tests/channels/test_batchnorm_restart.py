@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import ChannelPruning, OneShot, QuantizationAwareTraining, Window
-from lightning_compress.modules.routing import with_forms
 from tests.support.data import TinyData
 from tests.support.fits import fit, read_checkpoint, resume
 from tests.support.modules import Classifier, quiet_trainer
@@ -152,11 +151,11 @@ def test_a_norm_with_a_cumulative_average_starts_it_anew() -> None:
     assert module.norms[1].num_batches_tracked == 4
 
 
-def test_a_fused_norm_has_its_own_momentum_again_where_quantization_begins_right_after_a_cut() -> None:
+def test_a_norm_has_its_own_momentum_again_where_quantization_begins_right_after_a_cut() -> None:
     module, qat = Classifier(), QuantizationAwareTraining(convert=False)
     quiet_trainer(max_epochs=2, callbacks=[ChannelPruning(macs=0.5), qat]).fit(module, TinyData())
-    norms = [inner for inner in with_forms(module) if isinstance(inner, nn.modules.batchnorm._BatchNorm)]
-    assert [norm.momentum for norm in norms] == [0.1, 0.1]
+    norms = [inner for inner in module.modules() if isinstance(inner, nn.modules.batchnorm._BatchNorm)]
+    assert [norm.momentum for norm in norms] == [0.1]
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

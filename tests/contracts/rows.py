@@ -192,8 +192,11 @@ ROWS = (
         (
             ({"scheme": "int8_statik"}, "Nearest: int8_static"),
             ({"calibration_batches": 0}, "`calibration_batches` must be at least 1"),
-            ({"flow": "pt2"}, "`flow` must be one of auto, fx, pt2e"),
-            ({"scheme": "int8_dynamic", "flow": "fx"}, "`flow` must be 'auto' for a scheme that works layer by layer"),
+            ({"flow": "pt2"}, "`flow` must be 'auto' or 'pt2e'"),
+            (
+                {"scheme": "int8_dynamic", "flow": "pt2e"},
+                "`flow` must be 'auto' for a scheme that works layer by layer",
+            ),
             ({"overrides": {"head": "int8_static"}}, "`overrides` must name schemes that work layer by layer"),
         ),
     ),

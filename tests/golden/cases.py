@@ -78,8 +78,8 @@ class Case:
         return str(FOLDER / f"{self.name}.ckpt")
 
     def outputs(self, model: nn.Module) -> Tensor:
-        """What a model gives in evaluation; pt2e's form isn't compiled, which would take ten seconds."""
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        """What a model gives in evaluation."""
+        with torch.no_grad():
             output: Tensor = model.eval()(inputs(self.kind))
         return output
 
@@ -176,7 +176,7 @@ CASES = (
         lambda: [QuantizationAwareTraining(WeightOnly(bits=4, group_size=4))],
         rounded=True,
     ),
-    fitted("converted_fx", "images", lambda: [qat()], resumes=False, rounded=True),
+    fitted("converted", "images", lambda: [qat()], resumes=False, rounded=True),
     fitted(
         "converted_tested",
         "images",
@@ -185,7 +185,6 @@ CASES = (
         rounded=True,
         flag="tested",
     ),
-    plain("converted_pt2e", "images", quantized(INT8, "images", flow="pt2e"), rounded=True),
     plain(
         "dynamic",
         "sequences",

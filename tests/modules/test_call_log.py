@@ -93,7 +93,7 @@ class Module(L.LightningModule):
     [
         (Asks, {}, ["net.first", "net.second"]),
         (Reader, {"net.first": "no static int8 kernel for this Linear as it is used here"}, ["net"]),
-        (Deep, {"net.block.0": "its weight is read from outside of it"}, ["net.block.2", "net.second"]),
+        (Deep, {"net.block.0": "no static int8 kernel for this Linear as it is used here"}, ["net"]),
         (Regularized, {}, ["net"]),
     ],
 )

@@ -14,14 +14,16 @@ from lightning_compress.quantization import Scheme
 from lightning_compress.quantization.convert import prepare_
 from lightning_compress.quantization.plan import make_plan
 from lightning_compress.quantization.quantize import dry_run
+from lightning_compress.quantization.static.graphs import int8_layers as int8_operators
 from lightning_compress.quantization.static.inner_layer import InnerLayer
 from lightning_compress.quantization.static.int8_unit import Int8Unit
+from lightning_compress.quantization.static.rounding import ActivationQuantizer, WeightQuantizer
+from lightning_compress.quantization.static.traced import Traced
 
 
 def fake_quantizers(module: nn.Module) -> dict[str, nn.Module]:
-    from torch.ao.quantization import FakeQuantizeBase
-
-    return {path: inner for path, inner in form_modules(module).items() if isinstance(inner, FakeQuantizeBase)}
+    kinds = ActivationQuantizer, WeightQuantizer
+    return {path: inner for path, inner in form_modules(module).items() if isinstance(inner, kinds)}
 
 
 def form_modules(module: nn.Module) -> dict[str, nn.Module]:
@@ -41,10 +43,21 @@ def int8_layers(module: nn.Module) -> list[str]:
     return [path for path, form in forms.items() if isinstance(form, InnerLayer | Int8Unit) and form.weights]
 
 
+def trained_layers(module: nn.Module) -> set[str]:
+    """Paths of the layers whose weights are rounded to int8 while they train."""
+    forms = {path: form_of(inner) for path, inner in module.named_modules()}
+    units = {path: form for path, form in forms.items() if isinstance(form, Traced)}
+    return {
+        f"{path}.{layer}".strip(".")
+        for path, form in units.items()
+        for layer in int8_operators(form.trace.graph, form.unit.floats).values()
+    }
+
+
 def prepare_for_training_(model: nn.Module, batch: Any, scheme: Scheme) -> None:
     """Prepare a model as a fit does, by one batch."""
-    plan = make_plan(model, dry_run(model, batch), scheme, None, {}, "fx", training=True)
-    prepare_(model, plan.describe())
+    plan = make_plan(model, dry_run(model, batch), scheme, None, {}, training=True)
+    prepare_(model, plan.describe(), plan.traces)
 
 
 class At(Callback):

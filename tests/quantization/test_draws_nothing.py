@@ -46,7 +46,7 @@ class DrawingClassifier(Classifier):
 MODEL = Drawing().eval()
 
 
-@pytest.mark.parametrize(("scheme", "flow"), [*((scheme, "auto") for scheme in SCHEMES), ("int8_static", "pt2e")])
+@pytest.mark.parametrize(("scheme", "flow"), [(scheme, "auto") for scheme in SCHEMES])
 def test_without_a_trainer(scheme: str, flow: Any) -> None:
     with same_random_state():
         quantize(MODEL, scheme, calibration=[torch.ones(8, 16)] * 2, flow=flow)

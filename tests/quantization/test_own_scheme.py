@@ -130,7 +130,7 @@ def test_beside_other_schemes() -> None:
     x = torch.randn(8, 16)
     mixed = quantize(net(), calibration=[x], overrides={"2": PATH, "3": "int8_dynamic"})
     record = record_of(mixed)
-    assert record is not None and "`2` (powers_of_two)" in summary(record) and "flow fx" in summary(record)
+    assert record is not None and "`2` (powers_of_two)" in summary(record) and "int8_static for" in summary(record)
     mixed(x)
 
 

@@ -12,12 +12,13 @@ from lightning_compress.quantization.plan import explain, summary
 from tests.support.modules import ZooModule, quiet_trainer
 from tests.support.wide import WIDE
 
-UNTRACED = "not as a whole: torch.fx can't trace its forward (TypeError: no)"
+UNTRACED = "not as a whole: torch.export can't trace its forward (TypeError: no)"
 
 
 def record(floats: dict[str, str], units: tuple[str, ...] = (), **layers: str) -> dict[str, Any]:
     return {
-        "units": [{"path": path, "flow": "fx", "hooked": []} for path in units],
+        "scheme": {"name": "int8_static", "target": "onnxruntime", "engine": "onednn"},
+        "units": [{"path": path, "hooked": []} for path in units],
         "layers": [{"path": path, "scheme": {"name": name}} for path, name in layers.items()],
         "floats": floats,
     }
@@ -30,7 +31,7 @@ def test_a_reason_is_told_once_and_of_the_innermost_alone() -> None:
         f"`net.{{0-11}}.attn` are quantized in parts, {UNTRACED}"
     ]
     assert len(explain(record(dict.fromkeys(paths, UNTRACED), units))) == 2  # and the hint that there are many pieces
-    assert summary(record({}, units)) == "`net.{0-11}.attn.proj` (flow fx)"
+    assert summary(record({}, units)) == "`net.{0-11}.attn.proj` (int8_static for onnxruntime)"
 
 
 def test_nothing_is_quantized_in_parts_of_which_no_part_is() -> None:
@@ -52,4 +53,4 @@ def test_a_log_of_a_transformer_has_ten_lines(callback: Any, caplog: pytest.LogC
     assert len(said.splitlines()) <= MOST_LINES
     reasons = [line.partition(": ")[2] for line in said.splitlines()[1:]]
     assert len(set(reasons)) == len(reasons)
-    assert "Error" not in said or "torch.fx can't trace its forward (" in said
+    assert "Error" not in said or "torch.export can't trace its forward (" in said

@@ -103,7 +103,7 @@ def test_predictions_are_the_int8_models() -> None:
     data.setup("fit")
     expected = quantize(module, calibration=list(data.train_dataloader())).eval()(data.test.tensors[0])
     predictions = quiet_trainer(callbacks=[PostTrainingQuantization()]).predict(module, data)
-    assert torch.equal(torch.cat(predictions), expected)
+    torch.testing.assert_close(torch.cat(predictions), expected)  # in other batches
 
 
 def test_fit_and_its_validation_are_left_alone() -> None:
@@ -326,7 +326,7 @@ def test_a_module_whose_forward_is_not_what_its_steps_call() -> None:
 def test_targets_and_a_scheme_object() -> None:
     seen: list[int] = []
     watch = At(on_test_batch_start=lambda t, m: seen.append(len(int8_layers(m))))
-    ptq = PostTrainingQuantization(StaticInt8(engine="fbgemm"), targets=Targets(exclude=["head"]))
+    ptq = PostTrainingQuantization(StaticInt8(observer="histogram"), targets=Targets(exclude=["head"]))
     quiet_trainer(callbacks=[ptq, watch]).test(trained(), TinyData(), verbose=False)
     assert set(seen) == {1}
     assert any("`head` stays float: excluded" in note for note in ptq.report_notes())

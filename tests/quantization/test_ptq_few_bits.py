@@ -244,7 +244,7 @@ def test_nf4_needs_a_block_size() -> None:
         ({"scheme": "nf4", "overrides": {"0": "gptq"}}, r"`calibration` must be given for gptq"),
         ({"scheme": "gptq", "calibration": torch.randn(4, 8)}, "`calibration` must be batches.*Put it in a list"),
         ({"scheme": "gptq", "calibration": [torch.randn(4, 9)]}, "9"),
-        ({"scheme": "nf4", "flow": "fx"}, "`flow` must be 'auto'"),
+        ({"scheme": "nf4", "flow": "pt2e"}, "`flow` must be 'auto'"),
         ({"scheme": "int4"}, r"`scheme` must be the name of a scheme.*int4_weight_only"),
         # All that isn't excluded is spared: said, with how to get it.
         (

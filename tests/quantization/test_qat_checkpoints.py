@@ -157,7 +157,7 @@ def test_a_prepared_file_is_validated_fake_quantized_and_tested_in_int8(weights_
     predictions = quiet_trainer(callbacks=[qat()]).predict(fresh, data, ckpt_path=path, weights_only=True)
     assert int8_layers(fresh)
     data.setup("test")
-    assert torch.equal(torch.cat(predictions), module.eval()(data.test.tensors[0]))
+    torch.testing.assert_close(torch.cat(predictions), module.eval()(data.test.tensors[0]))  # in other batches
 
 
 def test_after_a_fit_test_and_test_of_the_best_and_fit_again(tmp_path: Path) -> None:

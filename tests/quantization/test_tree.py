@@ -14,6 +14,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
+from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_compress import (
     CompressionError,
@@ -27,8 +28,6 @@ from lightning_compress.modules.routing import form_of
 from lightning_compress.quantization.convert import convert_prepared_, record_of, revert_
 from tests.quantization.networks import Net, Sequence, trained_net
 from tests.quantization.prepared import prepare_for_training_
-
-STATIC = ("fx", "pt2e")
 
 
 @pytest.fixture
@@ -76,9 +75,8 @@ def test_a_converted_tree_names_what_the_user_built(net: Net, x: Tensor, scheme:
     assert all(type(value) is Tensor and not value.is_quantized for value in state.values())
 
 
-@pytest.mark.parametrize("flow", STATIC)
-def test_a_converted_layer_is_still_a_layer(net: Net, x: Tensor, flow: Any) -> None:
-    quantized = quantize(net, StaticInt8(), calibration=[x], flow=flow)
+def test_a_converted_layer_is_still_a_layer(net: Net, x: Tensor) -> None:
+    quantized = quantize(net, StaticInt8(), calibration=[x])
     state, floats = quantized.state_dict(), quantize(net, StaticInt8(equalize=False, smooth=False), calibration=[x])
     for name in ("conv1", "conv2", "twice"):
         codes, scale = state[f"{name}.weight"], state[f"{name}.weight_scale"]
@@ -97,9 +95,8 @@ def test_a_converted_layer_is_still_a_layer(net: Net, x: Tensor, flow: Any) -> N
 
 
 @pytest.mark.parametrize("scheme", [StaticInt8(), StaticInt8(equalize=False, smooth=False)], ids=["moved", "unmoved"])
-@pytest.mark.parametrize("flow", STATIC)
-def test_layers_that_are_called_alone_compute_what_they_computed(net: Net, x: Tensor, scheme: Any, flow: Any) -> None:
-    quantized, seen = quantize(net, scheme, calibration=[x], flow=flow), {}
+def test_layers_that_are_called_alone_compute_what_they_computed(net: Net, x: Tensor, scheme: Any) -> None:
+    quantized, seen = quantize(net, scheme, calibration=[x]), {}
     for name, layer in net.named_children():
 
         def see(_: Any, args: Any, output: Tensor, name: str = name) -> None:
@@ -112,9 +109,8 @@ def test_layers_that_are_called_alone_compute_what_they_computed(net: Net, x: Te
     assert flat_cosine(quantized.features(x), net.features(x)) > 0.9995
 
 
-@pytest.mark.parametrize("flow", STATIC)
-def test_files_are_plain_and_bit_equal(net: Net, x: Tensor, flow: Any, tmp_path: Any) -> None:
-    quantized = quantize(net, StaticInt8(), calibration=[x], flow=flow)
+def test_files_are_plain_and_bit_equal(net: Net, x: Tensor, tmp_path: Any) -> None:
+    quantized = quantize(net, StaticInt8(), calibration=[x])
     with torch.compiler.set_stance("force_eager"):
         expected = quantized(x)
         save_compressed(quantized, str(tmp_path / "int8.ckpt"))
@@ -122,16 +118,15 @@ def test_files_are_plain_and_bit_equal(net: Net, x: Tensor, flow: Any, tmp_path:
         assert torch.equal(loaded(x), expected)
         assert torch.equal(pickle.loads(pickle.dumps(quantized))(x), expected)
         assert torch.equal(copy.deepcopy(quantized)(x), expected)
-        other = quantize(Net().eval(), StaticInt8(), calibration=[x], flow=flow)
+        other = quantize(Net().eval(), StaticInt8(), calibration=[x])
         assert not torch.equal(other(x), expected)
     floats = sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
     assert sum(tensor.numel() * tensor.element_size() for tensor in quantized.state_dict().values()) < 0.5 * floats
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("flow", STATIC)
-def test_an_exported_program_holds_no_float_weight(net: Net, x: Tensor, flow: Any, strict: bool) -> None:
-    quantized = quantize(net, StaticInt8(), calibration=[x], flow=flow)
+def test_an_exported_program_holds_no_float_weight(net: Net, x: Tensor, strict: bool) -> None:
+    quantized = quantize(net, StaticInt8(), calibration=[x])
     program = torch.export.export(quantized, (x,), strict=strict)
     held = {**program.state_dict, **program.constants}
     shapes = {parameter.shape for parameter in net.parameters() if parameter.dim() > 1}
@@ -142,9 +137,8 @@ def test_an_exported_program_holds_no_float_weight(net: Net, x: Tensor, flow: An
 
 
 @pytest.mark.filterwarnings("ignore:While compiling")
-@pytest.mark.parametrize("flow", STATIC)
-def test_an_exported_program_takes_batches_of_any_size(net: Net, x: Tensor, flow: Any) -> None:
-    quantized = quantize(net, StaticInt8(), calibration=[x], flow=flow)
+def test_an_exported_program_takes_batches_of_any_size(net: Net, x: Tensor) -> None:
+    quantized = quantize(net, StaticInt8(), calibration=[x])
     shapes = ({0: torch.export.Dim("batch", min=2)},)
     with torch.compiler.set_stance("force_eager"):
         expected = quantized(x[:3])
@@ -180,6 +174,12 @@ def test_a_wrapper_that_delegates_to_a_quantized_layer_is_copied_as_itself(schem
     assert type(copied) is type(quantized) and torch.equal(copied(x), quantized(x))
 
 
+def test_a_layer_whose_weight_is_parametrized_is_copied() -> None:
+    x = torch.randn(8, 8)
+    quantized = quantize(weight_norm(nn.Linear(8, 4)).eval(), "int8_static", calibration=[x])
+    assert torch.equal(copy.deepcopy(quantized)(x), quantized(x))
+
+
 def test_a_copied_and_a_saved_weight_are_plain_tensors(net: Net, x: Tensor, tmp_path: Path) -> None:
     quantized = quantize(net, "int8_dynamic", calibration=[x])
     weight = quantized.twice.weight
@@ -208,9 +208,8 @@ def test_a_prepared_model_runs_in_a_compiled_one(net: Net, x: Tensor) -> None:
     torch.testing.assert_close(torch.export.export(net.eval(), (x,)).module()(x), net(x))
 
 
-@pytest.mark.parametrize("flow", STATIC)
-def test_a_converted_model_compiles_as_a_whole(net: Net, x: Tensor, flow: Any) -> None:
-    quantized = quantize(net, StaticInt8(), calibration=[x], flow=flow)
+def test_a_converted_model_compiles_as_a_whole(net: Net, x: Tensor) -> None:
+    quantized = quantize(net, StaticInt8(), calibration=[x])
     compiled = torch.compile(quantized, fullgraph=True, backend="eager")(x)
     with torch.compiler.set_stance("force_eager"):
         assert flat_cosine(compiled, quantized(x)) > 0.999
@@ -325,8 +324,7 @@ def test_files_are_read_and_computed_where_torch_ao_is_gone(net: Net, x: Tensor,
     torch.manual_seed(0)
     sequence, tokens = Sequence().eval(), torch.randint(20, (4, 6))
     made = {
-        "net-fx": (quantize(net, calibration=[x], flow="fx"), x),
-        "net-pt2e": (quantize(net, calibration=[x], flow="pt2e"), x),
+        "net-static": (quantize(net, calibration=[x]), x),
         "net-dynamic": (quantize(net, "int8_dynamic", calibration=[x]), x),
         "net-int4": (quantize(net, WeightOnly(4, 8), calibration=[x]), x),
         "sequence-dynamic": (quantize(sequence, "int8_dynamic", calibration=[tokens]), tokens),
@@ -339,10 +337,8 @@ def test_files_are_read_and_computed_where_torch_ao_is_gone(net: Net, x: Tensor,
     subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
     for name, (model, inputs) in made.items():
         got = torch.load(tmp_path / f"{name}.outputs")
-        if name in ("net-fx", "net-pt2e"):
-            form: Any = form_of(model)
-            expected = form._structure.rebuild(form._reference(inputs))
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        if name == "net-static":
+            torch.testing.assert_close(got, model(inputs), rtol=1e-5, atol=1e-5)
         else:
             assert flat_cosine(got, model(inputs)) > 0.999, name
 

@@ -1,4 +1,4 @@
-"""The table in docs/quantization.md of what each flow quantizes, made anew; run this file to print it."""
+"""The table in docs/quantization.md of what static int8 quantizes, made anew; run this file to print it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from tests.support.zoo import ZOO, Row
 PAGE = Path(__file__).parents[2] / "docs" / "quantization.md"
 
 
-def cell(row: Row, flow: Any) -> str:
-    """What a flow makes of one network."""
+def cell(row: Row) -> str:
+    """What becomes of one network."""
     module = ZooModule(row).net
     args, kwargs = row.inputs()
-    with torch.compiler.set_stance("force_eager"):
-        record = record_of(quantize(Called(module), calibration=[(args, kwargs)], flow=flow)) or {}
+    record = record_of(quantize(Called(module), calibration=[(args, kwargs)])) or {}
     units = [unit["path"].removeprefix("net").lstrip(".") for unit in record["units"]]
     floats = {path.removeprefix("net").lstrip("."): reason for path, reason in record["floats"].items()}
     split = [reason.removeprefix("not as a whole: ") for reason in floats.values() if reason.startswith("not as a")]
@@ -47,12 +46,11 @@ class Called(torch.nn.Module):
 
 
 def table() -> str:
-    lines = ["| Network | `fx` | `pt2e` |", "|:--|:--|:--|"]
-    return "\n".join([*lines, *(f"| {row} | {cell(row, 'fx')} | {cell(row, 'pt2e')} |" for row in ZOO)])
+    return "\n".join(["| Network | Int8 |", "|:--|:--|", *(f"| {row} | {cell(row)} |" for row in ZOO)])
 
 
 @pytest.mark.slow
-def test_the_page_tells_what_each_flow_quantizes() -> None:
+def test_the_page_tells_what_is_quantized() -> None:
     assert table() in PAGE.read_text()
 
 

@@ -203,6 +203,7 @@ def test_the_flag_of_a_scripted_module_is_put_back() -> None:
     with warnings.catch_warnings():
         # torch deprecates its own scripting, and models that were scripted are still about.
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # as torch 2.14 has it
         model = torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.Dropout())).train()
         measure(model, torch.ones(2, 3), **FAST)
     assert model.training and all(child.training for child in model.children())

@@ -56,13 +56,11 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "qat without conversion": lambda: QuantizationAwareTraining(convert=False),
     "qat in 4 bits": lambda: QuantizationAwareTraining("int4_weight_only"),
     "ptq static": lambda: PostTrainingQuantization(keep=True),
-    "ptq pt2e": lambda: PostTrainingQuantization(flow="pt2e", keep=True),
     "ptq dynamic": lambda: PostTrainingQuantization("int8_dynamic", keep=True),
     "qlora": lambda: QLoRA(rank=2),
     "distillation": distillation,
 }
-slow = {"ptq pt2e": pytest.mark.slow}  # it is compiled
-every_callback = pytest.mark.parametrize("name", [pytest.param(name, marks=slow.get(name, ())) for name in CALLBACKS])
+every_callback = pytest.mark.parametrize("name", CALLBACKS)
 
 
 def run(name: str, **files: Any) -> tuple[Any, LitTemplate]:

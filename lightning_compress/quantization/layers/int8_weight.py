@@ -8,6 +8,11 @@ from torch import Tensor
 from lightning_compress.modules.routing import StoredWeight
 
 
+def in_onnx_export() -> bool:
+    """Tell whether a file for ONNX is written: there codes are codes, which the formula in floats would hide."""
+    return torch.onnx.is_in_onnx_export() and torch.compiler.is_exporting()
+
+
 class Int8Weight(StoredWeight):
     """Stores ``W = S Q``: Q int8 in the shape of W, S float32 for each of its output channels, the first dimension.
 
@@ -36,9 +41,21 @@ class Int8Weight(StoredWeight):
         return cls(weight, (rows / scale[:, None]).round().to(torch.int8).view(weight.shape), scale)
 
     def values(self) -> Tensor:
-        scale, decomposed = self.scale, torch.ops.quantized_decomposed
-        if torch.onnx.is_in_onnx_export() and hasattr(decomposed, "dequantize_per_channel"):
-            # What else computes floats of codes is computed while a file is written, and floats stand in it.
-            options = torch.zeros_like(scale, dtype=torch.int8), 0, -127, 127, torch.int8
-            return decomposed.dequantize_per_channel(self.codes, scale, *options)  # type: ignore[no-any-return]
+        """Return ``S Q``."""
+        scale = self.scale
+        if in_onnx_export():
+            zeros = torch.zeros(len(scale), dtype=self.codes.dtype)  # onnxruntime's linear kernels want them written
+            stored, shape = (self.codes, scale, zeros), self.codes.shape
+            return torch.onnx.ops.symbolic("DequantizeLinear", stored, {"axis": 0}, dtype=scale.dtype, shape=shape)
         return self.codes * scale.view(-1, *(1,) * (self.codes.dim() - 1))
+
+
+class Rescaled(Int8Weight):
+    """Has the codes of another weight, whichever they are, and scales of its own."""
+
+    codes = property(lambda self: self.source.codes)
+
+    def __init__(self, source: Int8Weight, scale: Tensor) -> None:
+        StoredWeight.__init__(self, source.codes)
+        self.source, self._like = source, source._like
+        self.hold_(scale=scale)

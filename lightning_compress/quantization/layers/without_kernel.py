@@ -164,13 +164,3 @@ def unused(module: nn.Module, names: Collection[str]) -> dict[str, str]:
         if (matrices := [id(tensor) for tensor in layer.parameters(recurse=False) if tensor.dim() > 1])
         if not read.intersection(matrices)
     }
-
-
-def is_told_of(layer: nn.Module, flow: str) -> bool:
-    """Tell whether a unit says itself that this layer in it stays float.
-
-    It isn't told of where it stands in a layer of torch that isn't looked into.
-    """
-    if flow == "pt2e":
-        return not isinstance(layer, nn.Embedding)
-    return is_parametrized(layer) or not is_layer_of_torch(layer)

@@ -15,7 +15,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.quantization.numerics.scheme import Scheme
 
-ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
+TARGETS = ("onnxruntime", "openvino", "tensorrt", "executorch")
+ENGINES = ("onednn", "inductor")
 OBSERVERS = ("minmax", "histogram", "moving_average")
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,18 +31,23 @@ class StaticInt8(Scheme):
     tensor. What the defaults gain, and what was left out, is in ``docs/quantization.md``.
 
     Args:
-        engine: the int8 kernels of torch: ``x86`` (the default), ``fbgemm``, ``onednn`` or ``qnnpack``.
+        target: the runtime that the placement of roundings is for. ``onnxruntime``, the default, and ``openvino`` are
+            the same: uint8 activations at the inputs of convolutions and linear layers, behind convolutions, and around
+            residual sums. ``tensorrt``: int8 about a zero point of 0. ``executorch``: int8, outputs rounded too.
+        engine: what computes in this process: ``onednn``, the int8 kernels of torch, at once; or ``inductor``, which
+            compiles at the first call of each shape, and is faster afterwards.
         observer: how calibration finds the activations' ranges: ``minmax`` takes the extremes of all batches,
             ``histogram`` the range of least squared error, in several times the time, ``moving_average`` a mean of the
             batches' extremes, for batches of 32 and more (training always does so).
-        reduce_range: 7-bit weights, without which CPUs that lack VNNI overflow in int8 products; None asks this CPU.
+        reduce_range: 7-bit weights. CPUs without VNNI overflow in products of 8 bits, so that there a model of 8-bit
+            weights computes in float, dequantized; the files are the same on each CPU.
         equalize: first give the channels between two layers like ranges; the float function stays, the parameters
             don't. None does so before calibration, and not before training, where penalties, averages and optimizers
             of yours follow them.
         smooth: first move the ranges of LayerNorm's outlier channels into the linear layers behind it; None as above.
 
     Raises:
-        CompressionError: ``engine`` or ``observer`` has no such name.
+        CompressionError: ``target``, ``engine`` or ``observer`` has no such name.
 
     References:
         Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
@@ -49,9 +55,10 @@ class StaticInt8(Scheme):
         2022 (arXiv:2211.10438), for ``smooth``.
     """
 
-    engine: str = "x86"
+    target: str = "onnxruntime"
+    engine: str = "onednn"
     observer: str = "minmax"
-    reduce_range: bool | None = None
+    reduce_range: bool = False
     equalize: bool | None = None
     smooth: bool | None = None
     name = "int8_static"
@@ -59,15 +66,18 @@ class StaticInt8(Scheme):
     calibrates = True
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise invalid("engine", f"be one of {', '.join(ENGINES)}", self.engine, nearest(self.engine, ENGINES))
-        if self.observer not in OBSERVERS:
-            remedy = nearest(self.observer, OBSERVERS)
-            raise invalid("observer", f"be one of {', '.join(OBSERVERS)}", self.observer, remedy)
+        for name, known in {"target": TARGETS, "engine": ENGINES, "observer": OBSERVERS}.items():
+            if (value := getattr(self, name)) not in known:
+                raise invalid(name, f"be one of {', '.join(known)}", value, nearest(str(value), known))
 
     @property
     def reduced(self) -> bool:  # type: ignore[override]
-        return needs_reduced_range(self.engine) if self.reduce_range is None else self.reduce_range
+        return self.reduce_range
+
+    @property
+    def largest_code(self) -> int:
+        """The largest code of a weight, whose codes lie on both sides of zero, so that a sign changes them alone."""
+        return 63 if self.reduce_range else 127
 
     def no_kernel(self, layer: nn.Module | None) -> str:
         if isinstance(layer, _LAYERS + _TRANSPOSED) and not is_parametrized(layer):
@@ -77,14 +87,6 @@ class StaticInt8(Scheme):
                 return "its weight is computed by a hook (weight norm, pruning)"
             return f"no static int8 kernel for this {type(layer).__name__} as it is used here"
         return super().no_kernel(layer).replace(self.name, "static int8")
-
-    def warning(self) -> str:
-        if self.reduced or not needs_reduced_range(self.engine):
-            return ""
-        return (
-            "The int8 weights have 8 bits, with which products overflow on a CPU without VNNI, such as this one. "
-            "Quantize for it with StaticInt8(reduce_range=True)."
-        )
 
     def check_trains(self) -> None:
         pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,17 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.call_log import CallLog
 from lightning_compress.modules.calls import run_step
+from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.isolation import isolated_evaluation, isolated_random_state
 from lightning_compress.modules.paths import clean_name, compressible_modules, is_at_or_below, modules_of
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
-from lightning_compress.quantization.static.equalize import adjust_
-from lightning_compress.quantization.static.flows.flow import canonical, tracer
+from lightning_compress.quantization.static.equalize import adjust_, widen_
+from lightning_compress.quantization.static.graphs import copy_graph, evaluate_modes_
+from lightning_compress.quantization.static.signature import canonical
+from lightning_compress.quantization.static.trace import Trace
 from lightning_compress.quantization.static.traced import traced_units
 from lightning_compress.quantization.static.unit import Unit
 
@@ -43,7 +44,7 @@ def calibrate(
         for batch in batches:
             if count == limit:
                 break
-            run(model, batch)
+            run(model, copy_tensors(batch))
             count += 1
     if count == 0:
         raise CompressionError("`calibration` must give at least one batch. Received: an empty loader.")
@@ -52,15 +53,12 @@ def calibrate(
 
 
 def _check_ranges(model: nn.Module) -> None:
-    """Raise where an observer saw what has no range; before it has seen anything its minimum is inf."""
+    """Raise where a quantizer saw what has no range."""
     for form in traced_units(model):
-        for name, module in form.graph.named_modules():
-            low, high = (dict(module._buffers).get(name) for name in ("min_val", "max_val"))
-            if low is None or high is None:
-                continue
-            if (low.isnan() | (low == -math.inf)).any() or (high.isnan() | (high == math.inf)).any():
-                place = f"{form.unit.path}.{name}".strip(".")
-                raise CompressionError(f"`calibration` must be finite. Received: NaN or infinity, seen by `{place}`.")
+        for place in form.places:
+            if not form.quantizers[place.name].is_finite():
+                path = f"{form.unit.path}.{place.after}".strip(".")
+                raise CompressionError(f"`calibration` must be finite. Received: NaN or infinity, seen by `{path}`.")
 
 
 @contextmanager
@@ -75,8 +73,8 @@ def _observing(model: nn.Module) -> Iterator[None]:
             form.calibrating = False
 
 
-def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: Scheme, training: bool = False) -> Unit:
-    """Equalize and smooth the weights of one unit of a model in evaluation, as far as `fx` can trace it.
+def adjusted(model: nn.Module, unit: Unit, trace: Trace, log: CallLog, scheme: Scheme, training: bool = False) -> Unit:
+    """Equalize and smooth the weights of one unit of a model in evaluation, and widen its ``trace``.
 
     Before ``training`` that is done only where the scheme asks for it; frozen weights stay as they are, and so does
     each ReLU6: what is trained is the same function.
@@ -89,11 +87,8 @@ def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: Scheme, trainin
         return unit
     # Those of a step in mixed precision are in float32 here.
     inputs = [tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs]
-    try:
-        graph = tracer("fx")(module, unit.signature, ()).graph
-    except Exception:  # as with any tracing of a user's forward
-        return unit
-    assert isinstance(graph, GraphModule)
+    graph = copy_graph(trace.graph)
+    evaluate_modes_(graph)
     owners = Counter(id(parameter) for layer in model.modules() for parameter in layer.parameters(recurse=False))
     fixed = {key for key, count in owners.items() if count > 1}
     fixed |= {
@@ -103,10 +98,10 @@ def adjusted(model: nn.Module, unit: Unit, log: CallLog, scheme: Scheme, trainin
     }
     if training:
         fixed |= {id(parameter) for parameter in module.parameters() if not parameter.requires_grad}
-    widen = unit.flow == "fx" and not training
     with isolated_random_state():
-        relu6, found = adjust_(graph, inputs, fixed, equalize=equalize, smooth=smooth, widen=widen)
-    by_weight = {id(layer.weight): scales for layer, scales in found.items()}
+        relu6, found = adjust_(graph, inputs, fixed, equalize=equalize, smooth=smooth, widen=not training)
+    widen_(trace.graph, relu6)
+    by_weight = {id(weight): scales for weight, scales in found.items()}
     paths = {path: id(dict(layer._parameters).get("weight")) for path, layer in modules_of(module).items()}
     moved = {path: by_weight[key] for path, key in paths.items() if key in by_weight}
     return replace(unit, widened=tuple(relu6), moved=moved)

@@ -1,6 +1,6 @@
 """Gives the channels between two layers like ranges before calibration; the float function stays what it was.
 
-Works on the traced form of a module, whose layers are the module's own: it is their weights that change.
+Works on the traced form of a module, whose parameters are the module's own: it is they that change.
 """
 
 from __future__ import annotations
@@ -13,55 +13,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.nn import functional
 
 from lightning_compress.modules.outputs import cosine, same_outputs
-from lightning_compress.quantization.static.flows.graphs import value_read
-from lightning_compress.quantization.static.inner_layer import CONVOLUTIONS
+from lightning_compress.quantization.static.graphs import aten, copy_graph, owner_path, value_read
 
 ALPHA = 0.5
 """How much of an outlier's range moves from the activations into the weights."""
 
 _ROUNDS = 20
 _LIKENESS = 0.999
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LINEAR, _NORM, _LAYER_NORM = aten.linear.default, aten.batch_norm.default, aten.layer_norm.default
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_RELU6 = ((aten.relu6.default, ()), (aten.hardtanh.default, (0, 6)))
 # All f with f(s x) = s f(x) for each channel's s > 0: elementwise, or over the positions of one channel.
-_ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_ELEMENTWISE_FUNCTIONS = (functional.relu, torch.relu, functional.leaky_relu, functional.dropout)
-_POOLING: tuple[type[nn.Module], ...] = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
-)
-_POOLING_FUNCTIONS: tuple[Any, ...] = (
-    *(functional.max_pool1d, functional.max_pool2d, functional.avg_pool1d, functional.avg_pool2d),
-    *(functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d),
-)
+_ELEMENTWISE = [getattr(aten, name).default for name in ("relu", "leaky_relu", "prelu", "contiguous")]
+_POOLS = [f"{kind}_pool{size}d" for kind in ("max", "avg", "adaptive_avg") for size in (1, 2, 3)]
+_OF_ONE_ROW = (aten.unsqueeze.default, aten.squeeze.dim)  # around pools of one dimension, see `trace`
+_POOLING = [getattr(aten, name).default for name in _POOLS]
+_PADDING = [(aten.pad.default, (mode,)) for mode in ("reflect", "replicate", "circular")]
+# These leave a vector in which the values of each channel lie together.
+_FLATTENING: list[Any] = [(aten.flatten.using_ints, (1,)), (aten.flatten.using_ints, (1, -1))]
+_FLATTENING += [(aten.mean.dim, (dims,)) for dims in ([2, 3], [-2, -1], [-1, -2])]
 
 
 @torch.no_grad()
 def adjust_(
     graph: GraphModule, inputs: list[Tensor], fixed: set[int], *, equalize: bool, smooth: bool, widen: bool
 ) -> tuple[list[str], Moved]:
-    """Equalize and smooth a traced graph; return the ReLU6 that became ReLU, and what was moved between layers.
+    """Equalize and smooth a traced graph; return the ReLU6 to be made ReLU, and what was moved between layers.
 
     The outputs are compared before and after: where ReLU for ReLU6 changes them, or anything else does, the weights are
-    put back. The graph is from the flow `fx`, in evaluation. Parameters of its layers change in place, but for those
-    with ``fixed`` ids: excluded ones, and those that have other owners. To ``widen`` is to make ReLU of ReLU6.
+    put back. The graph is one in evaluation, of a module whose parameters change in place, but for those with ``fixed``
+    ids: excluded ones, and those that have other owners. To ``widen`` is to make ReLU of ReLU6, which `widen_` does.
     """
-    before = graph(*inputs)
+    before = list(graph(*inputs))
     weights = {parameter: parameter.clone() for parameter in graph.parameters()}
     for wider in (True, False) if widen and equalize else (False,):
-        accepted, relu6, moved = False, list[str](), Moved()
+        accepted, trial, relu6, moved = False, copy_graph(graph), list[str](), Moved()
         try:
-            relu6 = equalize_(graph, fixed, wider, moved) if equalize else []
-            widen_(graph, relu6)
+            relu6 = equalize_(trial, fixed, wider, moved) if equalize else []
+            widen_(trial, relu6)
             if smooth:
-                smooth_(graph, fixed, inputs, moved)
-            after = graph(*inputs)
+                smooth_(trial, fixed, inputs, moved)
+            after = list(trial(*inputs))
             accepted = cosine(before, after) >= _LIKENESS if relu6 else same_outputs(before, after)
         finally:
             if not accepted:
-                widen_(graph, relu6, nn.ReLU6)
                 for parameter, weight in weights.items():
                     parameter.copy_(weight)
         if accepted:
@@ -69,13 +66,40 @@ def adjust_(
     return [], Moved()
 
 
-class Moved(dict[nn.Module, dict[str, Tensor]]):
-    """Holds by which scales the outputs (``out``) and inputs (``in``) of layers have been divided."""
+class Moved(dict[Tensor, dict[str, Tensor]]):
+    """Holds by which scales the outputs (``out``) and inputs (``in``) of the layers with these weights were divided."""
 
-    def add(self, layer: nn.Module, side: str, scales: Tensor) -> None:
+    def add(self, layer: Layer, side: str, scales: Tensor) -> None:
         """Note one more division."""
-        found = self.setdefault(layer, {})
+        found = self.setdefault(layer.weight, {})
         found[side] = found[side] * scales if side in found else scales
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Holds the parameters of an operation, the groups of a convolution, and the deviations a BatchNorm divides by."""
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: int = 1
+    deviation: Tensor | float = 1.0
+
+    def by_input(self, channels: int) -> Tensor:
+        """View the weight as ``(groups, outputs, inputs of a group, rest)``; flattened inputs are the rest."""
+        return self.weight.view(self.groups, len(self.weight) // self.groups, channels // self.groups, -1)
+
+    def divide_outputs_(self, scales: Tensor, moved: Moved) -> None:
+        """Divide each output by its scale."""
+        self.weight.div_(scales.view(-1, *[1] * (self.weight.dim() - 1)))
+        if self.bias is not None:
+            self.bias.div_(scales)
+        moved.add(self, "out", scales)
+
+    def multiply_inputs_(self, scales: Tensor, moved: Moved) -> None:
+        """Take inputs that are divided by the scales of their channels."""
+        self.by_input(len(scales)).mul_(scales.view(self.groups, 1, -1, 1))
+        inputs = self.weight.shape[1] * self.groups
+        moved.add(self, "in", scales.repeat_interleave(inputs // len(scales)))
 
 
 @dataclass(frozen=True)
@@ -86,12 +110,12 @@ class Pair:
         first: a convolution or linear layer.
         norm: the BatchNorm behind it, or None.
         second: the layer that reads its output alone.
-        relu6: paths of the ReLU6 between them, which must become ReLU for the pair to hold.
+        relu6: paths of the modules with a ReLU6 between them, which must become ReLU for the pair to hold.
     """
 
-    first: Any
-    norm: Any
-    second: Any
+    first: Layer
+    norm: Layer | None
+    second: Layer
     relu6: tuple[str, ...] = ()
 
     def scales(self) -> Tensor:
@@ -101,19 +125,9 @@ class Pair:
         """
         r1 = self.first.weight.abs().flatten(1).amax(dim=1)
         if self.norm is not None:
-            r1 = r1 * self.norm.weight.abs() * (self.norm.running_var + self.norm.eps).rsqrt()
-        r2 = _by_input(self.second, len(r1)).abs().amax(dim=(1, 3)).flatten()
+            r1 = r1 * self.norm.weight.abs() / self.norm.deviation
+        r2 = self.second.by_input(len(r1)).abs().amax(dim=(1, 3)).flatten()
         return _centred((r1 / r2).sqrt())
-
-    def divide_(self, scales: Tensor, moved: Moved) -> None:
-        """Divide the first layer's channels by ``scales``, and multiply the second's inputs by them."""
-        first = self.first if self.norm is None else self.norm
-        _divide_output_(first, scales)
-        weight = _by_input(self.second, len(scales))
-        weight *= scales.view(len(weight), 1, -1, 1)
-        moved.add(first, "out", scales)
-        inputs = self.second.weight.shape[1] * getattr(self.second, "groups", 1)
-        moved.add(self.second, "in", scales.repeat_interleave(inputs // len(scales)))
 
 
 def _centred(scales: Tensor) -> Tensor:
@@ -125,19 +139,6 @@ def _centred(scales: Tensor) -> Tensor:
     usable = (scales > 0) & scales.isfinite()
     mean = scales[usable].log().mean().exp()
     return torch.where(usable, scales / mean, 1.0).clamp(1e-4, 1e4)
-
-
-def _by_input(layer: Any, channels: int) -> Tensor:
-    """View a layer's weight as ``(groups, outputs, inputs of a group, rest)``; flattened inputs are the rest."""
-    groups = getattr(layer, "groups", 1)
-    weight: Tensor = layer.weight
-    return weight.view(groups, len(weight) // groups, channels // groups, -1)
-
-
-def _divide_output_(layer: Any, scales: Tensor) -> None:
-    layer.weight /= scales.view(-1, *[1] * (layer.weight.dim() - 1))
-    if layer.bias is not None:
-        layer.bias /= scales
 
 
 @torch.no_grad()
@@ -158,7 +159,8 @@ def equalize_(graph: GraphModule, fixed: set[int], widen: bool, moved: Moved) ->
         furthest = 0.0
         for pair in found:
             scales = pair.scales()
-            pair.divide_(scales, moved)
+            (pair.norm or pair.first).divide_outputs_(scales, moved)
+            pair.second.multiply_inputs_(scales, moved)
             furthest = max(furthest, scales.log().abs().max().item())
         if furthest < 1e-2:
             break
@@ -168,70 +170,64 @@ def equalize_(graph: GraphModule, fixed: set[int], widen: bool, moved: Moved) ->
 def pairs(graph: GraphModule, fixed: set[int]) -> Iterator[Pair]:
     """Yield the pairs of layers of ``graph`` that can be equalized."""
     layer = _OwnLayers(graph, fixed)
+    calls = Counter(owner_path(node) for node in graph.graph.nodes if _is_relu6(node))
 
     for node in graph.graph.nodes:
-        if (first := layer(node, (*CONVOLUTIONS, nn.Linear))) is None:
+        if (first := layer(node, (*_CONVOLUTIONS, _LINEAR))) is None:
             continue
-        norm, relu6, flat, current = None, list[str](), isinstance(first, nn.Linear), node
+        norm, relu6, flat, current = None, list[str](), node.target is _LINEAR, node
+        batched = node.meta["val"].dim() == first.weight.dim()  # else the channels of a BatchNorm are others
         while len(current.users) == 1:
             previous, current = current, next(iter(current.users))
-            if (second := layer(current, (nn.Linear,) if flat else CONVOLUTIONS)) is not None:
-                if second.weight.shape[1] * getattr(second, "groups", 1) % len(first.weight) == 0:
+            if current.args[:1] != (previous,):
+                break
+            if (second := layer(current, (_LINEAR,) if flat else _CONVOLUTIONS)) is not None:
+                if second.weight.shape[1] * second.groups % len(first.weight) == 0:
                     yield Pair(first, norm, second, tuple(relu6))
                 break
-            if (found := layer(current, _NORMS)) is not None and previous is node and _scales(found, first):
+            if previous is node and batched and (found := layer(current, (_NORM,))) is not None:
                 norm = found
-            elif layer(current, (nn.ReLU6,)) is not None:
-                relu6.append(str(current.target))
-            elif list(current.all_input_nodes) != [previous]:
-                break
-            elif not flat and _flattens(graph, current):
+            elif _is_relu6(current) and calls[owner_path(current)] == 1:
+                relu6.append(owner_path(current))
+            elif not flat and (current.target, current.args[1:]) in _FLATTENING:
                 flat = True
-            elif not _is_homogeneous(graph, current, flat):
+            elif not _is_homogeneous(current, flat):
                 break
 
 
 class _OwnLayers:
-    """Finds the layers of a graph that a single node calls, with parameters that no other has."""
+    """Finds the operations of a graph whose parameters nothing else reads."""
 
     def __init__(self, graph: GraphModule, fixed: set[int]) -> None:
         self._graph = graph
-        called = [node for node in graph.graph.nodes if node.op == "call_module"]
-        self._calls = Counter(node.target for node in called)
-        owners = Counter(id(tensor) for node in called for tensor in graph.get_submodule(str(node.target)).parameters())
-        owners.update(id(value_read(graph, node)) for node in graph.graph.nodes if node.op == "get_attr")
-        self._fixed = fixed | {key for key, count in owners.items() if count > 1}
+        tensors: dict[Any, Any] = {node: value_read(graph, node) for node in graph.graph.nodes if node.op == "get_attr"}
+        reads = Counter(id(tensor) for node, tensor in tensors.items() for _ in node.users)
+        own = {key for key, count in reads.items() if count == 1} - fixed
+        self._own = {
+            node: tensor for node, tensor in tensors.items() if id(tensor) in own and isinstance(tensor, nn.Parameter)
+        }
 
-    def __call__(self, node: Node, kinds: tuple[type[nn.Module], ...]) -> Any:
-        """Return the module that ``node`` calls, if it is one and just of one of these kinds."""
-        if node.op != "call_module" or self._calls[node.target] > 1:
+    def __call__(self, node: Node, operators: Collection[Any]) -> Layer | None:
+        """Return the parameters of an operation if it is one of these, a BatchNorm with its running statistics."""
+        args: list[Any] = [*node.args, None, None]
+        if node.target not in operators or (node.target is _NORM and args[5]):
             return None
-        module = self._graph.get_submodule(str(node.target))
-        own = not any(id(parameter) in self._fixed for parameter in module.parameters())
-        return module if own and type(module) in kinds else None
+        weight, bias = args[2:4] if node.target is _LAYER_NORM else args[1:3]
+        if weight not in self._own or bias not in (None, *self._own):
+            return None
+        groups = args[6] if node.target in _CONVOLUTIONS and len(node.args) > 6 else 1
+        deviation = (value_read(self._graph, args[4]) + args[7]).sqrt() if node.target is _NORM else 1.0
+        return Layer(self._own[weight], self._own.get(bias), groups, deviation)
 
 
-def _scales(norm: Any, first: Any) -> bool:
-    return bool(norm.affine and norm.running_var is not None and len(norm.weight) == len(first.weight))
+def _is_relu6(node: Node) -> bool:
+    return (node.target, node.args[1:]) in _RELU6
 
 
-def _is_homogeneous(graph: GraphModule, node: Node, flat: bool) -> bool:
-    if node.op == "call_module":
-        return isinstance(graph.get_submodule(str(node.target)), _ELEMENTWISE if flat else (*_ELEMENTWISE, *_POOLING))
-    if node.op == "call_method":
-        return node.target in ("relu", "relu_", "contiguous")
-    return node.target in (_ELEMENTWISE_FUNCTIONS if flat else (*_ELEMENTWISE_FUNCTIONS, *_POOLING_FUNCTIONS))
-
-
-def _flattens(graph: GraphModule, node: Node) -> bool:
-    """Tell whether a node leaves a vector in which the values of each channel lie together."""
-    options = (*node.args[1:], *node.kwargs.values())
-    if node.op == "call_module":
-        module = graph.get_submodule(str(node.target))
-        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
-    if node.target in ("mean", torch.mean):
-        return len(options) == 1 and options[0] in ([2, 3], (2, 3), [-2, -1], (-2, -1))
-    return node.target in ("flatten", torch.flatten) and options == (1,)
+def _is_homogeneous(node: Node, flat: bool) -> bool:
+    over_positions = node.target in _POOLING or (node.target, node.args[2:]) in _PADDING
+    of_one_row = node.target in _OF_ONE_ROW and -2 in node.args
+    return node.target in _ELEMENTWISE or ((over_positions or of_one_row) and not flat)
 
 
 @torch.no_grad()
@@ -244,23 +240,21 @@ def smooth_(graph: GraphModule, fixed: set[int], inputs: list[Tensor], moved: Mo
     References:
         Xiao et al., "SmoothQuant", 2022 (arXiv:2211.10438), equation 4.
     """
-    seen, layer = _Outputs(graph), _OwnLayers(graph, fixed)
+    seen, layer = _LayerNorms(graph), _OwnLayers(graph, fixed)
     seen.run(*inputs)
     for node, largest in seen.largest.items():
-        norm = layer(node, (nn.LayerNorm,))
-        layers = [layer(user, (nn.Linear,)) for user in node.users]
-        if norm is None or None in layers or not norm.elementwise_affine or len(norm.normalized_shape) > 1:
+        norm = layer(node, (_LAYER_NORM,))
+        linears = [linear for user in node.users if (linear := layer(user, (_LINEAR,))) is not None]
+        if norm is None or norm.weight.dim() > 1 or len(linears) < len(node.users):
             continue
-        weights = torch.stack([layer.weight.abs().amax(dim=0) for layer in layers]).amax(dim=0)
+        weights = torch.stack([linear.weight.abs().amax(dim=0) for linear in linears]).amax(dim=0)
         scales = _centred(largest**ALPHA / weights ** (1 - ALPHA))
-        _divide_output_(norm, scales)
-        moved.add(norm, "out", scales)
-        for linear in layers:
-            linear.weight *= scales
-            moved.add(linear, "in", scales)
+        norm.divide_outputs_(scales, moved)
+        for linear in linears:
+            linear.multiply_inputs_(scales, moved)
 
 
-class _Outputs(torch.fx.Interpreter):
+class _LayerNorms(torch.fx.Interpreter):
     """Runs a graph and keeps each LayerNorm's largest magnitudes, by channel."""
 
     def __init__(self, graph: GraphModule) -> None:
@@ -269,12 +263,14 @@ class _Outputs(torch.fx.Interpreter):
 
     def run_node(self, n: Node) -> Any:
         output = super().run_node(n)
-        if n.op == "call_module" and type(self.fetch_attr(str(n.target))) is nn.LayerNorm and n.users:
+        if n.target is _LAYER_NORM and n.users:
             self.largest[n] = output.abs().flatten(0, -2).amax(dim=0)
         return output
 
 
-def widen_(graph: nn.Module, relu6: Collection[str], kind: type[nn.Module] = nn.ReLU) -> None:
-    """Put a ReLU in the place of each of these ReLU6 of a traced graph; the traced module keeps its own."""
-    for path in relu6:
-        graph.set_submodule(path, kind())
+def widen_(graph: GraphModule, relu6: Collection[str]) -> None:
+    """Put a ReLU in the place of each ReLU6 of a traced graph that comes from one of these paths in the module."""
+    for node in graph.graph.nodes:
+        if _is_relu6(node) and owner_path(node) in relu6:
+            node.target, node.args = aten.relu.default, node.args[:1]
+    graph.recompile()

@@ -1,8 +1,7 @@
 """A unit in int8: kernels that are made of the codes in its tree and of the roundings of its activations.
 
-These are all that a file holds. The unit's traced graph, with the float values of these codes, is prepared, given these
-roundings and converted: whenever that is done, the kernels are the same. Where a run is written down for elsewhere, or
-torch has no kernels any more, the graph computes in float, rounded at the same places.
+These are all that a file holds. The unit's traced graph, with these codes and roundings, is the reference form; kernels
+are made of that. Where a run is written down for elsewhere, the reference form computes.
 """
 
 from __future__ import annotations
@@ -10,13 +9,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_compress.errors import CompressionError, NoEffectWarning
+from lightning_compress.messages import named
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.isolation import evaluation_mode
 from lightning_compress.modules.paths import is_at_or_below, modules_of
@@ -30,13 +31,16 @@ from lightning_compress.modules.routing import (
     settle_,
 )
 from lightning_compress.quantization.numerics.int8 import StaticInt8, refuse_to_move
-from lightning_compress.quantization.static.flows.flow import Rounding, Trace, load
-from lightning_compress.quantization.static.flows.fx_trace import Opaque
-from lightning_compress.quantization.static.flows.names import own_path
+from lightning_compress.quantization.static.compiled import Compiled
+from lightning_compress.quantization.static.graphs import int8_layers
 from lightning_compress.quantization.static.inner_layer import InnerLayer
+from lightning_compress.quantization.static.kernels import lower, wrong
+from lightning_compress.quantization.static.placement import TARGETS, places
 from lightning_compress.quantization.static.reference import reference
-from lightning_compress.quantization.static.traced import KINDS, trace_unit, without_autocast
-from lightning_compress.quantization.static.unit import Unit
+from lightning_compress.quantization.static.rounding import Rounding
+from lightning_compress.quantization.static.trace import Trace
+from lightning_compress.quantization.static.traced import KINDS, without_autocast
+from lightning_compress.quantization.static.unit import Unit, trace_unit
 
 
 class Int8Unit(Form):
@@ -46,7 +50,6 @@ class Int8Unit(Form):
         unit: that is computed.
         scheme: of its kernels.
         trained: whether it was trained so, or calibrated, which is traced in another mode.
-        computed: paths of the layers that are int8, though a forward computes their weights.
         weights: those of the unit's own parameters.
 
     Attributes:
@@ -56,25 +59,19 @@ class Int8Unit(Form):
         CompressionError: it is called otherwise than it was traced.
     """
 
-    def __init__(
-        self,
-        unit: Unit,
-        scheme: StaticInt8,
-        trained: bool,
-        computed: Collection[str],
-        weights: Mapping[str, StoredWeight],
-    ) -> None:
+    def __init__(self, unit: Unit, scheme: StaticInt8, trained: bool, weights: Mapping[str, StoredWeight]) -> None:
         super().__init__(weights)
         self.unit, self.scheme, self.trained = unit, scheme, trained
-        self.computed = list(computed)
         self.roundings: list[Rounding] = []
         self._drop()
 
     def _drop(self) -> None:
         self._kernels: Any = None
         self._reference: Any = None
-        self._structure: Any = None
-        self._seen: list[tuple[nn.Module, str, str, Tensor, int]] = []
+        self._trace: Any = None
+        self._known: set[Any] = set()
+        self._holders: list[tuple[nn.Module, Form]] = []
+        self._seen: list[tuple[dict[str, Any], str, Tensor, Any]] = []
 
     def serve(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = self.unit.signature.of_call(module, args, kwargs)
@@ -85,76 +82,76 @@ class Int8Unit(Form):
                 "or exclude it from `targets`."
             )
         recorded = needs_plain_operators()
-        if not recorded and self._is_stale():
+        if self._reference is None or (not recorded and self._is_stale()):
             self.build_(module)
-        graph = self._reference if recorded or self._kernels is None else self._kernels
-        with without_autocast(tensors) as floats:
-            return self._structure.rebuild(graph(*floats))
+        if not recorded and (sizes := tuple((tensor.shape, tensor.dtype) for tensor in tensors)) not in self._known:
+            self._trace.check(tensors)
+            self._known.add(sizes)
+        if recorded or self._holds_others():  # tensors of an exporter stand in the tree for the moment, or stood there
+            for owner, form in self._holders:
+                form.bind_(owner)
+        graph = self._reference if recorded else self._kernels
+        with without_autocast(tensors) as floats, torch.no_grad():  # no kernel has a gradient
+            return self._trace.structure.rebuild(graph(*floats))
 
-    def _is_stale(self) -> bool:
-        """Tell whether nothing is made yet, or tensors of the tree are others than those that it was made of."""
-        return self._reference is None or any(
-            vars(owner)[kind].get(name) is not tensor or _version(tensor) != version
-            for owner, kind, name, tensor, version in self._seen
+    def _holds_others(self) -> bool:
+        """Tell whether the codes of the first layer are others than those in the tree; then all may be."""
+        return any(
+            weight.codes is not owner._parameters[name]
+            for owner, form in self._holders[:1]
+            for name, weight in form.weights.items()
         )
 
+    def _is_stale(self) -> bool:
+        """Tell whether tensors of the tree are others than those that kernels are made of."""
+        return any(
+            holder.get(name) is not tensor or _version(tensor) != version
+            for holder, name, tensor, version in self._seen
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def build_(self, module: nn.Module, trace: Trace | None = None) -> None:
         """Make kernels and the reference form of a unit's codes; of its ``trace``, or of that of a float copy.
 
-        Without torch's kernels, which are on their way out of it, there is the reference form alone.
+        Whoever counts or watches operators at that moment, as a profiler of FLOPs does, doesn't see these.
         """
         self._drop()
-        with torch.inference_mode(False), torch.no_grad(), evaluation_mode(module):
+        plain = torch.autocast("cpu", enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), plain, _disable_current_modes(), evaluation_mode(module):
             if trace is None:
                 twin = copy_module(module)
                 for inner in routed_modules(twin):
                     settle_(inner)
                 trace = trace_unit(twin, self.unit, self.trained)
-            self._structure = trace.structure
-            values = _values(module)
-            reduced = self.scheme.reduced
-            form = reference(trace.graph, self.trained, self.roundings, values, self.computed, reduced)
-            self._reference = self._take_layers_(form, module)
-            try:
-                flow = load(self.unit.flow)
-            except CompressionError as error:
-                warnings.warn(f"{error} Int8 runs dequantized, slower than float.", NoEffectWarning, stacklevel=5)
-            else:
-                prepared = flow.prepare(trace.graph, self.scheme, training=self.trained, floats=self.unit.floats)
-                flow.fix_(trace.graph, prepared, self.roundings)
-                kernels = flow.convert(prepared, self.scheme, self.unit.unconverted)
-                self._kernels = self._take_layers_(kernels, module)
-        self._watch(module, trace.names)
-
-    def _take_layers_(self, graph: nn.Module, module: nn.Module) -> nn.Module:
-        """Share the tree's tensors with float layers in a graph; what has a scheme of its own there, the tree calls."""
-        modules = modules_of(module, every_name=True)
-        for path, holder in list(graph.named_modules()):
-            own = own_path(path.removeprefix("graph.").removeprefix("module").lstrip("."))
-            if (owner := modules.get(own if self.unit.flow == "pt2e" else own_path(path))) is None:
-                continue
-            form = form_of(owner)
-            if owner is not module and form is not None and not isinstance(form, InnerLayer):
-                if type(holder).__module__.startswith("torch.ao.nn.intrinsic"):
-                    holder[0] = Opaque(owner)  # upstream fuses float layers too
-                else:
-                    graph.set_submodule(path, Opaque(owner))
-                continue
-            for kind in KINDS:
-                held, tensors = getattr(holder, kind), getattr(owner, kind)
-                for name in held.keys() & tensors.keys():
-                    if same_tensor(held[name], tensors[name]):  # not so where a BatchNorm is folded
-                        held[name] = tensors[name]
-        return graph
+            self._trace = trace.onto(module)
+            self.roundings = _named_here(self.roundings, self._trace, self.unit, self.scheme)
+            self._holders = [(owner, form) for owner, form in _holders(module).values() if form.weights]
+            floats, reduced = self.unit.floats, self.scheme.reduced
+            self._reference = reference(self._trace.graph, self.roundings, _codes(module), floats, reduced)
+            self._kernels = Compiled(self._reference) if self.scheme.engine == "inductor" else lower(self._reference)
+            path = self.unit.path
+            dequantized = {f"{path}.{layer}".strip("."): why for layer, why in wrong(self._kernels).items()}
+        self._watch(module, self._trace.names)
+        if dequantized:
+            reason = next(iter(dequantized.values()))
+            warnings.warn(
+                f"Dequantized on this CPU, slower than int8: {named(dequantized)} ({reason}). On CPUs without "
+                "VNNI, quantize with StaticInt8(reduce_range=True).",
+                NoEffectWarning,
+                stacklevel=5,
+            )
 
     def _watch(self, module: nn.Module, names: Collection[str]) -> None:
-        """Remember the tensors of the tree, at or below these names, that the kernels are made of."""
-        self._seen = [
-            (owner, kind, name, tensor, _version(tensor))
+        """Remember the tensors of the tree, at or below these names, that kernels are made of."""
+        holders = [
+            (getattr(owner, kind), name)
             for path, owner in modules_of(module).items()
             for kind in KINDS
-            for name, tensor in getattr(owner, kind).items()
-            if tensor is not None and any(is_at_or_below(f"{path}.{name}".lstrip("."), above) for above in names)
+            for name in getattr(owner, kind)
+            if any(is_at_or_below(f"{path}.{name}".lstrip("."), above) for above in names)
+        ]
+        self._seen = [
+            (holder, name, holder[name], _version(holder[name])) for holder, name in holders if holder[name] is not None
         ]
 
     def extra_state(self) -> list[dict[str, Any]]:
@@ -174,7 +171,7 @@ class Int8Unit(Form):
 
     def __getstate__(self) -> dict[str, Any]:
         modules = {name: None if name in ("_kernels", "_reference") else inner for name, inner in self._modules.items()}
-        return {**self.__dict__, "_modules": modules, "_structure": None, "_seen": []}
+        return {**self.__dict__, "_modules": modules, "_trace": None, "_known": set(), "_holders": [], "_seen": []}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         refuse_to_move(fn)
@@ -182,35 +179,48 @@ class Int8Unit(Form):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
-def _values(module: nn.Module) -> dict[str, nn.Module]:
-    """Return modules that give the float values of a unit's codes, by the paths of layers and of own parameters."""
-    found: dict[str, nn.Module] = {}
-    for path, owner in modules_of(module, every_name=True).items():
-        form = form_of(owner)
-        if owner is module or isinstance(form, InnerLayer):
-            for name in form.weights:  # type: ignore[union-attr]
-                found[f"{path}.{name}".lstrip(".")] = found[path] = _Value(owner, name)
-    return found
+def _holders(module: nn.Module) -> dict[str, tuple[nn.Module, Form]]:
+    """Return the modules of a unit whose forms hold codes for its kernels, and these, by path."""
+    found = {path: (owner, form_of(owner)) for path, owner in modules_of(module, every_name=True).items()}
+    return {
+        path: (owner, form)
+        for path, (owner, form) in found.items()
+        if form is not None and (owner is module or isinstance(form, InnerLayer))
+    }
 
 
-class _Value(nn.Module):
-    """Gives the float values of a parameter of the tree to a graph."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        super().__init__()
-        self.__dict__["module"] = module
-        self.name = name
-
-    def forward(self) -> Tensor:
-        module: Any = self.__dict__["module"]
-        form: Any = form_of(module)
-        form.bind_(module)
-        return form.float_value(module, self.name)  # type: ignore[no-any-return]
+def _codes(module: nn.Module) -> dict[str, StoredWeight]:
+    """Return the codes that stand in a unit's tree, by the paths of layers and of own parameters."""
+    codes: dict[str, Any] = {}
+    for path, (owner, form) in _holders(module).items():
+        form.bind_(owner)
+        codes |= {
+            path if name == "weight" else f"{path}.{name}".lstrip("."): form.weights[name] for name in form.weights
+        }
+    return codes
 
 
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place; of one that inference mode made nobody knows."""
-    return -1 if tensor.is_inference() else tensor._version
+def _named_here(roundings: list[Rounding], trace: Trace, unit: Unit, scheme: StaticInt8) -> list[Rounding]:
+    """Return roundings with the names that nodes have here: another version of torch may have given them others.
+
+    Raises:
+        CompressionError: they aren't those of this graph.
+    """
+    here = places(trace.graph, int8_layers(trace.graph, unit.floats), TARGETS[scheme.target])
+    if len(here) == len(roundings):
+        found = zip(roundings, here, strict=True)
+        return [replace(rounding, after=place.after, users=place.users) for rounding, place in found]
+    if {rounding.after for rounding in roundings} <= {node.name for node in trace.graph.graph.nodes}:
+        return roundings
+    raise CompressionError(
+        f"The ranges of a quantized {unit.path or 'module'} must be those of its trace. Received: {len(roundings)} of "
+        f"them, where it has {len(here)}. Load the file with the version of torch that wrote it."
+    )
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor lies, and how often it was changed in place; of one of inference mode nobody knows."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 def same_tensor(held: Tensor | None, own: Tensor | None) -> bool:

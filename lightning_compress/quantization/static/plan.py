@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
-from io import StringIO
 from typing import Any
 
 import torch
@@ -18,15 +16,14 @@ from lightning_compress.modules.call_log import CallLog
 from lightning_compress.modules.copying import copy_module, copy_tensors
 from lightning_compress.modules.fast_path import without_fast_path
 from lightning_compress.modules.isolation import isolated_random_state
-from lightning_compress.modules.outputs import same_outputs, same_structure
-from lightning_compress.modules.paths import clean_name, compressible_modules, is_at_or_below, is_below
+from lightning_compress.modules.outputs import same_outputs
+from lightning_compress.modules.paths import clean_name, compressible_modules, is_at_or_below
 from lightning_compress.modules.routing import form_of, routed_modules
 from lightning_compress.quantization.layers.without_kernel import (
     QUANTIZED,
     REPLACED,
     has_kernel,
     holds_layers,
-    is_told_of,
     left_float,
     may_have_kernel,
     of_one_weight,
@@ -36,16 +33,17 @@ from lightning_compress.quantization.layers.without_kernel import (
     without_kernel,
 )
 from lightning_compress.quantization.numerics.int8 import StaticInt8
-from lightning_compress.quantization.static.flows.flow import Signature, canonical
+from lightning_compress.quantization.static.graphs import copy_graph, evaluate_modes_, float_weights, int8_layers
+from lightning_compress.quantization.static.signature import Signature, canonical
+from lightning_compress.quantization.static.trace import Trace
 from lightning_compress.quantization.static.traced import Traced
-from lightning_compress.quantization.static.unit import Unit
+from lightning_compress.quantization.static.unit import Unit, trace_unit
 from lightning_compress.targets import Targets
 
 AS_A_WHOLE = "not as a whole: "
 """Begins the reason of what is tried in parts."""
 
 _BACKWARD_HOOKS = (("backward hook", "_backward_hooks"), ("backward pre-hook", "_backward_pre_hooks"))
-_TRACERS = {"fx": "torch.fx", "pt2e": "torch.export"}
 
 
 def plan_units(
@@ -56,24 +54,23 @@ def plan_units(
     layers: Collection[str],
     *,
     training: bool,
-    flow: str,
-) -> tuple[list[Unit], dict[str, str]]:
-    """Find the largest units of ``model`` that can be quantized, and why the rest stays float. Change nothing.
+) -> tuple[list[Unit], dict[str, Trace], dict[str, str]]:
+    """Find the largest units of ``model`` that can be quantized, with traces, and why the rest stays float.
 
-    A module is accepted if nothing outside calls into it, it traces, and its prepared form, with fake-quantization off,
-    gives the outputs that it gave, in training (same random state) and in evaluation. Else its children are tried.
+    A module is accepted if nothing outside calls into it, it traces, and its prepared form, without rounding, gives
+    the outputs that it gave, in training (same random state) and in evaluation. Else its children are tried.
     What stands in ``layers`` is quantized one by one.
     """
     modules, tied = compressible_modules(model), tied_to_float(model)
-    planner = _Planner(modules, log, scheme, _excluded(model, targets, layers), set(layers), training, flow)
+    planner = _Planner(modules, log, scheme, _excluded(model, targets, layers), set(layers), training)
     planner.visit("")
     units, floats = planner.units, planner.left_float
     float_owners = {other for path, other in of_one_weight(modules) if path in tied and other not in tied}
     for path, reason in (tied | without_kernel(model, scheme)).items():
         inside = any(is_at_or_below(path, unit.path) for unit in units)
-        if not inside or path in float_owners or (path in modules and not is_told_of(modules[path], flow)):
+        if not inside or path in float_owners or (path in modules and isinstance(modules[path], nn.Embedding)):
             floats.setdefault(path, reason)
-    return units, floats
+    return units, planner.traces, floats
 
 
 @dataclass
@@ -86,8 +83,8 @@ class _Planner:
     excluded: set[str]
     layers: set[str]
     training: bool
-    flow: str
     units: list[Unit] = field(default_factory=list)
+    traces: dict[str, Trace] = field(default_factory=dict)
     left_float: dict[str, str] = field(default_factory=dict)
 
     def visit(self, path: str) -> None:
@@ -105,8 +102,6 @@ class _Planner:
             unit, reason = self.try_unit(path)
             if unit is not None:
                 self.units.append(unit)
-                return
-            if self.excluded.issuperset(wanted):  # their kernels were found wrong
                 return
             if path in wanted and not holds_layers(module):
                 self.left_float[path] = reason if has_kernel(module) else self.scheme.no_kernel(module)
@@ -128,8 +123,6 @@ class _Planner:
             return None, REPLACED if replaced == path else f"its `{replaced}` is called with parameters of others"
         if (read := self.calls.read_below(path)) is not None:
             return None, f"its {'weight' if read == path else f'`{read}`'} is read from outside of it"
-        if self.flow == "pt2e" and (others := [layer for layer in self.layers if is_below(layer, path)]):
-            return None, f"its `{others[0]}` has a scheme of its own, which an exported graph can't call"
         if routed_modules(module):
             return None, "a part of it is quantized already"
         if "forward" in vars(module):
@@ -137,40 +130,33 @@ class _Planner:
         for kind, hooks in (("forward pre-hook", "_forward_pre_hooks"), *_BACKWARD_HOOKS):
             if watched := [name for name, child in module.named_modules() if name and getattr(child, hooks)]:
                 return None, f"its `{watched[0]}` has a {kind}, which a traced form doesn't call"
+        if recurrent := [name for name, child in module.named_modules() if name and isinstance(child, nn.RNNBase)]:
+            return None, f"its `{recurrent[0]}` would be traced for sequences of one length"
         if any(type(inner).get_extra_state is not nn.Module.get_extra_state for inner in module.modules()):
             return None, "it keeps extra state"
         prefix = f"{path}." if path else ""
         inner = {clean_name(name): child for name, child in module.named_modules() if name}
         hooked = tuple(name for name, child in inner.items() if child._forward_hooks)
         floats = tuple(self._floats_in({"": module, **inner}, prefix))
+        opaque = tuple(name for name in inner if prefix + name in self.layers)
         try:
             args, kwargs = canonical(module, *self.calls.inputs[path])
-            while True:
-                unit = Unit(path, Signature(args, kwargs), hooked, floats, self.flow)
-                with redirect_stderr(StringIO()):  # torch.fx prints each error of a graph before it is raised
-                    verdict = verify(module, unit, args, kwargs, self.scheme, self.training)
-                if not verdict.wrong.keys() - set(floats):
-                    break
-                floats = (*floats, *verdict.wrong.keys() - set(floats))
-                joined = {name: f"{path}.{name}".lstrip(".") for name in verdict.wrong}
-                whole = not holds_layers(module)  # a single layer, in whose traced form a name means itself
-                wrong = {
-                    path if whole and name not in inner else joined[name]: why for name, why in verdict.wrong.items()
-                }
-                self.excluded |= wrong.keys()  # also from the parts that are tried when it can't be a unit
-                self.left_float |= wrong
+            unit = Unit(path, Signature(args, kwargs), hooked, floats, opaque)
+            found = trace_unit(module, unit, self.training)
+            failure = verify(module, unit, found, args, kwargs, self.scheme, self.training)
         except CompressionError as error:
             return None, str(error)
         except Exception as error:  # whatever tracing meets in a user's forward is the reason why it stays float
-            return None, f"{_TRACERS[self.flow]} can't trace its forward ({in_a_line(error)})"
-        if verdict.reason:
-            return None, verdict.reason
+            return None, f"torch.export can't trace its forward ({in_a_line(error)})"
+        if failure:
+            return None, failure
+        weights = float_weights(found.graph, int8_layers(found.graph, floats))
+        left = left_float({"": module, **inner}, weights, self.scheme) | unused(module, found.names)
         tied = tied_to_float(self.modules[""])
         for name in floats:
             self.left_float.setdefault(prefix + name, tied.get(prefix + name, "excluded"))
-        self.left_float |= {
-            (prefix + name).rstrip("."): why for name, why in verdict.left.items() if name not in floats
-        }
+        self.left_float |= {(prefix + name).rstrip("."): why for name, why in left.items() if name not in floats}
+        self.traces[path] = found
         return unit, ""
 
     def _floats_in(self, modules: Mapping[str, nn.Module], prefix: str) -> Iterator[str]:
@@ -210,40 +196,26 @@ def _excluded(model: nn.Module, targets: Targets | None, layers: Collection[str]
     return (set(found) - chosen) | tied
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Says what came out when a unit was tried.
-
-    Attributes:
-        reason: why it can't be one; empty if it can.
-        left: its layers (paths in the unit) that stay float, each with the reason.
-        wrong: its layers that must stay float as their int8 kernels are wrong, each with the reason; without them it
-            could be a unit.
-    """
-
-    reason: str
-    left: dict[str, str] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
-
-
 @isolated_random_state()
 def verify(
-    module: nn.Module, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any], scheme: StaticInt8, training: bool
-) -> Verdict:
-    """Tell whether the prepared form can stand for ``module``.
+    module: nn.Module,
+    unit: Unit,
+    found: Trace,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    scheme: StaticInt8,
+    training: bool,
+) -> str:
+    """Say why the prepared form can't stand for ``module``; empty if it can.
 
-    It can if, with fake-quantization off, it gives the outputs that ``module`` gives in each mode, and then converts
-    into kernels each of which computes its own layer. Works on copies.
+    It can if, without rounding, it gives the outputs that ``module`` gives in each mode. Works on copies.
     """
-    left, inputs = dict[str, str](), list[Tensor]()
+    if not int8_layers(found.graph, unit.floats):
+        return "no layer in it can be quantized"
     for mode in (True, False) if training else (False,):
         original, twin = _without_hooks(module), _without_hooks(module)
-        traced = Traced(unit, scheme, training=training).build_(twin)
-        flow = traced.flow
-        if not flow.quantizes(traced.graph):
-            return Verdict("no layer in it can be quantized")
-        flow.fake_quantize_(traced.graph, False)
-        traced.calibrating = True  # so that its int8 form knows the ranges
+        traced = Traced(unit, scheme, training=training).build_(twin, found)
+        traced.rounds = False
         for model in (original, twin):
             model.train(mode)
         buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
@@ -252,21 +224,21 @@ def verify(
             name for name, buffer in original.named_buffers() if not same_outputs(buffers.get(name), buffer, 0.0)
         ]
         if changed and not mode:
-            return Verdict(f"it changes its `{changed[0]}` in evaluation, which an int8 form doesn't")
+            return f"it changes its `{changed[0]}` in evaluation, which an int8 form doesn't"
         tensors = unit.signature.tensors(*copy_tensors((args, kwargs)))
         assert tensors is not None
-        if not same_outputs(expected, _run(partial(traced.run, mode), tensors)):
-            return Verdict(f"its traced form computes something else in {'training' if mode else 'evaluation'}")
-        layers = {clean_name(name): child for name, child in twin.named_modules()}
-        inputs = [tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors]
-        left = left_float(layers, flow.float_weights(traced.graph), scheme) | unused(twin, traced.trace.names)
-    # Found out now, not when hours of training end; some int8 kernels of torch compute something else altogether.
-    int8 = flow.convert(traced.graph, scheme)
-    with torch.compiler.set_stance("force_eager"):
-        if not same_structure(expected, _run(lambda call: traced.trace.structure.rebuild(int8(*call)), inputs)):
-            return Verdict("its int8 form gives outputs of another structure")
-    wrong = flow.wrong_kernels(traced.graph, int8, scheme, inputs)
-    return Verdict(wrong.pop("", ""), left, wrong)
+        ways: list[Callable[[Any], Any]] = [partial(traced.run, mode)]
+        if training and not mode:  # a BatchNorm of the user's own is called there, and isn't in int8
+            ways.append(_evaluated(found.onto(twin)))
+        if not all(same_outputs(expected, _run(way, tensors)) for way in ways):
+            return f"its traced form computes something else in {'training' if mode else 'evaluation'}"
+    return ""
+
+
+def _evaluated(found: Trace) -> Callable[[list[Tensor]], Any]:
+    graph = copy_graph(found.graph)
+    evaluate_modes_(graph)
+    return lambda tensors: found.structure.rebuild(graph(*tensors))
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:

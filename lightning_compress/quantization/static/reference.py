@@ -1,116 +1,95 @@
 """The reference form of static int8: float operations of torch between activations that are rounded to 8 bits.
 
-It needs nothing of `torch.ao`, so that what was quantized computes where that is gone, and is written down for
-elsewhere.
+It is what a trace, roundings and codes stand for. Kernels are made of it, and it is written down for other runtimes.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from lightning_compress.quantization.layers.int8_weight import Int8Weight
-from lightning_compress.quantization.static.flows.exported_weights import path_of, simplify_exported_
-from lightning_compress.quantization.static.flows.flow import Rounding
-from lightning_compress.quantization.static.flows.fx_trace import Opaque, shallow_copy, simplify_
-from lightning_compress.quantization.static.flows.graphs import value_read
-from lightning_compress.quantization.static.flows.names import called
-from lightning_compress.quantization.static.flows.pt2e_trace import Exported, quiet
+from lightning_compress.quantization.layers.int8_weight import Int8Weight, Rescaled
+from lightning_compress.quantization.static.graphs import (
+    aten,
+    copy_graph,
+    evaluate,
+    evaluate_modes_,
+    int8_layers,
+)
+from lightning_compress.quantization.static.rounding import Rounding, rounded
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-
+@torch.no_grad()
 def reference(
-    graph: nn.Module,
-    training: bool,
+    graph: GraphModule,
     roundings: Sequence[Rounding],
-    weights: Mapping[str, nn.Module],
-    computed: Collection[str] = (),
+    weights: Mapping[str, Any],
+    floats: Collection[str] = (),
     reduced: bool = False,
 ) -> GraphModule:
     """Return the reference form of a traced graph, around the same tensors; the graph is left as it is.
 
+    A BatchNorm behind an int8 layer is folded into the scales of its weight, and into its bias: ``γ / σ`` multiplies
+    the scales, whose sign may change, and the codes stay.
+
     Args:
-        graph: of a flow's trace.
-        training: whether it was traced for training.
+        graph: of a `Trace`.
         roundings: where activations are rounded.
-        weights: modules that give the weights of layers when they are called, by the layers' paths.
-        computed: int8 layers whose weights are computed, and so have no codes of their own.
+        weights: the codes of layers, by their paths. Of a layer that isn't here, whose weight is computed, they are
+            made of the weight as it is now.
+        floats: paths of what stays float.
         reduced: whether these have 7 bits.
     """
-    traced = graph.graph if isinstance(graph, Exported) else graph
-    assert isinstance(traced, GraphModule)
-    with quiet():  # torch warns of its own copies
-        form = GraphModule(traced, copy.deepcopy(traced.graph))
-    if traced is graph:
-        simplify_(form, training)
-    else:
-        simplify_exported_(form)
-    _round_(form, roundings)
-    weights = {**weights, **{path: Int8Weight.nearest(_weight(form, path), reduced) for path in computed}}
-    for node in list(form.graph.nodes):
-        path = path_of(node) if node.op == "get_attr" else str(node.target)
-        weight = weights.get(called(path))
-        if node.op == "get_attr" and weight is not None:
-            form.add_submodule(f"weight_{node.name}", weight)
-            with form.graph.inserting_before(node):
-                node.replace_all_uses_with(form.graph.call_module(f"weight_{node.name}"))
+    form = copy_graph(graph)
+    layers = int8_layers(form, floats)
+    nodes = {node.name: node for node in form.graph.nodes}
+    for rounding in roundings:
+        node = nodes[rounding.after]
+        users = [user for user in node.users if rounding.users is None or user.name in rounding.users]
+        arguments = node, rounding.scale, rounding.zero_point, rounding.low, rounding.high
+        with form.graph.inserting_after(node):
+            call = form.graph.call_function(rounded, arguments)
+        for user in users:
+            user.replace_input_with(node, call)
+    evaluate_modes_(form)
+    for layer, path in layers.items():
+        codes = weights.get(path) or Int8Weight.nearest(evaluate(form, layer.args[1]), reduced)  # type: ignore[arg-type]
+        norm = _norm_behind(layer)
+        if norm is not None:
+            codes = _fold_(form, layer, norm, codes)
+        form.add_submodule(f"weight_{layer.name}", codes)
+        with form.graph.inserting_before(layer):
+            layer.update_arg(1, form.graph.call_module(f"weight_{layer.name}"))
+    for node in reversed(list(form.graph.nodes)):
+        if not node.users and node.op in ("get_attr", "call_function") and not node.is_impure():
             form.graph.erase_node(node)
-        elif node.op == "call_module":
-            module = form.get_submodule(path)
-            if isinstance(module, Opaque):
-                form.set_submodule(path, shallow_copy(module.__dict__["module"]))  # where a compiler sees its tensors
-            elif weight is not None and isinstance(module, _LAYERS):
-                form.set_submodule(path, _Layer(shallow_copy(module), weight))
     form.recompile()
     form.delete_all_unused_submodules()
     return form.eval()
 
 
-def _weight(form: GraphModule, path: str) -> Tensor:
-    """Return the weight of a layer of a simplified graph."""
-    reads = {path_of(node) if node.op == "get_attr" else called(str(node.target)): node for node in form.graph.nodes}
-    node = reads[path]
-    if node.op == "get_attr":
-        return value_read(form, node)  # type: ignore[no-any-return]
-    return form.get_submodule(str(node.target)).weight  # type: ignore[return-value]
+def _norm_behind(layer: Node) -> Node | None:
+    """Return the BatchNorm with statistics that alone reads a layer's output, by the layer's own channels."""
+    behind = next(iter(layer.users), None)
+    if len(layer.users) != 1 or behind is None or behind.target is not aten.batch_norm.default or behind.args[5]:
+        return None
+    return None if layer.target is aten.linear.default and layer.meta["val"].dim() != 2 else behind
 
 
-def _round_(form: GraphModule, roundings: Sequence[Rounding]) -> None:
-    places = {node.name: node for node in form.graph.nodes}
-    for rounding in roundings:
-        node = places[rounding.after]
-        users = [user for user in node.users if rounding.users is None or user.name in rounding.users]
-        arguments = (node, rounding.scale, rounding.zero_point, rounding.low, rounding.high)
-        with form.graph.inserting_after(node):
-            call = form.graph.call_function(rounded, arguments)
-        for user in users:
-            user.replace_input_with(node, call)
-
-
-def rounded(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
-    """Return ``(clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale``, in plain operators."""
-    decomposed = torch.ops.quantized_decomposed
-    if torch.onnx.is_in_onnx_export() and hasattr(decomposed, "quantize_per_tensor"):  # QuantizeLinear and its inverse
-        options = scale, zero_point, low, high, torch.uint8 if low >= 0 else torch.int8
-        return decomposed.dequantize_per_tensor(decomposed.quantize_per_tensor(x, *options), *options)  # type: ignore[no-any-return]
-    return ((torch.round(x * (1.0 / scale)) + zero_point).clamp(low, high) - zero_point) * scale
-
-
-class _Layer(nn.Module):
-    """Computes a layer with another weight."""
-
-    def __init__(self, layer: Any, weight: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.weight = layer, weight
-        layer._parameters["weight"] = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.layer, nn.Linear):
-            return nn.functional.linear(x, self.weight(), self.layer.bias)
-        return self.layer._conv_forward(x, self.weight(), self.layer.bias)  # type: ignore[no-any-return]
+def _fold_(form: GraphModule, layer: Node, norm: Node, codes: Any) -> Rescaled:
+    reads: Any = norm.args
+    values: Any = (None if source is None else evaluate(form, source) for source in reads[1:5])
+    gamma, beta, mean, variance = values
+    ratio = (variance + reads[7]).rsqrt() * (1.0 if gamma is None else gamma)
+    before: Any = layer.args[2] if len(layer.args) > 2 else None
+    bias = mean.neg() if before is None else evaluate(form, before) - mean
+    form.register_buffer(f"bias_{layer.name}", (bias * ratio + (0.0 if beta is None else beta)).detach())
+    with form.graph.inserting_before(layer):
+        read = form.graph.get_attr(f"bias_{layer.name}")
+    layer.args = (*layer.args[:2], read, *layer.args[3:])
+    norm.replace_all_uses_with(layer)
+    form.graph.erase_node(norm)
+    return Rescaled(codes, codes.scale * ratio)

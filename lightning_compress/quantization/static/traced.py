@@ -1,7 +1,7 @@
-"""The traced form of a unit while it is calibrated or trained: observers and fake-quantizers around its layers.
+"""The traced form of a unit while it is calibrated or trained: quantizers before and behind its layers.
 
-It holds a graph whose layers are copies around the very tensors of the unit. These are looked up in the unit's tree at
-each call, as loading, moving and `torch.func.functional_call` put others there.
+Its graph is around the very tensors of the unit, which are looked up in the unit's tree at each call, as loading,
+moving and `torch.func.functional_call` put others there.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.isolation import isolated_random_state, restore_modes_, training_modes
 from lightning_compress.modules.paths import modules_of
 from lightning_compress.modules.routing import Form, class_of, routed_modules
 from lightning_compress.quantization.numerics.int8 import StaticInt8
-from lightning_compress.quantization.static.equalize import widen_
-from lightning_compress.quantization.static.flows.flow import Flow, Trace, load, tracer
-from lightning_compress.quantization.static.unit import Unit
+from lightning_compress.quantization.static.placement import Place
+from lightning_compress.quantization.static.prepare import Own, prepare
+from lightning_compress.quantization.static.rounding import ActivationQuantizer, Rounding, WeightQuantizer
+from lightning_compress.quantization.static.trace import Trace
+from lightning_compress.quantization.static.unit import Unit, trace_unit
 
 KINDS = ("_parameters", "_buffers")
-_ENDS = ("min_val", "max_val")
 
 
 class Tree:
@@ -40,23 +39,15 @@ class Tree:
             for name, tensor in getattr(owner, kind).items()
             if tensor is not None
         }
-        inner = dict(graph.named_modules())
         # The same tensor, seen from both: by the graph's module and from the tree's.
         self._shared = [
             (holder, kind, name, *owned[id(tensor)])
-            for holder in inner.values()
+            for holder in graph.modules()
             for kind in KINDS
             for name, tensor in getattr(holder, kind).items()
             if id(tensor) in owned
         ]
-        pairs = {inner[path]: owner for path, owner in modules.items() if path in inner and path}
-        pairs |= {holder: owner for holder, _, _, owner, *_ in self._shared if holder is not graph}
-        self._modes = list(pairs.items())
         self._children = [(owner, name, child) for owner in modules.values() for name, child in owner._modules.items()]
-
-    def holds(self) -> set[int]:
-        """Return the ids of the tensors that are shared."""
-        return {id(vars(holder)[kind][name]) for holder, kind, name, *_ in self._shared}
 
     def bind_(self) -> None:
         """Give the graph the tensors that stand in the tree now.
@@ -75,47 +66,51 @@ class Tree:
             if vars(holder)[kind][name] is not tensor:
                 vars(holder)[kind][name] = tensor
 
-    def follow_modes_(self, batchnorm_frozen: bool) -> None:
-        """Give the graph's layers the modes of the tree's."""
-        for holder, owner in self._modes:
-            mode = owner.training and not (batchnorm_frozen and isinstance(holder, _BatchNorm))
-            if holder.training != mode:
-                holder.training = mode
-
 
 class Traced(Form):
-    """Computes a unit in its traced form, with observers and fake-quantizers.
+    """Computes a unit in its traced form, with quantizers.
 
     It isn't pickled: what is unpickled traces the unit anew at its first call.
+
+    Attributes:
+        calibrating: whether ranges move in evaluation, too.
+        rounds: whether values are rounded.
+        observers_frozen: whether ranges no longer move in training.
+        batchnorm_frozen: whether BatchNorm normalizes as in evaluation.
     """
 
     trace: Trace
     tree: Tree
-    source: Tree
 
     def __init__(self, unit: Unit, scheme: StaticInt8, *, training: bool) -> None:
         super().__init__()
         self.unit, self.scheme, self.trains = unit, scheme, training
         self.calibrating = False
+        self.rounds = training
         self.observers_frozen = False
         self.batchnorm_frozen = False
-        self._observing: bool | None = None
         self.graph: Any = None
+        self.places: list[Place] = []
         self._state: dict[str, Tensor] | None = None
+        self._known: set[Any] = set()  # sizes that the trace allows
 
-    @property
-    def flow(self) -> Flow:
-        """The flow that traces it."""
-        return load(self.unit.flow)
-
-    def build_(self, module: nn.Module) -> Traced:
+    def build_(self, module: nn.Module, trace: Trace | None = None) -> Traced:
         """Trace and prepare ``module``, in the mode in which it is to be quantized; it isn't changed."""
-        self.trace = trace_unit(module, self.unit, self.trains)
-        self.graph = self.flow.prepare(self.trace.graph, self.scheme, training=self.trains, floats=self.unit.floats)
-        self.tree, self.source = Tree(self.graph, module), Tree(self.trace.graph, module)
+        self.trace = (trace or trace_unit(module, self.unit, self.trains)).onto(module)
+        self.graph, self.places = prepare(self.trace, module, self.unit, self.scheme, training=self.trains)
+        device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+        for quantizer in self.quantizers.values():
+            quantizer.to(device)
+        self.tree = Tree(self.graph, module)
         if self._state is not None:
             self.load_extra_(self._state)
         return self
+
+    @property
+    def quantizers(self) -> dict[str, ActivationQuantizer]:
+        """Those of activations, by name."""
+        found = self.graph.named_children()
+        return {name: child for name, child in found if isinstance(child, ActivationQuantizer)}
 
     def serve(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = self.unit.signature.of_call(module, args, kwargs)
@@ -123,7 +118,7 @@ class Traced(Form):
             return class_of(module).forward(module, *args, **kwargs)
         return self._bound(module, tensors)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # upstream's fake-quantizers can't be compiled
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks its tensors up in the tree
     def _bound(self, module: nn.Module, tensors: list[Tensor]) -> Any:
         if self.graph is None:
             self.build_(module)
@@ -132,22 +127,30 @@ class Traced(Form):
 
     def run(self, training: bool, tensors: list[Tensor]) -> Any:
         """Compute the module's output of the tensors of a call."""
-        self.tree.follow_modes_(self.batchnorm_frozen)
-        observe = self.calibrating or (training and not self.observers_frozen)
-        if observe != self._observing:
-            # Evaluation never moves an observer, whoever runs it.
-            self.flow.observe_(self.graph, observe)
-            self._observing = observe
+        if (sizes := tuple((tensor.shape, tensor.dtype) for tensor in tensors)) not in self._known:
+            self.trace.check(tensors)
+            self._known.add(sizes)
+        observes = self.calibrating or (training and not self.observers_frozen)  # evaluation never moves a range
+        for child in self.graph.children():
+            if isinstance(child, ActivationQuantizer | WeightQuantizer):
+                child.observes, child.rounds = observes, self.rounds
+            elif isinstance(child, Own):
+                child.frozen = self.batchnorm_frozen
         with without_autocast(tensors) as floats:
             return self.trace.structure.rebuild(self.graph(*floats))
 
+    def roundings(self) -> list[Rounding]:
+        """List where activations are rounded, in plain numbers."""
+        quantizers = self.quantizers
+        return [quantizers[place.name].rounding(place.after, place.users) for place in self.places]
+
     def extra_state(self) -> dict[str, Tensor]:
-        """Return what its observers and fake-quantizers hold, by name."""
+        """Return the ranges of activations, by name."""
         if self.graph is None:
             return dict(self._state or {})
-        shared = self.tree.holds()
-        found = self.graph.named_buffers(remove_duplicate=False)
-        return {name: buffer for name, buffer in found if id(buffer) not in shared}
+        return {
+            f"{name}.{end}": buffer for name, child in self.quantizers.items() for end, buffer in child.named_buffers()
+        }
 
     @torch.no_grad()
     def load_extra_(self, state: Mapping[str, Tensor]) -> None:
@@ -156,8 +159,6 @@ class Traced(Form):
             return
         own = self.extra_state()
         for name in own.keys() & state.keys():
-            if own[name].shape != state[name].shape:
-                own[name].resize_(state[name].shape)
             own[name].copy_(state[name])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
@@ -167,35 +168,14 @@ class Traced(Form):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: buffer.detach().clone() for name, buffer in self.extra_state().items()}
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("trace", "tree", "source")}
-        modules = {**self._modules, "graph": None}
-        return {**kept, "_modules": modules, "_observing": None, "_state": state}
-
-    def wrong_kernels(self) -> dict[str, str]:
-        """Find the layers (paths in the unit) whose int8 kernels compute something else now, with reasons."""
-        examples, flow = self.unit.signature.inputs, self.flow
-        with isolated_random_state():
-            inputs = [torch.randn(zeros.shape) if zeros.is_floating_point() else zeros.clone() for zeros in examples]
-            int8 = flow.convert(self.graph, self.scheme)
-            return flow.wrong_kernels(self.graph, int8, self.scheme, inputs, drawn_only=True)
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("trace", "tree")}
+        return {**kept, "_modules": {**self._modules, "graph": None}, "_state": state}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.graph is not None:
             self.tree.bind_()  # moving makes other buffers; those of the tree count
         return self
-
-
-def trace_unit(module: nn.Module, unit: Unit, training: bool) -> Trace:
-    """Trace a module in the mode in which it is to be quantized."""
-    modes = training_modes(module)
-    module.train(training)
-    try:
-        trace = tracer(unit.flow)(module, unit.signature, unit.hooked)
-    finally:
-        restore_modes_(modes)
-    widen_(trace.graph, unit.widened)
-    return trace
 
 
 @contextmanager
@@ -220,22 +200,10 @@ def reduce_ranges_(model: nn.Module, reduce: Callable[[Tensor], Tensor]) -> None
 
     They see different samples, and what moves a module's buffers between them moves no observers.
     """
-    quantizers = [
-        module
-        for form in traced_units(model)
-        for module in form.graph.modules()
-        if hasattr(module, "calculate_qparams") and dict(module.named_buffers()).keys() >= {"scale"}
-    ]
-    lows, highs = ([quantizer.activation_post_process.get_buffer(name) for quantizer in quantizers] for name in _ENDS)
-    if not quantizers:
-        return
-    flat = reduce(torch.cat([*(-low.flatten() for low in lows), *(high.flatten() for high in highs)]))
-    parts = flat.split([end.numel() for end in (*lows, *highs)])
-    for end, part in zip(lows, parts, strict=False):
-        end.copy_(-part.view_as(end))
-    for end, part in zip(highs, parts[len(lows) :], strict=True):
-        end.copy_(part.view_as(end))
-    for quantizer in quantizers:
-        scale, zero_point = quantizer.calculate_qparams()
-        quantizer.scale.copy_(scale)
-        quantizer.zero_point.copy_(zero_point)
+    quantizers = [quantizer for form in traced_units(model) for quantizer in form.quantizers.values()]
+    if quantizers:
+        ends = [*(-quantizer.min_val for quantizer in quantizers), *(quantizer.max_val for quantizer in quantizers)]
+        lows, highs = reduce(torch.stack(ends)).view(2, -1)
+        for quantizer, low, high in zip(quantizers, -lows, highs, strict=True):
+            quantizer.min_val.copy_(low)
+            quantizer.max_val.copy_(high)

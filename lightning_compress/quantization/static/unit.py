@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_compress.quantization.static.flows.flow import Signature
+from lightning_compress.quantization.static.equalize import widen_
+from lightning_compress.quantization.static.signature import Signature
+from lightning_compress.quantization.static.trace import Trace, trace
 
-_LISTS = ("hooked", "floats", "widened", "unconverted")
+_LISTS = ("hooked", "floats", "opaque", "widened")
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,8 @@ class Unit:
         signature: the calls that it is traced for.
         hooked: inner modules (paths in the unit) whose forward hooks must go on firing.
         floats: inner modules (paths in the unit) that stay float by the user's choice.
-        flow: name of the flow that traces it.
+        opaque: inner layers (paths in the unit) that have a scheme of their own, and are called as they are.
         widened: inner ReLU6 (paths in the unit) that are ReLU in its traced form.
-        unconverted: inner layers (paths in the unit) that were prepared, and are float in its int8 form all the same:
-            their kernels were found wrong when it was converted.
         moved: inner layers (paths in the unit) whose outputs (``out``) or inputs (``in``) equalization or smoothing
             divided by such scales.
     """
@@ -34,20 +34,26 @@ class Unit:
     signature: Signature
     hooked: tuple[str, ...] = ()
     floats: tuple[str, ...] = ()
-    flow: str = "fx"
+    opaque: tuple[str, ...] = ()
     widened: tuple[str, ...] = ()
-    unconverted: tuple[str, ...] = ()
     moved: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Return plain data for a checkpoint."""
         lists = {name: list(getattr(self, name)) for name in _LISTS}
         moved = {path: dict(scales) for path, scales in self.moved.items()}
-        return {"path": self.path, "example": self.signature.example, "flow": self.flow, **lists, "moved": moved}
+        return {"path": self.path, "example": self.signature.example, **lists, "moved": moved}
 
     @classmethod
     def from_description(cls, plain: dict[str, Any]) -> Unit:
         args, kwargs = plain["example"]
         signature = Signature(tuple(args), kwargs)
         lists = {name: tuple(plain[name]) for name in _LISTS}
-        return cls(plain["path"], signature, flow=plain["flow"], **lists, moved=plain["moved"])
+        return cls(plain["path"], signature, **lists, moved=plain["moved"])
+
+
+def trace_unit(module: nn.Module, unit: Unit, training: bool) -> Trace:
+    """Trace the module of a unit in evaluation, or as it trains; it isn't changed."""
+    found = trace(module, unit.signature, unit.hooked, unit.opaque, training=training)
+    widen_(found.graph, unit.widened)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from lightning_compress import PostTrainingQuantization, StaticInt8, quantize
 from lightning_compress.quantization.static.equalize import Moved, equalize_, smooth_
-from lightning_compress.quantization.static.flows import fx
-from lightning_compress.quantization.static.flows.flow import Signature
-from tests.quantization.static.traces import geometric_mean, relative, spread_, traced
+from lightning_compress.quantization.static.signature import Signature
+from lightning_compress.quantization.static.trace import trace
+from tests.quantization.static.traces import drawn_, geometric_mean, relative, spread_, traced
 from tests.support.modules import ZooModule, quiet_trainer
 from tests.support.oracles import assert_same_state, differing, snapshot
 from tests.support.zoo import ZOO, Row, row
@@ -39,11 +40,18 @@ class Block(nn.Module):
         return x + y if self.also else y
 
 
+@cache
+def traced_block() -> tuple[Any, Any]:
+    model = Block()
+    return model, traced(model, torch.randn(4, 5, 16))
+
+
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**16), outlier=st.floats(1.0, 100.0))
 def test_the_scales_behind_a_layernorm_are_smoothquants(seed: int, outlier: float) -> None:
-    torch.manual_seed(seed)
-    model, x = Block().eval(), torch.randn(4, 5, 16)
+    model, graph = traced_block()
+    drawn_(model, seed)
+    x = torch.randn(4, 5, 16)
     with torch.no_grad():
         model.norm.weight[3] *= outlier
         model.norm.bias.normal_()
@@ -56,7 +64,6 @@ def test_the_scales_behind_a_layernorm_are_smoothquants(seed: int, outlier: floa
     largest = np.abs(activations.reshape(-1, 16)).max(0)
     s = largest**0.5 / np.abs(np.concatenate(weights)).max(0) ** 0.5  # equation 4, one for all that read it
     s /= geometric_mean(s)
-    graph = traced(model, x)
     smooth_(graph, set(), [x], Moved())
     for got, want in ((model.norm.weight, gamma / s), (model.norm.bias, beta / s)):
         np.testing.assert_allclose(got.detach().numpy(), want, rtol=1e-4, atol=1e-6)
@@ -131,7 +138,7 @@ def test_over_the_zoo_the_float_function_stays(row: Row) -> None:
     model = spread_(row.build(), low=0.3, high=3.0).eval()
     args, kwargs = row.inputs(0)
     signature = Signature(args, kwargs)
-    graph: Any = fx.trace(model, signature).graph
+    graph = trace(model, signature).graph
     inputs = signature.tensors(args, kwargs)
     assert inputs is not None
     expected, *_ = graph(*inputs)
@@ -200,7 +207,6 @@ def hard_transformer(depth: int = 1) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("flow", ["fx", "pt2e"])
 @pytest.mark.parametrize(
     ("make", "shape", "without", "gain"),
     [
@@ -210,14 +216,14 @@ def hard_transformer(depth: int = 1) -> nn.Module:
     ],
     ids=["equalize", "smooth", "smooth three layers"],
 )
-def test_a_model_that_is_hard_for_int8_gains(make: Any, shape: Any, without: Any, gain: float, flow: Any) -> None:
+def test_a_model_that_is_hard_for_int8_gains(make: Any, shape: Any, without: Any, gain: float) -> None:
     model = make()
     calibration, x = [torch.randn(16, *shape) for _ in range(4)], torch.randn(64, *shape)
     before, expected = snapshot(model), model(x)
     errors = []
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         for scheme in (StaticInt8(), StaticInt8(**without)):
-            int8 = quantize(model, scheme, calibration=calibration, flow=flow)
+            int8 = quantize(model, scheme, calibration=calibration)
             errors.append(relative(expected, int8(x)))
     assert_same_state(before, model)
     assert errors[0] * gain < errors[1], errors

@@ -8,13 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.quantization.static.flows import fx
-from lightning_compress.quantization.static.flows.flow import Signature
+from lightning_compress.quantization.static.graphs import evaluate_modes_
+from lightning_compress.quantization.static.signature import Signature
+from lightning_compress.quantization.static.trace import trace
 
 
 def traced(model: nn.Module, *inputs: Tensor) -> Any:
     """The traced form of a model in evaluation, around the same parameters."""
-    return fx.trace(model.eval(), Signature(inputs, {})).graph
+    graph = trace(model.eval(), Signature(inputs, {})).graph
+    evaluate_modes_(graph)
+    return graph
+
+
+def drawn_(model: nn.Module, seed: int) -> nn.Module:
+    """Draw the values of a model anew, in the tensors that it has."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
 
 
 def relative(expected: Tensor, got: Tensor) -> float:
@@ -30,7 +42,7 @@ def spread_(model: nn.Module, seed: int = 0, low: float = 0.1, high: float = 10.
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
                 scale = torch.empty(len(module.weight)).uniform_(np.log(low), np.log(high), generator=generator).exp()
                 module.weight *= scale.view(-1, *[1] * (module.weight.dim() - 1))
-            elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and module.track_running_stats:
                 size = (module.num_features,)
                 module.running_mean.copy_(torch.randn(size, generator=generator))
                 module.running_var.copy_(torch.rand(size, generator=generator) * 4 + 0.1)

@@ -1,0 +1,123 @@
+"""How far a quantized model is from float on the same batches, and which layers have the largest part in it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.messages import named
+from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.isolation import isolated_evaluation
+from lightning_compress.modules.outputs import least_cosine, outer_outputs
+from lightning_compress.modules.paths import modules_of
+from lightning_compress.modules.routing import form_before, form_of
+from lightning_compress.quantization.convert import record_of
+from lightning_compress.quantization.static.errors import layer_errors
+from lightning_compress.quantization.static.traced import Traced
+
+BATCHES = 8
+"""On so many batches the agreement is measured, at most: they are run twice more."""
+LEAST = 0.98
+"""A cosine below it is worth a warning."""
+_WORST = 3
+
+Run = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Says how well the outputs of a quantized model and of its float self agree.
+
+    Attributes:
+        cosine: the least cosine similarity of an output, over the batches.
+        same_class: the share of rows of matrices, such as logits ``(samples, classes)``, whose largest element is the
+            same one; None where no output is a matrix.
+        batches: on how many it was measured; those on which both run.
+    """
+
+    cosine: float
+    same_class: float | None
+    batches: int
+
+    @classmethod
+    def of(cls, expected: Sequence[Sequence[Any]], got: Sequence[Sequence[Any]]) -> Agreement:
+        """Compare what `outputs_of` gave for the float and for the quantized model."""
+        batches = [calls for calls in zip(expected, got, strict=True) if all(calls)]
+        cosine = min((least_cosine(*calls) for calls in batches), default=1.0)
+        pairs = [pair for calls in batches for pair in zip(*calls, strict=False)]
+        same = [a.argmax(dim=1) == b.argmax(dim=1) for a, b in pairs if _is_matrix(a) and a.shape == b.shape]
+        return cls(cosine, torch.cat(same).float().mean().item() if same else None, len(batches))
+
+    def __str__(self) -> str:
+        same = "" if self.same_class is None else f", the same largest output for {self.same_class:.1%} of samples"
+        return f"agreement with float: cosine {self.cosine:.4f}{same} ({self.batches} batches)"
+
+
+def _is_matrix(output: Any) -> bool:
+    return isinstance(output, Tensor) and output.is_floating_point() and output.dim() == 2 and output.shape[1] > 1
+
+
+def outputs_of(model: nn.Module, batches: Iterable[Any], run: Run) -> list[list[Any]]:
+    """Return what the outermost calls of a model give, for each batch; nothing where it doesn't run."""
+    found: list[list[Any]] = []
+    for batch in batches:
+        outputs: list[Any] = []
+        with suppress(Exception), isolated_evaluation(model), outer_outputs(model) as calls:  # of a step of the user's
+            run(model, copy_tensors(batch))
+            outputs = [copy_tensors(output) for _, output in calls]
+        found.append(outputs)
+    return found
+
+
+def record_agreement_(model: nn.Module, expected: Sequence[Sequence[Any]], batches: Sequence[Any], run: Run) -> None:
+    """Measure how far a model is from the ``expected`` outputs of its float self, and write it into its record.
+
+    Warns below `LEAST` of static int8, and names the layers whose outputs rounding changes most. Few bits are the
+    user's choice.
+    """
+    record = record_of(model)
+    assert record is not None
+    agreement = Agreement.of(expected, outputs_of(model, batches, run))
+    record["agreement"] = asdict(agreement)
+    if record["units"] and agreement.cosine < LEAST:
+        worst = worst_layers(model, batches[0], run)
+        of_layers = f" Rounding changes most what {named(worst)} give." if worst else ""
+        warnings.warn(
+            f"The quantized model is far from the float one: {agreement}.{of_layers} Exclude such layers in `targets`, "
+            "calibrate with StaticInt8(observer='histogram'), or train it so (QuantizationAwareTraining).",
+            stacklevel=2,
+        )
+
+
+def worst_layers(model: nn.Module, batch: Any, run: Run) -> list[str]:
+    """Return the static int8 layers whose outputs rounding changes most, each given exact inputs."""
+    errors: dict[str, float] = {}
+    modules = modules_of(model)
+    with isolated_evaluation(model):
+        calls = {path: form_of(module) for path, module in modules.items()}
+        before = {path: form_before(modules[path]) for path, form in calls.items() if form is not None}
+        units = {path: form for path, form in before.items() if isinstance(form, Traced) and form.graph is not None}
+        hooks = [
+            modules[path].register_forward_pre_hook(_watch(path, form, errors), with_kwargs=True)
+            for path, form in units.items()
+        ]
+        try:
+            run(model, copy_tensors(batch))
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return sorted(errors, key=lambda path: -errors[path])[:_WORST]
+
+
+def _watch(path: str, form: Traced, errors: dict[str, float]) -> Callable[..., None]:
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (tensors := form.unit.signature.of_call(module, args, kwargs)) is not None:
+            errors.update({f"{path}.{name}".strip("."): error for name, error in layer_errors(form, tensors).items()})
+
+    return watch
