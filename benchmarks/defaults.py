@@ -34,10 +34,13 @@ from torch import nn
 
 from lightning_compress import (
     ChannelPruning,
+    Distillation,
     OneShot,
     PostTrainingQuantization,
     QuantizationAwareTraining,
     ScheduledPruning,
+    Snapshot,
+    SoftTarget,
     StaticInt8,
     Window,
 )
@@ -48,6 +51,8 @@ Scores = dict[tuple[str, str, int], float]
 
 PLAIN, PTQ = "plain", "PTQ of plain"
 QAT, CUT, ZEROS = "QAT", "ChannelPruning", "ScheduledPruning"
+FX = ", by fx"
+"""Ends what was measured at commit a68ae47, whose static int8 went through torch.fx and torch.ao."""
 _MOVED = StaticInt8(equalize=True, smooth=True)
 
 
@@ -77,6 +82,12 @@ class FrozenStatistics(L.Callback):
                 module.train(trainer.global_step < self.start * trainer.estimated_stepping_batches)
 
 
+def _from_float(task_weight: float) -> Distillation:
+    """Teach what the network gave before the fit, at temperature 1: alone, as in arXiv 2601.20088, or beside labels."""
+    loss = SoftTarget(temperature=1.0, weight=1.0 - task_weight)
+    return Distillation(Snapshot(), [loss], task_weight)
+
+
 ARMS: dict[str, Arm] = {
     PLAIN: lambda: ([], None),
     PTQ: lambda: ([], [PostTrainingQuantization()]),
@@ -90,6 +101,8 @@ ARMS: dict[str, Arm] = {
     f"{QAT}, freeze_observers=0.9": lambda: ([QuantizationAwareTraining(freeze_observers=0.9)], None),
     f"{QAT}, none, but statistics frozen at 0.9": lambda: ([FrozenStatistics(0.9)], None),
     f"{QAT}, Window(0.5)": lambda: ([QuantizationAwareTraining(window=Window(0.5))], None),
+    f"{QAT}, distilled": lambda: ([_from_float(0.0), QuantizationAwareTraining()], None),
+    f"{QAT}, half distilled": lambda: ([_from_float(0.5), QuantizationAwareTraining()], None),
     CUT: lambda: ([ChannelPruning(macs=0.5)], None),
     f"{CUT}, as it was": lambda: ([Floored(0.0, macs=0.5)], None),
     f"{CUT}, half the share": lambda: ([Floored(0.5, macs=0.5)], None),
@@ -164,11 +177,15 @@ def difference(known: Scores, row: str, arm: str, base: str, seeds: int = 0) -> 
     return found, f"**{text}**" if mean + half < 0 else text
 
 
-def table(known: Scores, technique: str, base: str) -> Iterator[str]:
-    """One technique: the differences of its arms to ``base``, row by row."""
-    arms = [arm for arm in ARMS if arm == technique or arm.startswith(f"{technique},")]
-    arms = [arm for arm in arms if any(arm == a for _, a, _ in known)]
-    heads = ["as it is", *(arm.removeprefix(f"{technique}, ") for arm in arms[1:])]
+def arms_of(known: Scores, technique: str) -> list[str]:
+    """The arms of a technique that were measured, at last what this code can't measure any more."""
+    found = dict.fromkeys(arm for _, arm, _ in known)
+    return [arm for arm in dict.fromkeys([*ARMS, *found]) if arm in found and arm.split(", ")[0] == technique]
+
+
+def table(known: Scores, arms: list[str], base: str) -> Iterator[str]:
+    """The differences of arms of a technique to ``base``, row by row."""
+    heads = [arm.partition(", ")[2] or "as it is" for arm in arms]
     yield f"| Network, fit | Seeds | {base} (%) | " + " | ".join(heads) + " |"
     yield "|:--|--:|--:|" + ":--|" * len(arms)
     for name, fit in rows():
@@ -198,9 +215,13 @@ def main() -> None:
         torch.set_num_threads(1)
         measure(args.results, args.rows.split(";"), args.arms.split(";"), args.seeds)
     known = read(args.results)
-    for technique, base in ((QAT, PTQ), (QAT, PLAIN), (CUT, PLAIN), (ZEROS, PLAIN)):
-        print(f"\n{technique}, to {base}:\n")
-        print("\n".join(table(known, technique, base)))
+    qat = arms_of(known, QAT)
+    now = [arm for arm in qat if not arm.endswith(FX)]
+    tables = [(now, PTQ), (qat, PLAIN), ([QAT], f"{QAT}{FX}"), ([PTQ], f"{PTQ}{FX}"), (arms_of(known, PTQ), PLAIN)]
+    tables += [([arm for arm in now if "distilled" in arm], QAT)]
+    for arms, base in [*tables, (arms_of(known, CUT), PLAIN), (arms_of(known, ZEROS), PLAIN)]:
+        print(f"\n{arms[0].partition(', ')[0]}, to {base}:\n")
+        print("\n".join(table(known, arms, base)))
 
 
 if __name__ == "__main__":

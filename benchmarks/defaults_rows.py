@@ -115,6 +115,7 @@ class Fit:
         cosine: the rate falls to 0.
         eval_mode: the network is handed over in evaluation mode, as pretrained ones are loaded.
         uneven: channels have ranges from 0.1 to 10, and tokens outliers; the function is the same.
+        rate: the learning rate; 0 is the usual one.
     """
 
     epochs: int = -1
@@ -123,6 +124,7 @@ class Fit:
     cosine: bool = False
     eval_mode: bool = False
     uneven: bool = False
+    rate: float = 0.0
 
 
 FITS = {
@@ -136,6 +138,7 @@ FITS = {
     "tuned, 3 epochs, in eval": Fit(3, trained=True, eval_mode=True),
     "pretrained, 4 epochs": Fit(4),
     "pretrained, 4 epochs, in eval": Fit(4, eval_mode=True),
+    "pretrained, 4 epochs at 1e-5": Fit(4, rate=1e-5),
 }
 
 
@@ -207,7 +210,7 @@ def build(name: str, fit: Fit, seed: int) -> Module:
     task = TASKS[name]
     weights = trained(name, seed) if fit.trained else None
     L.seed_everything(1000 + seed, verbose=False)
-    rate = 1e-4 if task.package else 3e-4 if fit.trained else 1e-3
+    rate = fit.rate or (1e-4 if task.package else 3e-4 if fit.trained else 1e-3)
     module = Module(task.network(), task, rate, fit.cosine)
     if weights is not None:
         module.network.load_state_dict(weights)

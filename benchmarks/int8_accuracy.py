@@ -1,4 +1,4 @@
-"""Measures the accuracy of int8 networks over five folds: ranges, adjustments, flows, training, and other tools.
+"""Measures the accuracy of int8 networks over five folds: ranges, adjustments, training, and other tools.
 
 In a fold every row starts from the same float weights and training images and gives true int8 outputs of the same test
 images, so differences are paired by fold. Two of the five networks are easy ones with channels re-scaled to be hard for
@@ -37,6 +37,7 @@ import demo
 import pruning_quality
 from data import FOLDS, Digits
 from networks import Student, conv_bn
+from pruning_quality import Transformer
 
 from lightning_compress import QuantizationAwareTraining, StaticInt8, Targets, quantize
 from lightning_compress.quantization.numerics.int8 import needs_reduced_range
@@ -71,20 +72,6 @@ class Depthwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.last(self.blocks(self.stem(x))).mean((2, 3)))
-
-
-class Transformer(pruning_quality.Transformer):
-    """The same without a loop over a tensor, which `torch.fx` can't trace."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x.flatten(1, 2)) + self.position
-        for block in self.blocks:
-            qkv = block.query_key_value(block.before_attention(x)).unflatten(-1, (3, block.heads, -1))
-            qkv = qkv.permute(2, 0, 3, 1, 4)
-            attended = functional.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-            x = x + block.output(attended.transpose(1, 2).flatten(2))
-            x = x + block.down(functional.relu(block.up(block.before_perceptron(x))))
-        return self.head(x.mean(1))
 
 
 @torch.no_grad()
@@ -143,18 +130,13 @@ def fit(network: nn.Module, fold: int, epochs: int, lr: float, *callbacks: L.Cal
 
 def without_training(kind: Kind, network: nn.Module, batches: list[Tensor], images: Tensor) -> Iterator[Row]:
     observers = ({"observer": name} for name in ("moving_average", "histogram"))
-    schemes = [{}, *observers, {"reduce_range": False}, {"equalize": False}]
+    schemes = [{}, *observers, {"reduce_range": True}, {"equalize": False}]
     if kind.build is Transformer:  # the others have no LayerNorm to smooth
         schemes += [{"smooth": False}, {"equalize": False, "smooth": False}]
     for scheme in schemes:
         row = ", ".join(f"`{name}={value!r}`" for name, value in scheme.items())
         yield row or PTQ, quantize(network, StaticInt8(**scheme), calibration=batches)(images)
-    yield "`flow='pt2e'`", quantize(network, calibration=batches, flow="pt2e")(images)
-    torch.compiler.reset()
     if kind.build is Transformer:
-        untraced = pruning_quality.Transformer().eval()
-        untraced.load_state_dict(network.state_dict())
-        yield "a loop that `fx` can't trace", quantize(untraced, calibration=batches)(images)
         yield "a float32 head", quantize(network, calibration=batches, targets=Targets(exclude=["head"]))(images)
         yield "`int8_dynamic`", quantize(network, "int8_dynamic")(images)
     yield "`int8_weight_only`", quantize(network, "int8_weight_only")(images)

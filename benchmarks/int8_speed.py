@@ -1,4 +1,4 @@
-"""Times int8: latency beside OpenVINO and ONNX Runtime, a step of QAT, and calibration.
+"""Times int8: latency beside OpenVINO and ONNX Runtime, and calibration. `qat_cost.py` has training.
 
 Networks have the shapes of well-known ones and random weights; their BatchNorm has seen data. What is compared takes
 turns in one process, and each ratio is taken within a round. Other processes distort more than noise: two OpenMP
@@ -17,7 +17,6 @@ import copy
 import importlib
 import importlib.util
 import io
-import itertools
 import logging
 import os
 import statistics
@@ -31,23 +30,17 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import lightning as L
-import pruning_speed
 import torch
-from lightning.pytorch.callbacks import Callback
 from pruning_speed import quartiles
-from shapes.well_known import NETWORKS, Bert, resnet18
+from shapes.well_known import NETWORKS, Bert
 from torch import Tensor, nn
-from torch.ao.quantization import get_default_qat_qconfig_mapping, quantize_dynamic
-from torch.ao.quantization.quantize_fx import prepare_qat_fx
+from torch.ao.quantization import quantize_dynamic
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import QuantizationAwareTraining, quantize
-from lightning_compress.quantization.numerics.int8 import OBSERVERS, StaticInt8, needs_reduced_range
+from lightning_compress import quantize
+from lightning_compress.quantization.numerics.int8 import ENGINES, OBSERVERS, StaticInt8, needs_reduced_range
 
 FLOAT, OPENVINO = "float32, eager", "OpenVINO, int8 by NNCF"
-STEPS, SKIPPED = 14, 4  # of a fit; the first prepare and warm up
 now = time.perf_counter
 disturbed = {"turns": 0, "seconds": 0.0}
 
@@ -200,8 +193,9 @@ def onnxruntime_arms(network: nn.Module, batches: list[Tensor], threads: int, fo
 
 def make_arms(name: str, network: nn.Module, batches: list[Tensor], threads: int, folder: str) -> dict[str, Arm]:
     made = {FLOAT: torch_arm(lambda: network)}
-    for flow in ("fx", "pt2e"):
-        made[f"ours, int8_static, {flow}"] = torch_arm(partial(quantize, network, calibration=batches, flow=flow))
+    for engine in ENGINES:
+        scheme = StaticInt8(engine=engine)
+        made[f"ours, int8_static, {engine}"] = torch_arm(partial(quantize, network, scheme, batches))
     if name == "bert":
         made["ours, int8_dynamic"] = torch_arm(lambda: quantize(network, "int8_dynamic"))
         made["torch's quantize_dynamic"] = torch_arm(lambda: quantize_dynamic(network))
@@ -264,59 +258,10 @@ def where_time_goes(call: Callable[[], Any]) -> str:
     return f"int8 kernels {int8_share:.1%}, to and from int8 {rounding_share:.1%}; {named}"
 
 
-# A training step.
-
-
-class Classifier(pruning_speed.Classifier):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-class Clock(Callback):
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.marks.append(now())
-
-    def on_train_end(self, *_: Any) -> None:
-        self.marks.append(now())
-
-
-def step_ms(arm: str) -> float:
-    torch.manual_seed(0)
-    network, marks, callbacks = resnet18(), Clock(), []
-    if arm.startswith("Quantization"):
-        callbacks = [QuantizationAwareTraining(convert=False, freeze_observers=1.0, freeze_batchnorm=1.0)]
-    elif arm.startswith("torch"):
-        network = prepare_qat_fx(network.train(), get_default_qat_qconfig_mapping("x86"), (torch.randn(2, 3, 64, 64),))
-    data = TensorDataset(torch.randn(STEPS * 16, 3, 64, 64), torch.randint(1000, (STEPS * 16,)))
-    L.Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[marks, *callbacks],
-    ).fit(Classifier(network), DataLoader(data, 16))
-    return 1e3 * statistics.median(end - start for start, end in itertools.pairwise(marks.marks[SKIPPED:]))
-
-
-def training_step(arguments: argparse.Namespace) -> None:
-    arms = ("float32", "QuantizationAwareTraining", "torch's prepare_qat_fx alone")
-    times = in_turns({arm: partial(step_ms, arm) for arm in arms}, arguments.rounds, arguments.patience)
-    print(
-        "\n| Training step of resnet18, 64x64, batch 16 | Median (ms) | To float32 | Middle half |\n|:--|--:|--:|--:|"
-    )
-    for arm in arms:
-        print(f"| {arm} | {statistics.median(times[arm]):.1f} | {ratios(times[arm], times['float32'])} |", flush=True)
-
-
 # Calibration.
 
 
-def quantize_seconds(network: nn.Module, scheme: StaticInt8, batches: list[Tensor], flow: str) -> tuple[float, float]:
+def quantize_seconds(network: nn.Module, scheme: StaticInt8, batches: list[Tensor]) -> tuple[float, float]:
     """Seconds that `quantize` spends in its calibration, and in all."""
     module, spent = importlib.import_module("lightning_compress.quantization.quantize"), []
     calibrate = module.calibrate
@@ -325,7 +270,7 @@ def quantize_seconds(network: nn.Module, scheme: StaticInt8, batches: list[Tenso
         spent.append(clock(lambda: calibrate(*args, **kwargs)))
 
     with patch.object(module, "calibrate", timed):
-        whole = clock(lambda: quantize(network, scheme, batches, flow=flow))
+        whole = clock(lambda: quantize(network, scheme, batches))
     return sum(spent), whole
 
 
@@ -338,12 +283,11 @@ def calibration(arguments: argparse.Namespace) -> None:
             for batch in batches:
                 network(batch)
 
-    arms = {f"fx, {observer}": (StaticInt8(observer=observer), "fx") for observer in OBSERVERS}
-    arms["pt2e, default observer"] = (StaticInt8(), "pt2e")
+    arms = {observer: StaticInt8(observer=observer) for observer in OBSERVERS}
     wholes: dict[str, float] = {}
 
     def observed(arm: str) -> float:
-        seconds, wholes[arm] = quantize_seconds(network, arms[arm][0], batches, arms[arm][1])
+        seconds, wholes[arm] = quantize_seconds(network, arms[arm], batches)
         return seconds
 
     turns = {"plain": partial(clock, plain), **{arm: partial(observed, arm) for arm in arms}}
@@ -359,7 +303,7 @@ def calibration(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What int8 gains and costs.")
-    parser.add_argument("--only", nargs="+", choices=("latency", "step", "calibration"))
+    parser.add_argument("--only", nargs="+", choices=("latency", "calibration"))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -379,17 +323,16 @@ def main() -> None:
     print(
         f"{arguments.rounds} rounds, {arguments.threads} thread(s), {now.__name__}, torch {torch.__version__}\n"
         f"{features}\n"
-        "Targets on a CPU with VNNI: ResNet-18 4x float32 and at most 1.4 of OpenVINO's int8; dynamic BERT 2x. "
+        "Targets on a CPU with VNNI: ResNet-18 2.5x float32, compiled 5x and at most 1.15 of OpenVINO's int8; "
+        "dynamic BERT 2x. "
         + ("" if features["vnni"] else "This CPU has none: it can't tell whether they are met.")
-        + "\nTargets of a QAT step and of calibration: at most 1.5 of float32."
+        + "\nTarget of calibration: at most 1.5 of float32."
     )
-    parts = arguments.only or ("latency", "step", "calibration")
+    parts = arguments.only or ("latency", "calibration")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # an empty one: the first call is to show what compiling takes
         for name in arguments.networks if "latency" in parts else ():
             latency(name, arguments, folder)
-    if "step" in parts:
-        training_step(arguments)
     if "calibration" in parts:
         calibration(arguments)
 
