@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.isolation import isolated_evaluation
 from lightning_compress.modules.outputs import least_cosine, outer_outputs
 from lightning_compress.modules.paths import modules_of
-from lightning_compress.modules.routing import form_before, form_of
+from lightning_compress.modules.routing import form_before
 from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.static.errors import layer_errors
 from lightning_compress.quantization.static.traced import Traced
@@ -98,20 +98,12 @@ def record_agreement_(model: nn.Module, expected: Sequence[Sequence[Any]], batch
 def worst_layers(model: nn.Module, batch: Any, run: Run) -> list[str]:
     """Return the static int8 layers whose outputs rounding changes most, each given exact inputs."""
     errors: dict[str, float] = {}
-    modules = modules_of(model)
-    with isolated_evaluation(model):
-        calls = {path: form_of(module) for path, module in modules.items()}
-        before = {path: form_before(modules[path]) for path, form in calls.items() if form is not None}
-        units = {path: form for path, form in before.items() if isinstance(form, Traced) and form.graph is not None}
-        hooks = [
-            modules[path].register_forward_pre_hook(_watch(path, form, errors), with_kwargs=True)
-            for path, form in units.items()
-        ]
-        try:
-            run(model, copy_tensors(batch))
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with isolated_evaluation(model), ExitStack() as hooks:
+        for path, module in modules_of(model).items():
+            if isinstance(form := form_before(module), Traced) and form.graph is not None:
+                watch = _watch(path, form, errors)
+                hooks.enter_context(module.register_forward_pre_hook(watch, with_kwargs=True))
+        run(model, copy_tensors(batch))
     return sorted(errors, key=lambda path: -errors[path])[:_WORST]
 
 

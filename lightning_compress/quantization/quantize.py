@@ -26,7 +26,6 @@ from lightning_compress.quantization.agreement import BATCHES, outputs_of, recor
 from lightning_compress.quantization.convert import convert_, forget_, prepare_, record_of
 from lightning_compress.quantization.layers.gptq_calibration import calibrated_weights
 from lightning_compress.quantization.layers.per_token import give_tokens_scales_
-from lightning_compress.quantization.layers.plan import Weights
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import make_plan, per_token_line
 from lightning_compress.quantization.recipe import Overrides, Recipe
@@ -159,15 +158,13 @@ def quantize_(
     found = iter(() if first is None else islice(chain([first], batches), recipe.calibration_batches))
     measured = list(islice(found, BATCHES if recipe.calibrates else 1))
     floats = outputs_of(model, measured, run)
-    weights: Weights = {}
+    batches, weights = chain(measured, found), dict[str, Any]()
     if fitted:
-        found = iter(measured := [*measured, *found])
-        weights = calibrated_weights(model, fitted, measured, run)
-    else:
-        found = chain(measured, found)
+        batches = list(batches)
+        weights = calibrated_weights(model, fitted, batches, run)
     prepare_(model, plan.describe(), plan.traces)
     if plan.units:
-        calibrate(model, found, recipe.calibration_batches, run)
+        calibrate(model, batches, recipe.calibration_batches, run)
     convert_(model, weights)
     if first is None:
         return
@@ -183,7 +180,7 @@ def quantize_(
         _decide_per_token_(model, cosine)
     else:
         _check_runs(model, first, run, called)
-    record_agreement_(model, floats, measured[: len(floats)], run)
+    record_agreement_(model, floats, measured, run)
 
 
 def _decide_per_token_(model: nn.Module, cosine: Callable[[], float]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.modules.routing import StoredWeight
+from lightning_compress.quantization.numerics.int8 import channel_scales, largest_code
 
 
 def in_onnx_export() -> bool:
@@ -37,7 +38,7 @@ class Int8Weight(StoredWeight):
     def nearest(cls, weight: Tensor, reduced: bool) -> Int8Weight:
         """Round ``weight`` to the nearest codes; ``reduced`` leaves them 7 bits, -63 to 63."""
         rows = weight.detach().float().flatten(1)
-        scale = rows.abs().amax(dim=1).clamp_min(1e-12) / (63 if reduced else 127)
+        scale = channel_scales(rows, largest_code(reduced))
         return cls(weight, (rows / scale[:, None]).round().to(torch.int8).view(weight.shape), scale)
 
     def values(self) -> Tensor:

@@ -23,6 +23,16 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def largest_code(reduced: bool) -> int:
+    """Return the largest code of a weight of 8 bits, or of 7."""
+    return 63 if reduced else 127
+
+
+def channel_scales(rows: Tensor, largest: int) -> Tensor:
+    """Return the scale of each row of a weight ``(out_channels, rest)``, whose largest code stands for its range."""
+    return rows.abs().amax(dim=1).clamp_min(1e-12) / largest
+
+
 @dataclass(frozen=True)
 class StaticInt8(Scheme):
     """Computes with 8-bit weights and activations, whose ranges calibration or training fixes.
@@ -77,7 +87,7 @@ class StaticInt8(Scheme):
     @property
     def largest_code(self) -> int:
         """The largest code of a weight, whose codes lie on both sides of zero, so that a sign changes them alone."""
-        return 63 if self.reduce_range else 127
+        return largest_code(self.reduce_range)
 
     def no_kernel(self, layer: nn.Module | None) -> str:
         if isinstance(layer, _LAYERS + _TRANSPOSED) and not is_parametrized(layer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,16 @@ def copy_graph(graph: GraphModule) -> GraphModule:
     copied, nodes = Graph(), dict[Node, Node]()
     copied.output(copied.graph_copy(graph.graph, nodes))
     return GraphModule(graph, copied)
+
+
+def read_through_(graph: GraphModule, node: Node, users: Collection[str] | None, *call: Any) -> None:
+    """Let the ``users`` of a node (None: all) read what a ``call`` makes of it: kind, target, further arguments."""
+    readers = [user for user in node.users if users is None or user.name in users]
+    kind, target, *arguments = call
+    with graph.graph.inserting_after(node):
+        between = graph.graph.create_node(kind, target, (node, *arguments))
+    for user in readers:
+        user.replace_input_with(node, between)
 
 
 def value_read(graph: GraphModule, node: Node) -> Any:
@@ -89,21 +99,18 @@ def overwritten(graph: GraphModule) -> set[Node]:
     return found
 
 
-def path_of(graph: GraphModule, layer: Node) -> str:
+def path_of(layer: Node) -> str:
     """Return the path in the module of the layer whose weight an operation reads, or that of a weight of no layer.
 
     Of a computed weight it is the name of the first tensor that it is computed of, and that of the operation.
     """
     weight: Any = layer.args[1]
     if weight.op == "get_attr":
-        return str(weight.target).removesuffix("weight").removesuffix(".") if _is_layers(weight) else str(weight.target)
+        owner, _, name = str(weight.target).rpartition(".")
+        return owner if name == "weight" else str(weight.target)
     while weight.op != "get_attr":
         weight = weight.all_input_nodes[0]
     return f"{weight.target}{COMPUTED}{layer.name}"
-
-
-def _is_layers(weight: Node) -> bool:
-    return str(weight.target).rpartition(".")[2] == "weight"
 
 
 def own_path(path: str) -> str:
@@ -132,7 +139,7 @@ def int8_layers(graph: GraphModule, floats: Collection[str] = ()) -> dict[Node, 
             and all(user.target in LAYERS and user.args[1] is weight for user in weight.users)
         ):
             continue
-        if not is_one_of(path := path_of(graph, node), floats):
+        if not is_one_of(path := path_of(node), floats):
             found[node] = path
     return found
 
@@ -191,13 +198,17 @@ def trains(node: Node) -> bool:
     return place is not None and len(node.args) > place and bool(node.args[place]) and not without_statistics
 
 
+def in_evaluation(operator: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the arguments of an operator that depends on the mode, as they are in evaluation."""
+    place = MODES[operator]
+    return (*args[:place], type(args[place])(0), *args[place + 1 :])
+
+
 def evaluate_modes_(graph: GraphModule) -> None:
     """Let the operations of a graph compute as in evaluation, and take out what only passes values on."""
     for node in list(graph.graph.nodes):
         if trains(node):
-            node.update_arg(
-                MODES[node.target], 0.0 if node.target is aten.scaled_dot_product_attention.default else False
-            )
+            node.args = in_evaluation(node.target, node.args)
         if node.target is aten.alias.default or (node.target in DROPOUTS and not node.args[2]):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)

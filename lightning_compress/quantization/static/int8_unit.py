@@ -69,7 +69,6 @@ class Int8Unit(Form):
         self._kernels: Any = None
         self._reference: Any = None
         self._trace: Any = None
-        self._known: set[Any] = set()
         self._holders: list[tuple[nn.Module, Form]] = []
         self._seen: list[tuple[dict[str, Any], str, Tensor, Any]] = []
 
@@ -84,9 +83,8 @@ class Int8Unit(Form):
         recorded = needs_plain_operators()
         if self._reference is None or (not recorded and self._is_stale()):
             self.build_(module)
-        if not recorded and (sizes := tuple((tensor.shape, tensor.dtype) for tensor in tensors)) not in self._known:
+        if not recorded:
             self._trace.check(tensors)
-            self._known.add(sizes)
         if recorded or self._holds_others():  # tensors of an exporter stand in the tree for the moment, or stood there
             for owner, form in self._holders:
                 form.bind_(owner)
@@ -171,7 +169,7 @@ class Int8Unit(Form):
 
     def __getstate__(self) -> dict[str, Any]:
         modules = {name: None if name in ("_kernels", "_reference") else inner for name, inner in self._modules.items()}
-        return {**self.__dict__, "_modules": modules, "_trace": None, "_known": set(), "_holders": [], "_seen": []}
+        return {**self.__dict__, "_modules": modules, "_trace": None, "_holders": [], "_seen": []}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         refuse_to_move(fn)

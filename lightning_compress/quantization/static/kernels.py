@@ -157,10 +157,8 @@ def _end(node: Node) -> tuple[Node, PostOp, Codes | None]:
         if node.target is not aten.conv3d.default:
             post_op, node, user = found, user, behind
         elif found[0] == "relu" and behind is not None and behind.target is encode and behind.args[2] == behind.args[3]:
-            node, user = (
-                user,
-                behind,
-            )  # its kernels have no activations; where zero is the least code, codes are clipped
+            # Its kernels have no activations; where zero is the least code, codes are clipped.
+            node, user = user, behind
     if user is None or user.target is not encode:
         return node, post_op, None
     numbers: Any = user.args[1:]

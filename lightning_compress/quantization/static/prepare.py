@@ -18,12 +18,13 @@ from lightning_compress.modules.paths import modules_of
 from lightning_compress.modules.routing import class_of
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.static.graphs import (
-    MODES,
     aten,
     copy_graph,
+    in_evaluation,
     int8_layers,
     overwritten,
     owner_path,
+    read_through_,
     trains,
 )
 from lightning_compress.quantization.static.placement import TARGETS, Place, places
@@ -45,14 +46,9 @@ def prepare(
         raise CompressionError("it changes in place a part of what int8 layers give or read")
     observer = "moving_average" if training else scheme.observer
     for place in found:
-        node, name = nodes[place.after], place.name
-        users = [user for user in node.users if place.users is None or user.name in place.users]
-        if name not in graph._modules:
-            graph.add_module(name, ActivationQuantizer(target.low, target.high, target.symmetric, observer))
-        with graph.graph.inserting_after(node):
-            call = graph.graph.call_module(name, (node,))
-        for user in users:
-            user.replace_input_with(node, call)
+        if place.name not in graph._modules:
+            graph.add_module(place.name, ActivationQuantizer(target.low, target.high, target.symmetric, observer))
+        read_through_(graph, nodes[place.after], place.users, "call_module", place.name)
     for layer in layers if training else ():
         graph.add_module(f"weight_{layer.name}", WeightQuantizer(scheme.largest_code))
         with graph.graph.inserting_before(layer):
@@ -102,10 +98,8 @@ class _Switched(nn.Module):
         self.operator = operator
 
     def forward(self, *args: Any) -> Any:
-        if not self.__dict__["owner"].training:
-            place = MODES[self.operator]
-            args = (*args[:place], type(args[place])(0), *args[place + 1 :])
-        return self.operator(*args)
+        training = self.__dict__["owner"].training
+        return self.operator(*(args if training else in_evaluation(self.operator, args)))
 
 
 class _Hooks(nn.Module):

@@ -18,6 +18,7 @@ from lightning_compress.quantization.static.graphs import (
     evaluate,
     evaluate_modes_,
     int8_layers,
+    read_through_,
 )
 from lightning_compress.quantization.static.rounding import Rounding, rounded
 
@@ -47,13 +48,8 @@ def reference(
     layers = int8_layers(form, floats)
     nodes = {node.name: node for node in form.graph.nodes}
     for rounding in roundings:
-        node = nodes[rounding.after]
-        users = [user for user in node.users if rounding.users is None or user.name in rounding.users]
-        arguments = node, rounding.scale, rounding.zero_point, rounding.low, rounding.high
-        with form.graph.inserting_after(node):
-            call = form.graph.call_function(rounded, arguments)
-        for user in users:
-            user.replace_input_with(node, call)
+        numbers = rounding.scale, rounding.zero_point, rounding.low, rounding.high
+        read_through_(form, nodes[rounding.after], rounding.users, "call_function", rounded, *numbers)
     evaluate_modes_(form)
     for layer, path in layers.items():
         codes = weights.get(path) or Int8Weight.nearest(evaluate(form, layer.args[1]), reduced)  # type: ignore[arg-type]

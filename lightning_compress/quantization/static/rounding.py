@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.quantization.layers.int8_weight import in_onnx_export
+from lightning_compress.quantization.numerics.int8 import channel_scales
 from lightning_compress.quantization.static.histogram import Histogram
 
 AVERAGING_CONSTANT = 0.1
@@ -143,8 +144,7 @@ class WeightQuantizer(nn.Module):
         if not self.rounds:
             return weight
         with torch.no_grad():
-            rows = weight.detach().flatten(1)
-            scale = (rows.abs().amax(dim=1).clamp_min(1e-12) / self.largest).view(-1, *[1] * (weight.dim() - 1))
+            scale = channel_scales(weight.detach().flatten(1), self.largest).view(-1, *[1] * (weight.dim() - 1))
         return _Nearest.apply(weight, scale)  # type: ignore[no-any-return,no-untyped-call]
 
 

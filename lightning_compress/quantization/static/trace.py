@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import StringIO
 from types import MethodType
@@ -24,7 +24,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.modules.fast_path import without_fast_path
 from lightning_compress.modules.isolation import isolated_random_state, isolated_state
 from lightning_compress.modules.outputs import Structure, flatten
-from lightning_compress.modules.paths import modules_of
+from lightning_compress.modules.paths import device_of, modules_of
 from lightning_compress.modules.routing import class_of, form_of
 from lightning_compress.quantization.static.exported import Opaque, functionalize_, hide_, number_paddings_, rooted
 from lightning_compress.quantization.static.graphs import aten, copy_graph, value_read
@@ -58,6 +58,7 @@ class Trace:
             of the tensors in it.
         dropping: paths of modules of no tensors that do nothing in evaluation, such as those of a stochastic depth; a
             dropout stands for them in the graph.
+        known: sizes and types of tensors that the guards have let pass.
     """
 
     graph: GraphModule
@@ -65,6 +66,7 @@ class Trace:
     guards: nn.Module
     hooked: tuple[tuple[str, Structure, tuple[str, ...]], ...]
     dropping: frozenset[str]
+    known: set[Any] = field(default_factory=set, repr=False)
 
     @property
     def names(self) -> frozenset[str]:
@@ -90,8 +92,11 @@ class Trace:
 
     def check(self, tensors: list[Tensor]) -> None:
         """Raise `CompressionError` if the graph wasn't made for tensors of these sizes."""
+        if (sizes := tuple((tensor.shape, tensor.dtype) for tensor in tensors)) in self.known:
+            return
         try:
             self.guards(*tensors)
+            self.known.add(sizes)
         except (AssertionError, RuntimeError) as error:
             raise CompressionError(
                 "A quantized module must be called with sizes that its trace allows. Received: "
@@ -157,8 +162,7 @@ def trace(
     Raises:
         CompressionError: an opaque layer is more than one operator, or a hook changes an output.
     """
-    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    inputs = tuple(tensor.to(device) for tensor in _sizes_above_one(signature.inputs))
+    inputs = tuple(tensor.to(device_of(module)) for tensor in _sizes_above_one(signature.inputs))
     call = _Call(module, signature)
     with (
         quiet(),

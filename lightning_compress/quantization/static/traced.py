@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.modules.paths import modules_of
+from lightning_compress.modules.paths import device_of, modules_of
 from lightning_compress.modules.routing import Form, class_of, routed_modules
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.static.placement import Place
@@ -92,15 +92,13 @@ class Traced(Form):
         self.graph: Any = None
         self.places: list[Place] = []
         self._state: dict[str, Tensor] | None = None
-        self._known: set[Any] = set()  # sizes that the trace allows
 
     def build_(self, module: nn.Module, trace: Trace | None = None) -> Traced:
         """Trace and prepare ``module``, in the mode in which it is to be quantized; it isn't changed."""
         self.trace = (trace or trace_unit(module, self.unit, self.trains)).onto(module)
         self.graph, self.places = prepare(self.trace, module, self.unit, self.scheme, training=self.trains)
-        device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
         for quantizer in self.quantizers.values():
-            quantizer.to(device)
+            quantizer.to(device_of(module))
         self.tree = Tree(self.graph, module)
         if self._state is not None:
             self.load_extra_(self._state)
@@ -127,9 +125,7 @@ class Traced(Form):
 
     def run(self, training: bool, tensors: list[Tensor]) -> Any:
         """Compute the module's output of the tensors of a call."""
-        if (sizes := tuple((tensor.shape, tensor.dtype) for tensor in tensors)) not in self._known:
-            self.trace.check(tensors)
-            self._known.add(sizes)
+        self.trace.check(tensors)
         observes = self.calibrating or (training and not self.observers_frozen)  # evaluation never moves a range
         for child in self.graph.children():
             if isinstance(child, ActivationQuantizer | WeightQuantizer):
