@@ -12,6 +12,9 @@ from .distillation.losses.logits import LogitMSE
 from .distillation.losses.relations import RelationalAngle, RelationalDistance, SimilarityPreserving
 from .distillation.losses.soft_target import HardTarget, SoftTarget
 from .errors import CompressionError, MissingExtraError, NoEffectWarning
+from .export import ExportedModel, export
+from .export.callback import ExportModel
+from .export.runtime_module import RuntimeModule
 from .pruning import Rewind, ScheduledPruning, prune_, sparsity
 from .quantization import GPTQ, NF4, DynamicInt8, StaticInt8, WeightOnly, quantize
 from .quantization.lora.merge import merge_adapters
@@ -39,6 +42,8 @@ __all__ = [
     "DynamicInt8",
     "EMATeacher",
     "Exponential",
+    "ExportModel",
+    "ExportedModel",
     "FeatureCosine",
     "FeatureLoss",
     "FeatureMSE",
@@ -58,6 +63,7 @@ __all__ = [
     "RelationalDistance",
     "RemovalPlan",
     "Rewind",
+    "RuntimeModule",
     "ScheduledPruning",
     "SimilarityPreserving",
     "Snapshot",
@@ -68,6 +74,7 @@ __all__ = [
     "WeightOnly",
     "Window",
     "compare",
+    "export",
     "load_compressed",
     "measure",
     "merge_adapters",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 HELP = """\
-usage: lightning-compress {fit,validate,test,predict} [--config FILE] [--ARGUMENT VALUE ...]
+usage: lightning-compress {fit,validate,test,predict,export} [--config FILE] [--ARGUMENT VALUE ...]
 
 Trains, compresses and measures a LightningModule. Compression is done by callbacks of the Trainer:
 
@@ -15,6 +15,7 @@ Trains, compresses and measures a LightningModule. Compression is done by callba
   PostTrainingQuantization   quantizes when test, validate or predict starts
   QLoRA                      trains adapters on weights of 4 bits
   Distillation               lets a teacher teach the model
+  ExportModel                writes the result for onnxruntime, OpenVINO, ExecuTorch
   CompressionReport          measures before and after
 
 Write them into a YAML file, with your own module and data:
@@ -32,6 +33,10 @@ and run it, or add a callback to any configuration on the command line:
   lightning-compress fit --config config.yaml
   lightning-compress test --config config.yaml --ckpt_path best.ckpt
   lightning-compress fit --config config.yaml --trainer.callbacks+=ChannelPruning --trainer.callbacks.macs=0.5
+
+Write a checkpoint as a file for another runtime, proven there; such a file can't be loaded back into a module:
+
+  lightning-compress export --config config.yaml --ckpt_path best.ckpt --output model.onnx --target openvino
 
 More:
 

@@ -17,7 +17,8 @@ In a fit Lightning calls the hooks in this order, and a callback of ours does in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -36,6 +37,25 @@ from lightning_compress.structure.checkpoint import attach, detach
 from lightning_compress.structure.listener import CheckpointListener
 
 STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ReportFile:
+    """Describes a file for another runtime to the report.
+
+    Attributes:
+        name: of the row.
+        size_bytes: of the file.
+        path: of the module in it, as the steps of the LightningModule call it; ``""`` is ``forward``.
+        prefix: of the names under which a test logs its metrics.
+        open: returns a module that runs the file with so many threads (None: torch's), called as the module is.
+    """
+
+    name: str
+    size_bytes: int
+    path: str
+    prefix: str
+    open: Callable[[int | None], nn.Module]
 
 
 class CompressionCallback(Callback, CheckpointListener):
@@ -102,6 +122,10 @@ class CompressionCallback(Callback, CheckpointListener):
 
     def report_notes(self) -> list[str]:
         """Return lines for the report: what was skipped, and why; what made nothing smaller or faster."""
+        return []
+
+    def report_files(self) -> list[ReportFile]:
+        """Return the files that were written of the module for other runtimes; each gets a row in the report."""
         return []
 
     def report_history(self) -> list[Any]:

@@ -6,12 +6,15 @@ import os
 import sys
 from typing import Any, cast
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from torch.optim import Optimizer
 
 import lightning_compress
 from lightning_compress.errors import CompressionError
+from lightning_compress.export.callback import ExportModel, quantizes_tests
+from lightning_compress.export.formats import refuse_unready
+from lightning_compress.structure.files import load_compressed
 
 _PROG = "lightning-compress"
 
@@ -23,8 +26,68 @@ class _Parser(LightningArgumentParser):
         """Print nothing: sixty lines of options would bury the error. ``--help`` prints them."""
 
 
+class _Trainer(Trainer):
+    """A Trainer with the subcommand that Lightning has not."""
+
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ckpt_path: str,
+        output: str,
+        target: str | None = None,
+        module: str = "",
+        dynamic: dict[str, list[int]] | None = None,
+        dynamic_batch: bool = True,
+        verify: bool = True,
+        calibration_batches: int = 8,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Write a checkpoint as a file that another runtime runs.
+
+        Args:
+            model: of the configuration.
+            datamodule: of the configuration.
+            ckpt_path: The checkpoint: masked, narrowed, trained for int8, converted, or plain.
+            output: Path of the file: .onnx, .pt2 or .pte.
+            target: onnxruntime, openvino, tensorrt, torch or executorch.
+            module: Dotted path of the module to write; by default what the steps call.
+            dynamic: Further dimensions that may vary, by the names of arguments.
+            dynamic_batch: Whether the file takes batches of any size.
+            verify: Whether the file is compared with the model.
+            calibration_batches: How many batches are run to compare, at most.
+            weights_only: Stands in configurations of fit; checkpoints are always read so.
+        """
+        export = ExportModel(output, target, False, module, dynamic, dynamic_batch, verify, calibration_batches)
+        if quantizes_tests(self):
+            raise CompressionError(
+                "`callbacks` must hold no PostTrainingQuantization to export a checkpoint. Received: one, which works "
+                "in a test. Add ExportModel to the callbacks, and run: lightning-compress test."
+            )
+        refuse_unready(export.path, export.target)
+        self.strategy._lightning_module = model
+        model.trainer = self
+        if datamodule is not None:
+            self.datamodule = datamodule
+            datamodule.trainer = self
+        for source in (model, datamodule):
+            if source is not None:
+                source.prepare_data()
+        for source in (datamodule, model):
+            if source is not None:
+                source.setup("test")
+        load_compressed(ckpt_path, model)
+        export.write(self, model)
+
+
 class CompressCLI(LightningCLI):
     """LightningCLI with ``model`` and ``data`` given by ``class_path``, and optimizers that miss no parameter."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands, each with the arguments that aren't the user's."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``, or the command line where they are None.
@@ -32,6 +95,11 @@ class CompressCLI(LightningCLI):
         LightningCLI warns if ``args`` are passed in a process that has a command line of its own, which `main` allows.
         """
         self.config = parser.parse_args(cast("list[str] | None", args))
+
+    def _parse_ckpt_path(self) -> None:
+        """Take no hyperparameters from a checkpoint to export: those that a plain Trainer saves name no class."""
+        if self.config.get("subcommand") != "export":
+            super()._parse_ckpt_path()
 
     @staticmethod
     def configure_optimizers(
@@ -50,7 +118,7 @@ class CompressCLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run ``lightning-compress fit|validate|test|predict``.
+    """Run ``lightning-compress fit|validate|test|predict|export``.
 
     Classes are named by their import path (``lightning_compress.ScheduledPruning``, ``my_project.MyModule``) or, for
     those of this package and of Lightning, by their short name. Modules in the current folder can be imported.
@@ -71,6 +139,7 @@ def main(args: list[str] | None = None) -> None:
         CompressCLI(
             args=args,
             parser_class=_Parser,
+            trainer_class=_Trainer,
             # Without a logger this goes to the current folder, where the user's own config.yaml may stand.
             save_config_kwargs={"config_filename": "resolved_config.yaml", "overwrite": True},
             seed_everything_default=0,  # what LightningCLI falls back to, with a warning

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import yaml
@@ -18,6 +20,7 @@ import lightning_compress
 from lightning_compress.__main__ import HELP
 from lightning_compress.__main__ import main as entry
 from lightning_compress.cli import main
+from lightning_compress.deployable import deployable
 from lightning_compress.errors import invalid
 from tests.support.modules import Classifier
 
@@ -125,6 +128,73 @@ def test_input_that_cannot_be_honoured(capsys: pytest.CaptureFixture[str]) -> No
         "lightning-compress: error: `share` must lie in [0, 1). Received: share=50.0. "
         "Give a fraction, not a percentage.\n"
     )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration, and a checkpoint of a model that was trained for int8 by it."""
+    folder = tmp_path_factory.mktemp("trained")
+    save = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": str(folder / "saved")},
+    }
+    trainer = {
+        "callbacks": [{"class_path": "lightning_compress.QuantizationAwareTraining"}, save],
+        **dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False),
+        **{"max_epochs": 1, "accelerator": "cpu", "default_root_dir": str(folder)},
+    }
+    save["init_args"]["filename"] = "best"  # type: ignore[index]
+    classes = {"model": "tests.support.modules.Classifier", "data": "tests.support.data.TinyData"}
+    config = {**{name: {"class_path": path} for name, path in classes.items()}, "trainer": trainer}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", f"--config={folder / 'config.yaml'}"])
+    return folder
+
+
+def export(folder: Path, *args: str, config: str = "config.yaml") -> None:
+    main(["export", f"--config={folder / config}", f"--ckpt_path={folder / 'saved' / 'best.ckpt'}", *args])
+
+
+CONFIGS = ["config.yaml", pytest.param("resolved_config.yaml", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_checkpoint_becomes_a_file(trained: Path, config: str, own_folder: Path) -> None:
+    verify = "true" if config == "config.yaml" else "false"
+    export(trained, "--output=out/model.onnx", f"--verify={verify}", config=config)
+    assert set(json.loads(Path("out/model.onnx.json").read_text())["int8"]) == {"body", "head"}
+    x = torch.randn(5, 16)
+    session = onnxruntime.InferenceSession("out/model.onnx", providers=["CPUExecutionProvider"])
+    [logits] = session.run(None, {"x": x.numpy()})
+    model = lightning_compress.load_compressed(str(trained / "saved" / "best.ckpt"), Classifier())
+    with torch.no_grad():
+        expected = deployable(model).eval()(x)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--output=model.tflite"], "`path` must end in .onnx"),
+        (["--output=model.onnx", "--target=openvin"], "`target` must be one of"),
+        (["--output=."], "`path` must end in"),
+        (["--output=model.onnx", "--ckpt_path=no.ckpt"], "`path` must be a readable checkpoint"),
+        (["--output=model.onnx", "--module=bodi"], "`module` must be the path of a module. Received: module='bodi'. N"),
+        (
+            ["--output=model.onnx", "--trainer.callbacks+=PostTrainingQuantization"],
+            "`callbacks` must hold no PostTrainingQuantization to export",
+        ),
+    ],
+)
+def test_an_export_that_cannot_be(
+    trained: Path, args: list[str], words: str, own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        export(trained, *args)
+    assert stop.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lightning-compress: error: {words}")
+    assert list(own_folder.iterdir()) == []
 
 
 def test_unknown_class(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
     def enter(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         log.callers.setdefault(path, set()).add(stack[-1] if stack else None)
         if path not in log.inputs:
-            log.inputs[path] = _as_seen((args, kwargs)) if keep_inputs else ((), {})
+            log.inputs[path] = as_seen((args, kwargs)) if keep_inputs else ((), {})
         stack.append(path)
 
     def leave(*_: Any) -> None:
@@ -161,7 +161,7 @@ def record_calls(model: nn.Module, run: Callable[[], Any], keep_inputs: bool = T
     return log
 
 
-def _as_seen(call: Any) -> Any:
+def as_seen(call: Any) -> Any:
     """Copy a call to run it again, without autocast: what that made of floats is no choice of the model's."""
     call = copy_tensors(call)
     leaves = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]

@@ -52,6 +52,12 @@ def _signature(model: nn.Module) -> inspect.Signature:
     return inspect.signature(MethodType(type(model).forward, model))
 
 
+def parameter_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of what ``model.forward`` takes by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, parameter in _signature(model).parameters.items() if parameter.kind in kinds)
+
+
 def _misfit(model: nn.Module, reason: str) -> CompressionError:
     return CompressionError(
         f"The batch must bind to {type(model).__name__}.forward{_signature(model)}. "

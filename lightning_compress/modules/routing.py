@@ -17,6 +17,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.modules.written import needs_plain_operators
 
 _FORM = "_form"
 _ASIDE = "_aside"
@@ -26,11 +27,6 @@ _CHANGED = (
     "The weight of a quantized layer must be left as it is. Received: {} its float values, which "
     "aren't what it computes with. Change it before it is quantized, or exclude the layer from `targets`."
 )
-
-
-def needs_plain_operators() -> bool:
-    """Tell whether a run is compiled, exported or traced: what stands in it must be known outside of this process."""
-    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 class StoredWeight(nn.Module):

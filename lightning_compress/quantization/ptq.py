@@ -16,7 +16,6 @@ from lightning_compress.messages import in_short
 from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state, restore_modes_, training_modes
 from lightning_compress.probe import data_feed
 from lightning_compress.quantization import convert
-from lightning_compress.quantization.float_twin import FloatTwin
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import explain, summary
 from lightning_compress.quantization.quantize import own_parameters_, quantize_
@@ -32,6 +31,7 @@ from lightning_compress.quantization.trainer import (
 from lightning_compress.silent_copy import make_probe, unsilence_
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Targets
+from lightning_compress.twin import FLOAT, Twin
 
 
 class PostTrainingQuantization(CompressionCallback):
@@ -92,7 +92,7 @@ class PostTrainingQuantization(CompressionCallback):
         self.keep = keep
         self.compare = compare
         self.quantized_model: pl.LightningModule | None = None
-        self._twin: FloatTwin | None = None
+        self._twin: Twin | None = None
         self._floats: pl.LightningModule | None = None
         self._changed = False
         self._modes: dict[Any, bool] = {}
@@ -120,7 +120,7 @@ class PostTrainingQuantization(CompressionCallback):
         if trainer.state.fn == "validate":  # and not in a fit
             self.on_test_start(trainer, pl_module)
 
-    def _make_twin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> FloatTwin | None:
+    def _make_twin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Twin | None:
         with torch.inference_mode(False):
             probe = make_probe(trainer, pl_module)
             try:
@@ -128,7 +128,7 @@ class PostTrainingQuantization(CompressionCallback):
             except CompressionError:  # it came from a file, and its float weights are gone
                 rank_zero_warn(f"{type(self).__name__}: the model has no float weights to compare with.")
                 return None
-        return FloatTwin(probe.eval(), "test" if trainer.testing else "validation", pl_module.log)
+        return Twin(probe.eval(), "test" if trainer.testing else "validation", FLOAT, pl_module.log)
 
     @override
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -142,9 +142,7 @@ class PostTrainingQuantization(CompressionCallback):
     ) -> None:
         self._time(trainer, batch)
         if self._twin is not None:
-            loop = trainer.test_loop if trainer.testing else trainer.validate_loop
-            several = getattr(loop, "_is_sequential", True) and loop.num_dataloaders > 1
-            self._twin.step(batch, batch_idx, *[dataloader_idx] * several)
+            self._twin.step(trainer, batch, batch_idx, dataloader_idx)
 
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 

@@ -19,11 +19,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_compress.callback import CompressionCallback, compression_callbacks
+from lightning_compress.callback import CompressionCallback, ReportFile, compression_callbacks
 from lightning_compress.errors import CompressionError, in_a_line, invalid
 from lightning_compress.probe import example_calls
 from lightning_compress.quantization.convert import form_name
-from lightning_compress.quantization.float_twin import FLOAT
 from lightning_compress.report.compare import Comparison, compare
 from lightning_compress.report.evaluations import (
     Evaluation,
@@ -39,6 +38,7 @@ from lightning_compress.report.evaluations import (
 from lightning_compress.report.files import show, write
 from lightning_compress.report.measure import BATCH_SIZES, MAX_SECONDS, check_settings, count
 from lightning_compress.report.rows import AFTER, BEFORE, Rows, structural_copy
+from lightning_compress.twin import FLOAT
 
 
 class CompressionReport(CompressionCallback):
@@ -116,7 +116,7 @@ class CompressionReport(CompressionCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the callback is a callback, not a copy of the models and the batch that it holds.
-        rows = replace(self._rows, models={}, inputs=None)
+        rows = replace(self._rows, models={}, files={}, inputs=None)
         return {**super().__getstate__(), "_rows": rows, "_waiting": None, "_tested": None, "_measured": None}
 
     def _start(self, pl_module: pl.LightningModule | None) -> None:
@@ -245,9 +245,12 @@ class CompressionReport(CompressionCallback):
         with self._not_ending_the_run(f"The metrics of the {stage} couldn't be taken"):
             name, samples = self._rows.of(pl_module) or self._rows.add(pl_module), samples_of(loaders, batches)
             metrics = plain_metrics(trainer.callback_metrics)
+            for file in _files(trainer):
+                origin = f"{stage} of the file"
+                self._evaluations.append(Evaluation(file.name, _taken(metrics, file.prefix), origin, samples))
             float_row = None if self._tested is None else self._rows.of(self._tested)
             if self._tested is not None and float_row is not None and float_row != name:
-                beside = {key.removeprefix(FLOAT): metrics.pop(key) for key in list(metrics) if key.startswith(FLOAT)}
+                beside = _taken(metrics, FLOAT)
                 weights, origin = fingerprint(self._tested), f"float beside quantized in {stage}"
                 self._evaluations.append(Evaluation(float_row, beside, origin, samples, weights))
             self._evaluations.append(Evaluation(name, metrics, stage, samples, fingerprint(pl_module)))
@@ -273,6 +276,9 @@ class CompressionReport(CompressionCallback):
         self._start(None)
 
     def _report(self, trainer: pl.Trainer) -> None:
+        for file in _files(trainer):
+            with self._not_ending_the_run(f"{file.name}: no row"):
+                self._rows.add_file(file)
         with self._not_ending_the_run("No latency"):
             self._rows.time()
         measured = self._rows.measurements
@@ -293,6 +299,15 @@ class CompressionReport(CompressionCallback):
             with self._not_ending_the_run(f"The notes of {type(callback).__name__} couldn't be taken"):
                 notes += map(str, offered())
         return notes
+
+
+def _files(trainer: pl.Trainer) -> list[ReportFile]:
+    return [file for callback in compression_callbacks(trainer) for file in callback.report_files()]
+
+
+def _taken(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """Take the metrics with a prefix out; they are returned without it."""
+    return {name.removeprefix(prefix): metrics.pop(name) for name in list(metrics) if name.startswith(prefix)}
 
 
 def _warn(note: str) -> None:

@@ -45,8 +45,12 @@ def called_in_turn(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
             vars(model)["forward"] = before
 
 
-def batch_size_of(inputs: Any) -> int:
+def batch_size_of(inputs: Any, name: str = "example_inputs") -> int:
     """Return the length of dimension 0 of the first tensor that has one.
+
+    Args:
+        inputs: of a call.
+        name: of the argument that has them, for the error.
 
     Raises:
         CompressionError: no tensor with a batch dimension is among the inputs.
@@ -58,10 +62,10 @@ def batch_size_of(inputs: Any) -> int:
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.ndim:
             if leaf.shape[0] == 0:
-                raise invalid("example_inputs", "hold at least one sample", tuple(leaf.shape))
+                raise invalid(name, "hold at least one sample", tuple(leaf.shape))
             return int(leaf.shape[0])
     raise invalid(
-        "example_inputs",
+        name,
         "be a tensor, or a tuple or dict that holds one with the batch as dimension 0",
         type(inputs).__name__,
     )

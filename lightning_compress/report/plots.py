@@ -37,7 +37,7 @@ def plot_report(
         path: The file to write; its ending chooses the format.
         metric: The metric of the left panel; by default the first that the table shows, one with "acc" in its name
             first. Without any metric, latency takes its place.
-        layers_of: The rows of the right panel, before and after; by default the baseline and the last row.
+        layers_of: The rows of the right panel, before and after; by default the baseline and the last row of a model.
 
     Returns:
         The path.
@@ -47,7 +47,8 @@ def plot_report(
         CompressionError: no row has ``metric``, or a row of ``layers_of`` doesn't exist.
     """
     chosen = _metric(comparison, metric)
-    before, after = layers_of or (comparison.baseline, comparison.rows[-1].name)
+    with_layers = [row.name for row in comparison.rows if row.measurement.layers]  # files have none
+    before, after = layers_of or (comparison.baseline, (with_layers or [comparison.baseline])[-1])
     bars = _bars(comparison[before].measurement.layers, comparison[after].measurement.layers)
     with drawing("The report's picture", (13, max(4.8, 2.1 + 0.32 * len(bars)))) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_compress.callback import ReportFile
 from lightning_compress.deployable import drop_helpers_
 from lightning_compress.distillation.calling import call
 from lightning_compress.errors import in_a_line
@@ -36,6 +37,7 @@ class Rows:
         threads: of torch while latency is measured.
         measurements: by name of the row.
         models: structural copies of those that run, to time them; the original's is the last thing that knows it.
+        files: rows of files that were written of a model, each a part of ``models`` where it can be timed.
         timed: rows that have been timed together.
         notes: what couldn't be measured, by what it is about.
         inputs: what the models are called with: the calls of their modules at the paths of ``called``.
@@ -47,6 +49,7 @@ class Rows:
     threads: int | None
     measurements: dict[str, Measurement] = field(default_factory=dict)
     models: dict[str, nn.Module] = field(default_factory=dict)
+    files: dict[str, ReportFile] = field(default_factory=dict)
     timed: frozenset[str] = frozenset()
     notes: dict[str, str] = field(default_factory=dict)
     inputs: Any = None
@@ -62,13 +65,29 @@ class Rows:
     def of(self, model: nn.Module) -> str | None:
         """Return the last row that has the layers of ``model``."""
         layers = measure_layers(structural_copy(model))
-        return next((name for name in reversed(self.measurements) if self.measurements[name].layers == layers), None)
+        names = (name for name in reversed(self.measurements) if name not in self.files)
+        return next((name for name in names if self.measurements[name].layers == layers), None)
 
     def add(self, model: nn.Module) -> str:
         """Measure another form of the model; return its row."""
         name = TESTED if AFTER in self.measurements else AFTER
         self.measure(name, model)
         return name
+
+    def add_file(self, file: ReportFile) -> None:
+        """Take up a file of the model that was measured last: its parameters and MACs are that model's."""
+        written_of = next(name for name in reversed(self.measurements) if name not in self.files)
+        model = self.measurements[written_of]
+        self.measurements.pop(file.name, None)
+        self.measurements[file.name] = replace(
+            model, size_bytes=file.size_bytes, compressed_bytes=None, latency=(), layers=(), device="cpu"
+        )
+        self.files[file.name] = file
+        self.timed -= {file.name}
+        if self.inputs is not None and self.called == (file.path,):
+            self.models[file.name] = file.open(self.threads)
+        else:
+            self.notes[file.name] = f"{file.name}: no latency, as the steps call more than what is in the file."
 
     def run_before(self, model: nn.Module) -> None:
         """Measure the original once there are inputs: zeros and bytes stay as they were when it was weighed.
@@ -114,8 +133,8 @@ class Rows:
         if self.timed >= self.models.keys():
             return
         with ExitStack() as stack:
-            for model in self.models.values():
-                stack.enter_context(called_in_turn(model, self.called))
+            for name, model in self.models.items():
+                stack.enter_context(called_in_turn(model, ("",) if name in self.files else self.called))
             sized: dict[str, dict[int, Any]] = {}
             for size in dict.fromkeys(self.batch_sizes):
                 inputs = resize_batch(self.inputs, size)

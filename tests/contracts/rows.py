@@ -14,6 +14,7 @@ from lightning_compress import (
     ChannelPruning,
     CompressionReport,
     Distillation,
+    ExportModel,
     FeatureMSE,
     PostTrainingQuantization,
     QLoRA,
@@ -270,5 +271,26 @@ ROWS = (
             "class_path": "lightning_compress.CompressionReport",
             "init_args": {"directory": "report", "picture": False, "max_seconds": 0.1},
         },
+    ),
+    Row(
+        "export",
+        lambda: ExportModel("model.pt2", verify=False),
+        {
+            "class_path": "lightning_compress.ExportModel",
+            "init_args": {
+                "path": "out/model.onnx",
+                "target": "onnxruntime",
+                "test": False,
+                "module": "",
+                "dynamic": {"x": [0]},
+                "calibration_batches": 2,
+            },
+        },
+        (
+            ({"path": "model.tflite"}, "`path` must end in .onnx"),
+            ({"path": "model.onnx", "target": "openvinoo"}, "`target` must be one of .*Nearest: openvino"),
+            ({"path": "model.pte", "target": "openvino"}, "`path` must end in .onnx for target='openvino'"),
+            ({"path": "model.onnx", "calibration_batches": 0}, "`calibration_batches` must be at least 1"),
+        ),
     ),
 )

@@ -16,6 +16,7 @@ from lightning_compress import (
     CompressionError,
     CompressionReport,
     Distillation,
+    ExportModel,
     PostTrainingQuantization,
     QLoRA,
     QuantizationAwareTraining,
@@ -44,6 +45,7 @@ DEFAULTS: dict[str, Callable[[Project], Callback]] = {
     "ptq dynamic": lambda _: PostTrainingQuantization("int8_dynamic"),
     "qlora": lambda _: QLoRA(),
     "distillation": lambda project: Distillation(project.build()),
+    "export": lambda _: ExportModel("model.onnx"),
     "report": lambda _: CompressionReport(directory="report", max_seconds=0.1),
 }
 # What may be refused: in one sentence, with the module as it was.
@@ -51,6 +53,8 @@ MAY_REFUSE = {
     ("GAN", "channels"): "must run one batch",  # a manual step isn't tried, and forward takes noise
     ("GAN", "qat"): "must run one batch",
     ("GAN", "distillation"): "`automatic_optimization` must be True",
+    ("GAN", "export"): "calls `discriminator` from outside of the module too",
+    ("autoencoder", "export"): "`module` must be named where test_step calls `encoder`, `decoder`",
     ("UNet", "qlora"): "must have a linear layer to adapt",
     ("UNet", "distillation"): "`class_dim` must be 1",
     ("UNet", "ptq dynamic"): "must have a layer",
@@ -69,6 +73,8 @@ QUICK = {(kind, "qat") for kind in PROJECTS} | {
     ("keyword spotting", "pruning"),
     ("autoencoder", "channels"),
     ("metrics", "ptq dynamic"),
+    ("keyword spotting", "export"),
+    ("autoencoder", "export"),
 }
 NOT_YET = {
     ("UNet", "distillation"): "it is refused within the first step, which has moved BatchNorm's statistics by then",

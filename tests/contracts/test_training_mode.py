@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_compress import (
     CompressionReport,
     DistillationModule,
+    ExportModel,
     PostTrainingQuantization,
     QuantizationAwareTraining,
     ScheduledPruning,
@@ -27,7 +28,8 @@ from tests.support.fits import resume
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_different_state, assert_same_state, snapshot
 
-TRAINERS = [row for row in ROWS if not isinstance(row.make(), PostTrainingQuantization | CompressionReport)]
+AFTERWARDS = PostTrainingQuantization | CompressionReport | ExportModel
+TRAINERS = [row for row in ROWS if not isinstance(row.make(), AFTERWARDS)]
 each_trainer = pytest.mark.parametrize("row", TRAINERS, ids=str)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Found [0-9]+ module",  # in eval mode: that is the test

@@ -48,6 +48,14 @@ def onnx_file(model: nn.Module, ids: Tensor, path: Path, **options: Any) -> Any:
     return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
+def openvino_file(model: nn.Module, ids: Tensor, path: Path) -> Any:
+    openvino = pytest.importorskip("openvino")
+    onnx_file(model, ids, path, dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},))
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    compiled = openvino.Core().compile_model(str(path), "CPU", exact)
+    return lambda x: torch.from_numpy(compiled([x.numpy()])[0])
+
+
 def exported(model: nn.Module, ids: Tensor, path: Path) -> Any:
     torch.export.save(torch.export.export(model, (ids,), dynamic_shapes=({0: torch.export.Dim("batch")},)), path)
     return torch.export.load(path).module()
@@ -63,6 +71,7 @@ WAYS = {
     "onnx by tracing": lambda *args: onnx_file(
         *args, dynamo=False, input_names=["ids"], dynamic_axes={"ids": {0: "batch"}}
     ),
+    "openvino": openvino_file,
     "torch.export": exported,
     "torch.jit": traced,
 }
@@ -70,9 +79,8 @@ WAYS = {
 
 SLOW = pytest.mark.slow
 CASES = [
-    pytest.param("onnx", "wide", False),
     *(pytest.param(way, "with zero points", True) for way in WAYS),
-    *(pytest.param(way, mix, False, marks=SLOW) for way in WAYS for mix in MIXES if (way, mix) != ("onnx", "wide")),
+    *(pytest.param(way, mix, False, marks=SLOW) for way in WAYS for mix in MIXES),
 ]
 
 

@@ -82,7 +82,11 @@ def test_different_epochs_differ(tmp_path: Path) -> None:
         assert_different_state(earlier["lightning_compress"]["ranges"], later["lightning_compress"]["ranges"])
 
 
-@pytest.mark.parametrize("row", [*ZOO, *FOREIGN], ids=str)
+QUICK = ("conv_bn_relu", "residual", "attention", "lstm", "shared", "dict", "transformer")
+ROWS = [*(pytest.param(row, marks=[pytest.mark.slow] * (row.name not in QUICK)) for row in ZOO), *FOREIGN]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
 def test_checkpoints_hold_float_keys_and_bring_the_prepared_and_the_int8_form_back(row: Row, tmp_path: Path) -> None:
     # Q5.
     module = ZooModule(row)

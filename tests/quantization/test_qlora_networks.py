@@ -226,7 +226,9 @@ def tensors_in_memory() -> Iterator[Tensor]:
             continue
 
 
-@pytest.mark.parametrize("average", [pytest.param(False, id="alone"), pytest.param(True, id="with averages")])
+@pytest.mark.parametrize(
+    "average", [pytest.param(False, id="alone"), pytest.param(True, id="with averages", marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore:.*isinstance|.*deprecated")
 def test_no_float_copy_of_an_adapted_weight_lives_on(average: bool) -> None:
     shape = (67, 61)  # of nothing else in this process

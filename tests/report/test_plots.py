@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_compress.errors import CompressionError, MissingExtraError
-from lightning_compress.report import compare
+from lightning_compress.report import compare, plots
 from lightning_compress.report.plots import _bars, _saved, plot_report
 from lightning_compress.report.storage import LayerMeasurement
 from tests.report.test_compare import INT8, LARGE, METRICS, SMALL
@@ -32,6 +32,14 @@ def test_a_picture_is_written(tmp_path, metric, metrics) -> None:
 def test_without_metrics_and_latency_a_picture_is_written(tmp_path) -> None:
     still = replace(LARGE, macs=None, latency=(), layers=())
     assert plot_report(compare({"one": still}), tmp_path / "one.png").read_bytes()[:4] == PNG
+
+
+def test_layers_are_those_of_the_last_model_and_not_of_a_file(tmp_path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots, "_draw_layers", lambda axes, bars, *names: drawn.append((names, bars)))
+    plot_report(compare({"large": LARGE, "small": SMALL, "model.onnx": replace(SMALL, layers=())}), tmp_path / "a.png")
+    plot_report(compare({"large": LARGE, "small": SMALL}), tmp_path / "b.png")
+    assert drawn[0] == drawn[1] and drawn[0][0] == ("large", "small")
 
 
 def test_many_layers_are_summed_up_as_others() -> None:

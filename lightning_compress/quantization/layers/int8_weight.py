@@ -6,12 +6,26 @@ import torch
 from torch import Tensor
 
 from lightning_compress.modules.routing import StoredWeight
+from lightning_compress.modules.written import writes_file
 from lightning_compress.quantization.numerics.int8 import channel_scales, largest_code
+from lightning_compress.quantization.numerics.operators import STORED
 
 
 def in_onnx_export() -> bool:
     """Tell whether a file for ONNX is written: there codes are codes, which the formula in floats would hide."""
     return torch.onnx.is_in_onnx_export() and torch.compiler.is_exporting()
+
+
+def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return ``S Q``: integers in the shape of a weight, times a scale for each of its first dimension."""
+    if writes_file():
+        written: Tensor = STORED(codes, scale)
+        return written
+    if in_onnx_export():
+        zeros = torch.zeros(len(scale), dtype=codes.dtype)  # onnxruntime's linear kernels want them written
+        stored, shape = (codes, scale, zeros), codes.shape
+        return torch.onnx.ops.symbolic("DequantizeLinear", stored, {"axis": 0}, dtype=scale.dtype, shape=shape)
+    return codes * scale.view(-1, *(1,) * (codes.dim() - 1))
 
 
 class Int8Weight(StoredWeight):
@@ -43,12 +57,7 @@ class Int8Weight(StoredWeight):
 
     def values(self) -> Tensor:
         """Return ``S Q``."""
-        scale = self.scale
-        if in_onnx_export():
-            zeros = torch.zeros(len(scale), dtype=self.codes.dtype)  # onnxruntime's linear kernels want them written
-            stored, shape = (self.codes, scale, zeros), self.codes.shape
-            return torch.onnx.ops.symbolic("DequantizeLinear", stored, {"axis": 0}, dtype=scale.dtype, shape=shape)
-        return self.codes * scale.view(-1, *(1,) * (self.codes.dim() - 1))
+        return dequantized(self.codes, self.scale)
 
 
 class Rescaled(Int8Weight):

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_compress.modules.routing import Form, needs_plain_operators
+from lightning_compress.modules.routing import Form
+from lightning_compress.modules.written import file_kernels, needs_plain_operators
 from lightning_compress.quantization.layers.int8_weight import Int8Weight
 from lightning_compress.quantization.layers.kernel_cache import KernelCache
 from lightning_compress.quantization.numerics.int8 import needs_reduced_range
+from lightning_compress.quantization.numerics.operators import DYNAMIC
 
 OUTLIER = 6.0
 """A column of activations is an outlier where its largest magnitude exceeds so many times the mean of the columns'."""
@@ -66,6 +68,8 @@ class DynamicProduct(nn.Module):
 
     def forward(self, x: Tensor, weight: Int8Weight, bias: Tensor | None, rows: slice = slice(None)) -> Tensor:
         """Return the product with some ``rows`` of W, in all calls the same ones, and their bias added."""
+        if file_kernels():
+            return self._in_file(x.float(), weight, bias, rows).to(x.dtype)
         if in_plain_operators(x):
             return functional.linear(x.float(), weight.values()[rows], None if bias is None else bias.float()).to(
                 x.dtype
@@ -77,6 +81,18 @@ class DynamicProduct(nn.Module):
             return x.new_empty(*x.shape[:-1], len(weight.scale[rows]))
         by = self._by_kernel if not self.per_token and _fits_one_scale(flat) else self._by_rows
         return by(flat, weight, bias, rows).view(*x.shape[:-1], -1).to(x.dtype)
+
+    def _in_file(self, x: Tensor, weight: Int8Weight, bias: Tensor | None, rows: slice) -> Tensor:
+        """Compute as the kernel of a file's runtime does; it has no columns apart, as these depend on values."""
+        codes, scale, rounds = weight.codes[rows], weight.scale[rows], file_kernels() == "onnxruntime"
+        bias = None if bias is None else bias.float()
+        product: Tensor
+        if not (rounds and self.per_token):
+            product = DYNAMIC(x, codes, scale, bias, rounds)
+            return product
+        largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        product = DYNAMIC(x / largest, codes, scale, None, rounds) * largest
+        return product if bias is None else product + bias
 
     def _by_kernel(self, x: Tensor, weight: Int8Weight, bias: Tensor | None, rows: slice) -> Tensor:
         kernel = self._kernel.made(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_compress.modules.routing import Form, needs_plain_operators
+from lightning_compress.modules.routing import Form
+from lightning_compress.modules.written import needs_plain_operators
 from lightning_compress.quantization.layers import int4_kernel
 from lightning_compress.quantization.layers.packed_weight import PackedWeight
 
@@ -60,6 +61,8 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, rows: slice = 
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     y: Tensor | None = None
+    if (written := weight.product_in_file(x, rows, bias)) is not None:
+        return written
     if needs_plain_operators():
         # In plain operators, for any number of rows: without the kernel, and with all of W in float at a time.
         y = x @ weight.values_of(rows).to(x.dtype).T

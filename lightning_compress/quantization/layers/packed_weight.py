@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.modules.routing import StoredWeight
+from lightning_compress.modules.written import file_kernels
 from lightning_compress.quantization.layers import int4_kernel
 from lightning_compress.quantization.layers.kernel_cache import KernelCache
 from lightning_compress.quantization.numerics import linear, nf4
+from lightning_compress.quantization.numerics.nbits import kernel_block
+from lightning_compress.quantization.numerics.operators import PACKED
 from lightning_compress.quantization.numerics.packing import pack, unpack
 
 Rows = slice | Tensor
@@ -55,6 +58,10 @@ class PackedWeight(StoredWeight):
 
     def few_rows_product(self, x: Tensor, rows: slice) -> Tensor | None:
         """Return ``x W^T`` by a kernel for few rows of activations; None if it takes none of these, or of x."""
+        return None
+
+    def product_in_file(self, x: Tensor, rows: slice, bias: Tensor | None) -> Tensor | None:
+        """Return ``x W^T + b`` by the operator that a file's runtime has a kernel for; None if it has none."""
         return None
 
     def tile_(self) -> None:
@@ -157,6 +164,17 @@ class LinearWeight(PackedWeight):
             lambda: int4_kernel.scales_and_zeros(self.scale.float(), self._zeros(slice(None)), repeat),
         )
         return int4_kernel.product(x, self.codes[rows], group, scales[:, rows].contiguous())
+
+    def product_in_file(self, x: Tensor, rows: slice, bias: Tensor | None) -> Tensor | None:
+        if not (kernels := file_kernels()) or self.bits > 4 or x.dim() < 2:
+            return None  # of more bits, a runtime is as fast with the floats that it makes of codes when it loads them
+        if (block := kernel_block(self.columns, self.block_size)) is None:
+            return None
+        scale, zero = _take(self.scale, rows).float(), None if self.zero_point is None else self._zeros(rows)
+        rounds = block if kernels == "onnxruntime" else 0
+        size, bias = self.block_size or self.columns, None if bias is None else bias.float()
+        y: Tensor = PACKED(x.float(), self.unpacked(rows), scale, zero, bias, self.bits, size, rounds)
+        return y.to(x.dtype)
 
     def saved(self) -> dict[str, Tensor]:
         if not self.tile:

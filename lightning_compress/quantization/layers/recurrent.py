@@ -11,9 +11,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_compress.errors import invalid
 from lightning_compress.modules.routing import Form
+from lightning_compress.modules.written import file_kernels
 from lightning_compress.quantization.layers.int8_weight import Int8Weight
 from lightning_compress.quantization.layers.kernel_cache import KernelCache
 from lightning_compress.quantization.layers.linear import in_plain_operators, packed_kernel
+from lightning_compress.quantization.numerics.operators import LSTM
 
 _HALF_ENGINES = ("x86", "fbgemm")
 """The engines of torch that multiply float activations with 16-bit weights."""
@@ -90,7 +92,9 @@ class DynamicRecurrent(Form):
         biases = [
             module._parameters[name].float() if module.bias else None for cell in _cells(module) for _, name in cell
         ]
-        if in_plain_operators(steps):
+        if file_kernels() == "onnxruntime" and is_lstm and sizes is None:
+            output, last = self._in_file(module, steps.float(), hidden, biases)
+        elif in_plain_operators(steps):
             run: Any = torch.lstm if is_lstm else torch.gru
             values = [weight.values() for weight in self.weights.values()]
             output, *last = run(*data, *([hidden] if is_lstm else hidden), _flat(values, biases), module.bias, *options)
@@ -104,6 +108,26 @@ class DynamicRecurrent(Form):
             else:
                 output, *last = torch.quantized_gru(*data, *hidden, cells, True, *options)
         return output.to(steps.dtype), [state.to(steps.dtype) for state in last]
+
+    def _in_file(self, module: Any, steps: Tensor, hidden: list[Tensor], biases: list[Any]) -> tuple[Tensor, list[Any]]:
+        """Run layer by layer, all but the first in the kernel of a file's runtime.
+
+        It has one scale for all of a sequence, too: outliers in that of the first layer would leave others no steps.
+        """
+        weights, lasts = list(self.weights.values()), []
+        biases = [torch.zeros_like(w.scale) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        directions = 1 + module.bidirectional
+        for layer in range(module.num_layers):
+            cells = slice(2 * directions * layer, 2 * directions * (layer + 1))
+            states = [state[directions * layer : directions * (layer + 1)] for state in hidden]
+            if layer == 0:
+                flat = _flat([weight.values() for weight in weights[cells]], biases[cells])
+                steps, *last = torch.lstm(steps, states, flat, True, 1, 0.0, False, module.bidirectional, False)
+            else:
+                codes, scales = ([getattr(weight, part) for weight in weights[cells]] for part in ("codes", "scale"))
+                steps, *last = LSTM(steps, codes, scales, biases[cells], *states)
+            lasts.append(last)
+        return steps, [torch.cat(parts) for parts in zip(*lasts, strict=True)]
 
 
 def _cells(layer: nn.LSTM | nn.GRU) -> Iterator[list[tuple[str, str]]]:

@@ -73,8 +73,8 @@ def shifted_right(bytes_: Tensor, places: int) -> Tensor:
     """Return ``bytes_ >> places``, also in a file for another runtime."""
     if not places:
         return bytes_
-    # ONNX takes what is shifted for signed; dividing is many times slower here.
-    return bytes_ // 2**places if is_recorded() else bytes_ >> places
+    # ONNX takes what is shifted for signed, and OpenVINO rounds quotients of bytes; dividing is many times slower here.
+    return (bytes_.int() // 2**places).to(torch.uint8) if is_recorded() else bytes_ >> places
 
 
 def is_recorded() -> bool:

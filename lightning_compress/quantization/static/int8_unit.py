@@ -26,10 +26,10 @@ from lightning_compress.modules.routing import (
     StoredWeight,
     class_of,
     form_of,
-    needs_plain_operators,
     routed_modules,
     settle_,
 )
+from lightning_compress.modules.written import needs_plain_operators
 from lightning_compress.quantization.numerics.int8 import StaticInt8, refuse_to_move
 from lightning_compress.quantization.static.compiled import Compiled
 from lightning_compress.quantization.static.graphs import int8_layers

@@ -92,7 +92,7 @@ _NARROWS: frozenset[Any] = frozenset(
 )
 """What gives some of the values that it gets, or zeros: codes stay codes, but of a wider range than there need be."""
 
-_PADS: frozenset[Any] = frozenset({_ATEN.pad.default, _ATEN.constant_pad_nd.default})
+PADS: frozenset[Any] = frozenset({_ATEN.pad.default, _ATEN.constant_pad_nd.default})
 
 _JOINS: frozenset[Any] = frozenset({_ATEN.cat.default, _ATEN.stack.default})
 
@@ -180,7 +180,7 @@ def code_sources(node: Node) -> list[Node]:
     """Return the nodes whose codes a node passes on; none if it computes something else."""
     if node.target in _JOINS:
         return node.all_input_nodes
-    has_value = node.target in _PADS and isinstance(node.args[-1], int | float) and node.args[-1] != 0
+    has_value = node.target in PADS and isinstance(node.args[-1], int | float) and node.args[-1] != 0
     if node.target not in _MOVES | _NARROWS or has_value:
         return []
     return node.all_input_nodes[:1]

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.modules.written import writes_file
 from lightning_compress.quantization.layers.int8_weight import in_onnx_export
 from lightning_compress.quantization.numerics.int8 import channel_scales
+from lightning_compress.quantization.numerics.operators import ROUNDED
 from lightning_compress.quantization.static.histogram import Histogram
 
 AVERAGING_CONSTANT = 0.1
@@ -35,6 +37,9 @@ class Rounding:
 
 def rounded(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
     """Return ``(clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale``, in plain operators."""
+    if writes_file():
+        written: Tensor = ROUNDED(x, scale, zero_point, low, high)
+        return written
     if in_onnx_export():
         codes = torch.uint8 if low >= 0 else torch.int8
         affine, symbolic = (torch.tensor(scale), torch.tensor(zero_point, dtype=codes)), torch.onnx.ops.symbolic

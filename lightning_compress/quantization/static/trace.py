@@ -36,13 +36,14 @@ def quiet() -> Iterator[None]:
     """Silence torch, which warns of what its exporter and compiler do to its own graphs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logger = logging.getLogger("torch")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
+        levels = {logger: logger.level for logger in map(logging.getLogger, ("torch", "onnxscript"))}
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 @dataclass(frozen=True)

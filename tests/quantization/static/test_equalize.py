@@ -141,7 +141,7 @@ def traced_chain(name: str) -> tuple[Any, Any]:
     return model, traced(model, torch.randn(*shape, dtype=torch.double))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(name=st.sampled_from(sorted(CHAINS)), seed=st.integers(0, 2**16))
 def test_the_function_stays_and_the_ranges_of_each_pair_become_alike(name: str, seed: int) -> None:
     _, shape, expected = CHAINS[name]
