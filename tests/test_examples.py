@@ -128,6 +128,20 @@ def test_dynamic_speed_benchmark(own_folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_runtimes_benchmark(own_folder: Path) -> None:
+    output = run("benchmarks/runtimes.py", "--networks", "mobilenet_v2", "--rounds", "1", "--threads", "1")
+    [row] = [line for line in output.splitlines() if line.startswith("| ours, static | onnxruntime |")]
+    assert row.endswith("| int8: 1 QGemm, 52 QLinearConv; float: none |")
+
+
+@pytest.mark.slow
+def test_targets_benchmark(own_folder: Path) -> None:
+    output = run("benchmarks/targets.py", "--networks", "residual block")
+    assert "| residual block | onnxruntime | 6 | 1 QGemm, 1 QLinearAdd, 3 QLinearConv, 1 Reshape |" in output
+    assert "residual block, tensorrt: " in output
+
+
+@pytest.mark.slow
 def test_pruning_speed_benchmark(own_folder: Path) -> None:
     output = run("benchmarks/pruning_speed.py", "--step-rounds", "1", "--update-rounds", "1", "--sizes", "1")
     assert output.count("| Lightning's ModelPruning |") == 2
