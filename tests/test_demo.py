@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,7 @@ TOLERATED = 4
 """Images: a point is 3.6 of them, and float kernels round differently on another processor."""
 
 
+@pytest.mark.slow
 def test_demo_keeps_its_promises(tmp_path: Path) -> None:
     # One test, so that the demo runs once however many processes share the tests.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
