@@ -13,7 +13,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.export.kernels import owners
 from lightning_compress.quantization.layers.int8_weight import dequantized
 from lightning_compress.quantization.numerics.operators import DYNAMIC, LSTM, ROUNDED, STORED
-from lightning_compress.quantization.static.graphs import aten, copy_graph, value_read
+from lightning_compress.quantization.static.graphs import LAYERS, aten, copy_graph, value_read
 from lightning_compress.quantization.static.placement import PADS, TARGETS, code_sources
 from lightning_compress.quantization.static.rounding import rounded
 
@@ -70,7 +70,6 @@ def _rounding_of(node: Node) -> Any:
     return node.args[1:] if node.target is ROUNDED else None
 
 
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _REPEATING = {"reflect", "replicate", "circular"}
 
 
@@ -80,7 +79,9 @@ def absorb_paddings_(graph: GraphModule) -> None:
 
     Where one side has more, the kernel gets zeros at the other side: ``pad(x, 0, 1) * w = pad(x, 1, 1) * (0, w)``.
     """
-    for conv in [node for node in graph.graph.nodes if node.target in _CONVOLUTIONS]:
+    for conv in [
+        node for node in graph.graph.nodes if node.target in LAYERS and node.target is not aten.linear.default
+    ]:
         before: Any = conv.args[0]
         padding: Any = before.args[0] if before.target is ROUNDED else before
         weight: Any = conv.args[1].args[0] if conv.args[1].target is STORED else conv.args[1]

@@ -17,7 +17,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.export.program import Program
 from lightning_compress.export.runtimes import Runtime, Session
 from lightning_compress.modules.isolation import isolated_random_state
-from lightning_compress.quantization.numerics.operators import DYNAMIC, LSTM, PACKED, ROUNDED
+from lightning_compress.quantization.numerics.operators import DYNAMIC, LSTM, PACKED, ROUNDED, STORED
 from lightning_compress.quantization.static.graphs import constants, copy_graph, owner_path
 
 LEAST_COSINE = 0.999
@@ -239,13 +239,9 @@ def first_difference(
         low, high = (low, middle) if differs(middle) else (middle + 1, high)
     if low == len(nodes):
         return "Every part of its graph agrees when it is written alone: the trace isn't what the model computes."
-    is_quantized = any(node.namespace == "lightning_compress" for node in _operators(program.graph))
+    is_quantized = any(node.target in (ROUNDED, STORED, DYNAMIC, PACKED, LSTM) for node in program.graph.graph.nodes)
     remedy = "Exclude that in `targets`" if is_quantized else "Write that in other operations"
     return f"They part first at {layer_name(nodes[low])}. {remedy}, or take another target."
-
-
-def _operators(graph: GraphModule) -> list[Any]:
-    return [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
 
 
 def _is_float(value: Any) -> bool:

@@ -189,10 +189,7 @@ class OpenVino(Runtime):
         }
         found = {}
         for codes, operation in readers_of_codes(_graph(path), layers):
-            names = (
-                operation.name,
-                *operation.output,
-            )  # the last is named by its output
+            names = (operation.name, *operation.output)  # the last operation is named by its output
             precision = next((precisions[name] for name in names if name in precisions), "another operation")
             if precision not in ("u8", "i8"):
                 found[codes] = f"OpenVINO computes it in {precision}"

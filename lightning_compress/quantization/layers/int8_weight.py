@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_compress.modules.routing import StoredWeight
 from lightning_compress.modules.written import writes_file
 from lightning_compress.quantization.numerics.int8 import channel_scales, largest_code
-from lightning_compress.quantization.numerics.operators import STORED
+from lightning_compress.quantization.numerics.operators import STORED, stored_values
 
 
 def in_onnx_export() -> bool:
@@ -25,7 +25,7 @@ def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
         zeros = torch.zeros(len(scale), dtype=codes.dtype)  # onnxruntime's linear kernels want them written
         stored, shape = (codes, scale, zeros), codes.shape
         return torch.onnx.ops.symbolic("DequantizeLinear", stored, {"axis": 0}, dtype=scale.dtype, shape=shape)
-    return codes * scale.view(-1, *(1,) * (codes.dim() - 1))
+    return stored_values(codes, scale)
 
 
 class Int8Weight(StoredWeight):

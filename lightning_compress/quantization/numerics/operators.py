@@ -12,16 +12,18 @@ from torch.nn import functional
 from lightning_compress.quantization.numerics import linear
 
 
-@torch.library.custom_op("lightning_compress::rounded", mutates_args=())
-def rounded(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+def rounded_values(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
     """Return ``(clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale``."""
     return ((torch.round(x * (1.0 / scale)) + zero_point).clamp(low, high) - zero_point) * scale
 
 
-@torch.library.custom_op("lightning_compress::stored", mutates_args=())
-def stored(codes: Tensor, scale: Tensor) -> Tensor:
+def stored_values(codes: Tensor, scale: Tensor) -> Tensor:
     """Return ``S Q``, with a scale for each of the first dimension."""
     return codes * scale.view(-1, *(1,) * (codes.dim() - 1))
+
+
+rounded = torch.library.custom_op("lightning_compress::rounded", rounded_values, mutates_args=())
+stored = torch.library.custom_op("lightning_compress::stored", stored_values, mutates_args=())
 
 
 @torch.library.custom_op("lightning_compress::dynamic", mutates_args=())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_compress.modules.written import writes_file
 from lightning_compress.quantization.layers.int8_weight import in_onnx_export
 from lightning_compress.quantization.numerics.int8 import channel_scales
-from lightning_compress.quantization.numerics.operators import ROUNDED
+from lightning_compress.quantization.numerics.operators import ROUNDED, rounded_values
 from lightning_compress.quantization.static.histogram import Histogram
 
 AVERAGING_CONSTANT = 0.1
@@ -45,7 +45,7 @@ def rounded(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Te
         affine, symbolic = (torch.tensor(scale), torch.tensor(zero_point, dtype=codes)), torch.onnx.ops.symbolic
         stored = symbolic("QuantizeLinear", (x, *affine), dtype=codes, shape=x.shape)
         return symbolic("DequantizeLinear", (stored, *affine), dtype=x.dtype, shape=x.shape)
-    return ((torch.round(x * (1.0 / scale)) + zero_point).clamp(low, high) - zero_point) * scale
+    return rounded_values(x, scale, zero_point, low, high)
 
 
 class _Straight(torch.autograd.Function):
