@@ -15,7 +15,7 @@ from .errors import CompressionError, MissingExtraError, NoEffectWarning
 from .export import ExportedModel, export
 from .export.callback import ExportModel
 from .export.runtime_module import RuntimeModule
-from .pruning import Rewind, ScheduledPruning, prune_, sparsity
+from .pruning import PostTrainingPruning, Rewind, ScheduledPruning, prune_, sparsity
 from .quantization import GPTQ, NF4, DynamicInt8, StaticInt8, WeightOnly, quantize
 from .quantization.lora.merge import merge_adapters
 from .quantization.ptq import PostTrainingQuantization
@@ -55,6 +55,7 @@ __all__ = [
     "NoEffectWarning",
     "OneShot",
     "Polynomial",
+    "PostTrainingPruning",
     "PostTrainingQuantization",
     "QLoRA",
     "QuantizationAwareTraining",

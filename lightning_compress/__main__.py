@@ -12,6 +12,7 @@ Trains, compresses and measures a LightningModule. Compression is done by callba
   ScheduledPruning           zeroes weights on a schedule
   ChannelPruning             removes channels, neurons and heads
   QuantizationAwareTraining  trains for int8, converts when the fit ends
+  PostTrainingPruning        zeroes weights when test, validate or predict starts
   PostTrainingQuantization   quantizes when test, validate or predict starts
   QLoRA                      trains adapters on weights of 4 bits
   Distillation               lets a teacher teach the model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -20,7 +20,7 @@ _READ = ("optimizers", "lr_schedulers")
 
 
 def make_probe(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, shared: Collection[nn.Parameter] = ()
+    trainer: pl.Trainer, pl_module: pl.LightningModule, shared: Collection[nn.Parameter] | Mapping[int, Any] = ()
 ) -> pl.LightningModule:
     """Make a deep copy whose steps can be run without a trace: it logs nothing, and its metrics are its own."""
     probe = copy_module(pl_module, shared)

@@ -21,8 +21,8 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "messages"),
     ("modules", "schedules", "window"),
-    ("targets", "structure"),
-    ("silent_copy", "twin", "probe", "callback", "windowed_callback"),
+    ("targets", "structure", "compensation"),
+    ("silent_copy", "twin", "probe", "calibration", "callback", "windowed_callback"),
     ("pruning", "channels", "quantization"),
     ("distillation",),
     ("deployable",),
@@ -52,6 +52,7 @@ BY_NAME = {
 
 # The files that decide when things happen; all others compute on tensors and run without a Trainer.
 MAY_IMPORT_LIGHTNING = {
+    "calibration.py",
     "callback.py",
     "silent_copy.py",
     "probe.py",
@@ -61,6 +62,8 @@ MAY_IMPORT_LIGHTNING = {
     "channels/callback.py",
     "pruning/callback.py",
     "pruning/masking.py",
+    "pruning/post_training.py",
+    "pruning/trainer.py",
     "quantization/qat.py",
     "quantization/qlora.py",
     "quantization/ptq.py",
@@ -80,7 +83,7 @@ MAY_ALSO_IMPORT = {
     "report/render.py": {"rich"},
     "report/files.py": {"rich"},
     "distillation/teacher_check.py": {"torchmetrics"},
-    "quantization/trainer.py": {"tqdm"},
+    "calibration.py": {"tqdm"},
     "quantization/layers/fake_quantizers.py": {"torchao"},
 }
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}

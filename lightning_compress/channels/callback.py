@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,20 +13,18 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_compress.callback import CompressionCallback, warn_of_other_settings
-from lightning_compress.channels.batchnorm_restart import BatchNormRestart, input_moments
-from lightning_compress.channels.fit_calls import ADAPTERS, FitCalls, cut_fit_
+from lightning_compress.channels.batchnorm_restart import BatchNormRestart
+from lightning_compress.channels.compensate import last_fit
+from lightning_compress.channels.fit_calls import FitCalls
 from lightning_compress.channels.planning.plan import RemovalPlan
-from lightning_compress.channels.planning.recipe import LEAST, SCOPE, make_recipe
-from lightning_compress.channels.remove_channels import check_module
+from lightning_compress.channels.planning.recipe import CALIBRATED, LEAST, SCOPE, make_recipe
+from lightning_compress.channels.remove_in_fit import calibration_data, follow_statistics_, remove_in_fit_
 from lightning_compress.channels.rounds import Rounds
 from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.messages import in_short
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.schedules import Linear, Schedule
-from lightning_compress.silent_copy import make_probe
-from lightning_compress.structure.change import to_float_
 from lightning_compress.structure.files import restored_state
-from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Scope, Targets
 from lightning_compress.window import Window, fit_length
 from lightning_compress.windowed_callback import WindowedCallback
@@ -48,10 +45,11 @@ class ChannelPruning(WindowedCallback):
         macs: budget: the fraction of the multiply-accumulates that remains, for the batches of this fit.
         latency: budget: the fraction of a forward pass' time that remains, measured on this machine when the window
             starts.
-        importance: ``l1``, ``l2``, ``batchnorm``, ``taylor``, ``fpgm``, ``random``, or the import path of your own
-            function: see `Importance`.
+        importance: ``l1``, ``l2``, ``batchnorm``, ``taylor``, ``fpgm``, ``random``, ``outputs`` (measured on the
+            calibration batches), or the import path of your own function: see `Importance`. By default ``outputs``
+            with ``calibration_batches``, else ``l1``.
         scope: ``global`` ranks the channels of all layers together, but leaves no layer less than 3/4 of what it would
-            keep if all lost the same fraction, which is what ``layer`` takes of each.
+            keep if all lost the same fraction, or less where that misses the budget. ``layer`` takes the same fraction.
         schedule: how much of the way to the budget is gone when. Channels leave when it asks for a tenth more, so there
             are ten rounds at most; `Steps` says how many, `OneShot` is one, at the window's start.
         window: when. Leave a hundred optimizer steps or more after its end.
@@ -65,6 +63,12 @@ class ChannelPruning(WindowedCallback):
             channels have left: see `regularize_`. Give it time with a schedule such as ``Steps([0.0, 1.0], [0.0,
             1.0])``, by which all leave when the window ends.
         seed: of ``importance="random"``; the global generators aren't touched.
+        blocks: whether residual blocks may leave whole too, those without which the outputs for the round's batch
+            change least. Their inputs, or zeros, take their places.
+        calibration_batches: on so many batches of the fit's own data (``calibration_dataloader``, if the datamodule or
+            module has one, else the train loader, read once more from its start) each round measures what channels are
+            worth, and fits the layers that have lost inputs to what they put out before: see `compensate_`. Then few
+            rounds are best: ``schedule=OneShot()``. 0 does without.
 
     Raises:
         CompressionError: in the constructor for bad arguments; in ``setup`` for a strategy that can't follow, and where
@@ -94,7 +98,7 @@ class ChannelPruning(WindowedCallback):
         params: float | None = None,
         macs: float | None = None,
         latency: float | None = None,
-        importance: str = "l1",
+        importance: str | None = None,
         scope: Scope = SCOPE,
         schedule: Schedule = Linear(),  # noqa: B008  frozen
         window: Window = Window(0.0, 0.3),  # noqa: B008  frozen
@@ -104,15 +108,22 @@ class ChannelPruning(WindowedCallback):
         round_to: int | None = None,
         regularization: float = 0.0,
         seed: int = 0,
+        blocks: bool = False,
+        calibration_batches: int = 0,
     ) -> None:
         super().__init__(window)
         self.recipe = make_recipe(channels, params, macs, latency, importance, scope, targets, overrides,
-                                  min_layer_channels, round_to, seed)  # fmt: skip
+                                  min_layer_channels, round_to, seed, blocks, calibration_batches != 0)  # fmt: skip
+        if type(calibration_batches) is not int or calibration_batches < 0:
+            raise invalid("calibration_batches", "be a whole number, at least 0", calibration_batches)
+        if regularization and self.recipe.importance.needs_batches:
+            raise invalid("regularization", f"be 0 with importance={importance or CALIBRATED!r}", regularization)
         if isinstance(regularization, bool) or not isinstance(regularization, (int, float)) or regularization < 0:
             raise invalid("regularization", "be a number, at least 0", regularization, "Usual values: 1e-4 to 1e-2.")
         if self.recipe.importance.needs_gradients and window.start == 0 and schedule.value(0.0, 1.0) > 0:
             raise invalid("window", f"start later with importance={importance!r}, which needs gradients", window)
         self.schedule = schedule
+        self.calibration_batches = calibration_batches
         self.regularization = regularization
         self._rounds = Rounds(self.recipe, schedule, window)
         self._statistics = BatchNormRestart()
@@ -178,7 +189,8 @@ class ChannelPruning(WindowedCallback):
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.apply_pending_(trainer, pl_module, batch, batch_idx)
-        self._follow_statistics_(trainer, pl_module, batch, batch_idx)
+        follow_statistics_(trainer, pl_module, (batch, batch_idx), self._statistics)
+        self._statistics.begin_(pl_module)
         if self._rounds.needs_groups(self._needs_each_step):
             self._rounds.trace(FitCalls(trainer, pl_module, batch, batch_idx).subject)
         self._rounds.checked = True
@@ -186,17 +198,6 @@ class ChannelPruning(WindowedCallback):
         step = self._step + 1
         if self.bounds.is_due(step, self.window.every_n_steps) and self._rounds.is_due(self.bounds.progress(step)):
             self._rounds.batch = copy_tensors(batch), batch_idx
-
-    def _follow_statistics_(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Let all norms average over this batch, those too that don't update their statistics themselves."""
-        if self._statistics.awaits_pass(pl_module):
-            calls = FitCalls(trainer, pl_module, batch, batch_idx)
-            probe = make_probe(trainer, pl_module)
-            to_float_(probe)
-            self._statistics.follow_((pl_module, *averaged_copies(trainer)), probe, calls.own)
-        self._statistics.begin_(pl_module)
 
     @override
     def on_train_batch_end(
@@ -233,21 +234,17 @@ class ChannelPruning(WindowedCallback):
     def _remove(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Any, int], progress: float
     ) -> None:
-        check_module(pl_module)
-        calls, rounds = FitCalls(trainer, pl_module, *batch), self._rounds
-        plan = rounds.plan(calls.subject, progress, self._step, trainer.strategy.broadcast)
-        fixed = {layer: reason for layer, reason in plan.fixed.items() if not layer.startswith(ADAPTERS)}
-        rounds.advance(replace(plan, fixed=fixed))
-        before = input_moments(make_probe(trainer, pl_module), calls.own)
-        anew = cut_fit_(trainer, pl_module, plan)
-        if anew and not self._warned:
+        rounds, data = self._rounds, None
+        if self.calibration_batches:
+            seed = self.recipe.seed + self._step
+            data = calibration_data(trainer, pl_module, self.calibration_batches, seed)
+        outcome = remove_in_fit_(trainer, pl_module, batch, rounds, self._statistics, progress, self._step, data)
+        if outcome.anew and not self._warned:
             self._warned = True
-            rank_zero_warn(
-                f"ChannelPruning: {', '.join(anew)} keeps state of no known layout, and starts anew for what shrank."
-            )
-        if plan.kept:
-            models = (pl_module, *averaged_copies(trainer))
-            self._statistics.restart_(models, make_probe(trainer, pl_module), calls.own, before, plan.kept)
+            anew = ", ".join(outcome.anew)
+            rank_zero_warn(f"ChannelPruning: {anew} keeps state of no known layout, and starts anew for what shrank.")
+        if outcome.compensation is not None:
+            rank_zero_info(f"ChannelPruning, after step {self._step}: {outcome.compensation}.")
         rank_zero_info("\n  ".join(in_short(rounds.outcome(self._step))))
         if rounds.missed and rounds.is_final:
             rank_zero_warn(f"ChannelPruning: {rounds.missed}")
@@ -274,7 +271,9 @@ class ChannelPruning(WindowedCallback):
 
     @override
     def report_notes(self) -> list[str]:
-        return [*super().report_notes(), *self._rounds.notes()]
+        model = None if self._model is None else self._model()
+        fitted = None if model is None else last_fit(model)
+        return [*super().report_notes(), *self._rounds.notes(), *([f"ChannelPruning: {fitted}."] if fitted else [])]
 
     @property
     @override

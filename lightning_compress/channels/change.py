@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.cutting.cached import cached_tensors, forget_, is_cached, present
-from lightning_compress.channels.cutting.cut import RECORD, note_, set_numbers_
+from lightning_compress.channels.cutting.cut import FITS, RECORD, fits_of, note_, note_fit_, set_numbers_
 from lightning_compress.channels.cutting.layers import STANDARD
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name, modules_of, named_tensors
@@ -23,14 +24,14 @@ class ChannelRemoval(StructuralChange):
     """The widths of a module that has lost channels. A narrow module serves, and is saved, as it is.
 
     Its record is ``{"shapes": {tensor: [before, now]}, "numbers": {path.name: [before, now]}, "buffers": {buffer: {dim:
-    indices}}}``.
+    indices}}}``, with ``"fits"``, what layers behind removed channels were fitted to, if they were.
     """
 
     key = "channels"
     is_float = True
 
     def record(self, module: nn.Module) -> Record | None:
-        record: dict[str, dict[str, Any]] = {"shapes": {}, "numbers": {}, "buffers": {}}
+        record: dict[str, Any] = {"shapes": {}, "numbers": {}, "buffers": {}}
         for path, inner in modules_of(module).items():
             prefix = f"{path}." if path else ""
             kinds = inner.__dict__.get(RECORD, _NOTHING)
@@ -38,6 +39,8 @@ class ChannelRemoval(StructuralChange):
                 record[kind] |= {prefix + name: list(entry) for name, entry in kinds[kind].items()}
             for name, entry in kinds["buffers"].items():
                 record["buffers"][prefix + name] = {dim: indices.tolist() for dim, indices in entry["kept"].items()}
+        if fits := fits_of(module):
+            record[FITS] = copy.deepcopy(fits)
         return record if record["shapes"] else None
 
     def infer(self, module: nn.Module, state: Mapping[str, Any]) -> Record | None:
@@ -55,7 +58,7 @@ class ChannelRemoval(StructuralChange):
             if any(size > whole for size, whole in zip(value.shape, tensor.shape, strict=True)):
                 return None  # another model: loading says so
             owner = modules.get(name.rpartition(".")[0])
-            if not isinstance(owner, STANDARD):
+            if not isinstance(owner, STANDARD) or not value.numel():
                 raise CompressionError(
                     f"`path` must tell how {name} lost channels. Received: {tuple(value.shape)} for "
                     f"{tuple(tensor.shape)}, in a {type(owner).__name__}. Write the file with save_compressed, or with "
@@ -65,7 +68,8 @@ class ChannelRemoval(StructuralChange):
         return {"shapes": shapes, "numbers": {}, "buffers": {}} if shapes else None
 
     def same(self, module: nn.Module, record: Record | None) -> bool:
-        return self.record(module) == (record or None)
+        own, other = ({**(found or {}), FITS: None} for found in (self.record(module), record))
+        return own == other
 
     def apply_(self, module: nn.Module, record: Record) -> None:
         """Give the module the widths of a record; where it names nothing, those that it was built with.
@@ -89,7 +93,7 @@ class ChannelRemoval(StructuralChange):
                 )
             wanted[name] = tuple(now)
         kept = {
-            name: {int(dim): torch.tensor(indices) for dim, indices in dims.items()}
+            name: {int(dim): torch.tensor(indices, dtype=torch.int64) for dim, indices in dims.items()}
             for name, dims in record["buffers"].items()
         }
         whole = {
@@ -113,6 +117,8 @@ class ChannelRemoval(StructuralChange):
         for kind in ("shapes", "numbers"):
             for name, entry in record[kind].items():
                 note_(module, modules, kind, name, list(entry))
+        for fit in record.get(FITS, ()):
+            note_fit_(module, fit)
         for name, dims in kept.items():
             note_(module, modules, "buffers", name, {"kept": dims, "whole": whole.get(name, before_of.get(name))})
 

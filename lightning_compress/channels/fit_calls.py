@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -82,6 +83,13 @@ class FitCalls:
     @staticmethod
     def _compare(callback: Any, name: str, run: Run, twin: Any) -> Any:
         return callback.compared(twin, getattr(twin, name), run)
+
+
+def without_adapters(plan: RemovalPlan) -> RemovalPlan:
+    """Return what a plan says of the module itself."""
+    kept = {name: dims for name, dims in plan.kept.items() if not name.startswith(ADAPTERS)}
+    fixed = {layer: reason for layer, reason in plan.fixed.items() if not layer.startswith(ADAPTERS)}
+    return replace(plan, kept=kept, fixed=fixed)
 
 
 def cut_fit_(trainer: Any, pl_module: Any, plan: RemovalPlan) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -11,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_compress.channels.compensate import Compensation, fitted_narrow, take_fits_
 from lightning_compress.channels.cutting.cut import check_shapes, cut_
 from lightning_compress.channels.planning.importance import carry_scores_
+from lightning_compress.channels.planning.output_changes import output_changes
 from lightning_compress.channels.planning.plan import RemovalPlan
 from lightning_compress.channels.planning.recipe import LEAST, SCOPE, make_recipe
 from lightning_compress.channels.planning.search import make_plan
@@ -20,12 +25,17 @@ from lightning_compress.channels.tracing.deterministic import deterministic
 from lightning_compress.channels.tracing.find_groups import find_groups
 from lightning_compress.channels.tracing.groups import Run
 from lightning_compress.channels.tracing.verify import Subject
+from lightning_compress.compensation.in_order import Runner
 from lightning_compress.errors import CompressionError, invalid
-from lightning_compress.modules.calls import bind_example, samples_in
-from lightning_compress.modules.copying import copy_module
+from lightning_compress.modules.calls import Call, bind_batch, bind_example, samples_in, way_without_trainer
+from lightning_compress.modules.copying import copy_module, copy_tensors
 from lightning_compress.modules.resizing import Cut, resize_state_
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Scope, Targets
+
+_logger = logging.getLogger("lightning_compress")
+
+CALIBRATION_BATCHES = 32
 
 
 def plan_removal(
@@ -36,13 +46,16 @@ def plan_removal(
     params: float | None = None,
     macs: float | None = None,
     latency: float | None = None,
-    importance: str = "l1",
+    importance: str | None = None,
     scope: Scope = SCOPE,
     targets: Targets | None = None,
     overrides: Mapping[str, float] | None = None,
     min_layer_channels: float = LEAST,
     round_to: int | None = None,
     seed: int = 0,
+    blocks: bool = False,
+    calibration: Iterable[Any] | None = None,
+    calibration_batches: int = CALIBRATION_BATCHES,
 ) -> RemovalPlan:
     """Decide which channels, neurons, heads and hidden widths of ``model`` go, so that a budget is met.
 
@@ -54,15 +67,16 @@ def plan_removal(
     Args:
         model: any module; nothing of it is changed.
         inputs: example inputs of the real shape: a tensor, a tuple of arguments, a dict of keywords; by default the
-            model's ``example_input_array``.
+            model's ``example_input_array``, or the first batch of ``calibration``.
         channels: budget: the fraction of the channels that remains.
         params: budget: the fraction of the parameters that remains.
         macs: budget: the fraction of the multiply-accumulates on ``inputs`` that remains.
         latency: budget: the fraction of the time of a run on ``inputs`` that remains, measured here and now.
         importance: ``l1``, ``l2``, ``batchnorm``, ``taylor`` (call ``loss.backward()`` before), ``fpgm``, ``random``,
-            or the import path of your own function: see `Importance`.
+            ``outputs`` (measured on ``calibration``), or the import path of your own function: see `Importance`. By
+            default ``outputs`` with ``calibration``, else ``l1``.
         scope: ``global`` ranks the channels of all layers together, but leaves no layer less than 3/4 of what it would
-            keep if all lost the same fraction, which is what ``layer`` takes of each.
+            keep if all lost the same fraction, or less where that misses the budget. ``layer`` takes the same fraction.
         targets: which layers; by default all that can lose channels and are trained. A width that a norm spans
             (LayerNorm, GroupNorm) is cut only if ``include`` names one of its layers exactly, as that is approximate.
         overrides: pattern of layers' paths to the fraction of their channels that remains; the last match wins.
@@ -70,6 +84,12 @@ def plan_removal(
         round_to: keep a multiple of this in each layer; by default of 8 in layers of 32 channels and more, or of less
             where that misses the budget.
         seed: of ``importance="random"``.
+        blocks: whether residual blocks may leave whole too, those without which the outputs for the first batches of
+            ``calibration``, or for ``inputs``, change least: pass real samples. Their inputs, or zeros, take their
+            places.
+        calibration: batches of what the model will be given, as for `quantize`: by them channels are chosen whose loss
+            changes the outputs least.
+        calibration_batches: how many of them at most.
 
     Returns:
         The plan; print it, then apply it with `remove_channels_`.
@@ -95,16 +115,18 @@ def plan_removal(
         )
     """
     recipe = make_recipe(channels, params, macs, latency, importance, scope, targets or Targets(), overrides,
-                         min_layer_channels, round_to, seed)  # fmt: skip
-    example = getattr(model, "example_input_array", None) if inputs is None else inputs
-    if example is None:
-        raise invalid("inputs", "be example inputs", None, "Pass a tensor, or set model.example_input_array.")
+                         min_layer_channels, round_to, seed, blocks, calibration is not None)  # fmt: skip
     check_module(model)
-    args, kwargs = bind_example(example, next((parameter.device for parameter in model.parameters()), None))
+    runner = Runner(model, way_without_trainer(model))
+    batches = take_batches(calibration, calibration_batches)
+    args, kwargs = _example(model, inputs, batches)
     with torch.inference_mode(False):
-        subject = Subject(model, _runs(model, args, kwargs), samples=samples_in((args, kwargs)))
+        measured = partial(_outputs, runner, batches[:_MEASURED]) if batches else None
+        subject = Subject(model, _runs(model, args, kwargs), copy_module, samples_in((args, kwargs)), measured)
         groups = find_groups(subject)
     carried = dict[str, Tensor]()
+    if recipe.importance.needs_batches:
+        carried = output_changes(runner, groups.all, batches, seed)
     if recipe.importance.needs_gradients:
         carry_scores_(model, groups.all, recipe.importance, carried)
         if not carried:
@@ -112,6 +134,41 @@ def plan_removal(
                 f"`importance={importance!r}` must have gradients. Received: none. Call loss.backward() before."
             )
     return make_plan(subject, groups, recipe, carried)
+
+
+def _outputs(runner: Runner, batches: Sequence[Any], twin: nn.Module) -> list[Any]:
+    twin.eval()
+    return [runner.run(twin, copy_tensors(batch)) for batch in batches]
+
+
+_MEASURED = 2
+"""So many batches tell how much the outputs change without a block: the model runs on them once for each trial."""
+
+
+def take_batches(calibration: Iterable[Any] | None, count: int) -> list[Any]:
+    """Take the first batches of a calibration.
+
+    Raises:
+        CompressionError: it is a tensor, or there is no batch.
+    """
+    if calibration is None:
+        return []
+    if isinstance(calibration, Tensor) or not isinstance(calibration, Iterable):
+        raise invalid("calibration", "be batches", type(calibration).__name__, "Put a tensor in a list.")
+    if type(count) is not int or count < 1:
+        raise invalid("calibration_batches", "be a whole number, at least 1", count)
+    if not (batches := list(islice(calibration, count))):
+        raise invalid("calibration", "give at least one batch", "an empty loader")
+    return batches
+
+
+def _example(model: nn.Module, inputs: Any, batches: Sequence[Any]) -> Call:
+    example = getattr(model, "example_input_array", None) if inputs is None else inputs
+    if example is not None:
+        return bind_example(example, next((parameter.device for parameter in model.parameters()), None))
+    if not batches:
+        raise invalid("inputs", "be example inputs", None, "Pass a tensor, or set model.example_input_array.")
+    return bind_batch(model, batches[0])[0]
 
 
 def check_module(model: nn.Module) -> None:
@@ -156,18 +213,29 @@ def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
 
 
 def remove_channels_(
-    model: nn.Module, plan: RemovalPlan, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = ()
-) -> None:
+    model: nn.Module,
+    plan: RemovalPlan,
+    optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+    *,
+    calibration: Iterable[Any] | None = None,
+    calibration_batches: int = CALIBRATION_BATCHES,
+) -> Compensation | None:
     """Apply a plan: channels leave ``model``, and what optimizers remember of them.
 
     Parameters stay the same objects, with their hooks and places in optimizers; the keys of ``state_dict`` stay.
-    Running statistics of norms stay those of the wider model: run batches in training mode before you evaluate, through
-    frozen norms too. In a Trainer `ChannelPruning` does that.
+    With ``calibration`` the layers that have lost inputs are fitted to what the whole model puts out on these batches:
+    see `compensate_`. Without, running statistics of norms stay those of the wider model: run batches in training mode
+    before you evaluate, through frozen norms too. In a Trainer `ChannelPruning` does that.
 
     Args:
         model: the module that the plan was made for.
         plan: from `plan_removal`.
         optimizers: that train it; their moments are cut with the same indices.
+        calibration: batches **of the kind that the model will be given**: a fit serves what it has seen.
+        calibration_batches: how many of them at most.
+
+    Returns:
+        With ``calibration``, what was fitted, and how well the outputs agree on samples that were held out.
 
     Raises:
         CompressionError: the plan is for another model, or for this one before other channels left; nothing has
@@ -186,8 +254,17 @@ def remove_channels_(
     if not isinstance(optimizers, Sequence) or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
         raise invalid("optimizers", "be a list of optimizers", optimizers)
     check_shapes(model, plan.shapes)
+    batches = take_batches(calibration, calibration_batches)
     with torch.inference_mode(False):
+        if not batches:
+            cut_together_(model, plan, optimizers)
+            return None
+        runner = Runner(model, way_without_trainer(model))
+        fits, compensation = fitted_narrow(runner, plan, batches, "`calibration`")
         cut_together_(model, plan, optimizers)
+        take_fits_(model, fits, compensation)
+    _logger.info("remove_channels_: %s.", compensation)
+    return compensation
 
 
 def cut_together_(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,14 +13,17 @@ from lightning_compress.channels.planning.importance import carry_scores_, rank
 from lightning_compress.channels.planning.plan import RemovalPlan
 from lightning_compress.channels.planning.recipe import Budget, Recipe
 from lightning_compress.channels.planning.regularize import regularize_
-from lightning_compress.channels.planning.search import Progress, make_plan, removable
+from lightning_compress.channels.planning.removable import removable
+from lightning_compress.channels.planning.search import Progress, make_plan
 from lightning_compress.channels.tracing.find_groups import find_groups
-from lightning_compress.channels.tracing.groups import DependencyGroups
+from lightning_compress.channels.tracing.groups import DependencyGroups, Group
 from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.messages import by_reason, named, they
 from lightning_compress.modules.paths import named_tensors
 from lightning_compress.schedules import OneShot, Schedule
 from lightning_compress.window import Bounds, Window
+
+Measure = Callable[[Sequence[Group]], dict[str, Tensor]]
 
 _WORTH = 0.1
 """Between two removals at least this fraction of the way to the budget is gone: less isn't worth a plan."""
@@ -107,7 +110,7 @@ class Rounds:
         """
         self.groups = find_groups(subject)
         if not self.checked:
-            removable(subject.model, self.groups, self.recipe)
+            removable(subject, self.groups, self.recipe)
 
     def use_gradients_(self, model: nn.Module, parameters: Collection[int], strength: float) -> None:
         """Sum scores of gradients, and by `regularize_` draw units of ``parameters`` (ids) to zero, before a step."""
@@ -137,13 +140,18 @@ class Rounds:
         progress, self.waiting = self.waiting, None
         return progress
 
-    def plan(self, subject: Subject, progress: float, step: int, agree: Callable[[Any], Any]) -> RemovalPlan:
+    def plan(
+        self, subject: Subject, progress: float, step: int, agree: Callable[[Any], Any], measure: Measure | None = None
+    ) -> RemovalPlan:
         """Decide what leaves now: a part of the way from the original to the budget.
 
-        Seeds differ by ``step`` from round to round; ``agree`` gives all ranks the first one's value.
+        Seeds differ by ``step`` from round to round; ``agree`` gives all ranks the first one's value; ``measure`` gives
+        the scores of an importance that is measured on batches.
         """
         self.asked, self.checked = self.schedule.value(progress, 1.0), True
         groups = find_groups(subject)
+        if measure is not None and self.recipe.importance.needs_batches:
+            self.scores = measure(groups.all)
         recipe = self.recipe
         if recipe.budget.kind == "latency":
             if self._macs is None:
@@ -197,6 +205,8 @@ class Rounds:
             spanned = [row.layers[0] for row in last.rows if row.approximate and row.after < row.before]
             if spanned:
                 notes.append(f"ChannelPruning cut {named(spanned)} approximately: a norm spans its width.")
+            if gone := [row.layers[0] for row in last.rows if row.block]:
+                notes.append(f"{they(gone, 'has', 'have')} left whole.")
             whole = by_reason({layer: why for layer, why in last.fixed.items() if why != "an output"})
             notes += [f"{they(layers, 'keeps its', 'keep their')} width: {why}" for why, layers in whole.items()]
         if self.latency is not None:

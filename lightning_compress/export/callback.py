@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_compress.calibration import calibration_batches, calibration_loader
 from lightning_compress.callback import CompressionCallback, ReportFile, refuse_strategy
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.export.dry_run import refuse_early
@@ -33,7 +34,6 @@ from lightning_compress.export.step_calls import (
 )
 from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.quantization.ptq import PostTrainingQuantization
-from lightning_compress.quantization.trainer import calibration_batches, calibration_loader
 from lightning_compress.silent_copy import make_probe
 
 _CALLS = 8

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_compress.calibration import calibration_loader, calibration_source
 from lightning_compress.deployable import deployable
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.errors import CompressionError, invalid, nearest
@@ -22,7 +23,6 @@ from lightning_compress.modules.isolation import isolated_evaluation
 from lightning_compress.modules.paths import is_at_or_below, is_below, modules_of
 from lightning_compress.probe import Feed, Step, data_feed
 from lightning_compress.quantization.convert import keep_record_
-from lightning_compress.quantization.trainer import calibration_loader, calibration_source
 from lightning_compress.structure.change import to_float_
 
 

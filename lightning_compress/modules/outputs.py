@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -141,10 +143,15 @@ def outputs_of_calls(module: nn.Module, run: Callable[[], Any]) -> list[Any]:
 
 
 def cosine(expected: Any, got: Any) -> float:
-    """Return the cosine similarity of all floats in two nests of outputs; 1 without any, or with nothing but zeros."""
+    """Return the cosine similarity of all floats in two nests of outputs; 1 without any, or with nothing but zeros.
+
+    A tensor of another shape, such as detections that are filtered, counts as zeros.
+    """
     nests = (flatten(tree)[0] for tree in (expected, got))
-    floats = ([x.float().flatten() for x in nest if isinstance(x, Tensor) and x.is_floating_point()] for nest in nests)
-    a, b = (torch.cat(found or [torch.zeros(1)]) for found in floats)
+    floats, others = ([x.float() for x in nest if isinstance(x, Tensor) and x.is_floating_point()] for nest in nests)
+    pairs = [(x, y) for x, y in zip_longest(floats, others[: len(floats)])] or [(torch.zeros(1), torch.zeros(1))]
+    alike = [(x, y if y is not None and y.shape == x.shape else torch.zeros_like(x)) for x, y in pairs]
+    a, b = (torch.cat([tensor.flatten() for tensor in side]) for side in zip(*alike, strict=True))
     if not a.isfinite().all() or not a.any():
         return 1.0
     return F.cosine_similarity(a, b, dim=0).nan_to_num(-1.0).item()
@@ -185,15 +192,40 @@ def least_cosine(expected: Sequence[Any], got: Sequence[Any]) -> float:
     return min((cosine(*call) for call in directed), default=1.0)
 
 
-def tensors_in(output: Any, _seen: set[int] | None = None) -> Iterator[Tensor]:
+@contextmanager
+def states_given_back(model: nn.Module) -> Iterator[dict[int, Any]]:
+    """Collect what modules give back for their own next call, such as a cache of keys and values, by its `id`.
+
+    That is an object of a class of its own, in a mapping, under the name of an argument that the call didn't give.
+    """
+    states = dict[int, Any]()
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(output, Mapping):
+            signature = inspect.signature(module.forward)
+            free = signature.parameters.keys() - signature.bind_partial(*args, **kwargs).arguments.keys()
+            given = [output[name] for name in free & output.keys()]
+            own = (state for state in given if not isinstance(state, (Tensor, Mapping, list, tuple)))
+            states.update({id(state): state for state in own if not dataclasses.is_dataclass(state)})
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
+        yield states
+
+
+def tensors_in(output: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """Every tensor in an output: in containers, in fields and attributes of objects, at any depth.
+
+    But for objects that were ``seen``, by their `id`.
 
     Example:
         >>> import torch
         >>> [leaf.item() for leaf in tensors_in({"a": torch.tensor(1), "b": [torch.tensor(2), "c"]})]
         [1, 2]
     """
-    seen = set() if _seen is None else _seen
+    seen = set() if seen is None else seen
     if isinstance(output, Tensor):
         yield output
         return

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_compress.callback import compression_callbacks, warn_of_other_settings
-from lightning_compress.errors import invalid
+from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.modules.resizing import Cut
 from lightning_compress.pruning import rewind as rewinding
 from lightning_compress.pruning.checkpoint_scores import forget_scores
@@ -18,12 +18,16 @@ from lightning_compress.pruning.masking import MaskingCallback
 from lightning_compress.pruning.masks import SparsityPoint, add_point_, check_masks, read_masks, sparsity_of
 from lightning_compress.pruning.methods import pruned
 from lightning_compress.pruning.pruner import Pruner
-from lightning_compress.pruning.recipe import METHOD, make_recipe
+from lightning_compress.pruning.recipe import METHOD, check_batches, make_recipe
 from lightning_compress.pruning.rewind import Rewind
+from lightning_compress.pruning.trainer import calibrated_outcome
 from lightning_compress.schedules import Polynomial, Schedule
 from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Scope, Targets
 from lightning_compress.window import Window, fit_length
+
+_WORTH = 0.1
+"""Between two calibrations at least this fraction of the way to the budget is gone: less isn't worth the time."""
 
 
 class ScheduledPruning(MaskingCallback):
@@ -36,10 +40,10 @@ class ScheduledPruning(MaskingCallback):
 
     Args:
         method: ``lamp``, by which the weights of several layers compare, ``l1_unstructured`` (or ``magnitude``),
-            ``taylor``, ``movement`` (see `criteria`), ``random_unstructured``, ``ln_structured``,
-            ``random_structured``, ``custom_from_mask``, or the import path of a
-            `torch.nn.utils.prune.BasePruningMethod` subclass, of a function that scores a layer's weights, or of a
-            `pruning.criteria.Criterion`.
+            ``wanda`` and ``least_squares`` (see below), ``taylor``, ``movement`` (see `criteria`),
+            ``random_unstructured``, ``ln_structured``, ``random_structured``, ``custom_from_mask``, or the import path
+            of a `torch.nn.utils.prune.BasePruningMethod` subclass, of a function that scores a layer's weights, or of
+            a `pruning.criteria.Criterion`.
         sparsity: the fraction of the original weights that is zero at the end, in [0, 1); left out where the method
             or ``n_m`` fixes it.
         scope: ``global`` ranks all targeted weights together, ``layer`` each tensor by itself.
@@ -62,11 +66,18 @@ class ScheduledPruning(MaskingCallback):
         best_is_sparse: whether a `ModelCheckpoint` is to forget scores from before the window's end, so that its best
             model is one of the final sparsity.
         progress_bar: whether the progress bar shows the sparsity.
-        seed: of the random methods; the global generators aren't touched, and all ranks draw the same.
+        calibration_batches: ``wanda`` and ``least_squares``: how many batches they look at, at most.
+        seed: of the random methods, and of what calibration looks at; the global generators aren't touched, and all
+            ranks draw the same.
 
     Raises:
         CompressionError: in the constructor for bad arguments, at fit start for targets that match nothing or a budget
             that they can't meet.
+
+    The methods ``wanda`` and ``least_squares`` (see `prune_`) look at batches of ``calibration_dataloader()`` of the
+    datamodule or the module, if there is one, else of the train loader, in an iteration of their own, as
+    `PostTrainingQuantization` feeds them. As that takes seconds, they act only when the schedule has moved on by a
+    tenth of the way. The original is the model as it is then; averages are shifted as the model's weights are.
 
     Logs ``sparsity`` whenever masks grow, and ``sparsity/<parameter>`` for each weight at the end of each epoch.
 
@@ -100,6 +111,7 @@ class ScheduledPruning(MaskingCallback):
         rewind: Rewind | None = None,
         best_is_sparse: bool = False,
         progress_bar: bool = False,
+        calibration_batches: int = 32,
         seed: int = 0,
     ) -> None:
         budget = (sparsity, scope, targets, overrides, max_layer_sparsity)
@@ -109,6 +121,9 @@ class ScheduledPruning(MaskingCallback):
             raise invalid("mask_file", "be given with method='custom_from_mask', and only then", mask_file)
         if regrow and rewind is not None:
             raise invalid("rewind", "be left out with regrow=True", rewind)
+        if rewind is not None and recipe.method.calibrates:
+            raise invalid("rewind", f"be left out with method={method!r}", rewind)
+        check_batches(calibration_batches)
         self.method = method
         self.sparsity = sparsity
         self.scope = scope
@@ -121,17 +136,21 @@ class ScheduledPruning(MaskingCallback):
         self.rewind = rewind
         self.best_is_sparse = best_is_sparse
         self.progress_bar = progress_bar
+        self.calibration_batches = calibration_batches
         self.seed = seed
         self.sparsity_history: list[SparsityPoint] = []
         self._awaits_score = False
         self._rewind_point: rewinding.RewindPoint | None = None
         self._rewind_step = 0
+        self._asked = 0.0  # of the budget, when a method calibrated last
+        self._calibrated = ""
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.sparsity_history, self._rewind_point, self._awaits_score = [], None, False
+            self._asked, self._calibrated = 0.0, ""
 
     @override
     def make_pruner(self, pl_module: pl.LightningModule) -> Pruner:
@@ -170,8 +189,12 @@ class ScheduledPruning(MaskingCallback):
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: float) -> None:
         self._record_if_due(trainer, pl_module)
         pruner, before = self.pruner, self.masks
-        pruner.grow_(self.schedule.value(progress, 1.0), self.seed + self._step, self.regrow)
-        if trainer.world_size > 1:
+        fraction = self.schedule.value(progress, 1.0)
+        if pruner.method.calibrates:
+            self._calibrate(trainer, pl_module, fraction)
+        else:
+            pruner.grow_(fraction, self.seed + self._step, self.regrow)
+        if trainer.world_size > 1 and not pruner.method.calibrates:
             # All ranks hold the same weights and seed; a user's own method may still draw from elsewhere.
             pruner.masks = trainer.strategy.broadcast(pruner.masks)
         if self._rewind_point is not None and pruned(pruner.masks.values()) > pruned(before.values()):
@@ -189,6 +212,19 @@ class ScheduledPruning(MaskingCallback):
             self._finish(trainer)
         if self._step:
             pl_module.log(self._logged_name(trainer), sparsity_of(pruner.masks), prog_bar=self.progress_bar)
+
+    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, fraction: float) -> None:
+        if round(fraction - self._asked, 6) < _WORTH and not fraction == 1.0 > self._asked:
+            return
+        self._asked = fraction
+        outcome = calibrated_outcome(
+            trainer, pl_module, self.pruner, fraction, self.calibration_batches, self.seed + self._step
+        )
+        self.pruner.take_(pl_module, outcome, averaged_copies(trainer))
+        self._calibrated = f"at step {self._step} {outcome}"
+        rank_zero_info(f"ScheduledPruning: {self._calibrated}.")
+        if outcome.warning and fraction == 1.0:
+            rank_zero_warn(f"ScheduledPruning: {outcome.warning}", category=NoEffectWarning)
 
     def _finish(self, trainer: pl.Trainer) -> None:
         """Freeze the masks at the window's end, and drop all that only growing masks need."""
@@ -243,13 +279,19 @@ class ScheduledPruning(MaskingCallback):
     def refit_masks_(self, trainer: pl.Trainer) -> None:
         progress = None if self._bounds is None else self._bounds.progress(self._step)
         if progress is not None:
-            before = self.masks
-            self.pruner.refit_(self.schedule.value(progress, 1.0), self.seed + self._step)
+            before, calibrates = self.masks, self.pruner.method.calibrates
+            fraction = self._asked if calibrates else self.schedule.value(progress, 1.0)
+            self.pruner.refit_(fraction, self.seed + self._step)
             self.follow_masks_(trainer, before)
 
     @override
     def unfinished(self) -> str:
         return f"{self._reached()} Shorten the window, or train longer."
+
+    @override
+    def report_notes(self) -> list[str]:
+        notes = super().report_notes()
+        return [*notes, f"ScheduledPruning {self._calibrated}."] if self._calibrated else notes
 
     @override
     def report_history(self) -> list[Any]:
@@ -268,7 +310,8 @@ class ScheduledPruning(MaskingCallback):
     def state_dict(self) -> dict[str, Any]:
         history = [[point.step, point.sparsity, point.by_layer] for point in self.sparsity_history]
         rewind = {"rewind_step": self._rewind_step, "kept": self._rewind_point}
-        return {**super().state_dict(), "history": history, "settings": self._settings, **rewind}
+        calibrated = {"asked": self._asked, "calibrated": self._calibrated} if self._calibrated else {}
+        return {**super().state_dict(), "history": history, "settings": self._settings, **rewind, **calibrated}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -277,3 +320,4 @@ class ScheduledPruning(MaskingCallback):
         warn_of_other_settings("ScheduledPruning", saved, self._settings, goes_on="window, step and masks")
         self.sparsity_history = [SparsityPoint(*point) for point in state_dict.get("history", [])]
         self._rewind_step, self._rewind_point = state_dict.get("rewind_step", 0), state_dict.get("kept")
+        self._asked, self._calibrated = state_dict.get("asked", 0.0), state_dict.get("calibrated", "")

@@ -153,7 +153,8 @@ class MaskingCallback(WindowedCallback):
             return
         before, self._pruner = self._pruner.masks, self._pruner.cut(pl_module, cut)
         self._unseen = True  # norms are to be looked for again
-        if lost := [name for name in before if name not in self._pruner.weights]:
+        emptied = {name for name, kept in cut.kept_indices.items() if not all(map(len, kept.values()))}
+        if lost := [name for name in before if name not in {*self._pruner.weights, *emptied}]:
             rank_zero_warn(f"{type(self).__name__}: without its channels, {', '.join(lost)} can't be pruned any more.")
         self.refit_masks_(trainer)
         self.sync_(trainer, pl_module)

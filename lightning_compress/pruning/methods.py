@@ -33,12 +33,14 @@ class PruningMethod(ABC):
         fixes_sparsity: whether it decides itself how much goes.
         compares_layers: whether it can rank several tensors together.
         needs_gradients: whether its scores are carried along from step to step.
+        calibrates: whether it goes by what layers are given, see `calibrated`.
     """
 
     structured = False
     fixes_sparsity = False
     compares_layers = True
     needs_gradients = False
+    calibrates = False
 
     @abstractmethod
     def grow(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], goal: float) -> Masks:
@@ -88,6 +90,15 @@ class LowestScores(PruningMethod):
                 return {name: masks[name] & ~may for name, may in zip(weights, allowed, strict=True)}
         grown = take_smallest([*weights.values()], [masks[name] for name in weights], missing, allowed, signed)
         return dict(zip(weights, grown, strict=True))
+
+
+@dataclass(frozen=True)
+class Calibrated(LowestScores):
+    """Takes the weights that matter least for what layers are given; by the criterion where nothing is given."""
+
+    calibrates = True
+
+    refits: bool = False  # whether those that stay are re-solved
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_compress.compensation.in_order import Runner
 from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.messages import named
-from lightning_compress.modules.calls import bind_example
-from lightning_compress.modules.copying import copy_module
-from lightning_compress.modules.isolation import isolated_random_state
+from lightning_compress.modules.calls import bind_example, way_without_trainer
+from lightning_compress.modules.copying import copy_module, copy_tensors
+from lightning_compress.modules.isolation import isolated_evaluation, isolated_random_state
+from lightning_compress.pruning.calibrated import prune_copy
 from lightning_compress.pruning.dependents import Observations
-from lightning_compress.pruning.methods import Masks
+from lightning_compress.pruning.methods import Masks, PruningMethod
 from lightning_compress.pruning.pruner import Pruner
-from lightning_compress.pruning.recipe import METHOD, make_recipe
+from lightning_compress.pruning.recipe import CALIBRATED, METHOD, check_batches, make_recipe
 from lightning_compress.pruning.silence import observe
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Scope, Targets
+
+_logger = logging.getLogger("lightning_compress")
 
 
 def prune_(
@@ -36,6 +43,8 @@ def prune_(
     norm: float = 2.0,
     masks: Mapping[str, Tensor] | None = None,
     inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    calibration_batches: int = 32,
     seed: int = 0,
 ) -> Masks:
     """Zero the least important weights of ``model`` in place and return the masks.
@@ -44,11 +53,24 @@ def prune_(
     (``scope="layer"``); structured methods take whole units, the nearest number: with ``dim=0`` a layer's outputs, and
     what would still speak for them is zeroed too: the layer's bias, and scale and shift of what stands behind it.
 
+    Two methods look at what layers are given, in the order of calls, where ``x`` is a layer's input in the network as
+    it is by then, ``x0`` and ``y0`` input and output in the original. They zero as much of every output's weights:
+
+    - ``wanda`` those with the least ``|W_ij| ||x_j||``.
+    - ``least_squares`` those with the least ``|T_ij| ||x_j||``, where ``T`` makes ``||T x - y||^2 + l ||T - W||^2``
+      least, and re-solves the others: they make ``||V x - y||^2 + l ||V - W||^2`` small. ``y`` is ``y0``, plus what a
+      residual stream that it is added to has lost; ``l`` is a tenth of the mean of ``x_j^2``, summed over samples. The
+      bias follows. A layer's new weights stay only if the outputs get better by them on batches that are held out.
+
+    With scope ``global`` both zero more in layers that matter less: ``s_n = clip(s + 0.07 (c - log(e_n / N_n)))``, up
+    to 0.2 from ``s``, where ``e_n`` is the error of the outputs with only layer n at 60 %. With ``n_m`` all are alike.
+
     Args:
         model: any module.
         sparsity: the fraction to mask, in [0, 1); None for a method that fixes it itself, and with ``n_m``.
-        method: ``lamp``, ``l1_unstructured`` (or ``magnitude``), ``taylor``, ``movement`` (these two need gradients:
-            call ``loss.backward()`` before), ``random_unstructured``, ``ln_structured``, ``random_structured``,
+        method: ``wanda`` and ``least_squares`` (these two need ``calibration``: see above), ``lamp``,
+            ``l1_unstructured`` (or ``magnitude``), ``taylor``, ``movement`` (these two need gradients: call
+            ``loss.backward()`` before), ``random_unstructured``, ``ln_structured``, ``random_structured``,
             ``custom_from_mask``, or the import path of a `torch.nn.utils.prune.BasePruningMethod` subclass, of a
             function that scores a layer's weights, or of a `pruning.criteria.Criterion`.
         scope: rank all targeted weights together, or each tensor by itself.
@@ -65,7 +87,13 @@ def prune_(
         inputs: structured methods: example inputs, with which a copy of the model shows what becomes of pruned units (a
             tuple holds the arguments, a dict the keywords); by default the model's ``example_input_array``. Without
             them only norms that stand in an `nn.Sequential` are found.
-        seed: of the random methods; the global generators aren't touched.
+        calibration: batches for ``wanda`` and ``least_squares``, such as a DataLoader, of the kind that the model will
+            be used on. A batch is what ``forward`` takes, or a tuple whose first element is, or a dict whose keys name
+            the parameters of ``forward``; or it goes through the model's own ``calibration_step(batch)``. A fifth is
+            held out.
+        calibration_batches: how many of them at most.
+        seed: of the random methods, and of the positions that calibration looks at; the global generators aren't
+            touched.
 
     Returns:
         Parameter name to bool mask, False where pruned.
@@ -82,23 +110,56 @@ def prune_(
         0.75
 
     References:
+        Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023 (arXiv:2306.11695), for
+        ``wanda``, there with the same sparsity everywhere. Frantar and Alistarh, "SparseGPT", 2023 (arXiv:2301.00774),
+        re-solve column by column with each layer's own output as the goal; ``least_squares`` takes the original's.
         Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (arXiv:2104.08378), for N:M.
     """
     recipe = make_recipe(method, sparsity, scope, targets or Targets(), overrides, max_layer_sparsity, n_m, dim, norm)
     if method == "custom_from_mask" and masks is None:
         raise invalid("masks", "be given for method='custom_from_mask'", None, "Pass masks={name: mask}.")
+    _check_calibration(recipe.method, method, calibration, calibration_batches)
     require_float(model, "train")
     pruner = Pruner(recipe, model, masks or {})
     if method == "custom_from_mask":
         pruner.given = pruner.masks
     if pruner.plan.warning:
         warnings.warn(f"prune_: {pruner.plan.warning}", NoEffectWarning, stacklevel=2)
+    if calibration is not None:
+        _prune_calibrated(pruner, model, list(islice(calibration, calibration_batches)), seed)
+        return pruner.masks
     if pruner.units.outputs:
         _silence(pruner, model, inputs, seed)
     pruner.update_scores()
     pruner.grow_(1.0, seed)
     pruner.settle_()
     return pruner.masks
+
+
+def _check_calibration(method: PruningMethod, name: str, calibration: Any, batches: int) -> None:
+    if method.calibrates and calibration is None:
+        raise invalid("calibration", f"be given for method={name!r}", None, "Pass a loader of representative batches.")
+    if calibration is not None and not method.calibrates:
+        raise invalid(
+            "calibration", f"be left out with method={name!r}; it goes with {', '.join(CALIBRATED)}", "batches"
+        )
+    if isinstance(calibration, Tensor):
+        raise invalid("calibration", "be batches", f"a tensor of shape {tuple(calibration.shape)}", "Put it in a list.")
+    check_batches(batches)
+
+
+def _prune_calibrated(pruner: Pruner, model: nn.Module, batches: list[Any], seed: int) -> None:
+    if not batches:
+        raise invalid("calibration", "hold a batch", "none")
+    with torch.inference_mode(False):
+        run = way_without_trainer(model)
+        with isolated_evaluation(model):
+            run(model, copy_tensors(batches[0]))  # what fails before a batch is bound as it should be is no call
+        outcome = prune_copy(Runner(model, run), pruner.plan, pruner.masks, batches, seed=seed)
+    if outcome.warning:
+        warnings.warn(f"prune_: {outcome.warning}", NoEffectWarning, stacklevel=3)
+    _logger.info("prune_: %s.", outcome)
+    pruner.take_(model, outcome)
 
 
 def _silence(pruner: Pruner, model: nn.Module, inputs: Any, seed: int) -> None:

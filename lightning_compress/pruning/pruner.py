@@ -16,6 +16,7 @@ from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.paths import clean_name
 from lightning_compress.modules.resizing import Cut, forget_, lies_along, with_inner
 from lightning_compress.pruning import dependents
+from lightning_compress.pruning.calibrated import Outcome
 from lightning_compress.pruning.criteria import CRITERIA
 from lightning_compress.pruning.dependents import Dependent, Observations, reduce_mask
 from lightning_compress.pruning.masks import check_masks
@@ -157,6 +158,17 @@ class Pruner:
                 self.regrow_values[name] = value.masked_fill(grown[name], 0.0)
                 weight.copy_(value)
             self.masks = grown
+
+    @torch.no_grad()
+    def take_(self, model: nn.Module, outcome: Outcome, copies: Iterable[nn.Module] = ()) -> None:
+        """Take over masks and values of the model; averaged copies of it are shifted as it is."""
+        own, *others = ({clean_name(name): tensor for name, tensor in m.named_parameters()} for m in (model, *copies))
+        for name, value in outcome.values.items():
+            for tensors in others:
+                tensors[name].add_(value.to(own[name].device) - own[name])
+            own[name].copy_(value)
+        self.masks = check_masks(outcome.masks, self.weights)
+        self.settle_()
 
     @torch.no_grad()
     def refit_(self, fraction: float, seed: int) -> None:

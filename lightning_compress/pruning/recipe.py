@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.pruning.budget import SparsityBudget
 from lightning_compress.pruning.criteria import CRITERIA, Criterion
-from lightning_compress.pruning.methods import LowestScores, PruningMethod, TorchMethod, UnitMethod
+from lightning_compress.pruning.methods import Calibrated, LowestScores, PruningMethod, TorchMethod, UnitMethod
 from lightning_compress.pruning.n_m import Pattern
 from lightning_compress.targets import Scope, Targets
 
@@ -29,6 +29,9 @@ TORCH_METHODS: dict[str, type[prune.BasePruningMethod]] = {
     "ln_structured": prune.LnStructured,
     "custom_from_mask": prune.CustomFromMask,
 }
+
+CALIBRATED = {"wanda": False, "least_squares": True}
+"""Methods that go by what layers are given, and whether they re-solve what stays."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,19 @@ def make_recipe(
         budget = replace(budget, sparsity=1 - chosen.pattern.n / chosen.pattern.m)
     if scope == "global" and not chosen.compares_layers:
         raise invalid("scope", f"be 'layer' for method={method!r}, whose units compare within a layer only", scope)
-    if regrow and not isinstance(chosen, LowestScores):
+    if regrow and (chosen.calibrates or not isinstance(chosen, LowestScores)):
         raise invalid("regrow", f"be False with method={method!r}; it goes with {', '.join(CRITERIA)}", regrow)
     return PruningRecipe(chosen, budget, targets, regrow)
 
 
+def check_batches(count: int) -> None:
+    """Raise if ``calibration_batches`` is no number of batches."""
+    if not isinstance(count, int) or count < 1:
+        raise invalid("calibration_batches", "be at least 1", count)
+
+
 def find_method(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = None) -> PruningMethod:
-    """Find the pruning method of a name in `CRITERIA` or `TORCH_METHODS`, or of an import path.
+    """Find the pruning method of a name in `CRITERIA`, `CALIBRATED` or `TORCH_METHODS`, or of an import path.
 
     At the path stands a subclass of `BasePruningMethod`, or a criterion: a `Criterion`, or just its function. One of
     three arguments needs gradients.
@@ -83,14 +92,19 @@ def find_method(method: str, dim: int = 0, norm: float = 2.0, n_m: str | None = 
         >>> find_method("ln_structured", dim=0, norm=1.0).structured
         True
     """
+    pattern = None if n_m is None else Pattern.parse(n_m)
+    if isinstance(method, str) and method in CALIBRATED:
+        return Calibrated(CRITERIA["lamp"], pattern, refits=CALIBRATED[method])
     known = {**TORCH_METHODS, **CRITERIA}.get(method) if isinstance(method, str) else None
     found: Any = known or _imported(method)
     if found is prune.L1Unstructured:
         found = CRITERIA["magnitude"]
     if isinstance(found, Criterion):
-        return LowestScores(found, None if n_m is None else Pattern.parse(n_m))
+        return LowestScores(found, pattern)
     if n_m is not None:
-        raise invalid("n_m", f"be left out with method={method!r}; N:M goes with {', '.join(CRITERIA)}", n_m)
+        raise invalid(
+            "n_m", f"be left out with method={method!r}; N:M goes with {', '.join([*CRITERIA, *CALIBRATED])}", n_m
+        )
     return UnitMethod(found, dim, norm) if found.PRUNING_TYPE == "structured" else TorchMethod(found)
 
 
@@ -107,7 +121,7 @@ def _imported(method: object) -> Criterion | type[prune.BasePruningMethod]:
         share = f"{fraction:g}" if 0 <= fraction < 1 else "..."
         raise invalid("method", must, method, f"Is it the sparsity? Write sparsity={share}, a fraction in [0, 1).")
     if not isinstance(method, str) or "." not in method:
-        raise invalid("method", must, method, nearest(str(method), [*TORCH_METHODS, *CRITERIA]))
+        raise invalid("method", must, method, nearest(str(method), [*TORCH_METHODS, *CRITERIA, *CALIBRATED]))
     module, _, name = method.rpartition(".")
     try:
         found: Any = getattr(importlib.import_module(module), name)

@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import by_reason, named, they
+from lightning_compress.modules.agreement import Agreement
 from lightning_compress.modules.call_log import CallLog
 from lightning_compress.modules.paths import is_below
-from lightning_compress.quantization.agreement import Agreement
 from lightning_compress.quantization.layers.plan import plan_layers
 from lightning_compress.quantization.layers.without_kernel import without_kernel
 from lightning_compress.quantization.numerics.int8 import StaticInt8
@@ -122,7 +122,7 @@ def per_token_line(record: Mapping[str, Any]) -> str:
 def explain(record: Mapping[str, Any]) -> list[str]:
     """Say what stays float, and what has a form that users should know of: a line for each reason."""
     parted, floats = _left_float(record)
-    lines = [str(Agreement(**record["agreement"]))] if "agreement" in record else []
+    lines = [f"agreement with float: {Agreement(**record['agreement'])}"] if "agreement" in record else []
     lines += [f"{they(paths, 'is', 'are')} quantized in parts, {reason}" for reason, paths in by_reason(parted).items()]
     lines += [f"{they(paths, 'stays', 'stay')} float: {reason}" for reason, paths in by_reason(floats).items()]
     hooked = [name for unit in record["units"] for name in unit["hooked"]]

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_compress.calibration import calibration_batches, calibration_loader, calibration_source, stage_of
 from lightning_compress.callback import CompressionCallback
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import in_short
@@ -20,14 +21,7 @@ from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import explain, summary
 from lightning_compress.quantization.quantize import own_parameters_, quantize_
 from lightning_compress.quantization.recipe import Recipe
-from lightning_compress.quantization.trainer import (
-    calibration_batches,
-    calibration_loader,
-    calibration_source,
-    compare_with_float,
-    refuse_accelerator,
-    stage_of,
-)
+from lightning_compress.quantization.trainer import compare_with_float, refuse_accelerator
 from lightning_compress.silent_copy import make_probe, unsilence_
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Targets

@@ -265,7 +265,7 @@ class QuantizationAwareTraining(WindowedCallback):
         record = convert.record_of(pl_module)
         if agreement is not None and record is not None:
             record["agreement"] = asdict(agreement)
-        for said in filter(None, ("" if agreement is None else str(agreement), line)):
+        for said in filter(None, ("" if agreement is None else f"agreement with float: {agreement}", line)):
             self._notes.append(said)
             rank_zero_info(f"{type(self).__name__}: {said}.")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.modules.agreement import outputs_of
 from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.calls import run_example, run_step, way_without_trainer
 from lightning_compress.modules.copying import copy_module, copy_tensors
@@ -22,7 +23,7 @@ from lightning_compress.modules.isolation import evaluation_mode, isolated_evalu
 from lightning_compress.modules.latency import round_ratios
 from lightning_compress.modules.outputs import least_cosine, outer_outputs
 from lightning_compress.modules.paths import device_of, modules_of
-from lightning_compress.quantization.agreement import BATCHES, outputs_of, record_agreement_
+from lightning_compress.quantization.agreement import BATCHES, record_agreement_
 from lightning_compress.quantization.convert import convert_, forget_, prepare_, record_of
 from lightning_compress.quantization.layers.gptq_calibration import calibrated_weights
 from lightning_compress.quantization.layers.per_token import give_tokens_scales_

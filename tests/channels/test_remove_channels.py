@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import CompressionError, Targets, plan_removal, remove_channels_
-from tests.channels.cuts import inexact, refusal
+from tests.channels.cuts import cut, inexact, refusal, zeroed
 from tests.channels.idioms import Net, conv, linear
 from tests.support.oracles import assert_same_state, hooks, same_random_state, snapshot
 
@@ -95,6 +95,59 @@ def test_plans_name_the_layers_that_stay() -> None:
         f"params: 247 -> {plan.after.params} ({plan.after.params / 247:.3f})",
         f"macs per sample: 222 -> {plan.after.macs} ({plan.after.macs / 222:.3f})",
     ]
+
+
+class Cache:
+    """Keys and values of the tokens so far."""
+
+    def __init__(self) -> None:
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pair is not None:
+            k, v = (torch.cat(both, 2) for both in zip(self.pair, (k, v), strict=True))
+        self.pair = k, v
+        return self.pair
+
+
+class Decoder(nn.Module):
+    """Gives back a cache, under the name of an argument or under another."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.name, self.heads = name, 4
+        self.embed, self.qkv = nn.Embedding(9, 32), nn.Linear(32, 96)
+        self.o, self.head = nn.Linear(32, 32), nn.Linear(32, 9)
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> dict[str, Any]:
+        cache, x = cache or Cache(), self.embed(ids)
+        q, k, v = self.qkv(x).view(*ids.shape, 3, self.heads, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = cache.update(k, v)
+        reach = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        y = nn.functional.scaled_dot_product_attention(q, k, v, reach)
+        return {"logits": self.head(x + self.o(y.transpose(1, 2).flatten(2))), self.name: cache}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_cache_that_is_taken_back_shrinks_with_its_heads(inside: bool) -> None:
+    model, ids = Decoder("cache").eval(), torch.randint(9, (2, 6))
+    whole = Net(lambda self, ids: self.inner(ids), inner=model).eval() if inside else model
+    plan = plan_removal(whole, ids, macs=0.5, targets=Targets(include=["*qkv"]))
+    assert any(len(dims.get(0, ())) in range(1, 96) for name, dims in plan.kept.items() if name.endswith("qkv.weight"))
+    zeroes, small = zeroed(whole, plan), cut(whole, plan)
+    if inside:
+        zeroes, small = zeroes.inner, small.inner
+    with torch.no_grad():
+        expected, first = zeroes(ids)["logits"], small(ids[:, :4])
+        second = small(ids[:, 4:], cache=first["cache"])
+    got = torch.cat((first["logits"], second["logits"]), 1)
+    assert (got - expected).abs().max() < 1e-5
+
+
+def test_what_is_no_argument_keeps_its_size() -> None:
+    assert "qkv: an output" in refusal(Decoder("keys"), torch.randint(9, (2, 6)), macs=0.5,
+                                       targets=Targets(include=["qkv"]))  # fmt: skip
 
 
 def _checked(self: Any, x: Tensor) -> Tensor:

@@ -79,6 +79,9 @@ SETTINGS: dict[str, Callable[[], Any]] = {
     "random": lambda: ScheduledPruning("random_unstructured", 0.7, window=WINDOW),
     "channels": lambda: fewer_channels("l2"),
     "channels by taylor": lambda: fewer_channels("taylor"),
+    "channels with calibration": lambda: ChannelPruning(
+        macs=0.5, schedule=Linear(), window=WINDOW, round_to=1, calibration_batches=3
+    ),
 }
 HOOKS = ("on_before_optimizer_step", "on_train_batch_end", "on_validation_batch_start", "on_save_checkpoint")
 

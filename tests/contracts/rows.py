@@ -16,6 +16,8 @@ from lightning_compress import (
     Distillation,
     ExportModel,
     FeatureMSE,
+    OneShot,
+    PostTrainingPruning,
     PostTrainingQuantization,
     QLoRA,
     QuantizationAwareTraining,
@@ -124,6 +126,36 @@ ROWS = (
         changes=("body.bias", "norm.weight", "norm.bias"),
     ),
     Row(
+        "least squares",
+        lambda: ScheduledPruning(
+            "least_squares", 0.7, "layer", Steps([0.0, 1.0], [0.5, 1.0]), Window(0.1, 0.8), calibration_batches=3
+        ),
+        {
+            "class_path": "lightning_compress.ScheduledPruning",
+            "init_args": {"method": "wanda", "n_m": "2:4", "calibration_batches": 3},
+        },
+        (
+            ({"sparsity": 0.5, "method": "least_square"}, "Nearest: least_squares"),
+            ({"sparsity": 0.5, "method": "wanda", "regrow": True}, "`regrow` must be False"),
+            ({"sparsity": 0.5, "method": "wanda", "rewind": Rewind()}, "`rewind` must be left out"),
+            ({"sparsity": 0.5, "method": "wanda", "calibration_batches": 0}, "`calibration_batches` must be at least"),
+        ),
+        changes=("body.bias", "head.bias"),
+    ),
+    Row(
+        "post-training pruning",
+        lambda: PostTrainingPruning(sparsity=0.5, calibration_batches=4),
+        {
+            "class_path": "lightning_compress.PostTrainingPruning",
+            "init_args": {"method": "wanda", "sparsity": 0.5, "overrides": {"head": 0.25}, "keep": True},
+        },
+        (
+            ({"sparsity": 0.5, "method": "lamp"}, "`method` must be one of wanda, least_squares"),
+            ({}, "`sparsity` must be given"),
+            ({"sparsity": 0.5, "calibration_batches": 0}, "`calibration_batches` must be at least 1"),
+        ),
+    ),
+    Row(
         "channels",
         lambda: ChannelPruning(
             channels=0.5, round_to=1, schedule=Steps([0.0, 1.0], [0.5, 1.0]), window=Window(0.05, 0.5)
@@ -164,6 +196,32 @@ ROWS = (
             ({"macs": 0.5, "round_to": 8.0}, "`round_to` must be a whole number"),
             ({"macs": 0.5, "round_to": True}, "`round_to` must be a whole number"),
             ({"macs": 0.5, "seed": 0.5}, "`seed` must"),
+        ),
+        narrows=True,
+    ),
+    Row(
+        "channels with calibration",
+        lambda: ChannelPruning(
+            channels=0.5, round_to=1, schedule=OneShot(), window=Window(0.2, 0.5), calibration_batches=3
+        ),
+        {
+            "class_path": "lightning_compress.ChannelPruning",
+            "init_args": {
+                "macs": 0.5,
+                "schedule": {"class_path": "lightning_compress.OneShot"},
+                "calibration_batches": 16,
+                "blocks": True,
+            },
+        },
+        (
+            ({"macs": 0.5, "calibration_batches": -1}, "`calibration_batches` must be a whole number, at least 0"),
+            ({"macs": 0.5, "calibration_batches": 2.0}, "`calibration_batches` must be a whole number"),
+            ({"macs": 0.5, "calibration_batches": True}, "`calibration_batches` must be a whole number"),
+            ({"macs": 0.5, "importance": "outputs"}, "`calibration` must be given for importance='outputs'"),
+            (
+                {"macs": 0.5, "calibration_batches": 4, "regularization": 1e-3},
+                "`regularization` must be 0 with importance='outputs'",
+            ),
         ),
         narrows=True,
     ),

@@ -192,7 +192,7 @@ pairs = [
     pair
     for pair in itertools.permutations(ROWS, 2)
     if not ("qat" in {row.name for row in pair} and any(row.name.startswith("ptq") for row in pair))
-    and not all(row.name.startswith("ptq") for row in pair)
+    and not any(all(row.name.startswith(kind) for row in pair) for kind in ("ptq", "channels"))
     # It is refused beside what needs float weights: see test_qlora.py.
     and not (any(row.adapts for row in pair) and {row.name for row in pair}.isdisjoint({"report", "distillation"}))
 ]

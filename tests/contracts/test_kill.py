@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-KILLS, SEED = 36, 0
+KILLS, SEED = 40, 0
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from lightning_compress import (
     CompressionReport,
     Distillation,
     ExportModel,
+    PostTrainingPruning,
     PostTrainingQuantization,
     QLoRA,
     QuantizationAwareTraining,
@@ -39,6 +40,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 DEFAULTS: dict[str, Callable[[Project], Callback]] = {
     "pruning": lambda _: ScheduledPruning(sparsity=0.5),
+    "least squares": lambda _: ScheduledPruning("least_squares", 0.5),
+    "post-training pruning": lambda _: PostTrainingPruning(sparsity=0.5),
     "channels": lambda _: ChannelPruning(macs=0.5),
     "qat": lambda _: QuantizationAwareTraining(),
     "ptq static": lambda _: PostTrainingQuantization(),

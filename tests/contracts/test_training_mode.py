@@ -16,6 +16,7 @@ from lightning_compress import (
     CompressionReport,
     DistillationModule,
     ExportModel,
+    PostTrainingPruning,
     PostTrainingQuantization,
     QuantizationAwareTraining,
     ScheduledPruning,
@@ -28,7 +29,7 @@ from tests.support.fits import resume
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_different_state, assert_same_state, snapshot
 
-AFTERWARDS = PostTrainingQuantization | CompressionReport | ExportModel
+AFTERWARDS = PostTrainingPruning | PostTrainingQuantization | CompressionReport | ExportModel
 TRAINERS = [row for row in ROWS if not isinstance(row.make(), AFTERWARDS)]
 each_trainer = pytest.mark.parametrize("row", TRAINERS, ids=str)
 pytestmark = pytest.mark.filterwarnings(

@@ -98,3 +98,10 @@ def test_cosine_is_over_all_floats_together() -> None:
     assert cosine((a, b), (a, b)) == pytest.approx(1.0)
     assert cosine((a, b), (a, -b)) == pytest.approx(0.0)
     assert cosine(torch.tensor([3]), torch.tensor([4])) == 1.0
+
+
+def test_what_has_another_shape_counts_as_zeros() -> None:
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
+    assert cosine([a, b], [a, b[:2]]) == pytest.approx(0.5**0.5)
+    assert cosine([a, b], [a]) == pytest.approx(0.5**0.5)
+    assert cosine([a], [a, b]) == pytest.approx(1.0) and cosine(a, b) == 0.0

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import PostTrainingQuantization, QuantizationAwareTraining, StaticInt8, Targets, quantize
-from lightning_compress.quantization.agreement import BATCHES, Agreement, outputs_of
+from lightning_compress.modules.agreement import Agreement, outputs_of
+from lightning_compress.quantization.agreement import BATCHES
 from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.plan import explain
 from tests.quantization.test_quantize import modes
@@ -38,9 +39,7 @@ def test_cosine_and_classes_are_those_computed_by_hand() -> None:
     cosine, same = by_hand(expected, got)
     assert agreement.cosine == pytest.approx(cosine, abs=1e-5) and agreement.same_class == pytest.approx(same)
     assert 0 < same < 1 and agreement.batches == 2
-    assert str(agreement) == (
-        f"agreement with float: cosine {cosine:.4f}, the same largest output for {same:.1%} of samples (2 batches)"
-    )
+    assert str(agreement) == (f"cosine {cosine:.4f}, the same largest output for {same:.1%} of samples (2 batches)")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +48,7 @@ def test_cosine_and_classes_are_those_computed_by_hand() -> None:
 def test_outputs_that_are_no_matrices_have_no_classes(output: Tensor) -> None:
     agreement = Agreement.of([[output]], [[output * 2]])
     assert agreement.cosine == pytest.approx(1.0) and agreement.same_class is None
-    assert str(agreement) == "agreement with float: cosine 1.0000 (1 batches)"
+    assert str(agreement) == "cosine 1.0000 (1 batches)"
 
 
 def net() -> nn.Sequential:
@@ -67,7 +66,7 @@ def test_a_quantized_model_knows_how_far_it_is_from_float(caplog: pytest.LogCapt
         "same_class": pytest.approx(same),
         "batches": BATCHES,
     }
-    assert explain(record)[0] == str(Agreement(**record["agreement"]))
+    assert explain(record)[0] == f"agreement with float: {Agreement(**record['agreement'])}"
 
 
 @pytest.mark.parametrize("scheme", ["int8_dynamic", "int4_weight_only", "gptq"])
@@ -124,7 +123,7 @@ class Outlier(nn.Module):
 
 
 FAR = (
-    r"The quantized model is far from the float one: agreement with float: cosine .*Rounding changes most what "
+    r"The quantized model is far from the float one: cosine .*Rounding changes most what "
     r"`{path}`(, `{others}\w+`)* give. Exclude such layers in `targets`, calibrate with "
     r"StaticInt8\(observer='histogram'\), or train it so \(QuantizationAwareTraining\)."
 )
@@ -169,7 +168,7 @@ def test_a_trainer_warns_logs_and_reports_it(caplog: pytest.LogCaptureFixture) -
     agreement = Agreement(**(record_of(ptq.quantized_model) or {})["agreement"])
     assert agreement.cosine < 0.98 and agreement.batches > 1
     assert len(said(caplog)) == 1 and str(agreement) in said(caplog)[0]
-    assert [note for note in ptq.report_notes() if "agreement" in note] == [str(agreement)]
+    assert [note for note in ptq.report_notes() if "agreement" in note] == [f"agreement with float: {agreement}"]
 
 
 def test_what_was_trained_is_compared_with_itself_in_float(caplog: pytest.LogCaptureFixture) -> None:
@@ -180,4 +179,4 @@ def test_what_was_trained_is_compared_with_itself_in_float(caplog: pytest.LogCap
     agreement = Agreement(**(record_of(module) or {})["agreement"])
     assert 0.98 < agreement.cosine < 1 and agreement.same_class is not None
     assert len(said(caplog)) == 1 and str(agreement) in said(caplog)[0]
-    assert [note for note in qat.report_notes() if "agreement" in note] == [str(agreement)]
+    assert [note for note in qat.report_notes() if "agreement" in note] == [f"agreement with float: {agreement}"]

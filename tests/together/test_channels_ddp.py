@@ -37,7 +37,10 @@ class Records(Callback):
 def cut(importance: str) -> dict[str, Any]:
     module, records = Classifier(), Records()
     window = Window(2, 8, unit="step", every_n_steps=3)
-    channels = ChannelPruning(macs=0.5, importance=importance, schedule=Linear(), window=window, round_to=1)
+    batches = 3 if importance == "outputs" else 0
+    channels = ChannelPruning(
+        macs=0.5, importance=importance, schedule=Linear(), window=window, round_to=1, calibration_batches=batches
+    )
     callbacks = [ScheduledPruning(sparsity=0.5, window=Window(3, 9, unit="step")), channels, records]
     trainer = quiet_trainer(devices=2, strategy="ddp", max_epochs=4, callbacks=callbacks)
     torch.manual_seed(100 + trainer.global_rank)  # ranks that draw differently must still cut the same
@@ -47,12 +50,13 @@ def cut(importance: str) -> dict[str, Any]:
         "gradients": records.gradients,
         "wrappers": len({id(wrapper) for wrapper in records.wrappers}),
         "drawn": torch.rand(3),
+        "notes": channels.report_notes(),
         "numbers": [module.body.out_features, module.norm.num_features, module.head.in_features],
     }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("importance", ["l2", "taylor", "random"])
+@pytest.mark.parametrize("importance", ["l2", "taylor", "random", "outputs"])
 def test_ranks_with_different_data_and_seeds_keep_the_same_channels(importance: str) -> None:
     first, second = run_ranks(cut, importance)
     widths = [len(batch["weights"]["body.bias"]) for batch in first["batches"]]
@@ -63,6 +67,8 @@ def test_ranks_with_different_data_and_seeds_keep_the_same_channels(importance: 
     assert_same_state(first["batches"], second["batches"])
     assert_same_state(first["gradients"], second["gradients"])
     assert first["gradients"][-1]["body.weight"].any()
+    assert first["notes"] == second["notes"]
+    assert any("samples of the train loader" in note for note in first["notes"]) == (importance == "outputs")
     assert not torch.equal(first["drawn"], second["drawn"])
 
 

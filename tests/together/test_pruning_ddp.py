@@ -29,7 +29,9 @@ def prune(method: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["random_unstructured", "tests.pruning.rules.Noisy", "taylor", "ln_structured"])
+@pytest.mark.parametrize(
+    "method", ["random_unstructured", "tests.pruning.rules.Noisy", "taylor", "ln_structured", "least_squares"]
+)
 def test_t11_masks_are_equal_on_ranks_with_different_seeds(method: str) -> None:
     # T11, W8, sparseml#429; Noisy draws from whatever generator there is. T12: gradients are the mean over ranks.
     first, second = run_ranks(prune, method)

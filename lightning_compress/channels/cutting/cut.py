@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.channels.cutting.cached import cached_tensors, forget_, is_cached, present
 from lightning_compress.channels.cutting.layers import keep_scales_, settle_, weight_norms
+from lightning_compress.channels.cutting.skipped import SKIPPED, pass_over_, set_skipped_
 from lightning_compress.channels.cutting.written import WRITTEN, set_written_
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name, modules_of, named_tensors
 from lightning_compress.modules.resizing import Cut, KeptIndices, resize_
 
+FITS = "fits"
 RECORD = "_removed_channels"
 """Where a cut layer keeps what a checkpoint must say of it: plain data, carried by deep copies and pickles."""
 
@@ -65,13 +68,18 @@ def set_numbers_(model: nn.Module, numbers: Mapping[str, Any]) -> None:
     """Set the attributes that follow widths; torch's layers read theirs from their tensors."""
     modules = modules_of(model)
     for path, module in modules.items():
+        if is_parametrized(module) and not all(parameter.numel() for parameter in module.parameters()):
+            continue  # of a block that has left: its weight can't be computed
         settle_(module, numbers.get(f"{path}.groups".lstrip(".")) if isinstance(module, _ConvNd) else None)
-    for full, value in numbers.items():
+    for full, value in sorted(numbers.items(), key=lambda item: item[0].endswith(SKIPPED)):
         path, _, name = full.rpartition(".")
         if name == WRITTEN:
             set_written_(modules[path], value)
+        elif name == SKIPPED:
+            set_skipped_(modules[path], value)
         else:
             setattr(modules[path], name, value)
+    pass_over_(model)
 
 
 def _note_(model: nn.Module, kept: Mapping[str, KeptIndices], numbers: Mapping[str, Any]) -> None:
@@ -106,6 +114,17 @@ def note_(model: nn.Module, modules: Mapping[str, nn.Module], kind: str, name: s
         _record(modules[path])[kind][own] = entry
     if kind != "buffers":
         _record(model)[kind][name] = list(entry)
+
+
+def note_fit_(model: nn.Module, fit: dict[str, Any]) -> None:
+    """Record to what the layers behind removed channels were fitted."""
+    _record(model).setdefault(FITS, []).append(fit)
+
+
+def fits_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Return what `note_fit_` has recorded."""
+    found: list[dict[str, Any]] = model.__dict__.get(RECORD, {}).get(FITS, [])
+    return found
 
 
 def _record(module: nn.Module) -> dict[str, Any]:

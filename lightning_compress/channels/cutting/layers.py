@@ -93,7 +93,7 @@ def weight_norms(model: nn.Module) -> Normed:
     return [
         (magnitude, direction, -1 if dim in (None, -1) else dim % direction.dim(), magnitude.detach() / norm)
         for magnitude, direction, dim in found
-        if (norm := _norm(direction, dim)).shape == magnitude.shape
+        if direction.numel() and (norm := _norm(direction, dim)).shape == magnitude.shape
     ]
 
 
@@ -105,6 +105,8 @@ def _norm(direction: Tensor, dim: int | None) -> Tensor:
 def keep_scales_(normed: Normed, left_of: dict[int, Tensor]) -> None:
     """Set magnitudes so that what is left of each weight is what it was before, by the indices that are left of it."""
     for magnitude, direction, dim, scale in normed:
+        if not direction.numel():
+            continue  # of a block that has left
         indices = left_of.get(id(magnitude))
         left = scale if indices is None else scale.index_select(dim, indices.to(scale.device))
         magnitude.copy_(left * _norm(direction, dim))

@@ -54,13 +54,8 @@ def corrected_sizes(module: nn.Module) -> set[tuple[int, int]]:
     return {(before, now) for view in views for _, before, now in view[4]}
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
 def _corrected(plain: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass in whose forward sizes are corrected."""
-    if plain in _CLASSES:
-        return _CLASSES[plain]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(argument, Proxy) for argument in (*args, *kwargs.values())):
@@ -68,22 +63,40 @@ def _corrected(plain: type[nn.Module]) -> type[nn.Module]:
         with _Corrections(self):
             return plain.forward(self, *args, **kwargs)
 
+    return with_forward(plain, forward, WRITTEN, set_written_)
+
+
+_CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+
+
+def with_forward(
+    plain: type[nn.Module], forward: Callable[..., Any], key: str, become: Callable[[nn.Module, Any], None]
+) -> type[nn.Module]:
+    """Return the class that differs from ``plain`` in nothing but its forward.
+
+    What its instances keep under ``key`` makes one of a plain instance by ``become(module, kept)``, after a pickle too.
+    """
+    if (plain, key) in _CLASSES:
+        return _CLASSES[plain, key]
+
     def reduce(self: nn.Module, protocol: Any) -> Any:
         # Pickle finds classes by their names: that of the user is found, and made into this one again.
         made: Any = plain.__reduce_ex__(self, protocol)
         function, arguments, *state = made
         arguments = tuple(plain if argument is type(self) else argument for argument in arguments)
-        return _remade, (function, arguments, self.__dict__[WRITTEN]), *state
+        return _remade, (function, arguments, become, self.__dict__[key]), *state
 
     own = {"forward": functools.wraps(plain.forward)(forward), "__reduce_ex__": reduce, "_plain_class": plain}
     names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    _CLASSES[plain] = type(plain.__name__, (plain,), {**own, **names})
-    return _CLASSES[plain]
+    _CLASSES[plain, key] = type(plain.__name__, (plain,), {**own, **names})
+    return _CLASSES[plain, key]
 
 
-def _remade(function: Callable[..., nn.Module], arguments: tuple[Any, ...], corrections: list[Correction]) -> nn.Module:
+def _remade(
+    function: Callable[..., nn.Module], arguments: tuple[Any, ...], become: Callable[[nn.Module, Any], None], kept: Any
+) -> nn.Module:
     module = function(*arguments)
-    set_written_(module, corrections)
+    become(module, kept)
     return module
 
 

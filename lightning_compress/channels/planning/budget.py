@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_compress.channels.tracing.groups import DependencyGroups
+from lightning_compress.channels.tracing.groups import DependencyGroups, Group
+from lightning_compress.modules.paths import is_at_or_below
 from lightning_compress.targets import Scope
 
 
@@ -39,19 +40,36 @@ class Sizes:
     """Counts what a model costs, by what stays of its groups."""
 
     def __init__(self, groups: DependencyGroups) -> None:
-        self._fixed_macs = groups.macs - sum(macs for macs, _ in groups.costs)
-        self._costs = [(macs, [_Width(*width) for width in widths]) for macs, widths in groups.costs]
-        self._widths = [group.width / group.size for group in groups.all]
+        blocks = {number: group.name for number, group in enumerate(groups.all) if group.skip}
+        costs = [
+            (
+                macs,
+                [_Width(*width) for width in widths] + [_block(number) for number in blocks if blocks[number] in path],
+            )
+            for macs, widths, path in groups.costs
+        ]
+        self._costs = [(macs, widths) for macs, widths in costs if widths]
+        self._fixed_macs = groups.macs - sum(macs for macs, _ in self._costs)
+        self._widths = [
+            (group.width / group.size, [number for number in blocks if lies_in(group, blocks[number])])
+            for group in groups.all
+        ]
         members: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
+        inside: dict[str, list[_Width]] = {}
         for number, group in enumerate(groups.all):
             for member in group.members:
-                members.setdefault(member.name, {}).setdefault(member.dim, []).append((number, member.units))
+                if group.skip:
+                    inside.setdefault(member.name, []).append(_block(number))
+                else:
+                    members.setdefault(member.name, {}).setdefault(member.dim, []).append((number, member.units))
         counted = {name: groups.shapes[name] for name in groups.counted}
-        self._fixed_params = sum(torch.Size(shape).numel() for name, shape in counted.items() if name not in members)
+        changing = members.keys() | inside.keys()
+        self._fixed_params = sum(torch.Size(shape).numel() for name, shape in counted.items() if name not in changing)
         self._params = [
-            [_width_of(members[name].get(dim, []), size) for dim, size in enumerate(shape)]
+            [_width_of(members.get(name, {}).get(dim, []), size) for dim, size in enumerate(shape)]
+            + inside.get(name, [])
             for name, shape in counted.items()
-            if name in members
+            if name in changing
         ]
 
     def macs(self, keep: Sequence[Tensor]) -> float:
@@ -70,8 +88,21 @@ class Sizes:
         )
 
     def channels(self, keep: Sequence[Tensor]) -> float:
-        """Channels of the groups."""
-        return float(sum(width * count for width, count in zip(self._widths, _counts(keep), strict=True)))
+        """Channels of the groups; those of layers in a block leave with it."""
+        widths = zip(self._widths, _counts(keep), strict=True)
+        return float(
+            sum(width * count for (width, blocks), count in widths if all(bool(keep[n].all()) for n in blocks))
+        )
+
+
+def lies_in(group: Group, block: str) -> bool:
+    """Whether all layers that make the channels of a group are in the module at a path."""
+    return bool(group.layers) and all(is_at_or_below(layer, block) for layer in group.layers)
+
+
+def _block(number: int) -> _Width:
+    """A width of one place, which stays as long as a block does."""
+    return _Width(torch.tensor([number]), torch.tensor([0]))
 
 
 def _counts(keep: Sequence[Tensor]) -> list[int]:

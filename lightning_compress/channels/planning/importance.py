@@ -63,10 +63,13 @@ class Importance:
         score: ``score(group)`` gives a score of at least 0 for each unit of a `UnitWeights`, ``(size,)``, or None where
             it can't tell, so that all matter alike. It is called without gradients, and must change nothing.
         needs_gradients: whether it reads gradients: then scores are summed over steps, before each of them.
+        needs_batches: whether scores are measured on batches, as `output_changes` does. They compare between groups as
+            they are, by what leaves with a unit.
     """
 
     score: Callable[[UnitWeights], Tensor | None]
     needs_gradients: bool = False
+    needs_batches: bool = False
 
 
 def l1(group: UnitWeights) -> Tensor | None:
@@ -136,6 +139,11 @@ def random(group: UnitWeights) -> Tensor | None:
     return torch.rand(group.size, generator=group.generator, dtype=torch.float64) + 1e-9
 
 
+def outputs(group: UnitWeights) -> Tensor | None:
+    """How much the model's outputs would change without the unit, by what leaves with it: see `output_changes`."""
+    return None
+
+
 def _mean(scores: list[Tensor]) -> Tensor | None:
     return torch.stack(scores).mean(0) if scores else None
 
@@ -147,6 +155,7 @@ IMPORTANCES = {
     "taylor": Importance(taylor, needs_gradients=True),
     "fpgm": Importance(fpgm),
     "random": Importance(random),
+    "outputs": Importance(outputs, needs_batches=True),
 }
 
 
@@ -225,8 +234,11 @@ def rank(
 ) -> list[Tensor]:
     """Return each group's scores over their mean, so that groups compare: float64 ``(size,)``.
 
-    Those of an importance of gradients are ``carried``, as `carry_scores_` summed them.
+    Those of an importance of gradients are ``carried``, as `carry_scores_` summed them; those that are measured on
+    batches too, and they aren't divided.
     """
+    if importance.needs_batches:
+        return [carried[group.name] for group in groups]
     found = [carried.get(group.name) for group in groups] if importance.needs_gradients else None
     return [
         scores / scores.mean() if scores is not None and scores.mean() > 0 else torch.ones(group.size).double()

@@ -18,12 +18,14 @@ class PlanRow:
         before: channels now.
         after: channels that stay.
         approximate: what is computed across them, if something is: what stays computes something else then.
+        block: what takes the place of a residual block that leaves, "identity" or "zero"; empty of channels.
     """
 
     layers: tuple[str, ...]
     before: int
     after: int
     approximate: str = ""
+    block: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,13 @@ class RemovalPlan:
 
     def lines(self) -> list[str]:
         """A line for each group that shrinks, and for each reason why layers stay whole."""
-        shown = [(_names(row.layers), f"{row.before} -> {row.after}", _mark(row)) for row in self.rows]
+        channels = [row for row in self.rows if not row.block]
+        shown = [(_names(row.layers), f"{row.before} -> {row.after}", _mark(row)) for row in channels]
         width = max((len(name) for name, _, _ in shown), default=0)
         middle = max((len(count) for _, count, _ in shown), default=0)
-        lines = [f"{name:<{width}}  {count:>{middle}}{mark}" for name, count, mark in shown]
+        kinds = by_reason({row.layers[0]: row.block for row in self.rows if row.block})
+        lines = [f"leaves whole: {named(blocks)}: {_PLACES[kind]}" for kind, blocks in kinds.items()]
+        lines += [f"{name:<{width}}  {count:>{middle}}{mark}" for name, count, mark in shown]
         return lines + [f"stays whole: {named(layers)}: {why}" for why, layers in by_reason(self.fixed).items()]
 
     def totals(self) -> list[str]:
@@ -81,6 +86,9 @@ class RemovalPlan:
         if self.latency is not None:
             lines.append(f"latency: {self.latency:.3f} of before, measured")
         return lines
+
+
+_PLACES = {"identity": "its input takes its place", "zero": "zeros take its place"}
 
 
 def _names(layers: tuple[str, ...]) -> str:

@@ -12,6 +12,8 @@ from lightning_compress.targets import Scope, Targets
 
 SCOPE: Scope = "global"
 LEAST = 0.1
+IMPORTANCE, CALIBRATED = "l1", "outputs"
+"""The importance by default, and where there are samples to measure on."""
 
 Kind = Literal["channels", "params", "macs", "latency"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -63,6 +65,7 @@ class Recipe:
     min_layer_channels: float
     round_to: int | None
     seed: int
+    blocks: bool = False
     goal: float | None = None
 
 
@@ -71,13 +74,15 @@ def make_recipe(
     params: float | None,
     macs: float | None,
     latency: float | None,
-    importance: str,
+    importance: str | None,
     scope: Scope,
     targets: Targets,
     overrides: Mapping[str, float] | None,
     min_layer_channels: float,
     round_to: int | None,
     seed: int,
+    blocks: bool = False,
+    calibrates: bool = False,
 ) -> Recipe:
     """Check the arguments, and return the recipe.
 
@@ -85,7 +90,9 @@ def make_recipe(
         CompressionError: one of them is out of range.
     """
     budget = make_budget({"channels": channels, "params": params, "macs": macs, "latency": latency})
-    resolved = resolve_importance(importance)
+    resolved = resolve_importance((CALIBRATED if calibrates else IMPORTANCE) if importance is None else importance)
+    if resolved.needs_batches and not calibrates:
+        raise invalid("calibration", f"be given for importance={importance!r}", None, "It measures on these batches.")
     if scope not in ("global", "layer"):
         raise invalid("scope", "be 'global' or 'layer'", scope)
     if not isinstance(targets, Targets):
@@ -98,7 +105,9 @@ def make_recipe(
         raise invalid("round_to", "be a whole number, at least 1", round_to, "1 keeps any number of channels.")
     if type(seed) is not int:
         raise invalid("seed", "be a whole number", seed)
-    return Recipe(budget, resolved, scope, targets, overrides or {}, min_layer_channels, round_to, seed)
+    if type(blocks) is not bool:
+        raise invalid("blocks", "be True or False", blocks)
+    return Recipe(budget, resolved, scope, targets, overrides or {}, min_layer_channels, round_to, seed, blocks)
 
 
 def _is_fraction(value: object) -> TypeGuard[float]:

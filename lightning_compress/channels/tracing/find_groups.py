@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import time
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, islice
@@ -16,6 +19,9 @@ from lightning_compress.channels.tracing.trace import trace
 from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.modules.paths import modules_of
 
+_log = logging.getLogger("lightning_compress")
+PATIENCE = 10.0
+"""Seconds without a word."""
 _MOST_ATTEMPTS = 40
 _MOST_TRACES = 6
 
@@ -34,6 +40,9 @@ class _Finder:
         self.corrected = {self._class(path) for path, module in self.modules.items() if WRITTEN in vars(module)}
         """Classes whose code writes sizes that are corrected."""
         self.choices: dict[str, int] = {}
+        self.futile: set[object] = set()
+        """What was tried to no avail: other interpretations of splits, a group with all that may follow it."""
+        self.attempts, self._told = 0, time.monotonic()
 
     def find_groups(self) -> DependencyGroups:
         groups = self._trace()
@@ -48,12 +57,17 @@ class _Finder:
                 break
             group, reason = found
             alone = self._failure(groups, [group])
-            if alone and (self._find_followers(groups, group) or self._correct(groups, group)):
-                continue
+            known = _signature(group), frozenset(self.followers), frozenset(self.corrected)
+            if alone and known not in self.futile:
+                if self._find_followers(groups, group) or self._correct(groups, group):
+                    continue
+                self.futile.add(known)
             if alone and self._choose_again(groups, group):
                 groups = self._trace()
             else:
                 failed[group.name] = reason
+                if alone:
+                    failed.update(self._fail_alike(groups, group, usable))
         return self._settled(groups, failed)
 
     def _first_failure(self, groups: DependencyGroups, cut: Sequence[Group]) -> tuple[Group, str] | None:
@@ -69,6 +83,12 @@ class _Finder:
             else:
                 right = middle
         return cut[right], reason
+
+    def _fail_alike(self, groups: DependencyGroups, group: Group, usable: Sequence[Group]) -> dict[str, str]:
+        """Return those of the groups alike, in other blocks, that fail by themselves too, with the reasons."""
+        alike = [other for other in usable if other is not group and _kind(other) == _kind(group)]
+        reasons = {other.name: self._failure(groups, [other]) for other in alike}
+        return {name: reason for name, reason in reasons.items() if reason}
 
     def _trace(self) -> DependencyGroups:
         """Trace, and interpret splits anew where nothing can go."""
@@ -96,9 +116,12 @@ class _Finder:
         before = dict(self.choices)
         for key in keys:
             self.choices[key] = self.choices.get(key, 0) + 1
-        tried = self._trace_once()
-        if len(self._usable(tried)) > len(self._usable(groups)):
-            return tried
+        known = frozenset((key, self.choices[key]) for key in keys)
+        if known not in self.futile:
+            tried = self._trace_once()
+            if len(self._usable(tried)) > len(self._usable(groups)):
+                return tried
+            self.futile.add(known)
         self.choices = before
         return None
 
@@ -120,7 +143,7 @@ class _Finder:
         sets = (chosen for size in (len(kinds), *range(1, len(kinds) + 1)) for chosen in combinations(kinds, size))
         for chosen in islice(sets if kinds else (), _MOST_ATTEMPTS):
             self.followers = known | set(chosen)
-            if not self._failure(groups, [group]):
+            if not self._failure(groups, [group], hasty=True):
                 return True
         self.followers = known
         return False
@@ -135,22 +158,32 @@ class _Finder:
         everywhere = {self._class(call.path) for call in calls}
         for kinds in dict.fromkeys((frozenset(near - known), frozenset(everywhere - known))):
             self.corrected = known | kinds
-            if kinds and (not self._failure(groups, [group]) or self._find_followers(groups, group)):
+            if kinds and (not self._failure(groups, [group], hasty=True) or self._find_followers(groups, group)):
                 for kind in sorted(kinds):
                     self.corrected.remove(kind)
-                    if self._failure(groups, [group]):
+                    if self._failure(groups, [group], hasty=True):
                         self.corrected.add(kind)
                 return True
         self.corrected = known
         return False
 
     def _choose_again(self, groups: DependencyGroups, group: Group) -> bool:
-        """Interpret the splits that the group goes through anew; False if there is no other way."""
+        """Interpret the splits that the group goes through anew, and those alike of groups that come behind it.
+
+        False if there is no other way.
+        """
         number = groups.all.index(group)
         keys = [key for key, numbers in groups.splits.items() if number in numbers and self.choices.get(key, 0) < 4]
-        for key in keys:
+        kinds = {self._kind_of_split(key) for key in keys}
+        behind = [key for key, numbers in groups.splits.items() if min(numbers, default=0) > number]
+        for key in [*keys, *(key for key in behind if self._kind_of_split(key) in kinds)]:
             self.choices[key] = self.choices.get(key, 0) + 1
         return bool(keys)
+
+    def _kind_of_split(self, key: str) -> tuple[str, str, int]:
+        """Whose code splits how, whatever the sizes, and how often it was taken otherwise."""
+        path, _, what = key.partition(":")
+        return self._class(path), re.sub(r"\d+", "", what), self.choices.get(key, 0)
 
     def _kind(self, groups: DependencyGroups, attribute: Attribute) -> tuple[str, str, int]:
         same = [other for other in groups.attributes if (other.path, other.name) == (attribute.path, attribute.name)]
@@ -167,11 +200,18 @@ class _Finder:
         written = tuple(call for call in groups.written if self._class(call.path) in self.corrected)
         return replace(groups, attributes=attributes, written=written)
 
-    def _failure(self, groups: DependencyGroups, cut: Sequence[Group], exact: bool | None = None) -> str:
+    def _failure(
+        self, groups: DependencyGroups, cut: Sequence[Group], exact: bool | None = None, hasty: bool = False
+    ) -> str:
         """Say what fails without some units of these groups: not the same share of each, which could fit by chance."""
         if not cut:
             return ""
-        return self.subject.failure(self._with_numbers(groups), self._keep(groups, cut), exact)
+        self.attempts += 1
+        if time.monotonic() > self._told + PATIENCE:
+            self._told = time.monotonic()
+            name = type(self.subject.model).__name__
+            _log.warning(f"{name}: what can go is still being looked for; cuts tried so far: {self.attempts}")
+        return self.subject.failure(self._with_numbers(groups), self._keep(groups, cut), exact, hasty=hasty)
 
     def _settled(self, groups: DependencyGroups, failed: Mapping[str, str]) -> DependencyGroups:
         """Keep only the groups that passed, with reasons for the rest."""
@@ -201,9 +241,19 @@ def _unread(group: Group) -> bool:
     return len(group.members) == 1 and not group.spanned and group.members[0].name in group.layers
 
 
+def _kind(group: Group) -> object:
+    return group.size, tuple((re.sub(r"\d+", "", member.name), member.dim) for member in group.members)
+
+
+def _signature(group: Group) -> object:
+    return tuple((member.name, member.dim, *member.units.tolist()) for member in group.members)
+
+
 def _some(group: Group, number: int, cut: bool) -> Tensor:
+    """Return what stays of a group in a trial; of a wide one a multiple of 8, as some kernels take no other number."""
     keep = torch.ones(group.size, dtype=torch.bool)
     if cut:
         order = torch.randperm(group.size, generator=torch.Generator().manual_seed(number))
-        keep[order[: max(1, group.size // (2 + number % 3))]] = False
+        gone = max(1, group.size // (2 + number % 3))
+        keep[order[: gone - gone % 8 if group.size >= 32 and not group.size % 8 else gone]] = False
     return keep

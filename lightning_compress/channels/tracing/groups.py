@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.channels.cutting.skipped import SKIPPED, Skip
 from lightning_compress.channels.cutting.written import WRITTEN, Correction
 from lightning_compress.channels.tracing.corrections import WrittenSizes, corrections, width_kept
 
@@ -47,6 +48,7 @@ class Group:
         spanned: what is computed across its units, if something is; then removal isn't exact.
         lasting: whether it stays spanned, even where an example doesn't show it.
         cached: dimensions of tensors that modules keep beside their own, which shrink too.
+        skip: of a residual block, which is a group of one unit: what takes its place.
     """
 
     size: int
@@ -56,6 +58,7 @@ class Group:
     spanned: str = ""
     lasting: bool = False
     cached: tuple[Member, ...] = ()
+    skip: Skip = ()
 
     @property
     def name(self) -> str:
@@ -63,9 +66,9 @@ class Group:
         return self.layers[0] if self.layers else self.members[0].name
 
 
-Cost = tuple[int, tuple[tuple[Tensor, Tensor], ...]]
-"""Multiply-accumulates with all channels, and of each width that they are proportional to, the group of each place, or
--1 where it stays, and the unit in that."""
+Cost = tuple[int, tuple[tuple[Tensor, Tensor], ...], tuple[str, ...]]
+"""Multiply-accumulates with all channels; of each width that they are proportional to and that may shrink, the group of
+each place, or -1 where it stays, and the unit in that; and the modules that run then, from the outermost one on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +96,7 @@ class DependencyGroups:
 
     Attributes:
         all: the groups, in the order of the model's tensors.
-        costs: the multiply-accumulates that change.
+        costs: the multiply-accumulates of each product.
         attributes: numbers that follow.
         written: calls whose sizes are corrected.
         corrected: path of a module to the corrections that it has: see `written`.
@@ -119,7 +122,9 @@ class DependencyGroups:
         """Return only some of the groups; the others stay whole."""
         place = torch.full((len(self.all) + 1,), -1)
         place[list(numbers)] = torch.arange(len(numbers))
-        costs = [(macs, tuple((place[groups], units) for groups, units in widths)) for macs, widths in self.costs]
+        costs = [
+            (macs, tuple((place[groups], units) for groups, units in widths), path) for macs, widths, path in self.costs
+        ]
         return replace(
             self,
             all=tuple(self.all[number] for number in numbers),
@@ -145,10 +150,11 @@ class DependencyGroups:
             stays = width_kept(attribute.groups, attribute.units, keep)
             if int(stays.sum()) < len(stays):
                 numbers[f"{attribute.path}.{attribute.name}".lstrip(".")] = int(stays.sum())
-        cut = any(not bool(mask.all()) for mask in keep)
+        pairs = [(group, bool(mask.all())) for group, mask in zip(self.all, keep, strict=True)]
+        cut = any(not whole and not group.skip for group, whole in pairs)
         for path in dict.fromkeys(call.path for call in self.written if cut):
             old = self.corrected.get(path, [])
             new = corrections(old, [call for call in self.written if call.path == path], keep)
             if new != old:
                 numbers[f"{path}.{WRITTEN}".lstrip(".")] = new
-        return numbers
+        return numbers | {f"{group.name}.{SKIPPED}": group.skip for group, whole in pairs if group.skip and not whole}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_compress.channels.tracing.tracer import Tracer, leaves, name_of, spread
+from lightning_compress.channels.tracing.tracer import Tracer, leaves, name_of, spread, unknown
 
 
 def product(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -30,6 +30,19 @@ def product(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: A
     tracer.set(out, factors)
 
 
+def grouped_product(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    """A matrix product in which each block of rows has a weight of its own, as of experts: their number stays."""
+    left, right = args[:2]
+    if (left.dim(), right.dim()) != (2, 3):
+        return unknown(tracer, func, args, kwargs, out)
+    for labels in (tracer.along(left, 0), tracer.along(right, 0)):
+        tracer.sets.freeze(labels, f"the number of weights that take turns, in {tracer.where()}")
+    inner, columns = tracer.same((left, -1), (right, -2)), tracer.along(right, -1)
+    tracer.outer += [] if columns is None else [columns]
+    tracer.costs(out.numel() * left.shape[-1], inner, columns)
+    tracer.set(out, spread(columns, -1, 2))
+
+
 def convolution(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
     """Each group of outputs sees its group of inputs."""
     x, weight, bias, groups = args[0], args[1], args[2], args[8]
@@ -46,7 +59,8 @@ def convolution(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], ou
         widths = [inner, outer]
     else:
         outer, widths = _grouped(tracer, x, channel, weight, groups, transposed)
-    tracer.costs(macs, *widths)
+    batch = tracer.along(x, 0) if batched else None  # heads may lie there
+    tracer.costs(macs, batch, *widths)
     if outer is not None:
         tracer.outer.append(outer)
     if outer is not None and bias is not None:
@@ -55,7 +69,7 @@ def convolution(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], ou
             tracer.sets.freeze(outer, "a bias of fixed size")
         else:
             tracer.sets.union(outer, biases)
-    tracer.set(out, spread(outer, channel, out.dim()))
+    tracer.set(out, (*spread(batch, 0, out.dim()), *spread(outer, channel, out.dim())))
 
 
 def _grouped(

@@ -151,7 +151,7 @@ def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out
     across = [factor for factor in tracer.labels(x) if factor.shape[-1] == 1]
     labels = tracer.same((x, -1), *((tensor, 0) for tensor in others))
     if labels is not None:
-        tracer.sets.span(labels, f"a norm spans it, in {tracer.where()}")
+        tracer.sets.span(labels, f"a norm spans it, in {tracer.where()}", lasting=True)
     tracer.set(out, (*across, *spread(labels, -1, x.dim())))
 
 
@@ -164,7 +164,7 @@ def group_norm(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out
         return
     if groups == x.shape[1]:
         tracer.sets.freeze(labels, f"as many groups as channels, in {tracer.where()}")
-    tracer.sets.span(labels, f"a norm spans it, in {tracer.where()}")
+    tracer.sets.span(labels, f"a norm spans it, in {tracer.where()}", lasting=True)
     tracer.note_size(x.shape[1], labels)
     blocks = labels.view(groups, -1)
     tracer.sets.union(blocks, blocks[:1])
@@ -177,6 +177,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_SOFTMAX, softmax),
     **dict.fromkeys(_POINTWISE, pointwise),
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), product_rules.product),
+    "_grouped_mm": product_rules.grouped_product,
     **dict.fromkeys(("convolution", "_convolution"), product_rules.convolution),
     **dict.fromkeys(("cat", "stack"), shape_rules.cat),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), layer_norm),

@@ -38,7 +38,8 @@ def move(tracer: Tracer, func: Any, args: Any, kwargs: dict[str, Any], out: Any)
     functional = getattr(torch.ops.aten, name)
     options = {key: value for key, value in kwargs.items() if key != "memory_format"}
     for factor in tracer.labels(tensor):
-        moved = functional(factor.expand(tensor.shape).contiguous(), *rest, **options)
+        spread_out = factor.expand(tensor.shape)  # what is the same along a dimension takes no memory
+        moved = spread_out.reshape(rest[0]) if name in VIEWS else functional(spread_out, *rest, **options)
         moved = list(moved) if isinstance(moved, (tuple, list)) else [moved]
         if name in PARTS:
             named = given(func, args, kwargs)

@@ -23,7 +23,7 @@ from lightning_compress.channels.tracing.recurrent_rules import Recurrences
 from lightning_compress.channels.tracing.rules import rule_for
 from lightning_compress.channels.tracing.tracer import Tracer, varying
 from lightning_compress.modules.fast_path import without_fast_path
-from lightning_compress.modules.outputs import tensors_in
+from lightning_compress.modules.outputs import states_given_back, tensors_in
 from lightning_compress.modules.paths import clean_name, compressible_modules, modules_of, named_tensors
 
 
@@ -67,10 +67,10 @@ def trace(model: nn.Module, runs: Sequence[Run], choices: Mapping[str, int]) -> 
     tensors, beside = named_tensors(model), cached_tensors(model)  # held, as the tracer knows them by their ids
     modules = modules_of(model)
     tracer = Tracer({**tensors, **beside}, _written_numbers(modules), rule_for, choices)
-    with deterministic(), _following(tracer, model):
+    with states_given_back(model) as states, deterministic(), _following(tracer, model):
         for number, run in enumerate(runs):
             tracer.counting = number == 0
-            outputs = list(tensors_in(run(model)))
+            outputs = list(tensors_in(run(model), set(states)))
             with _disable_current_modes(), torch._C.DisableTorchFunction():  # labels are nobody's concern
                 tracer.freeze(outputs, getattr(run, "reason", "an output"), output=True)
                 for name, tensor in cached_tensors(model).items():
@@ -183,10 +183,10 @@ class _Reader:
         return fixed
 
     def costs(self) -> Iterator[Cost]:
-        """Yield the multiply-accumulates that change."""
-        for macs, widths in self.tracer.products:
-            if any(bool((self.units.of(labels) != FIXED).any()) for labels in widths):
-                yield macs, tuple(self.places(labels) for labels in widths)
+        """Yield the multiply-accumulates, with the widths that change."""
+        for macs, widths, path in self.tracer.products:
+            places = [self.places(labels) for labels in widths]
+            yield macs, tuple(width for width in places if bool((width[0] >= 0).any())), path
 
     def attributes(self) -> list[Attribute]:
         """Return attributes of modules that have the value of a size that was written."""

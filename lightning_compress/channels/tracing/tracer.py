@@ -67,7 +67,7 @@ def compressed(factor: Tensor) -> Tensor:
     """Return a factor without the dimensions along which it is constant."""
     for dim in varying(factor):
         first = factor.narrow(dim, 0, 1)
-        if bool((factor == first).all()):
+        if not factor.stride(dim) or bool((factor == first).all()):
             factor = first
     return factor
 
@@ -97,7 +97,7 @@ class Tracer(TorchDispatchMode):
         sets: all labels, and which of them go together.
         labels_of: name of each tensor that was seen to its labels.
         counting: whether what runs now costs something.
-        products: multiply-accumulates of operators, and the labels of the widths that they are proportional to.
+        products: multiply-accumulates, the labels of widths that they are proportional to, and the modules that run.
         macs: what all of it costs, also where no channel has a say.
         sizes: sizes that were written into views.
         outer: widths that weights make, in products with what isn't made of weights alone.
@@ -118,7 +118,7 @@ class Tracer(TorchDispatchMode):
         self.numbers = numbers
         self.choices = choices
         self.labels_of: dict[str, Factors] = {}
-        self.products: list[tuple[int, Factors]] = []
+        self.products: list[tuple[int, Factors, tuple[str, ...]]] = []
         self.counting = True
         self.macs = 0
         self.sizes: list[Size] = []
@@ -208,7 +208,8 @@ class Tracer(TorchDispatchMode):
         """Note what an operator costs, and the widths that it is proportional to."""
         if self.counting:
             self.macs += macs
-            self.products.append((macs, tuple(labels for labels in widths if labels is not None)))
+            known = tuple(labels for labels in widths if labels is not None)
+            self.products.append((macs, known, tuple(self.stack)))
 
     def freeze(self, tensors: Any, reason: str, *, output: bool = False) -> None:
         """Let every channel of some tensors stay; that they are an ``output`` is told before any other reason."""
@@ -289,7 +290,7 @@ class Tracer(TorchDispatchMode):
             dims = [dim for dim in range(1, out.dim()) if not out.stride(dim)]  # the first is the batch
             self.set(out, self.made(out, dims))
         elif self.counting and func._overloadpacket in flop_registry:
-            self.macs += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2
+            self.costs(int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)) // 2)
         return out
 
 

@@ -30,12 +30,14 @@ class Subject:
         runs: ways to call it; what the first one costs counts.
         copy: makes a copy that can be run.
         samples: how many samples the first run takes.
+        measured: a way to call it whose outputs tell what a removal costs; by default the first of the runs.
     """
 
     model: nn.Module
     runs: Sequence[Run]
     copy: Callable[[nn.Module], nn.Module] = copy_module
     samples: int = 1
+    measured: Run | None = None
 
     def twin(self) -> nn.Module:
         """Return a copy of the model."""
@@ -54,7 +56,12 @@ class Subject:
         return twin
 
     def failure(
-        self, groups: DependencyGroups, keep: Sequence[Tensor], exact: bool | None = None, runs: int | None = None
+        self,
+        groups: DependencyGroups,
+        keep: Sequence[Tensor],
+        exact: bool | None = None,
+        runs: int | None = None,
+        hasty: bool = False,
     ) -> str:
         """Say what fails in the model without the units that don't stay; empty if nothing does.
 
@@ -66,14 +73,17 @@ class Subject:
             keep: for each group what stays, bool ``(size,)``.
             exact: whether what is computed has to be the same; by default, if nothing is computed across these units.
             runs: how many of the runs are compared; by default all.
+            hasty: whether a great difference is a failure at once, where no decision can have made it.
         """
         if exact is None:
             pairs = zip(groups.all, keep, strict=True)
-            exact = not any(group.spanned and not bool(stays.all()) for group, stays in pairs)
+            exact = not any((group.spanned or group.skip) and not bool(stays.all()) for group, stays in pairs)
         verification = _Verification(self, groups, keep, exact, self.runs[:runs])
         try:
-            if not (reason := verification.failure(self._tight, decided=False)) or not exact:
-                return reason and verification.failure(_LOOSE)
+            if not (reason := verification.failure(self._tight, decided=False)) or (hasty and verification.plain):
+                return reason
+            if not exact:
+                return verification.failure(_LOOSE)
         except Exception as error:
             return f"its code needs all of them, without some the model stops ({in_a_line(error)})"
         try:
@@ -138,15 +148,19 @@ class Subject:
         return self if any(bool(output.isnan().any()) for output in outputs) else subject
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Verification:
-    """Compares one cut with a reference: zeros in its place, or where it isn't exact the model as it is."""
+    """Compares one cut with a reference: zeros in its place, or where it isn't exact the model as it is.
+
+    A failure is ``plain`` where rounding is unlikely to have made it, and no decision can have.
+    """
 
     subject: Subject
     groups: DependencyGroups
     keep: Sequence[Tensor]
     exact: bool
     runs: Sequence[Run]
+    plain: bool = False
 
     def failure(self, tolerance: float, *, decided: bool = True, wide: bool = False) -> str:
         """Say what fails, if the cut takes the decisions of its reference, or its own, in float64 or not."""
@@ -160,11 +174,14 @@ class _Verification:
         for number, run in enumerate(self.runs):
             first = witnessed(run, whole, wide=wide)
             second = witnessed(run, cut, first, wide=wide) if decided else own[number]
+            undecided = not first.decides and not second.decides
             if [output.shape for output in second.outputs] != [output.shape for output in first.outputs]:
+                self.plain = undecided
                 return "its outputs change their shape"
             if not self.exact:
                 continue
             apart, may = second.distance(first), tolerance
+            self.plain = undecided and apart > _PLAIN
             if apart > may and wide:
                 may = 100 * self._rounding(run, first)
             if apart > may:
@@ -186,7 +203,7 @@ class _Verification:
         return witnessed(run, nudged, first, wide=True).distance(first)
 
 
-_WIDE, _LOOSE, _TELLING = 1e-8, 1e-3, 1e-2
+_WIDE, _LOOSE, _TELLING, _PLAIN = 1e-8, 1e-3, 1e-2, 0.1
 _TIGHT = {torch.float64: 1e-8, torch.float32: 3e-5}
 """How far apart rounding may bring sums of a precision; a lower one tells nothing."""
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_compress.channels.tracing.deterministic import deterministic
 from lightning_compress.channels.tracing.groups import Run
-from lightning_compress.modules.outputs import tensors_in
+from lightning_compress.modules.outputs import states_given_back, tensors_in
 
 Sample = tuple[torch.Size, Tensor]
 """The shape of a tensor, and some thousand of its elements."""
@@ -61,6 +61,11 @@ class Witness(TorchDispatchMode):
             out = pytree.tree_map(_taken, out, given.popleft())
         self._made.setdefault(key, []).append(pytree.tree_map_only(Tensor, torch.clone, out))
         return out
+
+    @property
+    def decides(self) -> bool:
+        """Whether the run made any decision."""
+        return bool(self._made)
 
     def see(self, path: str, layer: nn.Module, inputs: Any, out: Any) -> None:
         """Record the output of a layer."""
@@ -115,10 +120,10 @@ def distance(tensor: Tensor, other: Tensor) -> float:
 def witnessed(run: Run, model: nn.Module, first: Witness | None = None, *, wide: bool = False) -> Witness:
     """Run a model, taking the decisions of another run, and return what it computed."""
     witness = Witness(first)
-    with ExitStack() as hooks, deterministic(wide=wide), witness:
+    with ExitStack() as hooks, states_given_back(model) as states, deterministic(wide=wide), witness:
         for path, layer in model.named_modules():
             if isinstance(layer, nn.Linear | _ConvNd):
                 hooks.enter_context(layer.register_forward_hook(partial(witness.see, path)))
-        outputs = list(tensors_in(run(model)))
+        outputs = list(tensors_in(run(model), set(states)))
     witness.outputs = [leaf if leaf.layout == torch.strided else leaf.to_dense() for leaf in outputs]
     return witness

@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
 
+from lightning_compress.compensation.layer_rows import columns_of, count_rows, groups_of, rows_of
+from lightning_compress.compensation.parts import AttentionInParts
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import run_step
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.isolation import isolated_evaluation
 from lightning_compress.modules.paths import compressible_modules
 from lightning_compress.modules.routing import route_, unroute_
-from lightning_compress.quantization.layers.attention import QuantizedAttention, projections_of
 from lightning_compress.quantization.layers.plan import quantized_form
 from lightning_compress.quantization.numerics.scheme import Scheme
 
@@ -27,7 +26,7 @@ _SHARE = 4
 """Hessians that are held at a time take at most one part in so many of the model's own memory (or there is one)."""
 
 _PATCHES = 2**22
-"""Values of a convolution's input, as a matrix of patches, that are held at a time."""
+"""Values of the rows that a layer multiplies that are held at a time."""
 
 Run = Callable[[nn.Module, Any], Any]
 
@@ -59,7 +58,7 @@ def calibrated_weights(
             layer: Any = modules[path]
             if isinstance(layer, nn.MultiheadAttention):
                 # Its projections are called as layers of their own, so that what they are given can be seen.
-                attention = _AttentionInParts(layer)
+                attention = AttentionInParts(layer)
                 route_(layer, attention)
                 routed.callback(unroute_, layer)
                 named = {**dict(attention.named_modules()), "out_proj": layer.out_proj}
@@ -85,27 +84,6 @@ def calibrated_weights(
     return made
 
 
-class _AttentionInParts(QuantizedAttention):
-    """Attends with float projections that are layers of their own, and share the memory of the layer's weights."""
-
-    def __init__(self, layer: nn.MultiheadAttention) -> None:
-        super().__init__({})
-        weights = [rows for weight in projections_of(layer).values() for rows in weight.detach().split(layer.embed_dim)]
-        biases = [None] * 3 if layer.in_proj_bias is None else layer.in_proj_bias.detach().chunk(3)
-        self.in_proj = nn.ModuleList(_linear(*tensors) for tensors in zip(weights, biases, strict=True))
-
-    def part(self, index: int, x: Tensor, name: str, rows: slice, bias: Tensor | None) -> Tensor:
-        projection: Tensor = self.in_proj[index](x)
-        return projection
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
-    return linear
-
-
 class _Part(NamedTuple):
     """Names the layers that one weight belongs to: nearly always one."""
 
@@ -128,7 +106,7 @@ def _stages(parts: Mapping[str, _Part], room: int) -> Iterator[dict[str, _Part]]
     taken = 0
     for path, part in parts.items():
         layer = part.layers[0]
-        size = 4 * _groups(layer) * layer.weight[0].numel() ** 2
+        size = 4 * groups_of(layer) * columns_of(layer) ** 2
         if stage and taken + size > room:
             yield stage
             stage, taken = {}, 0
@@ -196,29 +174,9 @@ def _watched(parts: Mapping[str, _Part], see: Callable[[str, nn.Module, Tensor],
         yield
 
 
-def _groups(layer: nn.Module) -> int:
-    return layer.groups if isinstance(layer, _ConvNd) else 1
-
-
 def _rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Find what the weight's matrix is multiplied with in a call, in float32: ``(groups, n, columns)``, in portions."""
-    if not x.numel():
-        return
-    if not isinstance(layer, _ConvNd):
-        yield x.detach().reshape(1, -1, x.shape[-1]).float()
-        return
-    spatial = len(layer.kernel_size)
-    x = x.detach().float().reshape(-1, *x.shape[-spatial - 1 :])
-    if any(layer._reversed_padding_repeated_twice):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    portion = max(1, _PATCHES // max(1, x[0].numel() * layer.weight[0, 0].numel()))
-    for samples in x.split(portion):
-        patches = samples.unflatten(1, (layer.groups, -1))  # (n, groups, channels, *positions)
-        for axis, (size, step, dilation) in enumerate(
-            zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=3
-        ):
-            patches = patches.unfold(axis, dilation * (size - 1) + 1, step)[..., ::dilation]
-        # (n, groups, channels, *positions, *kernel) to (groups, n * positions, channels * kernel)
-        order = [1, 0, *range(3, 3 + spatial), 2, *range(3 + spatial, 3 + 2 * spatial)]
-        yield patches.permute(order).flatten(2 + spatial).flatten(1, 1 + spatial)
+    """Find what the weight's matrix is multiplied with in a call, in portions: see `rows_of`."""
+    count = count_rows(layer, x) if x.numel() else 0
+    portion = max(1, _PATCHES // (columns_of(layer) * groups_of(layer)))
+    for start in range(0, count, portion):
+        yield rows_of(layer, x, None if count <= portion else torch.arange(start, min(start + portion, count)))

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.errors import invalid
+from lightning_compress.modules.attention_form import projections_of
 from lightning_compress.modules.routing import Form, class_of
 from lightning_compress.quantization.layers import fake_quantizers
-from lightning_compress.quantization.layers.attention import DynamicAttention, PackedAttention, projections_of
+from lightning_compress.quantization.layers.attention import DynamicAttention, PackedAttention
 from lightning_compress.quantization.layers.int8_weight import Int8Weight
 from lightning_compress.quantization.layers.linear import DynamicLinear
 from lightning_compress.quantization.layers.packed import PACKED, PackedLinear

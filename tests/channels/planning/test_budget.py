@@ -112,6 +112,29 @@ def test_floor_of_each_layer() -> None:
     assert all(width >= 2 for width in widths(plan_removal(model, X, channels=0.01)).values())
 
 
+def test_floors_give_way_where_the_budget_is_out_of_reach() -> None:
+    class Block(nn.Module):
+        """A few heads that cost much, beside a width of many units."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads, self.qkv, self.o = 3, nn.Linear(24, 72), nn.Linear(24, 24)
+            self.a, self.b = nn.Linear(24, 16), nn.Linear(16, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shape = *x.shape[:2], 3, self.heads, 8
+            q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + self.o(y.transpose(1, 2).flatten(2))
+            return x + self.b(self.a(x).relu())
+
+    model, x = nn.Sequential(*(Block() for _ in range(3))), torch.randn(2, 6, 24)
+    plan = plan_removal(model, x, macs=0.5)
+    assert not plan.missed
+    small = cut(model, plan)
+    assert count_macs(small, x)[0] / count_macs(model, x)[0] <= 0.51
+
+
 def test_overrides_hold_and_the_last_match_wins() -> None:
     model = cnn(20, 20, 20)
     assert widths(plan_removal(model, X, channels=0.5, overrides={"0": 0.25, "[36]": 0.75})) == {

@@ -1,0 +1,69 @@
+"""What pruning takes from a Trainer: batches to calibrate on, and the same weights on all ranks."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_compress.calibration import calibration_batches, calibration_loader, fit_loader, stage_of
+from lightning_compress.compensation.in_order import Runner
+from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.modules.isolation import isolated_random_state
+from lightning_compress.probe import data_feed
+from lightning_compress.pruning.calibrated import Outcome, prune_copy
+from lightning_compress.pruning.pruner import Pruner
+from lightning_compress.silent_copy import make_probe
+from lightning_compress.structure.change import recorded, to_float_
+
+
+def calibrated_outcome(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: Pruner, fraction: float, limit: int, seed: int
+) -> Outcome:
+    """Find out on copies what a method that calibrates makes of a module; all ranks get what the first one found.
+
+    Args:
+        trainer: gives batches, in a fit those of training.
+        pl_module: isn't changed.
+        pruner: its plan and its masks count.
+        fraction: of the budget.
+        limit: of batches.
+        seed: of shuffling, and of what is looked at.
+
+    Raises:
+        CompressionError: there are no batches, none runs, or what layers are given isn't finite.
+    """
+    found: Any = None
+    if trainer.is_global_zero:
+        try:
+            found = _outcome(trainer, pl_module, pruner, fraction, limit, seed)
+        except CompressionError as error:  # the others wait
+            found = error
+    if trainer.world_size > 1:
+        found = trainer.strategy.broadcast(found)
+    if isinstance(found, CompressionError):
+        raise found
+    return found  # type: ignore[no-any-return]
+
+
+def _outcome(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: Pruner, fraction: float, limit: int, seed: int
+) -> Outcome:
+    fits = trainer.state.fn == "fit"
+    loader = (fit_loader if fits else calibration_loader)(trainer, pl_module)
+    with torch.inference_mode(False), isolated_random_state(seed, loader):
+        is_plain = not any(True for _ in recorded(pl_module))
+        probe = make_probe(trainer, pl_module, list(pl_module.parameters()) if is_plain else ())
+        to_float_(probe)
+        probe.eval()
+        feed = data_feed(trainer, probe, "validation" if fits else stage_of(trainer))
+        with closing(calibration_batches(loader, trainer, probe, limit)) as found:
+            batches = list(islice(feed.choose(probe, found), limit))
+        if not batches:
+            raise invalid("calibration_dataloader", "hold a batch", "none")
+        reference = Runner(probe, feed, partial(make_probe, trainer))
+        return prune_copy(reference, pruner.plan, pruner.masks, batches, fraction, seed)

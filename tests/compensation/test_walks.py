@@ -1,0 +1,105 @@
+"""Runs that stop on the way, and go on when they are told to."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_compress.compensation.walks import MOST_THREADS, Walk, small_teams
+
+
+def test_only_one_of_several_runs_at_a_time_and_in_the_order_in_which_they_are_called():
+    log: list[str] = []
+
+    def run(name: str) -> Any:
+        def steps(walk: Walk) -> None:
+            for number in range(3):
+                log.append(f"{name}{number}")
+                walk.stop(number)
+
+        return Walk(steps)
+
+    a, b = run("a"), run("b")
+    assert [a.go_on(), b.go_on(), b.go_on(), a.go_on()] == [0, 0, 1, 1]
+    assert log == ["a0", "b0", "b1", "a1"]
+    a.end()
+    b.end()
+
+
+def test_an_error_of_the_run_is_raised_where_it_is_waited_for_and_the_run_is_over():
+    def run(walk: Walk) -> None:
+        walk.stop("first")
+        raise LookupError("lost")
+
+    walk = Walk(run)
+    assert walk.go_on() == "first"
+    with pytest.raises(LookupError, match="lost"):
+        walk.go_on()
+    assert walk.go_on() is None
+
+
+def test_a_run_that_is_given_up_cleans_up_and_leaves_no_thread_though_it_catches_all_exceptions():
+    before, cleaned = threading.active_count(), []
+
+    def run(walk: Walk) -> None:
+        while True:
+            try:
+                walk.stop("here")
+            except Exception:
+                cleaned.append("caught")
+            finally:
+                cleaned.append("cleaned")
+
+    walk = Walk(run)
+    walk.go_on()
+    walk.end()
+    walk.end()
+    assert cleaned == ["cleaned"]
+    assert threading.active_count() == before and walk.go_on() is None
+
+
+def test_one_that_has_never_run_ends_without_a_thread():
+    before = threading.active_count()
+    Walk(lambda walk: walk.stop("here")).end()
+    assert threading.active_count() == before
+
+
+def test_a_stop_that_another_thread_calls_does_nothing():
+    walk = Walk(lambda walk: walk.stop("own"))
+    walk.stop("from outside")
+    assert (walk.go_on(), walk.go_on()) == ("own", None)
+
+
+def test_the_run_has_no_gradients_and_no_inference_mode_and_the_context_of_its_maker():
+    setting, seen = contextvars.ContextVar("setting", default=0), []
+
+    def run(walk: Walk) -> None:
+        seen.extend([torch.is_grad_enabled(), torch.is_inference_mode_enabled(), setting.get()])
+
+    setting.set(3)
+    with torch.inference_mode():
+        Walk(run).go_on()
+    assert seen == [False, False, 3]
+
+
+def test_many_walks_share_few_threads_and_the_number_outside_stays_what_it_was():
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    seen: list[int] = []
+
+    def run(walk: Walk) -> None:
+        torch.ones(300, 300) @ torch.ones(300, 300)
+        seen.append(torch.get_num_threads())
+
+    try:
+        for walks in (2, 64, 10_000):
+            with small_teams(walks):
+                Walk(run).go_on()
+            assert torch.get_num_threads() == 6
+        assert seen == [6, MOST_THREADS // 64, 1]
+    finally:
+        torch.set_num_threads(before)
