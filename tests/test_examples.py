@@ -369,6 +369,13 @@ def test_channels(script: str, own_folder: Path, run_here: Callable[..., str]) -
 
 
 @pytest.mark.slow
+def test_a_pretrained_network_without_labels(own_folder: Path, run_here: Callable[..., str]) -> None:
+    shown = run_here("examples/channels/shrink_pretrained.py", "2")
+    whole, half = (float(value) for value in re.findall(r"^.*: +(0\.\d{3})$", shown, flags=re.MULTILINE))
+    assert half > whole - 0.03
+
+
+@pytest.mark.slow
 def test_channels_as_yaml(as_in_the_clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = as_in_the_clone / "demo_output/channels_yaml"
     config = "--config=examples/channels/config.yaml"
@@ -410,8 +417,10 @@ class Stream(nn.Module):
 
 
 def test_channels_page_python(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    callback, function, block, rounds, together, streams, heads = blocks("python", "docs/channels.md")
-    [plan] = blocks("text", "docs/channels.md")
+    callback, function, block, whole, *pretrained, rounds, together, streams, heads = blocks(
+        "python", "docs/channels.md"
+    )
+    plans = blocks("text", "docs/channels.md")
     names: dict[str, Any] = {"model": Classifier(), "data": TinyData(), "transformer": Stream()}
     names["tokens"] = torch.randn(2, 6, 32)
     exec(compile(callback, "docs/channels.md", "exec"), names)
@@ -419,8 +428,14 @@ def test_channels_page_python(own_folder: Path, capsys: pytest.CaptureFixture[st
     exec(compile(function, "docs/channels.md", "exec"), names)
     assert names["network"][0].out_features < 128
     capsys.readouterr()
-    exec(compile(block, "docs/channels.md", "exec"), names)
-    assert capsys.readouterr().out == plan
+    for code, plan in zip((block, whole), plans, strict=True):
+        exec(compile(code, "docs/channels.md", "exec"), names)
+        assert capsys.readouterr().out == plan
+    for code in pretrained:
+        exec(compile(code, "docs/channels.md", "exec"), names)
+    assert names["pretrained"][3].out_channels < 32 and "on 32 others" in capsys.readouterr().out
+    quiet_trainer(max_epochs=1, callbacks=names["callbacks"]).fit(module := Classifier(), TinyData())
+    assert module.body.out_features < 32
     exec(compile(rounds, "docs/channels.md", "exec"), names)
     quiet_trainer(max_epochs=4, callbacks=[names["channels"]]).fit(Classifier(), TinyData())
     assert len(names["channels"].plans) == 3
@@ -433,13 +448,15 @@ def test_channels_page_python(own_folder: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_channels_page_yaml(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [block] = blocks("yaml", "docs/channels.md")
+    pages = blocks("yaml", "docs/channels.md")
+    assert len(pages) == 2
     project = "from tests.support.modules import Classifier as Model\nfrom tests.support.data import TinyData as Data\n"
     monkeypatch.delitem(sys.modules, "my_project", raising=False)
     (own_folder / "my_project.py").write_text(project)
-    (own_folder / "config.yaml").write_text(block)
     monkeypatch.setattr(sys, "path", [str(own_folder), *sys.path])
-    main(["fit", "--config=config.yaml"])
+    for page in pages:
+        (own_folder / "config.yaml").write_text(page)
+        main(["fit", "--config=config.yaml"])
 
 
 def test_channels_page_files() -> None:
