@@ -18,8 +18,8 @@ def strangers(runner: Runner, batches: Sequence[Any], seed: int = 0) -> list[Any
     """Return copies of ``batches`` in which indices that the model embeds are drawn anew, and numbers are mixed.
 
     An index becomes any other of its table, but where more than half of the samples have the same at this place or the
-    same index anywhere (they mark beginnings, ends and gaps). Numbers become ``(x + x') / sqrt(2)`` around their mean,
-    where ``x'`` has the values of ``x`` in another order.
+    same index anywhere (they mark beginnings, ends and gaps). Numbers become ``(x + x') / 2``, where ``x'`` has the
+    values of ``x`` in another order: they lie where numbers of the calibration do.
     """
     generator = torch.Generator().manual_seed(seed)
     return [_stranger(batch, _tables(runner, batch), generator) for batch in batches]
@@ -55,8 +55,7 @@ def _drawn(leaf: Any, table: int | None, generator: torch.Generator) -> Any:
     if leaf.is_floating_point():
         values = leaf.detach().cpu().float()
         mixed = values.flatten()[torch.randperm(values.numel(), generator=generator)].view_as(values)
-        mean = values.mean()
-        return (mean + (values + mixed - 2 * mean) / 2**0.5).to(leaf)
+        return ((values + mixed) / 2).to(leaf)
     if table is None:
         return leaf
     indices = leaf.detach().cpu()

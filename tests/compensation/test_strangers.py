@@ -52,11 +52,11 @@ def test_words_are_drawn_anew_and_what_marks_beginnings_ends_and_gaps_stays():
     assert words.min() >= 0 and words.max() < WORDS and len(words.unique()) > 30
 
 
-def test_numbers_keep_mean_and_spread_and_lose_what_hangs_together():
+def test_numbers_keep_mean_and_range_and_lose_what_hangs_together():
     torch.manual_seed(0)
     x = torch.randn(64, 1) @ torch.ones(1, 20) * 3 + 5  # all columns are alike
     (drawn,) = strangers(Runner(nn.Linear(20, 2)), [x])
-    assert abs(float(drawn.mean() - x.mean())) < 0.2 and abs(float(drawn.std() / x.std()) - 1) < 0.1
+    assert abs(float(drawn.mean() - x.mean())) < 0.2 and x.min() <= drawn.min() and drawn.max() <= x.max()
     assert float(torch.corrcoef(x.T)[0, 1]) > 0.999 and float(torch.corrcoef(drawn.T)[0, 1]) < 0.7
 
 
