@@ -9,17 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_compress.channels.cutting.cut import cut_, fits_of, note_fit_
 from lightning_compress.channels.cutting.skipped import SKIPPED
 from lightning_compress.channels.planning.plan import RemovalPlan
 from lightning_compress.compensation.guard import Guard, Samples
 from lightning_compress.compensation.in_order import Call, Runner, Visit, Visits, layers_of_
-from lightning_compress.compensation.layer_rows import (
-    matrix_of,
-    weight_from,
-)
+from lightning_compress.compensation.layer_rows import input_dim, matrix_of, weight_from
 from lightning_compress.compensation.least_squares import ridge
 from lightning_compress.compensation.parts import Part, parameter_of
 from lightning_compress.compensation.sampling import sample_rows
@@ -114,8 +110,7 @@ def compensate_(
 
 
 def _lost_inputs(path: str, layer: nn.Module, kept: Mapping[str, KeptIndices]) -> bool:
-    dims = kept.get(parameter_of(path, layer), {})
-    return (0 if isinstance(layer, _ConvTransposeNd) else 1) in dims
+    return input_dim(layer) in kept.get(parameter_of(path, layer), {})
 
 
 class _Fitter:
@@ -185,9 +180,7 @@ class _Fitter:
         """Return which outputs of the whole layer the narrow one has."""
         layer = visit.reference
         dims = self._kept.get(parameter_of(visit.path, visit.fitted), {})
-        if isinstance(layer, _ConvTransposeNd):
-            return dims.get(1)
-        indices = dims.get(0)
+        indices = dims.get(1 - input_dim(layer))
         if indices is None or not isinstance(layer, Part):
             return indices
         inside = (indices >= layer.first_row) & (indices < layer.first_row + layer.out_features)

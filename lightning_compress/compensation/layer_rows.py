@@ -18,6 +18,11 @@ def groups_of(layer: nn.Module) -> int:
     return layer.groups if isinstance(layer, _ConvNd) else 1
 
 
+def input_dim(layer: nn.Module) -> int:
+    """Return the dimension of a layer's weight that its inputs number."""
+    return 0 if isinstance(layer, _ConvTransposeNd) else 1
+
+
 def columns_of(layer: nn.Module) -> int:
     """Return how many columns its matrices have."""
     weight: Any = layer.weight

@@ -11,10 +11,7 @@ from torch import Tensor
 
 from lightning_compress.compensation.guard import Samples
 from lightning_compress.compensation.in_order import Visit
-from lightning_compress.compensation.layer_rows import (
-    matrix_of,
-    weight_from,
-)
+from lightning_compress.compensation.layer_rows import matrix_of, weight_from
 from lightning_compress.compensation.least_squares import on_mask, ridge
 from lightning_compress.compensation.sampling import sample_rows
 from lightning_compress.pruning.methods import Calibrated, pruned

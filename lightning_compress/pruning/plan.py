@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
+from lightning_compress.compensation.layer_rows import input_dim
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.messages import by_reason, in_short, named
 from lightning_compress.modules.layer_weights import PRUNABLE
@@ -73,7 +73,7 @@ def _in_groups(
     dims, targets, skipped = {}, [], dict(selection.skipped)
     for target in selection.targets:
         layer = modules[target.layer]
-        dim = 0 if isinstance(layer, _ConvTransposeNd) else 1
+        dim = input_dim(layer)
         if target.parameter.dim() < 2:
             skipped[target.name] = "it has no inputs"
         elif not isinstance(layer, PRUNABLE):

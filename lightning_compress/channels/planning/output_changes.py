@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from lightning_compress.channels.tracing.groups import Group, Member
 from lightning_compress.compensation.hold_out import pieces
 from lightning_compress.compensation.in_order import Runner
-from lightning_compress.compensation.layer_rows import groups_of
+from lightning_compress.compensation.layer_rows import groups_of, input_dim
 from lightning_compress.compensation.parts import linear_parts_, parameter_of
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import samples_in
@@ -133,7 +132,7 @@ class _Readers:
 def _reads(layer: nn.Module, member: Member) -> bool:
     """Whether what a layer is given shows all that it reads; recurrent layers read within their kernel."""
     is_recurrent = member.name.rpartition(".")[2].startswith(("weight_ih", "weight_hh"))
-    return member.dim == (0 if isinstance(layer, _ConvTransposeNd) else 1) and not is_recurrent
+    return member.dim == input_dim(layer) and not is_recurrent
 
 
 def _probe(calls: Sequence[tuple[nn.Module, Any]], generator: torch.Generator) -> Tensor | None:
