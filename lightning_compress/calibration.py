@@ -16,8 +16,6 @@ from tqdm.auto import tqdm
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state
 from lightning_compress.probe import Feed, data_feed, is_own, to_module
-from lightning_compress.silent_copy import make_probe
-from lightning_compress.structure.change import to_float_
 
 
 def stage_of(trainer: pl.Trainer) -> str:
@@ -54,10 +52,10 @@ def calibration_batches(
 def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
     """Return ``calibration_dataloader`` of the datamodule or the module, else the train loader of either."""
     if (source := calibration_source(trainer, pl_module)) is not None:
-        return _loader(source, "calibration_dataloader")
+        return loader_of(source, "calibration_dataloader")
     for source in (getattr(trainer, "datamodule", None), pl_module):
         if source is not None and is_own(source, "train_dataloader"):
-            return _loader(source, "train_dataloader")
+            return loader_of(source, "train_dataloader")
     raise CompressionError(
         "`calibration_dataloader` must be there to calibrate on. Received: bare loaders. Test and validation data "
         "calibrate nothing. Pass a datamodule (its train loader serves), or define `calibration_dataloader()` on the "
@@ -65,7 +63,8 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
     )
 
 
-def _loader(source: Any, name: str) -> Any:
+def loader_of(source: Any, name: str) -> Any:
+    """Return a loader of a module or of a datamodule, which may have been set up for another stage."""
     if isinstance(source, torch.nn.Module):
         return getattr(source, name)()
     # Under `test` only setup("test") has run. Where that made the training data too, a second setup could split anew.
@@ -86,18 +85,30 @@ def fit_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
     """
     source = calibration_source(trainer, pl_module)
     if source is not None:
-        return _loader(source, "calibration_dataloader")
+        return loader_of(source, "calibration_dataloader")
     return pytree.tree_map(_unstarted, getattr(trainer.train_dataloader, "iterables", trainer.train_dataloader))
 
 
-def fit_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, count: int, seed: int) -> tuple[Feed, list[Any]]:
-    """Read some batches of `fit_loader` from the beginning, the same ones whenever; return them and their way."""
-    loader = fit_loader(trainer, pl_module)
-    probe = make_probe(trainer, pl_module)
-    to_float_(probe)
-    feed = data_feed(trainer, probe, "validation")
+def chosen_batches(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, probe: pl.LightningModule, limit: int, seed: int
+) -> tuple[Feed, list[Any]]:
+    """Read batches from the beginning, the same ones whenever; in a fit those of `fit_loader`.
+
+    Args:
+        trainer: gives the batches.
+        pl_module: has, or its datamodule has, the loader.
+        probe: a silent copy of it in float, with which the batches are to run.
+        limit: how many, at most.
+        seed: of shuffling.
+
+    Returns:
+        How they run through the probe, and those that do.
+    """
+    fits = trainer.state.fn == "fit"
+    loader = (fit_loader if fits else calibration_loader)(trainer, pl_module)
+    feed = data_feed(trainer, probe, "validation" if fits else stage_of(trainer))
     with isolated_random_state(seed, loader), evaluation_mode(probe):
-        found = list(calibration_batches(loader, trainer, probe, count))
+        found = list(calibration_batches(loader, trainer, probe, limit))
         if not found:
             raise invalid("calibration_dataloader", "give at least one batch", "an empty loader")
         return feed, list(feed.choose(probe, iter(found)))

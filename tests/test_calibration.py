@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress.calibration import fit_batches
+from lightning_compress.calibration import chosen_batches
+from lightning_compress.silent_copy import make_probe
 from tests.support.data import TinyData
 from tests.support.fits import fit
 from tests.support.modules import Classifier
@@ -36,7 +37,7 @@ class Takes(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.own.append(batch)
         with same_random_state():
-            _, batches = fit_batches(trainer, pl_module, self.count, seed=0)
+            _, batches = chosen_batches(trainer, pl_module, make_probe(trainer, pl_module), self.count, seed=0)
         self.taken.append(batches)
 
 

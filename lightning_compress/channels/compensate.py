@@ -144,7 +144,7 @@ class _Fitter:
 
     def _solve_(self, visit: Visit, norm: nn.Module | None) -> None:
         """Fit a layer by the ridge whose output is nearest on what is held out, and a norm behind it with it."""
-        layer, weight = visit.fitted, matrix_of(visit.fitted).clone()
+        layer, weight = visit.fitted, matrix_of(visit.fitted).detach().float()
         x, y = self._rows(visit, self._samples.fitted_calls(visit))
         check_x, check_y = self._rows(visit, self._samples.held_out_calls(visit))
         shifts = layer.bias is not None or norm is not None

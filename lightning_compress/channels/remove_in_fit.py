@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
-from lightning_compress.calibration import calibration_source, fit_batches
+from lightning_compress.calibration import calibration_source, chosen_batches
 from lightning_compress.channels.batchnorm_restart import BatchNormRestart, input_moments
 from lightning_compress.channels.compensate import Compensation, fitted_narrow, take_fits_
 from lightning_compress.channels.fit_calls import FitCalls, cut_fit_, without_adapters
@@ -32,7 +32,9 @@ class Calibration(NamedTuple):
 
 def calibration_data(trainer: Any, pl_module: Any, count: int, seed: int) -> Calibration:
     """Read ``count`` batches of a fit's data beside it."""
-    feed, batches = fit_batches(trainer, pl_module, count, seed)
+    probe = make_probe(trainer, pl_module)
+    to_float_(probe)
+    feed, batches = chosen_batches(trainer, pl_module, probe, count, seed)
     source = "the train loader" if calibration_source(trainer, pl_module) is None else "`calibration_dataloader`"
     return Calibration(Runner(pl_module, feed, partial(make_probe, trainer)), batches, source, seed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,14 @@ import torch
 
 MOST_THREADS = 256
 """So many threads may compute for all walks together."""
+_FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+"""What runs switch for a while, but belongs to the whole process: a walk that stops within must not leave it so."""
 
 
 class _Ended(BaseException):
@@ -22,6 +30,7 @@ class Walk:
     """Holds a run in a thread of its own that stops where it calls `stop`, until `go_on` is called from outside.
 
     Only one of them runs at a time. Torch's modes belong to threads: the run has no gradients and no inference mode.
+    Where they belong to the process, such as the default dtype, each run has its own and leaves that outside as it was.
 
     Args:
         run: what is run, with the walk.
@@ -36,6 +45,7 @@ class Walk:
         self._run = run
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._place: Any = None
+        self._flags = [read() for read, _ in _FLAGS]
         self._error: BaseException | None = None
         self._is_ended = False
         context = contextvars.copy_context()
@@ -61,8 +71,9 @@ class Walk:
             return None
         if self._thread.ident is None:
             self._thread.start()
-        self._turn.release()
-        self._back.acquire()
+        with self._own_flags():
+            self._turn.release()
+            self._back.acquire()
         if self._error is not None:
             raise self._error
         return self._place
@@ -72,13 +83,22 @@ class Walk:
         if not self._is_ended:
             self._is_ended = True
             if self._thread.ident is not None:
-                self._turn.release()
-                self._thread.join()
+                with self._own_flags():
+                    self._turn.release()
+                    self._thread.join()
+
+    @contextmanager
+    def _own_flags(self) -> Iterator[None]:
+        outside = [read() for read, _ in _FLAGS]
+        _set(self._flags)
+        yield
+        self._flags = [read() for read, _ in _FLAGS]
+        _set(outside)
 
     def _in_thread(self) -> None:
         self._turn.acquire()
         try:
-            with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with torch.inference_mode(False), torch.no_grad():
                 self._run(self)
         except _Ended:
             pass
@@ -88,15 +108,24 @@ class Walk:
         self._back.release()
 
 
+def _set(values: Sequence[Any]) -> None:
+    for (read, write), value in zip(_FLAGS, values, strict=True):
+        if read() != value:
+            write(value)
+
+
 @contextmanager
 def small_teams(walks: int) -> Iterator[None]:
-    """Bound the threads of a number of walks while they run: torch starts a team of its own for each of theirs.
+    """Bound the threads of a number of walks while they run, in which nothing is compiled.
+
+    Torch starts a team of its own for each of their threads.
 
     A thread takes over the number that is set when it first computes in parallel; outside, this one has what it had.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, min(before, MOST_THREADS // walks)))
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         torch.set_num_threads(before)

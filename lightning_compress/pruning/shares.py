@@ -13,7 +13,7 @@ TRIED = 0.6
 STRENGTH = 0.07
 """So much sparsity a factor of e in the error for each weight is worth."""
 REACH = 0.2
-"""No layer is so much further from the mean."""
+"""No layer loses so much more than the mean: its error was measured at `TRIED`, and beyond that nobody knows."""
 
 
 def counts_of(plan: PruningPlan, masks: Masks, fraction: float, errors: Mapping[str, float]) -> dict[str, int]:
@@ -44,7 +44,9 @@ def counts_of(plan: PruningPlan, masks: Masks, fraction: float, errors: Mapping[
 def share(
     sizes: Mapping[str, int], least: Mapping[str, int], most: Mapping[str, int], total: int, errors: Mapping[str, float]
 ) -> dict[str, int]:
-    """Share ``total`` zeros out: ``s_n = clip(s + p (c - log(e_n / N_n)), s - 0.2, s + 0.2)``, c so that it is met.
+    """Share ``total`` zeros out: ``s_n = clip(s + p (c - log(e_n / N_n)), 0, s + 0.2)``, c so that it is met.
+
+    Small layers that do much may stay whole: what they would have lost costs large ones little.
 
     Example:
         >>> share({"a": 10, "b": 10}, {"a": 0, "b": 0}, {"a": 10, "b": 10}, 11, {})
@@ -55,13 +57,13 @@ def share(
     mean = total / sum(sizes.values())
     logs = _centred_logs({name: errors[name] / sizes[name] for name in sizes if name in errors})
     wanted = {name: mean - STRENGTH * logs.get(name, 0.0) for name in sizes}
-    low: Mapping[str, float] = {name: max(least[name], (mean - REACH) * size) for name, size in sizes.items()}
-    high: Mapping[str, float] = {name: min(most[name], (mean + REACH) * size) for name, size in sizes.items()}
-    if not sum(low.values()) <= total <= sum(high.values()):
-        low, high = least, most
+    reach = {name: min(most[name], (mean + REACH) * size) for name, size in sizes.items()}
+    high: Mapping[str, float] = {name: max(least[name], part) for name, part in reach.items()}
+    if total > sum(high.values()):
+        high = most
 
     def parts(shift: float) -> dict[str, float]:
-        return {name: min(max(size * (wanted[name] + shift), low[name]), high[name]) for name, size in sizes.items()}
+        return {name: min(max(size * (wanted[name] + shift), least[name]), high[name]) for name, size in sizes.items()}
 
     under, over = -2.0, 2.0
     for _ in range(60):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from lightning_compress.calibration import calibration_batches, calibration_loader, fit_loader, stage_of
+from lightning_compress.calibration import chosen_batches
 from lightning_compress.compensation.in_order import Runner
-from lightning_compress.errors import CompressionError, invalid
-from lightning_compress.modules.isolation import isolated_random_state
-from lightning_compress.probe import data_feed
+from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.calibrated import Outcome, prune_copy
 from lightning_compress.pruning.pruner import Pruner
 from lightning_compress.silent_copy import make_probe
@@ -53,17 +49,11 @@ def calibrated_outcome(
 def _outcome(
     trainer: pl.Trainer, pl_module: pl.LightningModule, pruner: Pruner, fraction: float, limit: int, seed: int
 ) -> Outcome:
-    fits = trainer.state.fn == "fit"
-    loader = (fit_loader if fits else calibration_loader)(trainer, pl_module)
-    with torch.inference_mode(False), isolated_random_state(seed, loader):
+    with torch.inference_mode(False):
         is_plain = not any(True for _ in recorded(pl_module))
         probe = make_probe(trainer, pl_module, list(pl_module.parameters()) if is_plain else ())
         to_float_(probe)
         probe.eval()
-        feed = data_feed(trainer, probe, "validation" if fits else stage_of(trainer))
-        with closing(calibration_batches(loader, trainer, probe, limit)) as found:
-            batches = list(islice(feed.choose(probe, found), limit))
-        if not batches:
-            raise invalid("calibration_dataloader", "hold a batch", "none")
+        feed, batches = chosen_batches(trainer, pl_module, probe, limit, seed)
         reference = Runner(probe, feed, partial(make_probe, trainer))
         return prune_copy(reference, pruner.plan, pruner.masks, batches, fraction, seed)

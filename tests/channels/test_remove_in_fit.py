@@ -56,6 +56,16 @@ def test_outputs_stay_nearer_to_the_whole_models_than_without() -> None:
     )
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_every_precision_fits(precision: Any) -> None:
+    callback, module = shrink(), Classifier()
+    fit(callback, module=module, max_steps=12, max_epochs=-1, precision=precision)
+    found = last_fit(module)
+    assert found is not None
+    assert found.fitted
+    assert found.after.cosine > found.before.cosine
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_the_report_says_what_was_fitted_to_what_also_after_a_resume(tmp_path: Path) -> None:
     callback = shrink()

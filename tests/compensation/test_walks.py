@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_compress.compensation.walks import MOST_THREADS, Walk, small_teams
 
@@ -103,3 +104,52 @@ def test_many_walks_share_few_threads_and_the_number_outside_stays_what_it_was()
         assert seen == [6, MOST_THREADS // 64, 1]
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_belongs_to_the_process_is_each_runs_own_and_outside_as_it_was():
+    seen: list[Any] = []
+
+    def run(dtype: torch.dtype) -> Any:
+        def steps(walk: Walk) -> None:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                with sdpa_kernel(SDPBackend.MATH):
+                    walk.stop("inside")
+                    seen.append((torch.get_default_dtype(), torch.backends.cuda.flash_sdp_enabled()))
+            finally:
+                torch.set_default_dtype(before)
+
+        return Walk(steps)
+
+    flags = torch.get_default_dtype(), torch.backends.cuda.flash_sdp_enabled()
+    first, second, given_up = run(torch.float64), run(torch.bfloat16), run(torch.float16)
+    for walk in (first, second, given_up, first, second):
+        walk.go_on()
+        assert (torch.get_default_dtype(), torch.backends.cuda.flash_sdp_enabled()) == flags
+    given_up.end()
+    assert (torch.get_default_dtype(), torch.backends.cuda.flash_sdp_enabled()) == flags
+    assert seen == [(torch.float64, False), (torch.bfloat16, False)]
+
+
+def test_nothing_is_compiled_by_runs_side_by_side_and_what_is_compiled_afterwards_is():
+    calls: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append("compiled")
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+
+    def run(walk: Walk) -> None:
+        compiled(torch.ones(2))
+        walk.stop("here")
+        compiled(torch.ones(2))
+
+    first, second = Walk(run), Walk(run)
+    with small_teams(2):
+        for walk in (first, second, first, second):
+            walk.go_on()
+    assert calls == []
+    compiled(torch.ones(2))
+    assert calls == ["compiled"]

@@ -11,6 +11,7 @@ from lightning_compress.channels.tracing.blocks import find_blocks
 from lightning_compress.channels.tracing.groups import DependencyGroups, Group
 from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.messages import by_reason, named
 from lightning_compress.modules.paths import named_tensors
 from lightning_compress.targets import Targets, matches
 
@@ -41,7 +42,7 @@ def removable(subject: Subject, groups: DependencyGroups, recipe: Recipe) -> tup
 def require_groups(model: nn.Module, groups: DependencyGroups, fixed: Mapping[str, str]) -> None:
     """Raise if nothing can be removed."""
     if not groups.all:
-        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(fixed.items())[:6])
+        reasons = "; ".join(f"{named(layers)}: {reason}" for reason, layers in list(by_reason(fixed).items())[:6])
         raise CompressionError(
             f"`model` must have channels that can be removed. Received: {type(model).__name__}, where everything stays "
             f"whole: {reasons or 'no layer was called'}."

@@ -234,7 +234,7 @@ def test_nothing_is_told_of_a_network_that_makes_noise_of_rounding() -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.a, self.b = nn.Linear(8, 1000), nn.Linear(1000, 5)  # long enough to be summed in blocks
+            self.a, self.b = nn.Linear(8, 4000), nn.Linear(4000, 5)  # long enough to be summed in blocks
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.b(self.a(x).relu()).sigmoid()
