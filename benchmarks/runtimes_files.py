@@ -122,6 +122,7 @@ def _session(path: Path, threads: int, optimized: Path | None = None) -> Any:
     runtime = importlib.import_module("onnxruntime")
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads, settings.log_severity_level = threads, 3
+    settings.add_session_config_entry("session.x64quantprecision", "1")  # for CPUs without VNNI
     if optimized is not None:
         settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         settings.optimized_model_filepath = str(optimized)

@@ -8,7 +8,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 import yaml
@@ -23,6 +22,7 @@ from lightning_compress.cli import main
 from lightning_compress.deployable import deployable
 from lightning_compress.errors import invalid
 from tests.support.modules import Classifier
+from tests.support.onnx_sessions import open_session
 
 ROOT = Path(__file__).parents[1]
 QUIET = [
@@ -164,7 +164,7 @@ def test_a_checkpoint_becomes_a_file(trained: Path, config: str, own_folder: Pat
     export(trained, "--output=out/model.onnx", f"--verify={verify}", config=config)
     assert set(json.loads(Path("out/model.onnx.json").read_text())["int8"]) == {"body", "head"}
     x = torch.randn(5, 16)
-    session = onnxruntime.InferenceSession("out/model.onnx", providers=["CPUExecutionProvider"])
+    session = open_session("out/model.onnx")
     [logits] = session.run(None, {"x": x.numpy()})
     model = lightning_compress.load_compressed(str(trained / "saved" / "best.ckpt"), Classifier())
     with torch.no_grad():

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lightning_compress.cli import main
+from lightning_compress.quantization.numerics.int8 import needs_reduced_range
 from tests.support.data import TinyData
 from tests.support.modules import Classifier
 from tests.test_examples import ROOT, blocks
@@ -138,6 +139,8 @@ def test_executorch_page(run_page: Callable[..., dict[str, Any]]) -> None:
 
 @needs_openvino
 def test_openvino_page(run_page: Callable[..., dict[str, Any]]) -> None:
+    if needs_reduced_range():
+        pytest.skip("OpenVINO's sums of 8-bit products overflow on this CPU, which the proof finds.")
     names = run_page("openvino")
     assert names["logits"].shape == (5, 4) and len(names["exported"].int8) == 3
     if not shutil.which("g++"):

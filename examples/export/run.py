@@ -16,7 +16,9 @@ import numpy as np
 def in_onnxruntime(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    settings = onnxruntime.SessionOptions()
+    settings.add_session_config_entry("session.x64quantprecision", "1")  # for CPUs without VNNI
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     [images] = session.get_inputs()
     return lambda batch: session.run(None, {images.name: batch})[0]
 

@@ -54,6 +54,7 @@ def write_onnx(program: Program, path: Path) -> None:
     proto = written.model_proto
     _name_sizes_(proto, program)
     _forget_source_(proto)
+    _separate_zero_points_(proto.graph)
     onnx.save(proto, str(path))
 
 
@@ -95,3 +96,22 @@ def _forget_source_(proto: Any) -> None:
     graph = proto.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph, proto):
         del part.metadata_props[:]
+
+
+def _separate_zero_points_(graph: Any) -> None:
+    """Give each stored weight zero points of its own.
+
+    Without VNNI onnxruntime stores weights anew as unsigned (``session.x64quantprecision``), and stops where two share
+    their zero points.
+    """
+    stored = {initializer.name: initializer for initializer in graph.initializer}
+    taken = set[str]()
+    for number, node in enumerate(graph.node):
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[0] not in stored:
+            continue
+        name = node.input[2]
+        if name in taken and name in stored:
+            node.input[2] = f"{name}_of_{number}"
+            graph.initializer.add().CopyFrom(stored[name])
+            graph.initializer[-1].name = node.input[2]
+        taken.add(name)

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.export.lowering import int8_layers
 from lightning_compress.export.program import Program
 from lightning_compress.export.runtimes import Runtime, Session
 from lightning_compress.modules.isolation import isolated_random_state
+from lightning_compress.quantization.numerics.int8 import needs_reduced_range
 from lightning_compress.quantization.numerics.operators import DYNAMIC, LSTM, PACKED, ROUNDED, STORED
 from lightning_compress.quantization.static.graphs import constants, copy_graph, owner_path
 
@@ -195,7 +197,7 @@ def prove(program: Program, path: Path, runtime: Runtime, write: Write, samples:
                     first = first_difference(program, path.suffix, runtime, level, write, sample.tensors)
                     raise CompressionError(
                         f"The file must compute what the model computes. Received: {failure}, in `{name}`, from "
-                        f"{runtime.name}{f' at level {level}' if level else ''}. {first}"
+                        f"{runtime.name}{f' at level {level}' if level else ''}. {first}{_overflow(program)}"
                     )
     same, rows = sum(comparison.same for comparison in found), sum(comparison.rows for comparison in found)
     return Parity(
@@ -207,6 +209,13 @@ def prove(program: Program, path: Path, runtime: Runtime, write: Write, samples:
         _least_cosine(runtime.open(path), samples),
         sum(sample.size for sample in samples),
     )
+
+
+def _overflow(program: Program) -> str:
+    """Say what may help on a CPU like this one."""
+    if not needs_reduced_range() or not int8_layers(program.graph):
+        return ""
+    return " On CPUs without VNNI, such as this one, sums of 8-bit products overflow: StaticInt8(reduce_range=True)."
 
 
 def _least_cosine(session: Session, samples: Sequence[Sample]) -> float:

@@ -30,12 +30,14 @@ class Runtime:
         packages: what it needs, each with the extra of this package that installs it.
         levels: of optimization at which a file is proven.
         coarse: the level that users get where it is none of these, as it computes less exactly; else it is the last.
+        settings: with which it computes what a file says; sessions of users are to have them too.
     """
 
     name: str
     packages: Mapping[str, str] = {}
     levels: tuple[str, ...] = ("",)
     coarse: str = ""
+    settings: Mapping[str, str] = {}
 
     def require(self) -> None:
         """Raise `MissingExtraError` where a package isn't installed."""
@@ -104,6 +106,10 @@ class OnnxRuntime(Runtime):
     name = "onnxruntime"
     packages = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}  # noqa: RUF012
     levels = ("disabled", "basic", "extended", "all")
+    settings = {  # noqa: RUF012
+        "session.qdq_matmulnbits_accuracy_level": "1",  # floats stay floats
+        "session.x64quantprecision": "1",  # sums of 8-bit products don't overflow on CPUs without VNNI
+    }
 
     def _open(self, path: Path, level: str, threads: int | None, optimized: str = "") -> Session:
         runtime: Any = importlib.import_module("onnxruntime")
@@ -115,7 +121,8 @@ class OnnxRuntime(Runtime):
             "all": runtime.GraphOptimizationLevel.ORT_ENABLE_ALL,
         }[level]
         settings.log_severity_level = 3
-        settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # floats stay floats
+        for key, value in self.settings.items():
+            settings.add_session_config_entry(key, value)
         settings.intra_op_num_threads = threads or torch.get_num_threads()
         if optimized:
             settings.optimized_model_filepath = optimized

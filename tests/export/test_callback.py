@@ -34,6 +34,7 @@ from tests.support.data import TinyData
 from tests.support.ddp import run_ranks
 from tests.support.fits import fit
 from tests.support.modules import Classifier, quiet_trainer
+from tests.support.onnx_sessions import open_session
 from tests.support.oracles import assert_same_state, hooks, snapshot
 
 PATH = Path("out", "model.onnx")
@@ -51,7 +52,7 @@ def metrics_of(module: Any, *callbacks: Callback, **options: Any) -> dict[str, f
 
 def logits_of(path: Path, x: Tensor) -> Tensor:
     """By onnxruntime alone."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 

@@ -31,6 +31,7 @@ from lightning_compress.export.runtimes import RUNTIMES
 from lightning_compress.modules.written import writing_file
 from tests.export.files import TwoHeads, call, exported, network
 from tests.quantization.test_other_runtimes import Mixed
+from tests.support.onnx_sessions import open_session
 from tests.support.oracles import assert_same_state
 from tests.support.zoo import row
 
@@ -41,7 +42,7 @@ VERB = importlib.import_module("lightning_compress.export.export")
 
 def run_file(path: str, *arrays: Any) -> list[np.ndarray]:
     """Run a file as somebody does who has nothing but onnxruntime."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     names = [entry.name for entry in session.get_inputs()]
     return session.run(None, dict(zip(names, arrays, strict=True)))
 

@@ -14,6 +14,7 @@ from lightning_compress import GPTQ, DynamicInt8, WeightOnly, quantize
 from lightning_compress.export.export import ExportedModel, export
 from lightning_compress.quantization.numerics.operators import DYNAMIC, PACKED
 from tests.support.few_bits import rounded
+from tests.support.onnx_sessions import open_session
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -42,9 +43,7 @@ def file_of(model: nn.Module, path: Path, target: str, **options: Any) -> tuple[
 
 
 def run(path: str, *tensors: Tensor) -> Tensor:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     names = [entry.name for entry in session.get_inputs()]
     return torch.from_numpy(session.run(None, dict(zip(names, map(Tensor.numpy, tensors), strict=True)))[0])
 

@@ -15,6 +15,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.export.lowering import int8_layers
 from lightning_compress.export.onnx_file import write_onnx
 from lightning_compress.export.runtimes import RUNTIMES, readers_of_codes
+from lightning_compress.quantization.numerics.int8 import needs_reduced_range
 from tests.export.networks import Residual, Words, program_for
 
 NETWORKS = pytest.mark.parametrize("kind", [Residual, Words])
@@ -76,7 +77,8 @@ def test_paddings_of_a_models_own_are_int8_in_openvino(mode: str, tmp_path: Path
     pytest.importorskip("openvino")
     torch.manual_seed(0)
     x = torch.randn(4, 3, 25, 25) + 1  # so that 0 isn't the middle of the codes
-    int8 = quantize(Padded(mode).eval(), StaticInt8(target="openvino"), calibration=[x])
+    scheme = StaticInt8(target="openvino", reduce_range=needs_reduced_range())
+    int8 = quantize(Padded(mode).eval(), scheme, calibration=[x])
     exported = export(int8, x, tmp_path / "model.onnx", "openvino")
     assert (exported.int8, exported.float_layers) == (("first", "second"), {})
     pads = [node for node in onnx.load(exported.path).graph.node if node.op_type == "Pad"]

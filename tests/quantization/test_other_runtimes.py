@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_compress import NF4, WeightOnly, quantize
 from lightning_compress.quantization.layers.schemes import Packed
 from tests.support.few_bits import rounded
+from tests.support.onnx_sessions import open_session
 
 
 class Mixed(nn.Module):
@@ -41,10 +42,10 @@ MIXES: dict[str, dict[str, Packed]] = {
 
 
 def onnx_file(model: nn.Module, ids: Tensor, path: Path, **options: Any) -> Any:
-    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.onnx.export(model, (ids,), path, verbose=False, **options)
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
