@@ -1,8 +1,9 @@
 """Measures what networks keep that lose weights, channels or blocks: without training, and after a short fit.
 
 A seed draws the calibration and the held-out samples; all arms of a row and a seed get the same, so ratios are paired
-by seed; in brackets is the 95 % t-interval. The loss is 1 less the agreement with the original's outputs. Results are
-appended to a file as they come, and what it holds isn't measured again, so a run may be broken off:
+by seed; in brackets is the 95 % t-interval. The loss is 1 less the agreement with the original's outputs; latency, at
+batch 1, is measured by turns and a ratio to the original's. Results are appended to a file as they come, and what it
+holds isn't measured again, so a run may be broken off:
 
     python benchmarks/compensation.py --rows "voices;pitch" --arms "MACs*;2:4*" --seeds 1  # patterns
     python benchmarks/compensation.py --list                                               # the rows and arms
@@ -33,10 +34,12 @@ from compensation_networks import ROWS, Row
 from scipy.stats import t as student_t
 from torch import nn
 
+from lightning_compress.modules.latency import latency_ratio
+
 ALL: dict[str, Arm] = {**ARMS, **FITS}
 Result = dict[str, Any]
 Results = dict[tuple[str, str, int], Result]
-HELD_OUT, OTHER = "held_out", "other"
+HELD_OUT, OTHER, LATENCY = "held_out", "other", "latency"
 
 
 def result(row: Row, arm: Arm, original: nn.Module, seed: int) -> Result:
@@ -54,6 +57,7 @@ def result(row: Row, arm: Arm, original: nn.Module, seed: int) -> Result:
         OTHER: 1 - row.agreement_on(model, original, row.other_kind()),
         "accuracy": None if row.labelled is None else row.score(model),
         "macs": macs(model, sample) / macs(original, sample),
+        LATENCY: latency_ratio(original, model, lambda network: network(sample)),
         "seconds": round(seconds, 2),
     }
 
@@ -133,15 +137,16 @@ def best(known: Results, row: str, arms: list[str]) -> str | None:
 
 def cells(known: Results, row: str, arm: str, bases: list[str | None]) -> list[str]:
     """A line of a table: losses with their ratios to those of the ``bases``, and the rest."""
-    found = {key: values(known, row, arm, key) for key in (HELD_OUT, OTHER, "accuracy", "macs", "seconds")}
+    found = {key: values(known, row, arm, key) for key in (HELD_OUT, OTHER, "accuracy", "macs", LATENCY, "seconds")}
     if not found[HELD_OUT]:
         problems = [line["problem"] for (r, a, _), line in known.items() if (r, a) == (row, arm)]
-        return [f"fails: {problems[0][:120]}".replace("|", "/"), *[""] * (2 * len(bases) + 5)]
+        return [f"fails: {problems[0][:120]}".replace("|", "/"), *[""] * (2 * len(bases) + 6)]
     line = [str(len(found[HELD_OUT]))]
     for key in (HELD_OUT, OTHER):
         line.append(mean(found[key]))
         line += [ratio(found[key], values(known, row, base, key)) if base else "" for base in bases]
-    return [*line, mean(found["accuracy"]), mean(found["macs"]), f"{statistics.mean(found['seconds'].values()):.1f}"]
+    line += [mean(found["accuracy"]), mean(found["macs"]), mean(found[LATENCY], 2)]
+    return [*line, f"{statistics.mean(found['seconds'].values()):.1f}"]
 
 
 def table(known: Results, group: str) -> Iterator[str]:
@@ -150,8 +155,8 @@ def table(known: Results, group: str) -> Iterator[str]:
     rivals = [arm for arm in arms if BY_HAND in arm]
     heads = ["to today's", *(["to torch-pruning's best"] if rivals else [])]
     titles = ["Network", "Arm", "Seeds", "Loss, held-out", *heads, "Loss, other kind", *heads]
-    yield f"| {' | '.join([*titles, 'Accuracy', 'MACs', 'CPU (s)'])} |"
-    yield "|:--|:--|" + "--:|" * (len(titles) + 1)
+    yield f"| {' | '.join([*titles, 'Accuracy', 'MACs', 'Latency', 'CPU (s)'])} |"
+    yield "|:--|:--|" + "--:|" * (len(titles) + 2)
     for row in ROWS:
         there = [arm for arm in arms if any(key[:2] == (row, arm) for key in known)]
         rival = best(known, row, rivals)

@@ -12,18 +12,18 @@ from typing import Any
 
 import lightning as L
 import torch
-from compensation_arms import BLOCKS, CALIBRATION, TODAY, Arm, Missing, estimate_statistics_, macs, require
+from compensation_arms import TODAY, Arm, Missing, estimate_statistics_, macs
 from compensation_networks import Batches, Row
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import ChannelPruning
+from lightning_compress import ChannelPruning, OneShot
 
-BUDGET, BATCH = 0.5, 32
+BUDGET, BATCH, CALIBRATED = 0.5, 32, 8
 BY_HAND = "torch-pruning"
 STEPS = {"pitch": 200, "sentences": 60, "voices": 200, "lines": 40, "residual": 200, "transformer": 200}
 """As many as a few minutes of one thread allow, at most 200; a row without an entry isn't trained."""
-RATES = {"pitch": 3e-4, "sentences": 1e-4, "voices": 3e-4, "lines": 3e-4, "residual": 1e-3, "transformer": 3e-4}
+RATES = {"pitch": 3e-4, "sentences": 1e-4, "voices": 3e-3, "lines": 3e-4, "residual": 1e-3, "transformer": 3e-4}
 TRIED = (1e-4, 3e-4, 1e-3, 3e-3)
 """The rate of a row is to be the one of these with which `TODAY` loses least: residual's is, the others are guesses."""
 WRITTEN = ("conv6", "blocks.9.narrow")
@@ -41,6 +41,8 @@ class Module(L.LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.loss(self.network(batch[0]), batch[1])
+
+    validation_step = training_step
 
     def configure_optimizers(self) -> dict[str, Any]:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -80,16 +82,14 @@ def fit(
     return network.eval()
 
 
-def _callback(labels: bool, *wanted: str, rate: float | None = None) -> Arm:
-    """`ChannelPruning` as it comes, or with the arguments ``wanted``."""
+def _callback(labels: bool, rate: float | None = None, part: float = 1.0, **wanted: Any) -> Arm:
+    """`ChannelPruning` as it comes, or with the arguments ``wanted``; at a ``part`` of the row's rate."""
 
     def arm(row: Row, model: nn.Module, calibration: Batches, seed: int) -> nn.Module:
         if row.name not in STEPS:
             raise Missing("its fit takes too long")
-        require(ChannelPruning, *wanted)
         taught = lessons(row, model, calibration, labels)
-        given: dict[str, Any] = dict.fromkeys(wanted, True)
-        return fit(row, model, taught, rate or RATES[row.name], seed, ChannelPruning(macs=BUDGET, **given))
+        return fit(row, model, taught, rate or part * RATES[row.name], seed, ChannelPruning(macs=BUDGET, **wanted))
 
     return arm
 
@@ -160,17 +160,21 @@ def _arms() -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for labels, name in ((True, "Fit to labels"), (False, "Fit to the original's outputs")):
         make = functools.partial(_callback, labels)
+        once = {"schedule": OneShot()}
         arms |= {
             f"{name}, {TODAY}": make(),
-            f"{name}, calibrated": make(CALIBRATION),
-            f"{name}, calibrated, blocks": make(CALIBRATION, BLOCKS),
+            f"{name}, at once": make(**once),
+            f"{name}, calibrated": make(calibration_batches=CALIBRATED, **once),
+            f"{name}, calibrated, a tenth of the rate": make(part=0.1, calibration_batches=CALIBRATED, **once),
+            f"{name}, calibrated, in rounds": make(calibration_batches=CALIBRATED),
+            f"{name}, calibrated, blocks": make(calibration_batches=CALIBRATED, blocks=True, **once),
         }
         for importance in ("magnitude", "taylor"):
             for everywhere in (True, False):
                 scope = "global" if everywhere else "local"
                 arms[f"{name}, {BY_HAND}, {importance}, {scope}"] = _by_hand(labels, importance, everywhere)
     for rate in TRIED:
-        arms[f"Rates, {rate:g}"] = _callback(False, rate=rate)
+        arms[f"Rates, {rate:g}"] = _callback(False, rate)
     return arms
 
 
