@@ -21,14 +21,14 @@ TRAIN = 1100
 
 
 @functools.cache
-def _all_digits() -> tuple[Tensor, Tensor]:
+def all_digits() -> tuple[Tensor, Tensor]:
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images).float().view(-1, 1, 8, 8) / 16, torch.tensor(labels)
 
 
 def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     """Which digits are trained on and which are tested, by the seed."""
-    images, labels = _all_digits()
+    images, labels = all_digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     train, test = (TensorDataset(images[part], labels[part]) for part in (order[:TRAIN], order[TRAIN:]))
     return train, test

@@ -2,6 +2,10 @@
 
 from .channels import RemovalPlan, plan_removal, remove_channels_
 from .channels.callback import ChannelPruning
+from .choosing import SearchResult, SensitivityTable, search, sensitivity
+from .choosing.guard import AccuracyGuard
+from .choosing.phases import PhaseCheckpoint
+from .choosing.validation_metric import ValidationMetric
 from .distillation import Distillation, DistillationModule, EMATeacher, Ramp, Snapshot
 from .distillation.losses.attention_transfer import AttentionTransfer
 from .distillation.losses.base import FeatureLoss, LogitLoss
@@ -32,6 +36,7 @@ __all__ = [
     "DKD",
     "GPTQ",
     "NF4",
+    "AccuracyGuard",
     "AttentionTransfer",
     "ChannelPruning",
     "CompressionError",
@@ -54,6 +59,7 @@ __all__ = [
     "MissingExtraError",
     "NoEffectWarning",
     "OneShot",
+    "PhaseCheckpoint",
     "Polynomial",
     "PostTrainingPruning",
     "PostTrainingQuantization",
@@ -66,12 +72,15 @@ __all__ = [
     "Rewind",
     "RuntimeModule",
     "ScheduledPruning",
+    "SearchResult",
+    "SensitivityTable",
     "SimilarityPreserving",
     "Snapshot",
     "SoftTarget",
     "StaticInt8",
     "Steps",
     "Targets",
+    "ValidationMetric",
     "WeightOnly",
     "Window",
     "compare",
@@ -84,5 +93,7 @@ __all__ = [
     "quantize",
     "remove_channels_",
     "save_compressed",
+    "search",
+    "sensitivity",
     "sparsity",
 ]

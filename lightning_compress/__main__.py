@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 HELP = """\
-usage: lightning-compress {fit,validate,test,predict,export} [--config FILE] [--ARGUMENT VALUE ...]
+usage: lightning-compress {fit,validate,test,predict,advise,export,sensitivity,search} [--config FILE] [--ARGUMENT ...]
 
 Trains, compresses and measures a LightningModule. Compression is done by callbacks of the Trainer:
 
@@ -16,6 +16,8 @@ Trains, compresses and measures a LightningModule. Compression is done by callba
   PostTrainingQuantization   quantizes when test, validate or predict starts
   QLoRA                      trains adapters on weights of 4 bits
   Distillation               lets a teacher teach the model
+  AccuracyGuard              keeps a metric from falling too far
+  PhaseCheckpoint            saves the best dense, pruned or quantized model
   ExportModel                writes the result for onnxruntime, OpenVINO, ExecuTorch
   CompressionReport          measures before and after
 
@@ -38,6 +40,15 @@ and run it, or add a callback to any configuration on the command line:
 Write a checkpoint as a file for another runtime, proven there; such a file can't be loaded back into a module:
 
   lightning-compress export --config config.yaml --ckpt_path best.ckpt --output model.onnx --target openvino
+
+Ask what to try first, and what not to bother with; it takes two minutes:
+
+  lightning-compress advise --config config.yaml --ckpt_path best.ckpt
+
+Ask which layers hurt, and let a choice be made for each, by your own validation:
+
+  lightning-compress sensitivity --config config.yaml --ckpt_path best.ckpt --monitor val_acc --of int8
+  lightning-compress search --config config.yaml --ckpt_path best.ckpt --monitor val_acc --over weights --max_drop 0.01
 
 More:
 

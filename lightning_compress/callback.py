@@ -17,7 +17,7 @@ In a fit Lightning calls the hooks in this order, and a callback of ours does in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,16 +58,43 @@ class ReportFile:
     open: Callable[[int | None], nn.Module]
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """Describes a quantized copy to a guard, before it takes the module's place.
+
+    Attributes:
+        model: the copy.
+        floats: another copy, in float.
+        scheme: of the former, for messages.
+        errors: returns the error of the outputs that each quantized layer causes alone, by its path.
+        without: returns the same with these layers in another scheme, or in ``float``.
+        ratio: returns the time of a batch in this model over that in another candidate's; None where it isn't known.
+    """
+
+    model: pl.LightningModule
+    floats: pl.LightningModule
+    scheme: str
+    errors: Callable[[], dict[str, float]]
+    without: Callable[[Sequence[str], str], Candidate]
+    ratio: Callable[[Candidate], float | None]
+
+
 class CompressionCallback(Callback, CheckpointListener):
     """Base of all callbacks of the package: works on a module, and answers what other callbacks must know.
 
     Attributes:
         key: the name of the technique in `conflicts`.
         conflicts: keys of the techniques that can't be in the same Trainer.
+        guards: whether it decides about what others do: see `guard` and `hold`.
+        is_guarded: whether it asks those that guard.
+        leads_to: the `phase` of the module in which a fit with it ends; empty if it brings it to none.
     """
 
     key: ClassVar[str]
     conflicts: ClassVar[tuple[str, ...]] = ()
+    guards: ClassVar[bool] = False
+    is_guarded: ClassVar[bool] = False
+    leads_to: ClassVar[str] = ""
 
     # What callbacks ask each other. All of it does nothing by default.
 
@@ -91,6 +118,21 @@ class CompressionCallback(Callback, CheckpointListener):
 
     def on_channels_removed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: Cut) -> None:
         """Cut what the callback holds of the module's tensors, after channels were removed from the module."""
+
+    def guard(self, trainer: pl.Trainer, pl_module: pl.LightningModule, candidate: Candidate) -> Candidate:
+        """Return the quantized copy that may take the module's place, which is ``candidate`` or less of it."""
+        return candidate
+
+    def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Tell whether schedules must wait with what is due now, on all ranks alike; asked before each such step."""
+        return False
+
+    def phase(self, trainer: pl.Trainer) -> str | None:
+        """Tell how far it has brought the module: ``dense``, `leads_to`, or in between (empty); None if nowhere."""
+        return None
+
+    def on_fall(self) -> None:
+        """Hear that what this callback did last has cost more than a guard allows."""
 
     @property
     def averages_weights(self) -> bool:

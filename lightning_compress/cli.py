@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from torch.optim import Optimizer
 
 import lightning_compress
+from lightning_compress.choosing.commands import check_output, run_advise, run_search, run_sensitivity, write
+from lightning_compress.choosing.search import check_search
 from lightning_compress.errors import CompressionError
 from lightning_compress.export.callback import ExportModel, quantizes_tests
 from lightning_compress.export.formats import refuse_unready
+from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.structure.files import load_compressed
 
 _PROG = "lightning-compress"
+_OWN = ("advise", "export", "sensitivity", "search")
+"""The subcommands that Lightning has not."""
 
 
 class _Parser(LightningArgumentParser):
@@ -27,7 +32,7 @@ class _Parser(LightningArgumentParser):
 
 
 class _Trainer(Trainer):
-    """A Trainer with the subcommand that Lightning has not."""
+    """A Trainer with the subcommands that Lightning has not."""
 
     def export(
         self,
@@ -66,6 +71,125 @@ class _Trainer(Trainer):
                 "in a test. Add ExportModel to the callbacks, and run: lightning-compress test."
             )
         refuse_unready(export.path, export.target)
+        self._load(model, datamodule, ckpt_path)
+        export.write(self, model)
+
+    def sensitivity(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ckpt_path: str,
+        monitor: str,
+        of: Literal["int8", "weights", "pruning", "channels"] = "int8",
+        levels: list[str | float | Scheme] | None = None,
+        method: Literal["taylor", "measured"] = "taylor",
+        mode: Literal["max", "min"] = "max",
+        top: int = 8,
+        max_drop: float = 0.01,
+        output: str | None = None,
+        resume: str | None = None,
+        calibration_batches: int = 8,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Say what each layer of a checkpoint costs when it alone is compressed.
+
+        Args:
+            model: of the configuration.
+            datamodule: of the configuration.
+            ckpt_path: The checkpoint of the float model.
+            monitor: The metric that the validation logs.
+            of: What each layer is to be: in int8, with weights of few bits, with zeros, with fewer channels.
+            levels: Schemes, or fractions of zeros or of channels that stay; by default some of each.
+            method: taylor evaluates only the layers with the largest scores, measured all.
+            mode: max where more of the metric is better.
+            top: With taylor, so many layers are evaluated.
+            max_drop: What a layer alone may cost in the YAML that is printed.
+            output: Path of the table: .json, .csv, or a picture, .png or .svg.
+            resume: Path of a file of JSON lines with which an interrupted run goes on.
+            calibration_batches: How many batches the scores rest on, at most.
+            weights_only: Stands in configurations of fit; checkpoints are always read so.
+        """
+        check_output(output, (".json", ".csv", ".png", ".svg"))
+        self._load(model, datamodule, ckpt_path)
+        options = (of, levels, method, mode, top, calibration_batches, resume)
+        table = run_sensitivity(self, model, monitor, *options)
+        print(table)
+        print(f"\n# layers that alone cost no more than {max_drop}\n{table.to_yaml(max_drop)}", end="")
+        write(table, output)
+
+    def search(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ckpt_path: str,
+        monitor: str,
+        over: Literal["int8", "weights", "pruning", "channels"] = "weights",
+        budget: float | None = None,
+        max_drop: float | None = None,
+        cost: Literal["bytes", "params", "macs"] | None = None,
+        levels: list[str | float | Scheme] | None = None,
+        mode: Literal["max", "min"] = "max",
+        output: str | None = None,
+        resume: str | None = None,
+        calibration_batches: int = 8,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Choose for each layer of a checkpoint how far it is compressed, and print the callback that does it.
+
+        Args:
+            model: of the configuration.
+            datamodule: of the configuration.
+            ckpt_path: The checkpoint of the float model.
+            monitor: The metric that the validation logs.
+            over: What is chosen: layers in int8, schemes of weights, sparsities, or channels.
+            budget: The fraction of the cost that remains; this or max_drop.
+            max_drop: How far the metric may fall; this or budget.
+            cost: bytes, params (that aren't zero) or macs (in float).
+            levels: Schemes, or fractions of zeros or of channels that stay; by default some of each.
+            mode: max where more of the metric is better.
+            output: Path of the result: .json, or a picture, .png or .svg.
+            resume: Path of a file of JSON lines with which an interrupted run goes on.
+            calibration_batches: How many batches the scores rest on, at most.
+            weights_only: Stands in configurations of fit; checkpoints are always read so.
+        """
+        check_output(output, (".json", ".png", ".svg"))
+        check_search(over, budget, max_drop, cost, mode)
+        self._load(model, datamodule, ckpt_path)
+        options = (over, budget, max_drop, cost, levels, mode, calibration_batches, resume)
+        result = run_search(self, model, monitor, *options)
+        print(result)
+        print(f"\n{result.to_yaml()}", end="")
+        write(result, output)
+
+    def advise(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ckpt_path: str,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        seconds: float = 120.0,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Try the usual ways on a checkpoint for two minutes, and say which are worth it, with the YAML for the best.
+
+        Args:
+            model: of the configuration.
+            datamodule: of the configuration.
+            ckpt_path: The checkpoint of the float model.
+            monitor: A metric that the validation logs, to be compared too.
+            mode: max where more of the metric is better.
+            seconds: No trial begins after so many.
+            weights_only: Stands in configurations of fit; checkpoints are always read so.
+        """
+        self._load(model, datamodule, ckpt_path)
+        print(run_advise(self, model, monitor, mode, seconds))
+
+    def _load(self, model: LightningModule, datamodule: LightningDataModule | None, ckpt_path: str) -> None:
+        """Set data and module up as a test does, and load the checkpoint."""
         self.strategy._lightning_module = model
         model.trainer = self
         if datamodule is not None:
@@ -78,7 +202,6 @@ class _Trainer(Trainer):
             if source is not None:
                 source.setup("test")
         load_compressed(ckpt_path, model)
-        export.write(self, model)
 
 
 class CompressCLI(LightningCLI):
@@ -87,7 +210,7 @@ class CompressCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, each with the arguments that aren't the user's."""
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in _OWN}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse ``args``, or the command line where they are None.
@@ -97,8 +220,8 @@ class CompressCLI(LightningCLI):
         self.config = parser.parse_args(cast("list[str] | None", args))
 
     def _parse_ckpt_path(self) -> None:
-        """Take no hyperparameters from a checkpoint to export: those that a plain Trainer saves name no class."""
-        if self.config.get("subcommand") != "export":
+        """Take no hyperparameters for subcommands of ours: those that a plain Trainer saves name no class."""
+        if self.config.get("subcommand") not in _OWN:
             super()._parse_ckpt_path()
 
     @staticmethod
@@ -118,7 +241,7 @@ class CompressCLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run ``lightning-compress fit|validate|test|predict|export``.
+    """Run ``lightning-compress fit|validate|test|predict|advise|export|sensitivity|search``.
 
     Classes are named by their import path (``lightning_compress.ScheduledPruning``, ``my_project.MyModule``) or, for
     those of this package and of Lightning, by their short name. Modules in the current folder can be imported.

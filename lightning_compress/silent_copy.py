@@ -52,11 +52,16 @@ def _silent_trainer(trainer: pl.Trainer, probe: pl.LightningModule) -> pl.Traine
     silent = copy.copy(trainer)
     silent.__class__ = _silent_kind(type(trainer))  # type: ignore[arg-type]
     silent.__dict__["_probe"] = weakref.ref(probe)
-    silent.loggers = [DummyLogger() for _ in trainer.loggers]
+    silent.loggers = silent_loggers(trainer)
     connector = silent._logger_connector = copy.copy(trainer._logger_connector)
     for name in ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics"):
         setattr(connector, name, dict(getattr(connector, name)))
     return silent
+
+
+def silent_loggers(trainer: pl.Trainer) -> list[Any]:
+    """Return as many loggers as a Trainer has, which do nothing."""
+    return [DummyLogger() for _ in trainer.loggers]
 
 
 @cache

@@ -113,6 +113,40 @@ class Bounds:
         inside = self.start <= step <= self.end
         return inside and ((step - self.start) % every_n_steps == 0 or step == self.end)
 
+    def last_due(self, step: int, every_n_steps: int) -> int | None:
+        """Return the last step up to ``step`` at which to act; None if there is none.
+
+        Example:
+            >>> [Bounds(20, 45).last_due(step, 10) for step in (19, 20, 39, 46)]
+            [None, 20, 30, 45]
+        """
+        if step < self.start:
+            return None
+        return self.end if step >= self.end else step - (step - self.start) % every_n_steps
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Says how a window's progress goes on after it was held: what is left of it takes what is left of the time.
+
+    Args:
+        at: the progress of time when it was last held.
+        done: the progress that was made by then.
+
+    Example:
+        >>> Pace().progress(0.6), Pace(at=0.5, done=0.25).progress(0.5), Pace(at=0.5, done=0.25).progress(0.75)
+        (0.6, 0.25, 0.625)
+    """
+
+    at: float = 0.0
+    done: float = 0.0
+
+    def progress(self, time: float) -> float:
+        """Return the progress at a ``time`` in [0, 1]; at 1 it is 1, unless it is held then."""
+        if time <= self.at:
+            return self.done
+        return 1.0 if time >= 1.0 else self.done + (1.0 - self.done) * (time - self.at) / (1.0 - self.at)
+
 
 def fit_length(trainer: pl.Trainer) -> tuple[float, float]:
     """Count the batches that will make an optimizer step, in the rest of this fit and in an epoch; inf where unknown.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_compress.callback import STATE_VERSION, CompressionCallback
+from lightning_compress.callback import STATE_VERSION, CompressionCallback, compression_callbacks
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.resizing import with_inner
 from lightning_compress.structure.change import in_entry, require_float
 from lightning_compress.structure.listener import averaged_copies
-from lightning_compress.window import Bounds, Window, fit_length
+from lightning_compress.window import Bounds, Pace, Window, fit_length
 
 
 class WindowedCallback(CompressionCallback):
@@ -30,11 +30,14 @@ class WindowedCallback(CompressionCallback):
     """
 
     kept_with_weights = True
+    can_wait: ClassVar[bool] = False
+    """Whether a guard may hold the schedule."""
 
     def __init__(self, window: Window) -> None:
         self.window = window
         self._step = 0
         self._bounds: Bounds | None = None
+        self._pace = Pace()
         self._stepped = False
         self._handles: list[RemovableHandle] = []
 
@@ -54,6 +57,18 @@ class WindowedCallback(CompressionCallback):
         """Tells whether the window, without a start of its own, begins once `is_final` holds for the others."""
         return False
 
+    @override
+    def phase(self, trainer: pl.Trainer) -> str | None:
+        if not self.leads_to:
+            return None
+        if not self.has_begun():
+            return "dense"
+        return self.leads_to if self.is_over else ""
+
+    def has_begun(self) -> bool:
+        """Tell whether it has changed the module already."""
+        return self._bounds is not None and self._step >= self._bounds.start
+
     # Lightning's hooks.
 
     @override
@@ -66,7 +81,7 @@ class WindowedCallback(CompressionCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             require_float(pl_module, "train")
-            self._step, self._bounds = 0, None
+            self._step, self._bounds, self._pace = 0, None, Pace()
         super().setup(trainer, pl_module, stage)
 
     @override
@@ -84,7 +99,7 @@ class WindowedCallback(CompressionCallback):
             for optimizer in with_inner(trainer.optimizers)  # SAM steps only the one that it wraps
         ]
         if self._step == 0 and self._bounds.start == 0:
-            self.act(trainer, pl_module, 0.0)
+            self._act(trainer, pl_module)
         self.sync_(trainer, pl_module)
 
     @override
@@ -104,11 +119,34 @@ class WindowedCallback(CompressionCallback):
         if self._stepped:
             self._stepped = False
             self._step += 1
-            progress = self.bounds.progress(self._step)
-            if progress is not None and self.bounds.is_due(self._step, self.window.every_n_steps):
-                self.act(trainer, pl_module, progress)
+            if self.bounds.is_due(self._step, self.window.every_n_steps):
+                self._act(trainer, pl_module)
         if any(True for _ in averaged_copies(trainer)):
             self.sync_(trainer, pl_module)
+
+    def _act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do what is due, unless a guard holds it."""
+        guards = [other for other in compression_callbacks(trainer) if other.guards] if self.can_wait else []
+        if any(guard.hold(trainer, pl_module) for guard in guards):
+            before = self.bounds.last_due(self._step - 1, self.window.every_n_steps)
+            done = 0.0 if before is None else self.progress_at(before) or 0.0
+            self._pace = Pace(self.bounds.progress(self._step) or 0.0, done)
+            if self._step == self.bounds.end:
+                self.give_up(trainer, pl_module)
+            return
+        self.act(trainer, pl_module, self.progress_at(self._step) or 0.0)
+
+    def progress_at(self, step: int) -> float | None:
+        """Return the progress in [0, 1] after ``step`` optimizer steps, less what was held; None before the window."""
+        progress = self.bounds.progress(step)
+        return None if progress is None else self._pace.progress(progress)
+
+    def give_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the window with what was reached, since a guard is against the rest."""
+        rank_zero_warn(
+            f"{type(self).__name__}: its window has ended at optimizer step {self._step}, and a guard was against "
+            f"more: {self.reached()} Train longer, with a longer window, or allow a larger fall."
+        )
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -139,9 +177,18 @@ class WindowedCallback(CompressionCallback):
             raise CompressionError(f"{type(self).__name__}'s window has no bounds before training starts.")
         return self._bounds
 
+    def reached(self) -> str:
+        """Say what is missing."""
+        return "its work isn't complete."
+
     def unfinished(self) -> str:
-        """Say what is missing if training stops before the window's end."""
-        return "its work isn't complete. Shorten the window, or train longer."
+        """Say what is missing if training stops before the window's end, and what helps."""
+        return f"{self.reached()} Shorten the window, or train longer."
+
+    @property
+    def is_over(self) -> bool:
+        """Tells whether the window of this fit has ended."""
+        return self._bounds is not None and self._step >= self._bounds.end
 
     @override
     def report_notes(self) -> list[str]:
@@ -152,12 +199,13 @@ class WindowedCallback(CompressionCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         bounds = None if self._bounds is None else [self._bounds.start, self._bounds.end]
-        return {"version": STATE_VERSION, "step": self._step, "bounds": bounds}
+        pace = {} if self._pace == Pace() else {"pace": [self._pace.at, self._pace.done]}
+        return {"version": STATE_VERSION, "step": self._step, "bounds": bounds, **pace}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.check_version(state_dict)
-        self._step = state_dict["step"]
+        self._step, self._pace = state_dict["step"], Pace(*state_dict.get("pace", ()))
         self._bounds = None if state_dict["bounds"] is None else Bounds(*state_dict["bounds"])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import nn
 import lightning_compress
 from lightning_compress.cli import main
 from lightning_compress.distillation.losses.base import DistillationLoss
+from tests.choosing.nets import Labelled, Right
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
 
@@ -233,6 +234,36 @@ def named_as_on_the_page() -> Classifier:
     module = Classifier()
     module.stem, module.layer4 = nn.Linear(16, 16), nn.Linear(64, 64)
     return module
+
+
+def test_guard_page(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, schedules, phases = blocks("python", "docs/guard.md")
+    names: dict[str, Any] = {"model": Right(outliers=False), "data": Labelled()}
+    exec(compile(quantized, "docs/guard.md", "exec"), names)
+    assert names["guard"].report_notes()[-1] == "AccuracyGuard: 2 evaluations"
+    exec(compile(schedules, "docs/guard.md", "exec"), names)
+    quiet_trainer(max_epochs=2, callbacks=names["callbacks"][:2]).fit(names["model"], Labelled())
+    names |= {"model": Classifier(), "data": TinyData()}
+    exec(compile(phases, "docs/guard.md", "exec"), names)
+    assert {path.stem for path in Path("best").iterdir()} == {"best-dense", "best-pruned", "best-quantized"}
+    head = "model: {class_path: tests.choosing.nets.Right}\ndata: {class_path: tests.choosing.nets.Labelled}\n"
+    quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    for command, block in zip(("test", "fit", "fit"), blocks("yaml", "docs/guard.md"), strict=True):
+        Path("config.yaml").write_text(head + block)
+        fits = ["--trainer.max_epochs=2"] * (command == "fit")
+        main([command, "--config=config.yaml", *quiet, *fits, "--model.init_args.outliers=false"])
+
+
+def test_the_guards_page_has_every_refusal() -> None:
+    """Each text of an error or a warning of the room stands on the page, numbers aside."""
+    page = " ".join(blocks("text", "docs/guard.md"))
+    own = [ROOT / "lightning_compress/choosing" / name for name in GUARDS]
+    texts = re.findall(r'invalid\(\s*"(\w+)",\s*f?"([^"{]+)', "".join(path.read_text() for path in own))
+    assert len(texts) > 10
+    assert [text for name, text in texts if f"`{name}` must {text}" not in page] == []
+
+
+GUARDS = ("guard.py", "phases.py", "stepping_back.py", "validation.py", "paired.py", "baseline.py")
 
 
 def test_quantization_page_python(own_folder: Path) -> None:
@@ -463,3 +494,27 @@ def test_channels_page_files() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "docs/channels.md").read_text())
     assert links
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+
+
+def test_choosing_page_python(own_folder: Path) -> None:
+    [block] = blocks("python", "docs/choosing.md")
+    data = TinyData()
+    data.setup("fit")
+    model = Classifier()
+    quiet_trainer(max_epochs=4).fit(model, data)
+    names: dict[str, Any] = {"model": model, "data": data}
+    exec(compile(block, "docs/choosing.md", "exec"), names)
+    assert names["found"].to_yaml().startswith("class_path: lightning_compress.PostTrainingQuantization")
+    assert list(names["table"].splits) == ["weights alone", "activations alone", "weights and activations"]
+
+
+@pytest.mark.slow
+def test_which_layers(own_folder: Path, run_here: Callable[..., str]) -> None:
+    shown = run_here("examples/choosing/which_layers.py", "2")
+    assert "search over weights: bytes" in shown
+    assert {path.name for path in Path("demo_output/choosing").iterdir()} == {
+        "run.jsonl",
+        "search.png",
+        "sensitivity.png",
+    }
+    assert len(re.findall(r"^(?:float/)?test_(?:acc|loss): 0\.\d{4}$", shown, flags=re.MULTILINE)) == 4

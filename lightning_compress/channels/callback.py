@@ -90,6 +90,8 @@ class ChannelPruning(WindowedCallback):
     """
 
     key = "channels"
+    leads_to = "pruned"
+    is_guarded = can_wait = True
     conflicts = ("quantization-aware training",)
 
     def __init__(
@@ -167,7 +169,25 @@ class ChannelPruning(WindowedCallback):
 
     @override
     def is_final(self) -> bool:
-        return self._rounds.is_final
+        return self._rounds.is_final or self._rounds.given_up
+
+    @override
+    def has_begun(self) -> bool:
+        return self._rounds.asked > 0.0
+
+    @override
+    def phase(self, trainer: pl.Trainer) -> str | None:
+        phase = super().phase(trainer)
+        return "" if phase == self.leads_to and not self.is_final() else phase
+
+    @override
+    def on_fall(self) -> None:
+        self._rounds.shrink()
+
+    @override
+    def give_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().give_up(trainer, pl_module)
+        self._rounds.given_up = True
 
     @override
     def final_step(self, trainer: pl.Trainer) -> int:
@@ -196,7 +216,7 @@ class ChannelPruning(WindowedCallback):
         self._rounds.checked = True
         # Only where it may be needed: a step may change or empty what it is given.
         step = self._step + 1
-        if self.bounds.is_due(step, self.window.every_n_steps) and self._rounds.is_due(self.bounds.progress(step)):
+        if self.bounds.is_due(step, self.window.every_n_steps) and self._rounds.is_due(self.progress_at(step)):
             self._rounds.batch = copy_tensors(batch), batch_idx
 
     @override
@@ -252,6 +272,8 @@ class ChannelPruning(WindowedCallback):
             rank_zero_warn("ChannelPruning: no channel has left.", category=NoEffectWarning)
         if self._step:
             pl_module.log(f"remaining_{rounds.logged}", rounds.remaining)
+        if self.is_over and not rounds.is_final:  # a round may be smaller than what was left
+            self.give_up(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -265,9 +287,9 @@ class ChannelPruning(WindowedCallback):
         self._rounds.end_fit()
 
     @override
-    def unfinished(self) -> str:
+    def reached(self) -> str:
         kind, fraction, reached = self.recipe.budget.kind, self.recipe.budget.fraction, self._rounds.remaining
-        return f"{kind}={fraction} was asked for, {reached:.3f} is reached. Shorten the window, or train longer."
+        return f"{kind}={fraction} was asked for, {reached:.3f} is reached."
 
     @override
     def report_notes(self) -> list[str]:

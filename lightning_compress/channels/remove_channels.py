@@ -122,7 +122,7 @@ def plan_removal(
     args, kwargs = _example(model, inputs, batches)
     with torch.inference_mode(False):
         measured = partial(_outputs, runner, batches[:_MEASURED]) if batches else None
-        subject = Subject(model, _runs(model, args, kwargs), copy_module, samples_in((args, kwargs)), measured)
+        subject = Subject(model, runs_of(model, args, kwargs), copy_module, samples_in((args, kwargs)), measured)
         groups = find_groups(subject)
     carried = dict[str, Tensor]()
     if recipe.importance.needs_batches:
@@ -184,7 +184,7 @@ def check_module(model: nn.Module) -> None:
     require_float(model)
 
 
-def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:
+def runs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:
     """Evaluation, and training too if the model runs in it: both must go on working."""
 
     def evaluate(twin: nn.Module) -> Any:

@@ -34,6 +34,8 @@ class Rounds:
 
     Attributes:
         asked: the fraction of the way that the last round asked for.
+        largest: what fraction of the way a round may be: all of it, until one has cost too much.
+        given_up: whether nothing more leaves, although not all has left that was asked for.
         progress: what has left so far.
         scores: what an importance of gradients has summed since the last round: a group's name to its units' scores.
         latency: the measured fraction of the time that the whole removal leaves, where the budget is one of latency.
@@ -54,7 +56,9 @@ class Rounds:
 
     def reset(self) -> None:
         """Begin with another model, of which nothing has left."""
-        self.asked = 0.0
+        self.asked = self._before = 0.0
+        self.largest = 1.0
+        self.given_up = False
         self.progress = Progress()
         self.scores: dict[str, Tensor] = {}
         self.latency: float | None = None
@@ -125,7 +129,7 @@ class Rounds:
         """Whether the schedule asks for enough at this progress of the window to be worth a round."""
         asked = 0.0 if progress is None else self.schedule.value(progress, 1.0)
         # Rounded: a tenth is a hair less than that in some steps of a schedule.
-        return round(asked - self.asked, 6) >= _WORTH or asked == 1.0 > self.asked
+        return round(asked - self.asked, 6) >= min(_WORTH, self.largest) or asked == 1.0 > self.asked
 
     def start(self, progress: float, step: int) -> tuple[Any, int] | None:
         """The batch that a round which is due can be planned on; None if it has to wait for the next one."""
@@ -140,6 +144,11 @@ class Rounds:
         progress, self.waiting = self.waiting, None
         return progress
 
+    def shrink(self) -> None:
+        """Let rounds be half as large as the last one, which has cost too much."""
+        if self.asked > self._before:
+            self.largest = (self.asked - self._before) / 2
+
     def plan(
         self, subject: Subject, progress: float, step: int, agree: Callable[[Any], Any], measure: Measure | None = None
     ) -> RemovalPlan:
@@ -148,7 +157,8 @@ class Rounds:
         Seeds differ by ``step`` from round to round; ``agree`` gives all ranks the first one's value; ``measure`` gives
         the scores of an importance that is measured on batches.
         """
-        self.asked, self.checked = self.schedule.value(progress, 1.0), True
+        self._before, self.checked = self.asked, True
+        self.asked = min(self.schedule.value(progress, 1.0), self.asked + self.largest)
         groups = find_groups(subject)
         if measure is not None and self.recipe.importance.needs_batches:
             self.scores = measure(groups.all)
@@ -215,7 +225,10 @@ class Rounds:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold: plain data."""
+        # What is known of the last round matters as long as another may follow.
+        last = [self._before, self.largest, self.given_up]
         return {
+            **({} if self.is_final or last == [0.0, 1.0, False] else {"last": last}),
             "asked": self.asked,
             "progress": asdict(self.progress),
             "goal": self._macs,
@@ -232,6 +245,7 @@ class Rounds:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.asked = state["asked"]
+        self._before, self.largest, self.given_up = state.get("last", (0.0, 1.0, False))
         self.progress = Progress(**state["progress"])
         self._macs, self.latency, self.scores = state["goal"], state["latency"], dict(state["taylor"])
 

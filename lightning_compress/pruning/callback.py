@@ -13,7 +13,6 @@ from lightning_compress.callback import compression_callbacks, warn_of_other_set
 from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.modules.resizing import Cut
 from lightning_compress.pruning import rewind as rewinding
-from lightning_compress.pruning.checkpoint_scores import forget_scores
 from lightning_compress.pruning.masking import MaskingCallback
 from lightning_compress.pruning.masks import SparsityPoint, add_point_, check_masks, read_masks, sparsity_of
 from lightning_compress.pruning.methods import pruned
@@ -63,8 +62,6 @@ class ScheduledPruning(MaskingCallback):
         regrow: whether a pruned weight may come back while the window lasts, with the value that it had when it went;
             else masks only grow. Takes memory of the weights' size.
         rewind: whether, and to where, all other weights go back when some were pruned.
-        best_is_sparse: whether a `ModelCheckpoint` is to forget scores from before the window's end, so that its best
-            model is one of the final sparsity.
         progress_bar: whether the progress bar shows the sparsity.
         calibration_batches: ``wanda`` and ``least_squares``: how many batches they look at, at most.
         seed: of the random methods, and of what calibration looks at; the global generators aren't touched, and all
@@ -93,6 +90,9 @@ class ScheduledPruning(MaskingCallback):
         Zhu and Gupta, "To prune, or not to prune", 2017 (arXiv:1710.01878), for the default schedule.
     """
 
+    leads_to = "pruned"
+    is_guarded = can_wait = True
+
     def __init__(
         self,
         method: str = METHOD,
@@ -109,7 +109,6 @@ class ScheduledPruning(MaskingCallback):
         mask_file: str | None = None,
         regrow: bool = False,
         rewind: Rewind | None = None,
-        best_is_sparse: bool = False,
         progress_bar: bool = False,
         calibration_batches: int = 32,
         seed: int = 0,
@@ -134,12 +133,10 @@ class ScheduledPruning(MaskingCallback):
         self.mask_file = mask_file
         self.regrow = regrow
         self.rewind = rewind
-        self.best_is_sparse = best_is_sparse
         self.progress_bar = progress_bar
         self.calibration_batches = calibration_batches
         self.seed = seed
         self.sparsity_history: list[SparsityPoint] = []
-        self._awaits_score = False
         self._rewind_point: rewinding.RewindPoint | None = None
         self._rewind_step = 0
         self._asked = 0.0  # of the budget, when a method calibrated last
@@ -149,7 +146,7 @@ class ScheduledPruning(MaskingCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.sparsity_history, self._rewind_point, self._awaits_score = [], None, False
+            self.sparsity_history, self._rewind_point = [], None
             self._asked, self._calibrated = 0.0, ""
 
     @override
@@ -209,7 +206,9 @@ class ScheduledPruning(MaskingCallback):
         self.sync_(trainer, pl_module)
         add_point_(self.sparsity_history, self._step, pruner.masks, at_end=progress >= 1.0)
         if progress >= 1.0:
-            self._finish(trainer)
+            self._freeze()
+            if not pruner.plan.is_met(self.masks):
+                rank_zero_warn(f"ScheduledPruning: at its window's end {self.reached()}")
         if self._step:
             pl_module.log(self._logged_name(trainer), sparsity_of(pruner.masks), prog_bar=self.progress_bar)
 
@@ -226,36 +225,24 @@ class ScheduledPruning(MaskingCallback):
         if outcome.warning and fraction == 1.0:
             rank_zero_warn(f"ScheduledPruning: {outcome.warning}", category=NoEffectWarning)
 
-    def _finish(self, trainer: pl.Trainer) -> None:
-        """Freeze the masks at the window's end, and drop all that only growing masks need."""
+    def _freeze(self) -> None:
+        """Drop all that only growing masks need."""
         self.pruner.criterion_state = {}
         self._rewind_point = None
-        if self.best_is_sparse:
-            forget_scores(trainer)
-            # Until the next validation, what is monitored is the score of other weights.
-            self._awaits_score = True
-        if not self.pruner.plan.is_met(self.masks):
-            rank_zero_warn(f"ScheduledPruning: at its window's end {self._reached()}")
 
-    def _reached(self) -> str:
+    @override
+    def has_begun(self) -> bool:
+        return pruned(self.masks.values()) > 0
+
+    @override
+    def give_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().give_up(trainer, pl_module)
+        self._freeze()
+
+    @override
+    def reached(self) -> str:
         goal = self.recipe.budget.sparsity  # known for N:M too
         return f"sparsity is {sparsity_of(self.masks):.3f}, not {goal}."
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_validation_start(trainer, pl_module)
-        if self._awaits_score and not trainer.sanity_checking:
-            self._awaits_score = False
-            forget_scores(trainer)
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if self._awaits_score:
-            rank_zero_warn(
-                "ScheduledPruning: no validation followed the window's end, so the best checkpoint is one from before. "
-                "End the window earlier."
-            )
 
     def _logged_name(self, trainer: pl.Trainer) -> str:
         """Name the logged value: ``sparsity``, numbered where several callbacks prune."""
@@ -277,16 +264,12 @@ class ScheduledPruning(MaskingCallback):
 
     @override
     def refit_masks_(self, trainer: pl.Trainer) -> None:
-        progress = None if self._bounds is None else self._bounds.progress(self._step)
+        progress = None if self._bounds is None else self.progress_at(self._step)
         if progress is not None:
             before, calibrates = self.masks, self.pruner.method.calibrates
             fraction = self._asked if calibrates else self.schedule.value(progress, 1.0)
             self.pruner.refit_(fraction, self.seed + self._step)
             self.follow_masks_(trainer, before)
-
-    @override
-    def unfinished(self) -> str:
-        return f"{self._reached()} Shorten the window, or train longer."
 
     @override
     def report_notes(self) -> list[str]:

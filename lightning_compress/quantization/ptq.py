@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -10,16 +9,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_compress.calibration import calibration_batches, calibration_loader, calibration_source, stage_of
+from lightning_compress.calibration import stage_of
 from lightning_compress.callback import CompressionCallback
 from lightning_compress.errors import CompressionError
 from lightning_compress.messages import in_short
-from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state, restore_modes_, training_modes
-from lightning_compress.probe import data_feed
+from lightning_compress.modules.isolation import isolated_random_state, restore_modes_, training_modes
 from lightning_compress.quantization import convert
+from lightning_compress.quantization.guarded import guarded_copy
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import explain, summary
-from lightning_compress.quantization.quantize import own_parameters_, quantize_
+from lightning_compress.quantization.quantize import own_parameters_
 from lightning_compress.quantization.recipe import Recipe
 from lightning_compress.quantization.trainer import compare_with_float, refuse_accelerator
 from lightning_compress.silent_copy import make_probe, unsilence_
@@ -71,6 +70,7 @@ class PostTrainingQuantization(CompressionCallback):
     """
 
     key = "post-training quantization"
+    is_guarded = True
 
     def __init__(
         self,
@@ -169,9 +169,8 @@ class PostTrainingQuantization(CompressionCallback):
             return
         with torch.inference_mode(False), isolated_random_state(seed=0):  # every rank shuffles alike
             # All is done on a copy, so that an error leaves the module as it was.
-            shared = self.recipe.only_read(pl_module)
-            probe = make_probe(trainer, pl_module, shared)
-            way = self._quantize_copy(trainer, pl_module, probe)
+            shared = list(pl_module.parameters())
+            probe, way = guarded_copy(trainer, pl_module, self.recipe)
             self._floats = make_probe(trainer, pl_module, list(pl_module.parameters()))
             convert.transplant_(pl_module, probe)
             own_parameters_(probe, shared)
@@ -184,21 +183,6 @@ class PostTrainingQuantization(CompressionCallback):
         self.quantized_model = probe
         said = f"{type(self).__name__}: quantized {summary(record)}{way}."
         rank_zero_info("\n  ".join(in_short([said, *self._notes])))
-
-    def _quantize_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, probe: pl.LightningModule) -> str:
-        """Quantize ``probe``, a copy of the module; returns what is to be said of the way that batches took."""
-        takes_batch = self.recipe.decides_per_token and calibration_source(trainer, pl_module) is not None
-        if not self.recipe.calibrates and not takes_batch:
-            with evaluation_mode(probe):
-                quantize_(probe, self.recipe, None, ())
-            return ""
-        loader = calibration_loader(trainer, pl_module)
-        feed = data_feed(trainer, probe, stage_of(trainer))
-        found = calibration_batches(loader, trainer, probe, self.recipe.calibration_batches)
-        with evaluation_mode(probe), isolated_random_state(loaders=loader), closing(found):
-            batches = feed.choose(probe, found)
-            quantize_(probe, self.recipe, next(batches, None), batches, feed, feed.others())
-        return f"; {feed}"
 
     def _time(self, trainer: pl.Trainer, batch: Any) -> None:
         """Say if the first batch takes longer than in float; both forms are copies."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,9 +24,11 @@ from lightning_compress.modules.routing import form_of
 from lightning_compress.probe import observe_steps
 from lightning_compress.quantization import convert
 from lightning_compress.quantization.change import CHANGE
+from lightning_compress.quantization.guarded import guarded_conversion, guards_of
+from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import explain, make_plan, summary
-from lightning_compress.quantization.recipe import check_flow, check_overrides
+from lightning_compress.quantization.recipe import Recipe, check_flow, check_overrides
 from lightning_compress.quantization.schemes import describe, resolve
 from lightning_compress.quantization.static.calibrate import adjusted, calibrate
 from lightning_compress.quantization.static.rounding import AVERAGING_CONSTANT
@@ -46,6 +48,8 @@ from lightning_compress.windowed_callback import WindowedCallback
 _WINDOW = Window()
 _FEW = round(1 / AVERAGING_CONSTANT)
 """Ranges that have followed for fewer batches than this are hardly averages."""
+_CALIBRATION = 32
+"""On so many batches ranges are found where a guard asks for a model with less in int8."""
 
 
 class QuantizationAwareTraining(WindowedCallback):
@@ -94,6 +98,8 @@ class QuantizationAwareTraining(WindowedCallback):
 
     key = "quantization-aware training"
     conflicts = ("post-training quantization",)
+    is_guarded = True
+    leads_to = "quantized"
 
     def __init__(
         self,
@@ -128,6 +134,10 @@ class QuantizationAwareTraining(WindowedCallback):
     def waits(self) -> bool:
         """Whether quantization begins when the last channels have left, as no window says when."""
         return self.window == _WINDOW
+
+    @override
+    def phase(self, trainer: pl.Trainer) -> str | None:
+        return None if convert.form_name(trainer.lightning_module) == "float" else self.leads_to
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -239,10 +249,29 @@ class QuantizationAwareTraining(WindowedCallback):
         if self.convert and convert.form_name(pl_module) == "prepared":
             floats = make_probe(trainer, pl_module, list(pl_module.parameters()))
             convert.revert_(floats, "float")
-            convert.convert_prepared_(pl_module)
+            self._convert_(trainer, pl_module)
             self._compare(trainer, pl_module, floats)
         if convert.form_name(pl_module) == "float":
             rank_zero_warn(f"{type(self).__name__}: the fit ended before the window began; the model is still float.")
+
+    def _convert_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Convert the module as it was trained; where a guard is against it, its float weights with less in int8."""
+        other = None
+        if guards_of(trainer):
+            scheme = self.scheme
+            if isinstance(scheme, StaticInt8):  # weights were trained where they are
+                scheme = replace(scheme, equalize=False, smooth=False)
+            recipe = Recipe(scheme, _CALIBRATION, self.targets, self.overrides, "auto")
+            with torch.inference_mode(False), isolated_random_state(seed=0):
+                other = guarded_conversion(trainer, pl_module, recipe)
+        if other is None:
+            convert.convert_prepared_(pl_module)
+            return
+        convert.revert_(pl_module, "float")
+        convert.transplant_(pl_module, other)
+        record = convert.record_of(pl_module)
+        assert record is not None
+        self._notes = explain(record)
 
     def _prepare_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare when a fit has ended in which no step was left, with ranges of activations from its last batches."""

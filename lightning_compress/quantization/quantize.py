@@ -256,19 +256,35 @@ def slower_than_float(
     follow. What can't be put back afterwards, such as lists that grow, changes. Forms that are compiled at their first
     call aren't timed.
     """
-    record = record_of(quantized) or {}
-    if record.get("units") and record["scheme"]["engine"] == "inductor":
-        return ""
-    limits = {"max_seconds": 0.0 if fixed_rounds else 0.3, "min_rounds": 3, "max_rounds": 20, "warm_up": 1}
-    try:
-        ratios = round_ratios(floats, quantized, lambda model: run(model, copy_tensors(batch)), **limits)
-    except Exception as error:  # it is the user's; to be timed is no reason to fail
-        _logger.debug("The quantized model wasn't timed: %s", error)
-        return ""
-    lower, median, _ = statistics.quantiles(ratios, n=4, method="inclusive")
-    if lower <= NOISE:
+    found = _ratios(floats, quantized, run, batch, fixed_rounds)
+    if found is None or statistics.quantiles(found, n=4, method="inclusive")[0] <= NOISE:
         return ""
     return (
-        f"slower than float here: a batch takes {median:.2f} times as long in the quantized form (the median of "
-        f"{len(ratios)} rounds in turns)"
+        f"slower than float here: a batch takes {statistics.median(found):.2f} times as long in the quantized form "
+        f"(the median of {len(found)} rounds in turns)"
     )
+
+
+def time_ratio(
+    before: nn.Module, after: nn.Module, run: Callable[[nn.Module, Any], Any], batch: Any, *, fixed_rounds: bool = False
+) -> float | None:
+    """Return how many times as long as in ``before`` a batch takes in ``after``, None if that can't be timed.
+
+    See `slower_than_float`.
+    """
+    found = _ratios(before, after, run, batch, fixed_rounds)
+    return None if found is None else statistics.median(found)
+
+
+def _ratios(
+    before: nn.Module, after: nn.Module, run: Callable[[nn.Module, Any], Any], batch: Any, fixed_rounds: bool
+) -> tuple[float, ...] | None:
+    for record in (record_of(before) or {}, record_of(after) or {}):
+        if record.get("units") and record["scheme"]["engine"] == "inductor":
+            return None
+    limits = {"max_seconds": 0.0 if fixed_rounds else 0.3, "min_rounds": 3, "max_rounds": 20, "warm_up": 1}
+    try:
+        return round_ratios(before, after, lambda model: run(model, copy_tensors(batch)), **limits)
+    except Exception as error:  # it is the user's; to be timed is no reason to fail
+        _logger.debug("The quantized model wasn't timed: %s", error)
+        return None

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.isolation import isolated_random_state
+from lightning_compress.silent_copy import silent_loggers
 
 _OF_A_LAYER = re.compile(r"sparsity(_\d+)?/")
 
@@ -216,31 +217,38 @@ def validate_copy(trainer: Any, pl_module: Any) -> tuple[dict[str, Any], tuple[i
         trainer: whose fit has started.
         pl_module: its module, on its device.
     """
-    device = trainer.strategy.root_device
     aliases = {
         id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
         for parameter in pl_module.parameters()
     }
-    kind = next(kind for kind in type(trainer).__mro__ if kind.__module__.endswith("trainer.trainer"))
-    with isolated_random_state(), _in_silence():
+    with isolated_random_state(), in_silence():
         loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
-        own = kind(
-            accelerator=device.type,
-            devices=1 if device.index is None else [device.index],
-            precision=trainer.precision,
-            limit_val_batches=trainer.limit_val_batches,
-            inference_mode=trainer.validate_loop.inference_mode,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        own = validating_trainer(trainer, trainer.strategy.root_device)
         with isolated_random_state(loaders=loaders):
-            own.validate(copy_module(pl_module, aliases), dataloaders=tree_map(_own_iterator, loaders), verbose=False)
+            own.validate(copy_module(pl_module, aliases), dataloaders=tree_map(own_iterator, loaders), verbose=False)
         return own.callback_metrics, samples_of(own.val_dataloaders, own.num_val_batches)
 
 
-def _own_iterator(loader: Any) -> Any:
+def validating_trainer(trainer: Any, device: torch.device) -> Any:
+    """Return a Trainer that validates as ``trainer`` does, in this process alone, and logs and saves nothing."""
+    kind = next(kind for kind in type(trainer).__mro__ if kind.__module__.endswith("trainer.trainer"))
+    own = kind(
+        accelerator=device.type,
+        devices=1 if device.index is None else [device.index],
+        precision=trainer.precision,
+        limit_val_batches=trainer.limit_val_batches,
+        inference_mode=trainer.validate_loop.inference_mode,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    own.loggers = silent_loggers(trainer)
+    return own
+
+
+def own_iterator(loader: Any) -> Any:
+    """Return a loader with an iteration of its own."""
     if not isinstance(loader, DataLoader):
         return loader
     # Persistent workers would stay for the fit, which then draws fewer numbers.
@@ -250,7 +258,8 @@ def _own_iterator(loader: Any) -> Any:
 
 
 @contextmanager
-def _in_silence() -> Iterator[None]:
+def in_silence() -> Iterator[None]:
+    """Keep a Trainer in the block from saying anything."""
     # What a Trainer says of itself was said by the one that trains.
     with ExitStack() as stack, warnings.catch_warnings(action="ignore"):
         for logger in map(logging.getLogger, ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")):

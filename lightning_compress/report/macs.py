@@ -37,10 +37,17 @@ def count_macs(model: nn.Module, inputs: Any) -> tuple[int, tuple[str, ...]]:
         >>> count_macs(nn.Linear(10, 5), torch.ones(1, 10))
         (50, ())
     """
-    counter = _Counter()
-    with isolated_inference(model), _plain_kernels(), counter:
+    with isolated_inference(model), counted() as counter:
         call(model, inputs)
     return counter.macs, tuple(sorted(counter.uncounted))
+
+
+@contextmanager
+def counted() -> Iterator[Counter]:
+    """Count the multiply-accumulates of what runs in the block, in kernels that can be counted."""
+    counter = Counter()
+    with _plain_kernels(), counter:
+        yield counter
 
 
 @contextmanager
@@ -59,7 +66,9 @@ def _plain_kernels() -> Iterator[None]:
         yield
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
+    """Counts multiply-accumulates, and names operators that may multiply and have no formula."""
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.macs = 0

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import nn
 
 import lightning_compress
 from lightning_compress import (
+    AccuracyGuard,
     ChannelPruning,
     CompressionReport,
     Distillation,
@@ -34,6 +35,7 @@ PUBLIC = [
     value
     for name in lightning_compress.__all__
     if isinstance(value := getattr(lightning_compress, name), type) and issubclass(value, Callback)
+    if not issubclass(value, Checkpoint)  # Lightning's own contract; see tests/choosing/test_phases.py
 ]
 
 
@@ -85,7 +87,6 @@ ROWS = (
                 "overrides": {"body": 0.75, "h*": 0.5},
                 "max_layer_sparsity": 0.95,
                 "rewind": {"to": 0.05, "unit": "fit"},
-                "best_is_sparse": True,
                 "progress_bar": True,
             },
         },
@@ -321,6 +322,32 @@ ROWS = (
             ({"ramps": [Ramp("task", "temperature", 1.0)]}, "`number` must be 'weight' for the task"),
         ),
         manual=False,
+    ),
+    Row(
+        "guard",
+        lambda: AccuracyGuard("val_loss", max_drop=10.0, mode="min", min_samples=10),
+        {
+            "class_path": "lightning_compress.AccuracyGuard",
+            "init_args": {
+                "monitor": "val_acc",
+                "max_drop": 0.5,
+                "mode": "max",
+                "min_samples": 10,
+                "fallback": "int8_weight_only",
+                "baseline": 0.5,
+                "smoothing": 0.0,
+            },
+        },
+        (
+            ({"monitor": "val_acc", "max_drop": 0.0}, "`max_drop` must be a finite number above 0"),
+            ({"monitor": "val_acc", "max_drop": True}, "`max_drop` must be a finite number above 0"),
+            ({"monitor": "val_acc", "max_drop": 0.1, "mode": "auto"}, "`mode` must be 'max' or 'min'"),
+            ({"monitor": "val_loss", "max_drop": 0.1}, "`mode` must be 'min' for a loss. Received: mode='max'"),
+            ({"monitor": "val_acc", "max_drop": 0.1, "min_samples": 0}, "`min_samples` must be a whole number"),
+            ({"monitor": "val_acc", "max_drop": 0.1, "smoothing": 1.0}, r"`smoothing` must lie in \[0, 1\)"),
+            ({"monitor": "val_acc", "max_drop": 0.1, "fallback": "int8_static"}, "`fallback` must be 'float' or a"),
+            ({"monitor": "val_acc", "max_drop": 0.1, "fallback": "int9"}, "`scheme` must be the name of a scheme"),
+        ),
     ),
     Row(
         "report",

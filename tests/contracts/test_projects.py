@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_compress import (
+    AccuracyGuard,
     ChannelPruning,
     CompressionError,
     CompressionReport,
@@ -48,6 +49,7 @@ DEFAULTS: dict[str, Callable[[Project], Callback]] = {
     "ptq dynamic": lambda _: PostTrainingQuantization("int8_dynamic"),
     "qlora": lambda _: QLoRA(),
     "distillation": lambda project: Distillation(project.build()),
+    "guard": lambda _: AccuracyGuard("val_acc", max_drop=0.01),
     "export": lambda _: ExportModel("model.onnx"),
     "report": lambda _: CompressionReport(directory="report", max_seconds=0.1),
 }

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from torch import Tensor, nn
 
 from lightning_compress import (
+    AccuracyGuard,
     CompressionReport,
     DistillationModule,
     ExportModel,
@@ -29,7 +30,7 @@ from tests.support.fits import resume
 from tests.support.modules import Classifier, quiet_trainer
 from tests.support.oracles import assert_different_state, assert_same_state, snapshot
 
-AFTERWARDS = PostTrainingPruning | PostTrainingQuantization | CompressionReport | ExportModel
+AFTERWARDS = PostTrainingPruning | PostTrainingQuantization | CompressionReport | ExportModel | AccuracyGuard
 TRAINERS = [row for row in ROWS if not isinstance(row.make(), AFTERWARDS)]
 each_trainer = pytest.mark.parametrize("row", TRAINERS, ids=str)
 pytestmark = pytest.mark.filterwarnings(

@@ -27,6 +27,7 @@ IGNORED = (
     "Checkpoint directory",
     ".*The teacher's accuracy is near chance",
     ".*The teacher is behind",
+    "Dequantized on this CPU",
 )
 
 

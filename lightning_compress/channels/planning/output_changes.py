@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_compress.channels.tracing.groups import Group, Member
 from lightning_compress.compensation.hold_out import pieces
@@ -20,7 +19,8 @@ from lightning_compress.modules.calls import samples_in
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.fast_path import without_fast_path
 from lightning_compress.modules.isolation import isolated_random_state
-from lightning_compress.modules.outputs import flatten, outer_outputs
+from lightning_compress.modules.output_probe import WithGradients, random_loss
+from lightning_compress.modules.outputs import outer_outputs
 
 
 def output_changes(runner: Runner, groups: Sequence[Group], batches: Iterable[Any], seed: int = 0) -> dict[str, Tensor]:
@@ -51,13 +51,6 @@ def output_changes(runner: Runner, groups: Sequence[Group], batches: Iterable[An
             f"{type(runner.model).__name__}. Its code may detach them, or run in inference mode. Use importance='l1'."
         )
     return scores
-
-
-class _WithGradients(TorchFunctionMode):
-    """Keeps gradients where a step switches them off, as validation steps may."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return None if func is torch._C._set_grad_enabled else func(*args, **(kwargs or {}))
 
 
 class _Readers:
@@ -94,9 +87,9 @@ class _Readers:
     def squares(self, runner: Runner, batch: Any, generator: torch.Generator) -> list[Tensor]:
         """Return the sum over a batch's samples of the squares, for each group."""
         self._given = {}
-        with outer_outputs(self.twin) as calls, _WithGradients():
+        with outer_outputs(self.twin) as calls, WithGradients():
             runner.run(self.twin, copy_tensors(batch))
-        loss = _probe(calls, generator)
+        loss = random_loss(calls, generator)
         given = [(path, x) for path, found in self._given.items() for x in found]
         weights = [weight for _, weight, _ in self.of_weights if weight.requires_grad]
         if loss is None or not (given or weights):
@@ -133,16 +126,6 @@ def _reads(layer: nn.Module, member: Member) -> bool:
     """Whether what a layer is given shows all that it reads; recurrent layers read within their kernel."""
     is_recurrent = member.name.rpartition(".")[2].startswith(("weight_ih", "weight_hh"))
     return member.dim == input_dim(layer) and not is_recurrent
-
-
-def _probe(calls: Sequence[tuple[nn.Module, Any]], generator: torch.Generator) -> Tensor | None:
-    terms = []
-    for _, output in calls:
-        for leaf in flatten(output)[0]:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad and leaf.numel() > 1:
-                drawn = torch.randn(leaf.shape, generator=generator).to(leaf)
-                terms.append((leaf * drawn).sum() / leaf.detach().std().clamp_min(1e-12))
-    return sum(terms[1:], terms[0]) if terms else None
 
 
 def _by_sample(layer: nn.Module, product: Tensor, count: int) -> Tensor:

@@ -115,7 +115,9 @@ def is_computed(layer: nn.Module) -> bool:
 
 
 def may_have_kernel(module: nn.Module) -> bool:
-    """Tell whether it has a kernel, or matrices of the user's own, which its forward may use as a layer does."""
+    """Tell whether it has a kernel, or matrices that its forward may use as a layer does: attention, the user's own."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
     if isinstance(module, QUANTIZABLE) and is_parametrized(module, "weight"):
         return True
     return has_kernel(module) or (not is_layer_of_torch(module) and any(True for _ in own_matrices(module)))

@@ -33,7 +33,13 @@ from lightning_compress.quantization.layers.without_kernel import (
     without_kernel,
 )
 from lightning_compress.quantization.numerics.int8 import StaticInt8
-from lightning_compress.quantization.static.graphs import copy_graph, evaluate_modes_, float_weights, int8_layers
+from lightning_compress.quantization.static.graphs import (
+    copy_graph,
+    evaluate_modes_,
+    float_weights,
+    int8_layers,
+    is_one_of,
+)
 from lightning_compress.quantization.static.signature import Signature, canonical
 from lightning_compress.quantization.static.trace import Trace
 from lightning_compress.quantization.static.traced import Traced
@@ -155,7 +161,9 @@ class _Planner:
         tied = tied_to_float(self.modules[""])
         for name in floats:
             self.left_float.setdefault(prefix + name, tied.get(prefix + name, "excluded"))
-        self.left_float |= {(prefix + name).rstrip("."): why for name, why in left.items() if name not in floats}
+        self.left_float |= {
+            (prefix + name).rstrip("."): why for name, why in left.items() if not is_one_of(name, floats)
+        }
         self.traces[path] = found
         return unit, ""
 

@@ -1,0 +1,1 @@
+"""Which layers, how much: `sensitivity` and `search`."""
