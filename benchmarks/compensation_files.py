@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_compress import CompressionError, RuntimeModule, export, plan_removal, remove_channels_
 from lightning_compress.modules.latency import round_ratios
 
-TARGETS = {"onnxruntime": "model.onnx", "openvino": "model.xml", "executorch": "model.pte"}
+TARGETS = {"onnxruntime": "model.onnx", "openvino": "model.onnx", "executorch": "model.pte"}
 SIZES = (1, 8)
 
 
