@@ -42,8 +42,8 @@ def mlp() -> nn.Sequential:
         ({"macs": 0.5, "overrides": {"0": 2}}, r"`overrides` must map patterns to fractions that remain"),
         ({"macs": 0.5, "overrides": {"nope": 0.5}}, r"`overrides` must match .*overrides='nope'. .*'0', '2'"),
         ({"macs": 0.5, "targets": Targets(include=["nope"])}, r"`targets` pattern 'nope' must match a module"),
-        ({"macs": 0.5, "targets": Targets(exclude=["*"])}, r"4: an output; 0: excluded; 2: excluded"),
-        ({"macs": 0.5, "targets": Targets(include=["4"])}, r"4: an output; 0: not included"),
+        ({"macs": 0.5, "targets": Targets(exclude=["*"])}, r"`4`: an output; `\{0,2\}`: excluded"),
+        ({"macs": 0.5, "targets": Targets(include=["4"])}, r"`4`: an output; `\{0,2\}`: not included"),
     ],
     ids=lambda value: "",
 )  # fmt: skip
@@ -65,7 +65,7 @@ def test_no_example_inputs() -> None:
 
 
 def test_frozen_models() -> None:
-    assert "0: frozen" in refusal(mlp().requires_grad_(False), X, macs=0.5)
+    assert "`{0,2}`: frozen" in refusal(mlp().requires_grad_(False), X, macs=0.5)
 
 
 @pytest.mark.parametrize("fault", ["twice", "another_width", "another_model", "fewer_layers", "more_layers"])
@@ -146,7 +146,7 @@ def test_a_cache_that_is_taken_back_shrinks_with_its_heads(inside: bool) -> None
 
 
 def test_what_is_no_argument_keeps_its_size() -> None:
-    assert "qkv: an output" in refusal(Decoder("keys"), torch.randint(9, (2, 6)), macs=0.5,
+    assert "`qkv`, `head`: an output" in refusal(Decoder("keys"), torch.randint(9, (2, 6)), macs=0.5,
                                        targets=Targets(include=["qkv"]))  # fmt: skip
 
 
