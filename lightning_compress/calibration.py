@@ -104,9 +104,9 @@ def chosen_batches(
     Returns:
         How they run through the probe, and those that do.
     """
-    fits = trainer.state.fn == "fit"
-    loader = (fit_loader if fits else calibration_loader)(trainer, pl_module)
-    feed = data_feed(trainer, probe, "validation" if fits else stage_of(trainer))
+    runs = trainer.state.fn
+    loader = (fit_loader if runs == "fit" else calibration_loader)(trainer, pl_module)
+    feed = data_feed(trainer, probe, "validation" if runs in ("fit", None) else stage_of(trainer))
     with isolated_random_state(seed, loader), evaluation_mode(probe):
         found = list(calibration_batches(loader, trainer, probe, limit))
         if not found:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from torch import nn
 
-from lightning_compress.calibration import calibration_batches, calibration_loader
+from lightning_compress.calibration import chosen_batches
 from lightning_compress.callback import compression_callbacks
-from lightning_compress.errors import CompressionError, invalid, nearest
-from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state
-from lightning_compress.probe import data_feed
+from lightning_compress.errors import invalid, nearest
 from lightning_compress.silent_copy import make_probe, silence_, unsilence_
 
 
@@ -66,13 +63,7 @@ def step_batches(
     Raises:
         CompressionError: there is no calibration data, or no step takes it.
     """
-    loader, probe = calibration_loader(trainer, pl_module), make_probe(trainer, pl_module)
-    feed = data_feed(trainer, probe, "validation")
-    found = calibration_batches(loader, trainer, probe, count)
-    with evaluation_mode(probe), isolated_random_state(0, loader), closing(found):
-        batches = list(feed.choose(probe, found))
-    if not batches:
-        raise CompressionError("`calibration_dataloader` must give at least one batch. Received: an empty loader.")
+    feed, batches = chosen_batches(trainer, pl_module, make_probe(trainer, pl_module), count, seed=0)
 
     def run(module: Any, batch: Any) -> Any:
         silence_(module, trainer)
