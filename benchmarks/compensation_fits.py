@@ -17,9 +17,10 @@ from compensation_networks import Batches, Row
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import ChannelPruning, OneShot
+from lightning_compress import ChannelPruning, Linear, OneShot, Window
 
-BUDGET, BATCH, CALIBRATED = 0.5, 32, 8
+BUDGET, BATCH = 0.5, 32
+WITHOUT: dict[str, Any] = {"calibration_batches": 0, "window": Window(0.0, 0.3)}
 BY_HAND = "torch-pruning"
 STEPS = {"pitch": 200, "sentences": 60, "voices": 200, "lines": 40, "residual": 200, "transformer": 200}
 """As many as a few minutes of one thread allow, at most 200; a row without an entry isn't trained."""
@@ -160,21 +161,20 @@ def _arms() -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for labels, name in ((True, "Fit to labels"), (False, "Fit to the original's outputs")):
         make = functools.partial(_callback, labels)
-        once = {"schedule": OneShot()}
         arms |= {
-            f"{name}, {TODAY}": make(),
-            f"{name}, at once": make(**once),
-            f"{name}, calibrated": make(calibration_batches=CALIBRATED, **once),
-            f"{name}, calibrated, a tenth of the rate": make(part=0.1, calibration_batches=CALIBRATED, **once),
-            f"{name}, calibrated, in rounds": make(calibration_batches=CALIBRATED),
-            f"{name}, calibrated, blocks": make(calibration_batches=CALIBRATED, blocks=True, **once),
+            f"{name}, {TODAY}": make(**WITHOUT, schedule=Linear()),
+            f"{name}, at once": make(**WITHOUT, schedule=OneShot()),
+            f"{name}, calibrated": make(),
+            f"{name}, calibrated, a tenth of the rate": make(part=0.1),
+            f"{name}, calibrated, in rounds": make(schedule=Linear()),
+            f"{name}, calibrated, blocks": make(blocks=True),
         }
         for importance in ("magnitude", "taylor"):
             for everywhere in (True, False):
                 scope = "global" if everywhere else "local"
                 arms[f"{name}, {BY_HAND}, {importance}, {scope}"] = _by_hand(labels, importance, everywhere)
     for rate in TRIED:
-        arms[f"Rates, {rate:g}"] = _callback(False, rate)
+        arms[f"Rates, {rate:g}"] = _callback(False, rate, **WITHOUT, schedule=Linear())
     return arms
 
 

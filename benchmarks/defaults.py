@@ -35,6 +35,7 @@ from torch import nn
 from lightning_compress import (
     ChannelPruning,
     Distillation,
+    Linear,
     OneShot,
     PostTrainingQuantization,
     QuantizationAwareTraining,
@@ -51,8 +52,10 @@ Scores = dict[tuple[str, str, int], float]
 
 PLAIN, PTQ = "plain", "PTQ of plain"
 QAT, CUT, ZEROS = "QAT", "ChannelPruning", "ScheduledPruning"
+BEFORE = f"{CUT}, uncalibrated"
 FX = ", by fx"
 """Ends what was measured at commit a68ae47, whose static int8 went through torch.fx and torch.ao."""
+_WITHOUT: dict[str, Any] = {"calibration_batches": 0, "schedule": Linear(), "window": Window(0.0, 0.3)}
 _MOVED = StaticInt8(equalize=True, smooth=True)
 
 
@@ -60,7 +63,7 @@ class Floored(ChannelPruning):
     """Leaves another part of each layer's even share; 0 is none but a tenth of its width, as it was."""
 
     def __init__(self, share: float, **budget: float) -> None:
-        super().__init__(**budget)
+        super().__init__(**budget, **_WITHOUT)
         self.share = share
 
     def _remove(self, *args: Any) -> None:
@@ -104,15 +107,22 @@ ARMS: dict[str, Arm] = {
     f"{QAT}, distilled": lambda: ([_from_float(0.0), QuantizationAwareTraining()], None),
     f"{QAT}, half distilled": lambda: ([_from_float(0.5), QuantizationAwareTraining()], None),
     CUT: lambda: ([ChannelPruning(macs=0.5)], None),
-    f"{CUT}, as it was": lambda: ([Floored(0.0, macs=0.5)], None),
-    f"{CUT}, half the share": lambda: ([Floored(0.5, macs=0.5)], None),
-    f"{CUT}, layer": lambda: ([ChannelPruning(macs=0.5, scope="layer")], None),
-    f"{CUT}, 0.25": lambda: ([ChannelPruning(macs=0.25)], None),
-    f"{CUT}, 0.25, as it was": lambda: ([Floored(0.0, macs=0.25)], None),
-    f"{CUT}, floor 0.35": lambda: ([ChannelPruning(macs=0.5, min_layer_channels=0.35)], None),
-    f"{CUT}, OneShot": lambda: ([ChannelPruning(macs=0.5, schedule=OneShot())], None),
-    f"{CUT}, l2": lambda: ([ChannelPruning(macs=0.5, importance="l2")], None),
-    f"{CUT}, taylor": lambda: ([ChannelPruning(macs=0.5, importance="taylor", window=Window(0.05, 0.3))], None),
+    f"{CUT}, at 0": lambda: ([ChannelPruning(macs=0.5, window=Window(0.0, 0.3))], None),
+    f"{CUT}, at 0.3": lambda: ([ChannelPruning(macs=0.5, window=Window(0.3))], None),
+    f"{CUT}, in rounds": lambda: ([ChannelPruning(macs=0.5, schedule=Linear())], None),
+    BEFORE: lambda: ([ChannelPruning(macs=0.5, **_WITHOUT)], None),
+    f"{BEFORE}, as it was": lambda: ([Floored(0.0, macs=0.5)], None),
+    f"{BEFORE}, half the share": lambda: ([Floored(0.5, macs=0.5)], None),
+    f"{BEFORE}, layer": lambda: ([ChannelPruning(macs=0.5, scope="layer", **_WITHOUT)], None),
+    f"{BEFORE}, 0.25": lambda: ([ChannelPruning(macs=0.25, **_WITHOUT)], None),
+    f"{BEFORE}, 0.25, as it was": lambda: ([Floored(0.0, macs=0.25)], None),
+    f"{BEFORE}, floor 0.35": lambda: ([ChannelPruning(macs=0.5, min_layer_channels=0.35, **_WITHOUT)], None),
+    f"{BEFORE}, OneShot": lambda: ([ChannelPruning(macs=0.5, **{**_WITHOUT, "schedule": OneShot()})], None),
+    f"{BEFORE}, l2": lambda: ([ChannelPruning(macs=0.5, importance="l2", **_WITHOUT)], None),
+    f"{BEFORE}, taylor": lambda: (
+        [ChannelPruning(macs=0.5, importance="taylor", **{**_WITHOUT, "window": Window(0.05, 0.3)})],
+        None,
+    ),
     ZEROS: lambda: ([ScheduledPruning(sparsity=0.8)], None),
     f"{ZEROS}, as it was": lambda: ([ScheduledPruning("l1_unstructured", sparsity=0.8)], None),
     f"{ZEROS}, 0.9": lambda: ([ScheduledPruning(sparsity=0.9)], None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Generator, Iterable
 from itertools import islice
 from typing import Any
@@ -11,9 +12,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils import _pytree as pytree
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.modules.calls import first_batches
 from lightning_compress.modules.isolation import evaluation_mode, isolated_random_state
 from lightning_compress.probe import Feed, data_feed, is_own, to_module
 
@@ -89,8 +92,21 @@ def fit_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
     return pytree.tree_map(_unstarted, getattr(trainer.train_dataloader, "iterables", trainer.train_dataloader))
 
 
+def reads_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Whether reading `fit_loader` takes nothing from the fit: a stream may give each of its samples only once."""
+    loaders = pytree.tree_leaves(getattr(trainer.train_dataloader, "iterables", trainer.train_dataloader))
+    sources = [getattr(loader, "dataset", loader) for loader in loaders]
+    indexed = all(hasattr(source, "__getitem__") and not isinstance(source, IterableDataset) for source in sources)
+    return calibration_source(trainer, pl_module) is not None or indexed
+
+
 def chosen_batches(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, probe: pl.LightningModule, limit: int, seed: int
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    probe: pl.LightningModule,
+    limit: int,
+    seed: int,
+    samples: float = math.inf,
 ) -> tuple[Feed, list[Any]]:
     """Read batches from the beginning, the same ones whenever; in a fit those of `fit_loader`.
 
@@ -100,6 +116,7 @@ def chosen_batches(
         probe: a silent copy of it in float, with which the batches are to run.
         limit: how many, at most.
         seed: of shuffling.
+        samples: batches that hold so many are enough.
 
     Returns:
         How they run through the probe, and those that do.
@@ -108,7 +125,7 @@ def chosen_batches(
     loader = (fit_loader if runs == "fit" else calibration_loader)(trainer, pl_module)
     feed = data_feed(trainer, probe, "validation" if runs in ("fit", None) else stage_of(trainer))
     with isolated_random_state(seed, loader), evaluation_mode(probe):
-        found = list(calibration_batches(loader, trainer, probe, limit))
+        found = list(first_batches(calibration_batches(loader, trainer, probe, limit), samples))
         if not found:
             raise invalid("calibration_dataloader", "give at least one batch", "an empty loader")
         return feed, list(feed.choose(probe, iter(found)))

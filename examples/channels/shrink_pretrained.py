@@ -11,7 +11,7 @@ import torch
 from net import Net, accuracy, fit, images
 from torch.utils.data import DataLoader
 
-from lightning_compress import ChannelPruning, Distillation, OneShot, Snapshot, SoftTarget
+from lightning_compress import ChannelPruning, Distillation, Snapshot, SoftTarget
 
 
 class Unlabelled(Net):
@@ -34,7 +34,7 @@ trainer = L.Trainer(
     accelerator="cpu",
     callbacks=[
         # Channels that the outputs miss least leave at once; what stays is fitted to what the whole network computes.
-        ChannelPruning(macs=0.5, schedule=OneShot(), calibration_batches=8),
+        ChannelPruning(macs=0.5),
         # Then the network learns from what it was, without labels.
         Distillation(Snapshot(), [SoftTarget(temperature=1.0, weight=1.0)], task_weight=0.0),
     ],

@@ -17,13 +17,13 @@ from lightning_compress.channels.batchnorm_restart import BatchNormRestart
 from lightning_compress.channels.compensate import last_fit
 from lightning_compress.channels.fit_calls import FitCalls
 from lightning_compress.channels.planning.plan import RemovalPlan
-from lightning_compress.channels.planning.recipe import CALIBRATED, LEAST, SCOPE, make_recipe
-from lightning_compress.channels.remove_in_fit import calibration_data, follow_statistics_, remove_in_fit_
+from lightning_compress.channels.planning.recipe import IMPORTANCE, LEAST, SCOPE, make_recipe
+from lightning_compress.channels.remove_in_fit import follow_statistics_, remove_in_fit_
 from lightning_compress.channels.rounds import Rounds
 from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.messages import in_short
 from lightning_compress.modules.copying import copy_tensors
-from lightning_compress.schedules import Linear, Schedule
+from lightning_compress.schedules import OneShot, Schedule
 from lightning_compress.structure.files import restored_state
 from lightning_compress.targets import Scope, Targets
 from lightning_compress.window import Window, fit_length
@@ -46,13 +46,13 @@ class ChannelPruning(WindowedCallback):
         latency: budget: the fraction of a forward pass' time that remains, measured on this machine when the window
             starts.
         importance: ``l1``, ``l2``, ``batchnorm``, ``taylor``, ``fpgm``, ``random``, ``outputs`` (measured on the
-            calibration batches), or the import path of your own function: see `Importance`. By default ``outputs``
-            with ``calibration_batches``, else ``l1``.
+            calibration batches), or the import path of your own function: see `Importance`. By default ``outputs``;
+            ``l1`` with ``regularization`` and where nothing calibrates.
         scope: ``global`` ranks the channels of all layers together, but leaves no layer less than 3/4 of what it would
             keep if all lost the same fraction, or less where that misses the budget. ``layer`` takes the same fraction.
-        schedule: how much of the way to the budget is gone when. Channels leave when it asks for a tenth more, so there
-            are ten rounds at most; `Steps` says how many, `OneShot` is one, at the window's start.
-        window: when. Leave a hundred optimizer steps or more after its end.
+        schedule: how much of the way to the budget is gone when. `OneShot` is one round, at the window's start. By
+            others channels leave when they ask for a tenth more, in ten rounds at most; `Steps` says in how many.
+        window: when. Leave a hundred optimizer steps or more after the last round.
         targets: which layers; by default all that can lose channels and are trained. A width that a norm spans
             (LayerNorm, GroupNorm) is cut only if ``include`` names one of its layers exactly, as that is approximate.
         overrides: pattern of layers' paths to the fraction of their channels that remains; the last match wins.
@@ -67,8 +67,9 @@ class ChannelPruning(WindowedCallback):
             change least. Their inputs, or zeros, take their places.
         calibration_batches: on so many batches of the fit's own data (``calibration_dataloader``, if the datamodule or
             module has one, else the train loader, read once more from its start) each round measures what channels are
-            worth, and fits the layers that have lost inputs to what they put out before: see `compensate_`. Then few
-            rounds are best: ``schedule=OneShot()``. 0 does without.
+            worth, and fits the layers that have lost inputs to what they put out before: see `compensate_`. By default
+            as many as hold 256 samples; where the loader is a stream or no step of the module takes its batches, a
+            warning says so, and weights decide. 0 does without.
 
     Raises:
         CompressionError: in the constructor for bad arguments; in ``setup`` for a strategy that can't follow, and where
@@ -102,8 +103,8 @@ class ChannelPruning(WindowedCallback):
         latency: float | None = None,
         importance: str | None = None,
         scope: Scope = SCOPE,
-        schedule: Schedule = Linear(),  # noqa: B008  frozen
-        window: Window = Window(0.0, 0.3),  # noqa: B008  frozen
+        schedule: Schedule = OneShot(),  # noqa: B008  frozen
+        window: Window = Window(0.1, 0.3),  # noqa: B008  frozen
         targets: Targets = Targets(),  # noqa: B008  frozen
         overrides: Mapping[str, float] | None = None,
         min_layer_channels: float = LEAST,
@@ -111,17 +112,22 @@ class ChannelPruning(WindowedCallback):
         regularization: float = 0.0,
         seed: int = 0,
         blocks: bool = False,
-        calibration_batches: int = 0,
+        calibration_batches: int | None = None,
     ) -> None:
         super().__init__(window)
+        if importance is None and regularization:
+            importance = IMPORTANCE
         self.recipe = make_recipe(channels, params, macs, latency, importance, scope, targets, overrides,
                                   min_layer_channels, round_to, seed, blocks, calibration_batches != 0)  # fmt: skip
-        if type(calibration_batches) is not int or calibration_batches < 0:
+        if calibration_batches is not None and (type(calibration_batches) is not int or calibration_batches < 0):
             raise invalid("calibration_batches", "be a whole number, at least 0", calibration_batches)
         if regularization and self.recipe.importance.needs_batches:
-            raise invalid("regularization", f"be 0 with importance={importance or CALIBRATED!r}", regularization)
+            raise invalid("regularization", f"be 0 with importance={importance!r}", regularization)
         if isinstance(regularization, bool) or not isinstance(regularization, (int, float)) or regularization < 0:
             raise invalid("regularization", "be a number, at least 0", regularization, "Usual values: 1e-4 to 1e-2.")
+        if regularization and isinstance(schedule, OneShot):
+            remedy = "Such as Steps([0.0, 1.0], [0.0, 1.0]), by which all leave when the window ends."
+            raise invalid("schedule", "take time with `regularization`", schedule, remedy)
         if self.recipe.importance.needs_gradients and window.start == 0 and schedule.value(0.0, 1.0) > 0:
             raise invalid("window", f"start later with importance={importance!r}, which needs gradients", window)
         self.schedule = schedule
@@ -129,7 +135,7 @@ class ChannelPruning(WindowedCallback):
         self.regularization = regularization
         self._rounds = Rounds(self.recipe, schedule, window)
         self._statistics = BatchNormRestart()
-        self._warned = False
+        self._warned = set[str]()
         self._model: weakref.ref[nn.Module] | None = None
 
     @property
@@ -143,7 +149,7 @@ class ChannelPruning(WindowedCallback):
         if stage != "fit":
             return
         self._rounds.begin_fit()
-        self._warned = False
+        self._warned.clear()
         restored = restored_state(pl_module, self.state_key)
         if restored is not None or self._model is None or self._model() is not pl_module:
             self._model = weakref.ref(pl_module)
@@ -254,13 +260,17 @@ class ChannelPruning(WindowedCallback):
     def _remove(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Any, int], progress: float
     ) -> None:
-        rounds, data = self._rounds, None
-        if self.calibration_batches:
-            seed = self.recipe.seed + self._step
-            data = calibration_data(trainer, pl_module, self.calibration_batches, seed)
-        outcome = remove_in_fit_(trainer, pl_module, batch, rounds, self._statistics, progress, self._step, data)
-        if outcome.anew and not self._warned:
-            self._warned = True
+        rounds, count = self._rounds, self.calibration_batches
+        outcome = remove_in_fit_(trainer, pl_module, batch, rounds, self._statistics, progress, self._step, count)
+        if outcome.why_not and "calibration" not in self._warned:
+            self._warned.add("calibration")
+            rank_zero_warn(
+                "ChannelPruning doesn't calibrate: weights alone say which channels leave, and no layer is fitted, "
+                f"which costs a pretrained network much more. {outcome.why_not.rstrip('.')}. If that is meant, give "
+                "calibration_batches=0."
+            )
+        if outcome.anew and "state" not in self._warned:
+            self._warned.add("state")
             anew = ", ".join(outcome.anew)
             rank_zero_warn(f"ChannelPruning: {anew} keeps state of no known layout, and starts anew for what shrank.")
         if outcome.compensation is not None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.channels.planning.importance import carry_scores_, rank
+from lightning_compress.channels.planning.importance import carry_scores_, rank, resolve_importance
 from lightning_compress.channels.planning.plan import RemovalPlan
-from lightning_compress.channels.planning.recipe import Budget, Recipe
+from lightning_compress.channels.planning.recipe import IMPORTANCE, Budget, Recipe
 from lightning_compress.channels.planning.regularize import regularize_
 from lightning_compress.channels.planning.removable import removable
 from lightning_compress.channels.planning.search import Progress, make_plan
@@ -23,7 +23,7 @@ from lightning_compress.modules.paths import named_tensors
 from lightning_compress.schedules import OneShot, Schedule
 from lightning_compress.window import Bounds, Window
 
-Measure = Callable[[Sequence[Group]], dict[str, Tensor]]
+Measure = Callable[[Sequence[Group]], dict[str, Tensor] | None]
 
 _WORTH = 0.1
 """Between two removals at least this fraction of the way to the budget is gone: less isn't worth a plan."""
@@ -155,14 +155,17 @@ class Rounds:
         """Decide what leaves now: a part of the way from the original to the budget.
 
         Seeds differ by ``step`` from round to round; ``agree`` gives all ranks the first one's value; ``measure`` gives
-        the scores of an importance that is measured on batches.
+        the scores of an importance that is measured on batches, None where there are no batches: then weights decide.
         """
         self._before, self.checked = self.asked, True
         self.asked = min(self.schedule.value(progress, 1.0), self.asked + self.largest)
         groups = find_groups(subject)
-        if measure is not None and self.recipe.importance.needs_batches:
-            self.scores = measure(groups.all)
         recipe = self.recipe
+        if recipe.importance.needs_batches:
+            scores = None if measure is None else measure(groups.all)
+            if scores is None:
+                recipe = replace(recipe, importance=resolve_importance(IMPORTANCE))
+            self.scores = scores or {}
         if recipe.budget.kind == "latency":
             if self._macs is None:
                 timed = make_plan(subject, groups, recipe, self.scores, self.progress)

@@ -118,9 +118,7 @@ def _ways() -> Mapping[str, tuple[Mapping[str, Any], Make]]:
         said = {"class_path": "lightning_compress.PostTrainingQuantization", "init_args": {"scheme": name}}
         return said, lambda model, batches, run: _quantized(model, name, batches, run)
 
-    once = {"class_path": "lightning_compress.OneShot"}
-    options = {"channels": SHARE, "schedule": once, "calibration_batches": MOST_BATCHES}
-    channels = {"class_path": "lightning_compress.ChannelPruning", "init_args": options}
+    channels = {"class_path": "lightning_compress.ChannelPruning", "init_args": {"channels": SHARE}}
     others = {name: scheme(name) for name in _SCHEMES}
     return {"int8_static": scheme("int8_static"), "channels": (channels, _narrow), **others}
 

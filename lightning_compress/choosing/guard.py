@@ -18,6 +18,7 @@ from lightning_compress.errors import NoEffectWarning, invalid, nearest
 from lightning_compress.messages import in_short
 from lightning_compress.quantization.schemes import resolve
 from lightning_compress.report.evaluations import samples_of, validate_copy
+from lightning_compress.schedules import OneShot
 from lightning_compress.windowed_callback import WindowedCallback
 
 
@@ -110,6 +111,11 @@ class AccuracyGuard(CompressionCallback):
                 "QuantizationAwareTraining, ScheduledPruning or ChannelPruning.",
                 category=NoEffectWarning,
             )
+        for other in self._schedules(trainer) if stage == "fit" else []:
+            if isinstance(schedule := vars(other).get("schedule"), OneShot):
+                name = type(other).__name__
+                remedy = "What goes at once can't be held: give it schedule=Linear()."
+                raise invalid("schedule", f"have several rounds in {name} beside AccuracyGuard", schedule, remedy)
 
     # When a model is converted.
 

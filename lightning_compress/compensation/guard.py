@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_compress.compensation.hold_out import HoldOut, split
+from lightning_compress.compensation.hold_out import HoldOut, pieces, split
 from lightning_compress.compensation.in_order import Call, Runner, Visit
 from lightning_compress.compensation.strangers import strangers
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.agreement import Agreement
-from lightning_compress.modules.calls import samples_in
+from lightning_compress.modules.calls import first_batches, samples_in
 
-_DECIDING = 32
+_DECIDING = 16
 """So many samples of either kind decide: they run for every layer."""
 
 
@@ -83,7 +83,7 @@ class Guard:
     def __init__(self, reference: Runner, fitted: Runner, samples: Samples) -> None:
         self._held_out = HoldOut(reference, fitted, samples.held_out)
         self._deciding = [
-            HoldOut(reference, fitted, list(first(batches))) for batches in (samples.held_out, samples.strange_held_out)
+            HoldOut(reference, fitted, _deciding(batches)) for batches in (samples.held_out, samples.strange_held_out)
         ]
         self.renew()
 
@@ -107,10 +107,6 @@ class Guard:
         return [hold_out.error() for hold_out in self._deciding]
 
 
-def first(batches: Sequence[Any], count: int = _DECIDING) -> Iterator[Any]:
-    """Yield batches until they hold so many samples."""
-    seen = 0
-    for batch in batches:
-        if seen < count:
-            yield batch
-            seen += samples_in(batch)
+def _deciding(batches: Sequence[Any]) -> list[Any]:
+    cut = (piece for batch in batches for piece in pieces(batch, max(1, samples_in(batch) // _DECIDING)))
+    return list(first_batches(cut, _DECIDING))

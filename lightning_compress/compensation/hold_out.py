@@ -39,13 +39,18 @@ def split(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return found[:start], found[start:]
 
 
-def pieces(batch: Any) -> list[Any]:
-    """Take a batch apart along its samples, where all of its tensors have as many; else it is a piece by itself."""
+def pieces(batch: Any, count: int = SHARE) -> list[Any]:
+    """Take a batch apart along its samples, where all of its tensors have as many; else it is a piece by itself.
+
+    Example:
+        >>> [len(piece) for piece in pieces(torch.ones(7), 3)]
+        [2, 2, 3]
+    """
     leaves, spec = pytree.tree_flatten(batch)
     sizes = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
-    if len(sizes) != 1 or (count := sizes.pop()) < SHARE:
+    if len(sizes) != 1 or (size := sizes.pop()) < count:
         return [batch]
-    cuts = [count * number // SHARE for number in range(SHARE + 1)]
+    cuts = [size * number // count for number in range(count + 1)]
     return [
         spec.unflatten([leaf[start:end] if isinstance(leaf, Tensor) and leaf.dim() else leaf for leaf in leaves])
         for start, end in pairwise(cuts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
@@ -197,6 +197,23 @@ def to_device_of(inputs: Any, module: nn.Module) -> Any:
     if isinstance(inputs, tuple | list):
         return [to_device_of(value, module) for value in inputs]
     return inputs
+
+
+def first_batches(batches: Iterable[Any], samples: float) -> Iterator[Any]:
+    """Yield batches until they hold so many samples.
+
+    Example:
+        >>> list(first_batches(torch.ones(5, 2).split(2), samples=3))
+        [tensor([[1., 1.],
+                [1., 1.]]), tensor([[1., 1.],
+                [1., 1.]])]
+    """
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += samples_in(batch)
+        if seen >= samples:  # before another is read
+            return
 
 
 def samples_in(inputs: Any) -> int:

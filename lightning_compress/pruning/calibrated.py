@@ -10,18 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 
-from lightning_compress.compensation.guard import Guard, Samples, first
+from lightning_compress.compensation.guard import Guard, Samples
 from lightning_compress.compensation.hold_out import HoldOut
 from lightning_compress.compensation.in_order import Runner, Visits, layers_of_
 from lightning_compress.compensation.layer_rows import LINEAR
 from lightning_compress.compensation.parts import Part, parameter_of
 from lightning_compress.messages import by_reason, named
 from lightning_compress.modules.agreement import Agreement
+from lightning_compress.modules.calls import first_batches
 from lightning_compress.modules.paths import clean_name, modules_of
 from lightning_compress.pruning.layer_fit import LayerFit, LayerRows, fit_layer, write_
 from lightning_compress.pruning.methods import Calibrated, Masks, pruned
 from lightning_compress.pruning.plan import PruningPlan
 from lightning_compress.pruning.shares import TRIED, counts_of, share
+
+_FEW = 32
+"""So many samples tell how sensitive a layer is."""
 
 
 @dataclass
@@ -104,8 +108,8 @@ class _Fit:
 
     def errors(self, masks: Masks) -> dict[str, float]:
         """Measure the outputs' error with only one layer pruned, and add it up for each weight."""
-        few = list(first(self.samples.own))
-        hold_out = HoldOut(self.reference, self.fitted, list(first(self.samples.held_out)))
+        few = list(first_batches(self.samples.own, _FEW))
+        hold_out = HoldOut(self.reference, self.fitted, list(first_batches(self.samples.held_out, _FEW)))
         names = {slot.name for slot in self.slots if slot.name not in self.plan.fractions}
         counts = {name: max(round(TRIED * masks[name].numel()), pruned([masks[name]])) for name in names}
         errors = dict.fromkeys(names, 0.0)

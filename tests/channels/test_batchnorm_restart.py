@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import ChannelPruning, OneShot, QuantizationAwareTraining, Window
+from lightning_compress import ChannelPruning, QuantizationAwareTraining, Window
 from tests.support.data import TinyData
 from tests.support.fits import fit, read_checkpoint, resume
 from tests.support.modules import Classifier, quiet_trainer
@@ -112,7 +112,7 @@ def test_statistics_that_cant_move_are_those_of_the_narrower_network(
     modes = [(norm.training, getattr(norm, "momentum", None)) for norm in module.norms]
     wide = [norm.running_mean.clone() for norm in module.norms]
     x, y = images()
-    cut = ChannelPruning(channels=0.5, round_to=1, schedule=OneShot(), window=Window(0, 1, unit="step"))
+    cut = ChannelPruning(channels=0.5, round_to=1, calibration_batches=0, window=Window(0, 1, unit="step"))
     quiet_trainer(max_epochs=steps, callbacks=[cut]).fit(module, DataLoader(TensorDataset(x, y), batch_size=len(x)))
     first, second = module.norms
     assert [(norm.training, getattr(norm, "momentum", None)) for norm in module.norms] == modes
@@ -132,7 +132,7 @@ def test_an_instance_norm_in_eval_mode_gets_means_over_samples() -> None:
     for norm in module.norms:
         norm.eval()
     x, y = images()
-    cut = ChannelPruning(channels=0.5, round_to=1, schedule=OneShot(), window=Window(0, 1, unit="step"))
+    cut = ChannelPruning(channels=0.5, round_to=1, calibration_batches=0, window=Window(0, 1, unit="step"))
     quiet_trainer(callbacks=[cut]).fit(module, DataLoader(TensorDataset(x, y), batch_size=len(x)))
     with torch.no_grad():
         reached = copy.deepcopy(module).eval().reaches(x)[1]
@@ -143,7 +143,7 @@ def test_a_norm_with_a_cumulative_average_starts_it_anew() -> None:
     module = Net(lambda width: nn.BatchNorm2d(width, momentum=None))  # type: ignore[arg-type]
     x, y = images()
     module.train()(x * 100)
-    cut = ChannelPruning(channels=0.5, round_to=1, schedule=OneShot(), window=Window(0, 1, unit="step"))
+    cut = ChannelPruning(channels=0.5, round_to=1, calibration_batches=0, window=Window(0, 1, unit="step"))
     quiet_trainer(max_epochs=3, callbacks=[cut]).fit(module, DataLoader(TensorDataset(x, y), batch_size=len(x)))
     with torch.no_grad():
         reached = module.train().reaches(x)[1].transpose(0, 1).flatten(1)
@@ -165,7 +165,7 @@ def test_a_resumed_fit_estimates_the_same(freeze: Callable[[Any], nn.Module], tm
         module = Net(lr=0.1)
         for norm in module.norms:
             freeze(norm)
-        cut = ChannelPruning(channels=0.5, round_to=1, schedule=OneShot(), window=Window(1, 2, unit="step"))
+        cut = ChannelPruning(channels=0.5, round_to=1, calibration_batches=0, window=Window(1, 2, unit="step"))
         return fit(cut, module=module, data=DataLoader(TensorDataset(*images()), batch_size=8), **files)
 
     resume(run, tmp_path, 0)

@@ -35,7 +35,8 @@ PER_EPOCH = 7  # batches of `TinyData`, the last one of 2 samples
 def shrink(**settings: Any) -> ChannelPruning:
     """Half of the channels leave after step 8, unless told otherwise."""
     window = Window(8, 12, unit="step")
-    return ChannelPruning(**{"channels": 0.5, "round_to": 1, "schedule": OneShot(), "window": window, **settings})
+    defaults = {"channels": 0.5, "round_to": 1, "calibration_batches": 0}
+    return ChannelPruning(**{**defaults, "window": window, **settings})
 
 
 class TensorLog(Callback):

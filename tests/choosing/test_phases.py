@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning_compress import (
     ChannelPruning,
     CompressionError,
-    OneShot,
     PhaseCheckpoint,
     QuantizationAwareTraining,
     ScheduledPruning,
@@ -101,7 +100,7 @@ def test_several_are_kept_of_the_phase_alone(top_k: int, tmp_path: Path) -> None
 
 def test_channels_count_as_pruned_when_the_last_have_left(tmp_path: Path) -> None:
     module, save = Scored(), saver("pruned", tmp_path)
-    removal = ChannelPruning(channels=0.5, round_to=1, schedule=OneShot(), window=Window(2, 4, unit="epoch"))
+    removal = ChannelPruning(channels=0.5, round_to=1, calibration_batches=0, window=Window(2, 4, unit="epoch"))
     fit(removal, save, module=module)
     assert epoch_of(save.best_model_path) == 3
     state = torch.load(save.best_model_path, weights_only=True)["state_dict"]

@@ -17,6 +17,7 @@ from lightning_compress import (
     ChannelPruning,
     CompressionReport,
     Distillation,
+    Linear,
     QuantizationAwareTraining,
     ScheduledPruning,
     Window,
@@ -108,7 +109,7 @@ def test_quantization_waits_for_an_explicit_window_of_channels(channels: Window)
             prepared.extend([trainer.global_step] * (convert.form_name(pl_module) == "prepared" and not prepared))
 
     qat = QuantizationAwareTraining()
-    fit(qat, ChannelPruning(macs=0.5, window=channels), When())
+    fit(qat, ChannelPruning(macs=0.5, schedule=Linear(), window=channels), When())
     last = {"fit": 12, "step": 10, "epoch": 7}[channels.unit]
     assert prepared == [last]
     # Its fractions count from there.
@@ -128,7 +129,8 @@ def test_it_does_not_wait_for_channels_that_have_left_before() -> None:
 def test_channels_that_leave_until_the_end_leave_a_calibrated_int8_model(caplog: pytest.LogCaptureFixture) -> None:
     module = trained()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        fit(ChannelPruning(macs=0.5, window=Window(0.0, 1.0)), QuantizationAwareTraining(), module=module)
+        channels = ChannelPruning(macs=0.5, schedule=Linear(), window=Window(0.0, 1.0))
+        fit(channels, QuantizationAwareTraining(), module=module)
     assert convert.form_name(module) == "converted" and agreement(module) >= 0.9
     assert any(
         "only 0 optimizer steps were trained with fake-quantizers" in each.getMessage() for each in caplog.records

@@ -187,10 +187,10 @@ def test_quantization_that_would_begin_earlier_is_refused_and_nothing_changes(wi
 def test_the_refusal_names_a_window_that_works(first: bool) -> None:
     with pytest.raises(CompressionError, match="must start when all channels have left") as refused:
         early = QuantizationAwareTraining(window=Window(0.1))
-        fit(*ordered(first, early, ChannelPruning(macs=0.5)))
+        fit(*ordered(first, early, ChannelPruning(macs=0.5, schedule=Linear())))
     [start] = re.findall(r"start it later: \S+Window\(start=([\d.]+), unit='fit'\)", str(refused.value))
     qat = QuantizationAwareTraining(window=Window(float(start)))
-    _, module = fit(*ordered(first, qat, ChannelPruning(macs=0.5)))
+    _, module = fit(*ordered(first, qat, ChannelPruning(macs=0.5, schedule=Linear())))
     assert int8_shapes(module) == {(16, 16), (4, 16)}
 
 
@@ -341,7 +341,7 @@ class Recorder(Callback):
 
 @both_orders
 def test_an_average_is_that_of_the_channels_that_stay(first: bool) -> None:
-    once = shrink(schedule=Steps([0.0], [1.0]), window=Window(9, 12, unit="step"))
+    once = shrink(schedule=Steps([0.0], [1.0]), window=Window(9, 12, unit="step"), calibration_batches=0)
     recorder = Recorder()
     initial = Classifier()
     state = snapshot(dict(initial.named_parameters()))
