@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from lightning_compress.compensation.layer_rows import LINEAR, has_own_forward, is_matrix_call
 from lightning_compress.compensation.parts import linear_parts_
 from lightning_compress.compensation.sums import FunctionLog, Gap, Sum, Sums, find_sums
 from lightning_compress.compensation.walks import Walk, small_teams
@@ -104,7 +105,8 @@ class Visits:
         blocks: paths of blocks that pass on what they get in the fitted model.
 
     Attributes:
-        order: these paths in the order of their first calls; what the first batch doesn't call is left out.
+        order: these paths in the order of their first calls. What the first batch doesn't call is left out, and so is a
+            layer of a class whose own forward doesn't compute what its matrix does.
         sums: of the reference and of the fitted model, where they are wanted.
     """
 
@@ -127,14 +129,16 @@ class Visits:
 
     def _count(self, paths: Collection[str]) -> Counter[str]:
         """Count the calls of each path in the first batch."""
-        times, runner = Counter[str](), self.runners[1]
+        times, others, runner = Counter[str](), set[str](), self.runners[1]
         twin = runner.twin()
         for path, layer in layers_of_(twin).items():
             if path in paths:
                 layer.register_forward_pre_hook(partial(_count_, times, path))
+                if isinstance(layer, LINEAR) and has_own_forward(layer):
+                    layer.register_forward_hook(partial(_check_, others, path), with_kwargs=True)
         with _quiet(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             runner.run(twin, copy_tensors(self.batches[0]))
-        return times
+        return Counter({path: count for path, count in times.items() if path not in others})
 
     def _find_sums(self, runner: Runner, blocks: Collection[str]) -> Sums:
         twin = runner.twin()
@@ -279,6 +283,11 @@ def _walk_of(runner: Runner, sums: Sums, batch: Any, watched: set[str], gaps: Ma
 
 def _count_(times: Counter[str], path: str, *_: Any) -> None:
     times[path] += 1
+
+
+def _check_(others: set[str], path: str, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    if not is_matrix_call(layer, args[0] if args else kwargs.get("input"), out):
+        others.add(path)
 
 
 @contextmanager

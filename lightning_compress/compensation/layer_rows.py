@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+_CHECKED = 64
+"""So many rows tell whether a call is that of a matrix."""
 LINEAR = (nn.Linear, _ConvNd)
 """Layers whose output is their weight's matrix times rows of their input, plus a bias."""
 
@@ -116,6 +118,32 @@ def rows_of(layer: nn.Module, x: Tensor, chosen: Tensor | None = None) -> Tensor
 def _dims(layer: nn.Module) -> int:
     """How many dimensions of `_patches` number the rows."""
     return 1 + len(layer.kernel_size) if isinstance(layer, _ConvNd) else 1
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether a class of the user's gives a layer of torch another forward.
+
+    Example:
+        >>> class Padded(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(functional.pad(x, [0, 1]))
+        >>> has_own_forward(Padded(3, 2)), has_own_forward(nn.Linear(3, 2))
+        (True, False)
+    """
+    kinds = type(layer).__mro__
+    torch_kind: Any = next(kind for kind in kinds if kind.__module__.startswith("torch.nn.modules."))
+    return any("forward" in vars(kind) for kind in kinds[: kinds.index(torch_kind)])
+
+
+def is_matrix_call(layer: Any, x: Any, out: Any) -> bool:
+    """Whether a call has put out what the layer's matrices make of the rows of its input, with its bias."""
+    try:
+        chosen = torch.arange(min(_CHECKED, count_rows(layer, x)), device=x.device)
+        made = (rows_of(layer, x, chosen) @ matrix_of(layer).float().mT).transpose(0, 1).flatten(1)
+        made = made if layer.bias is None else made + layer.bias.float()
+        return torch.allclose(made, output_rows_of(layer, out, chosen), rtol=1e-2, atol=1e-3 * float(made.abs().max()))
+    except Exception:  # its input has another shape than such a layer's
+        return False
 
 
 def output_rows_of(layer: nn.Module, out: Tensor, chosen: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_compress.compensation.layer_rows import LINEAR
+from lightning_compress.compensation.layer_rows import LINEAR, has_own_forward
 from lightning_compress.modules.attention_form import PACKED, AttentionForm, projections_of
 from lightning_compress.modules.paths import compressible_modules
 from lightning_compress.modules.routing import Form, route_
@@ -137,6 +137,8 @@ def why_whole(layer: nn.Module) -> str:
     """Say why an attention or recurrent layer can't be called in parts; empty if it can."""
     if any(parameter is not None and not parameter.numel() for parameter in layer._parameters.values()):
         return "it has left with a block"
+    if isinstance(layer, nn.MultiheadAttention | nn.RNNBase) and has_own_forward(layer):
+        return "its class has a forward of its own"
     if isinstance(layer, nn.MultiheadAttention) and (layer.bias_k is not None or layer.add_zero_attn):
         return "it adds keys of its own (add_bias_kv, add_zero_attn)"
     if isinstance(layer, nn.RNNBase) and (layer.proj_size or len(list(_matrices(layer))) != _count(layer)):

@@ -14,6 +14,7 @@ from lightning_compress import (
     ChannelPruning,
     CompressionError,
     Linear,
+    OneShot,
     QuantizationAwareTraining,
     ScheduledPruning,
     Window,
@@ -239,3 +240,9 @@ def test_a_fit_without_validation() -> None:
 
 def test_a_dry_run_of_a_fit_is_not_guarded() -> None:
     fits.fit(pruning(window=Window(0, 1)), guard(0.01, min_samples=None), module=Scripted("0.9"), fast_dev_run=True)
+
+
+@pytest.mark.parametrize("make", [lambda: ChannelPruning(macs=0.5), lambda: pruning(schedule=OneShot())])
+def test_what_goes_at_once_cant_be_held(make: Any) -> None:
+    with pytest.raises(CompressionError, match="`schedule` must have several rounds in .*Pruning beside AccuracyGuard"):
+        fit(make(), AccuracyGuard("accuracy", max_drop=0.05, min_samples=10), script="0.9")

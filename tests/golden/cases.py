@@ -106,7 +106,7 @@ def qat(start: int = 2) -> QuantizationAwareTraining:
 def channels(start: int = 2, end: int = 9) -> ChannelPruning:
     """Half of the way leaves at once, the rest at the end, which is in the second epoch."""
     schedule = Steps([0.0, 1.0], [0.5, 1.0])
-    return ChannelPruning(channels=0.5, round_to=1, schedule=schedule, window=steps(start, end))
+    return ChannelPruning(channels=0.5, round_to=1, schedule=schedule, calibration_batches=0, window=steps(start, end))
 
 
 def teacher() -> nn.Module:
