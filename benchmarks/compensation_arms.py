@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from compensation_networks import Batches, Row
@@ -16,11 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import plan_removal, prune_, remove_channels_
+from lightning_compress.channels.planning import search
+from lightning_compress.modules.paths import modules_of
 
 Arm = Callable[[Row, nn.Module, Batches, int], nn.Module]
 """From a row, its network, calibration of its kind and a seed to the smaller network; the one given may be changed."""
 
 ORIGINAL, TODAY = "original", "today"
+_BY_COST = search._Search._by_cost
 CALIBRATION, BLOCKS = "calibration", "blocks"
 
 
@@ -83,6 +87,31 @@ def _narrow(budget: float, plan: tuple[str, ...] = (), cut: tuple[str, ...] = ()
     return arm
 
 
+def _by_kind(search: Any, whole: Any) -> list[Tensor]:
+    """Ranks units among those of their kind: groups with the same sorts of layers in the same places.
+
+    Fang et al., "Isomorphic Pruning for Vision Models", 2024 (arXiv:2407.04616).
+    """
+    scores, modules = _BY_COST(search, whole), modules_of(search.subject.model)
+    kinds: dict[Any, list[int]] = {}
+    for number, group in enumerate(search._widths):
+        sorts = sorted((type(modules[m.layer]).__name__, m.dim, m.makes) for m in group.members)
+        kinds.setdefault(tuple(sorts), []).append(number)
+    for numbers in kinds.values():
+        ranks = torch.cat([scores[number] for number in numbers]).argsort().argsort().double()
+        parts = (ranks / len(ranks)).split([len(scores[number]) for number in numbers])
+        scores = [dict(zip(numbers, parts, strict=True)).get(place, own) for place, own in enumerate(scores)]
+    return scores
+
+
+def _isomorphic(budget: float) -> Arm:
+    def arm(row: Row, model: nn.Module, calibration: Batches, seed: int) -> nn.Module:
+        with mock.patch.object(search._Search, "_by_cost", _by_kind):
+            return _narrow(budget, plan=(CALIBRATION,), cut=(CALIBRATION,))(row, model, calibration, seed)
+
+    return arm
+
+
 def _original(row: Row, model: nn.Module, calibration: Batches, seed: int) -> nn.Module:
     return model
 
@@ -105,6 +134,7 @@ def _arms() -> dict[str, Arm]:
             f"MACs {budget}, calibrated plan": _narrow(budget, plan=both),
             f"MACs {budget}, calibrated cut": _narrow(budget, cut=both),
             f"MACs {budget}, calibrated": _narrow(budget, plan=both, cut=both),
+            f"MACs {budget}, calibrated, isomorphic": _isomorphic(budget),
             f"MACs {budget}, calibrated, blocks": _narrow(budget, plan=(*both, BLOCKS), cut=both),
         }
     return arms
