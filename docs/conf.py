@@ -19,6 +19,8 @@ autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # hooks have their documentation in Lightning
 autodoc_typehints = "description"
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_extra_path = ["root"]  # sends visitors of the root to docs/index.html
 html_copy_source = False
 
