@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +160,8 @@ def test_yaml_is_a_configuration(page: str, project: None, monkeypatch: pytest.M
 
 
 def commands(page: str) -> list[str]:
-    return [line for block in blocks("bash", page) for line in block.splitlines() if line.startswith("lightning-")]
+    lines = "".join(blocks("bash", page)).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("lightning-compress ")]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
@@ -209,28 +213,28 @@ NAMESPACES = {
 }
 
 
-def called(code: str) -> list[tuple[str, list[str]]]:
-    """The functions and classes that a cell's code calls, each with the names of its keyword arguments."""
-    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    return [(ast.unparse(call.func), [str(keyword.arg) for keyword in call.keywords]) for call in calls]
+def codes_of_tables() -> Iterator[tuple[str, str]]:
+    """The calls in the tables, each with the module whose names it uses: there, where it is installed, and here."""
+    page = (ROOT / "docs/coming_from.md").read_text()
+    for title, section in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", page, flags=re.DOTALL | re.MULTILINE):
+        for there, here in re.findall(r"^\| (`.*) \| (.*) \|$", section, flags=re.MULTILINE):
+            for module, cell in ((NAMESPACES.get(title), there), ("lightning_compress", here)):
+                yield from ((module, code) for code in re.findall(r"`([^`]+\))`", cell) if module)
 
 
 def test_the_tables_of_calls_name_what_there_is() -> None:
-    page = (ROOT / "docs/coming_from.md").read_text()
-    seen = 0
-    for title, section in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", page, flags=re.DOTALL | re.MULTILINE):
-        for row in re.findall(r"^\| (`.*) \| (.*) \|$", section, flags=re.MULTILINE):
-            for cell, namespace in zip(row, (NAMESPACES.get(title), "lightning_compress"), strict=True):
-                calls = [call for code in re.findall(r"`([^`]+\))`", cell) for call in called(code)]
-                for name, keywords in calls:
-                    if namespace is None or name.startswith("pruner."):
-                        continue
-                    found: Any = import_module("torchao.quantization.qat" if name == "QATConfig" else namespace)
-                    for part in name.removeprefix("tp.").split("."):
-                        found = getattr(found, part)
-                    assert set(keywords) <= set(inspect.signature(found).parameters), (name, keywords)
-                    seen += 1
-    assert seen > 60
+    public = {name: getattr(lightning_compress, name) for name in lightning_compress.__all__}
+    codes = list(codes_of_tables())
+    assert len(codes) > 60
+    for module, code in codes:
+        if module == "lightning_compress" and code[0].isupper():
+            eval(code, public | {"teacher": Large()})  # a constructor checks its settings
+        calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+        for call in [call for call in calls if not ast.unparse(call.func).startswith("pruner.")]:
+            name = ast.unparse(call.func).removeprefix("tp.")
+            home = "torchao.quantization.qat" if name == "QATConfig" else module
+            parameters = inspect.signature(attrgetter(name)(import_module(home))).parameters
+            assert {keyword.arg for keyword in call.keywords} <= parameters.keys(), code
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "/guides/" in page or page.endswith("/which.md")])
@@ -239,6 +243,14 @@ def test_decimal_figures_stand_in_the_benchmarks(page: str) -> None:
     prose = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
     figures = re.findall(r"(?<![\w.,])\d[\d,]*\.\d+(?![\w.])", prose)
     assert [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", measured)] == []
+
+
+def test_the_picture_of_runtimes_is_of_its_tables(own_folder: Path) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks/runtimes_picture.py"))
+    assert script["speeds"]("resnet18") == [1.94, 1.78, 5.20, 13.03]
+    assert all(len(script["speeds"](network)) == 4 for network in script["NETWORKS"])
+    script["draw"](own_folder / "runtimes.png")
+    assert (own_folder / "runtimes.png").is_file()
 
 
 def test_the_reference_has_every_public_name() -> None:
