@@ -23,6 +23,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_extra_path = ["root"]  # sends visitors of the root to docs/index.html
 html_copy_source = False
+html_show_copyright = False
 
 TORCH = "https://docs.pytorch.org/docs/stable"
 LIGHTNING = "https://lightning.ai/docs/pytorch/stable/api"

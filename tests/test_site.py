@@ -98,19 +98,16 @@ def templates() -> set[str]:
     """Patterns of all texts of the package that are longer than a word, and of the errors that `invalid` builds."""
     found = set()
     for path in (ROOT / "lightning_compress").rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        for function in ast.walk(tree):
-            if not isinstance(function, ast.FunctionDef | ast.Module):
-                continue
-            assigned = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
-            names = {node.targets[0].id: node.value for node in assigned if isinstance(node.targets[0], ast.Name)}
-            for node in ast.walk(function):
-                if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant):
-                    found.add(template(node, names))
-                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "invalid":
-                    name, must, _, *remedy = (template(argument, names) for argument in node.args)
-                    after = f" {remedy[0]}" if remedy else ""
-                    found.add(rf"`{name}`\ must\ {must}\.\ Received:\ {name}=[\s\S]*\.{after}")
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        assigned = [node for node in nodes if isinstance(node, ast.Assign)]
+        names = {node.targets[0].id: node.value for node in assigned if isinstance(node.targets[0], ast.Name)}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant):
+                found.add(template(node, names))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "invalid":
+                name, must, _, *remedy = (template(argument, names) for argument in node.args)
+                after = f" {remedy[0]}" if remedy else ""
+                found.add(rf"`{name}`\ must\ {must}\.\ Received:\ {name}=[\s\S]*\.{after}")
     return {text for text in found if len(re.sub(r"\[\\s\\S\]\*|\W|Received", "", text)) > 20}
 
 
@@ -237,11 +234,14 @@ def test_the_tables_of_calls_name_what_there_is() -> None:
             assert {keyword.arg for keyword in call.keywords} <= parameters.keys(), code
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "/guides/" in page or page.endswith("/which.md")])
+@pytest.mark.parametrize("page", ["README.md", "docs/which.md", *(page for page in PAGES if "/guides/" in page)])
 def test_decimal_figures_stand_in_the_benchmarks(page: str) -> None:
     measured = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.md"))
     prose = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    if page == "README.md":  # which names versions, too
+        prose = "".join(re.findall(r"^\|.*\n", prose, flags=re.MULTILINE))
     figures = re.findall(r"(?<![\w.,])\d[\d,]*\.\d+(?![\w.])", prose)
+    assert figures
     assert [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", measured)] == []
 
 
