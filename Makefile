@@ -8,6 +8,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
 # The first Python that is new enough for constraints.txt; `make PYTHON=...` overrides it.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -17,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest --quiet -n logical --maxprocesses 4 --dist wor
 OLD_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 NUMERIC := tests/quantization
 
-.PHONY: help install demo test test-all lint types bench clean
+.PHONY: help install demo test test-all lint types docs bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -64,9 +65,18 @@ types: $(STAMP)
 	@echo "mypy: strict, on the package"
 	@$(BIN)/mypy
 
+$(DOCS_STAMP): $(STAMP)
+	@echo "installing what the site is built with"
+	@$(PIP) -e '.[docs]'
+	@touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP) ## build the site, strictly
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . docs/_build/html
+	@echo "Next: open docs/_build/html/docs/index.html."
+
 bench: $(STAMP) ## run every benchmark
 	@for script in benchmarks/*.py; do echo "running $$script"; $(BIN)/python "$$script"; done
 
 clean: ## remove .venv and everything that was generated
-	rm -rf $(VENV) build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs checkpoints
+	rm -rf $(VENV) build dist docs/_build demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs checkpoints
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

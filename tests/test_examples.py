@@ -198,7 +198,8 @@ def test_readme_python(own_folder: Path) -> None:
     assert len(found) >= 3
     for block in found:
         exec(compile(block, "README.md", "exec"), names)
-    assert {"ScheduledPruning", "DistillationModule", "load_compressed"} <= names.keys()
+    assert {"ChannelPruning", "DistillationModule", "load_compressed"} <= names.keys()
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
 
 
 def test_readme_yaml(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,13 +211,6 @@ def test_readme_yaml(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(own_folder), *sys.path])
     torch.save(Large().state_dict(), "large.ckpt")
     main(["fit", "--config=config.yaml", "--trainer.max_epochs=2"])
-
-
-def test_readme_files() -> None:
-    """What the README links to is there."""
-    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_pruning_page_python() -> None:
@@ -385,12 +379,6 @@ def test_distillation_page_has_every_loss_and_its_default() -> None:
     assert rows == {loss.__name__: f"{loss.weight:g}" for loss in losses}
 
 
-def test_distillation_page_files() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "docs/distillation.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["shrink", "prune_cut_distil"])
 def test_channels(script: str, own_folder: Path, run_here: Callable[..., str]) -> None:
@@ -488,12 +476,6 @@ def test_channels_page_yaml(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     for page in pages:
         (own_folder / "config.yaml").write_text(page)
         main(["fit", "--config=config.yaml"])
-
-
-def test_channels_page_files() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "docs/channels.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
 
 
 def test_choosing_page_python(own_folder: Path) -> None:

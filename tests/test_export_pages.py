@@ -23,7 +23,6 @@ from tests.support.data import TinyData
 from tests.support.modules import Classifier
 from tests.test_examples import ROOT, blocks
 
-PAGES = ("export", "onnxruntime", "openvino", "tensorrt", "executorch", "torch_export")
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Trainers as users write them; executorch warns of itself as it is imported
     pytest.mark.skipif(not find_spec("onnxruntime"), reason="The pages are of it."),
@@ -152,16 +151,3 @@ def test_openvino_page(run_page: Callable[..., dict[str, Any]]) -> None:
     assert done.returncode == 0, done.stderr
     half = names["int8"](torch.full((1, 3, 16, 16), 0.5))
     assert int(done.stdout) == half.argmax()
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_links_to_is_there(page: str) -> None:
-    text = (ROOT / f"docs/{page}.md").read_text()
-    links = re.findall(r"\]\((?!http)([^)#]*)(#[^)]*)?\)", text)
-    assert links
-    for file, heading in links:
-        target = ROOT / "docs" / (file or f"{page}.md")
-        assert target.exists(), file
-        if heading:
-            titles = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
-            assert heading[1:] in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
