@@ -112,10 +112,12 @@ class AccuracyGuard(CompressionCallback):
                 category=NoEffectWarning,
             )
         for other in self._schedules(trainer) if stage == "fit" else []:
-            if isinstance(schedule := vars(other).get("schedule"), OneShot):
-                name = type(other).__name__
-                remedy = "What goes at once can't be held: give it schedule=Linear()."
-                raise invalid("schedule", f"have several rounds in {name} beside AccuracyGuard", schedule, remedy)
+            if isinstance(vars(other).get("schedule"), OneShot):
+                rank_zero_warn(
+                    f"AccuracyGuard: what {type(other).__name__} takes at once can't be held. Give it "
+                    "schedule=Linear(), so that it goes in rounds.",
+                    category=NoEffectWarning,
+                )
 
     # When a model is converted.
 
