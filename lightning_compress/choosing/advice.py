@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_compress.choosing.evaluations import Drop
+from lightning_compress.choosing.speed import Speed
 from lightning_compress.choosing.yaml_text import as_yaml
 from lightning_compress.modules.agreement import Agreement
 from lightning_compress.quantization.agreement import LEAST
@@ -16,21 +17,6 @@ FASTER, SMALLER = 1.05, 0.8
 """Less gain is none: so many times the speed, for three quarters of the rounds, and such a part of the bytes."""
 _TRAINED = 0.8
 """An agreement from which some training gets a model back whose channels have left."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How many times faster than the model a trial is.
-
-    Attributes:
-        median: over rounds in which both had their turn.
-        low: a quarter of the rounds is below.
-        high: a quarter is above.
-    """
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from lightning_compress.choosing.advise import HELD_OUT, MOST_BATCHES, advise_by
 from lightning_compress.choosing.evaluations import Mode
 from lightning_compress.choosing.result import SearchResult
 from lightning_compress.choosing.resume import digest
-from lightning_compress.choosing.search import DEFAULT_COST, LEVELS, CostKind, Searcher, check_search
+from lightning_compress.choosing.search import check_search, search_by
+from lightning_compress.choosing.searcher import CostKind
 from lightning_compress.choosing.sensitivity import Kind, Level, Method, make_forms, measure_forms
 from lightning_compress.choosing.table import SensitivityTable
 from lightning_compress.choosing.validation_metric import ValidationMetric, step_batches
@@ -63,10 +64,8 @@ def run_search(
     """Search by the module's own validation; batches go through its own steps."""
     check_search(over, budget, max_drop, cost, mode)
     run, batches = step_batches(trainer, module, calibration_batches)
-    evaluate, kind = _metric(trainer, monitor), cost or DEFAULT_COST[over]
-    forms, _ = make_forms(module, batches, over, levels or LEVELS.get(over), run)
-    searcher = Searcher(forms, evaluate, batches, over, run, kind, mode, resume, 0, digest(module))
-    return searcher.search(budget, max_drop)
+    options = (over, budget, max_drop, cost, levels, mode, resume)
+    return search_by(run, module, _metric(trainer, monitor), batches, *options)
 
 
 def _metric(trainer: pl.Trainer, monitor: str) -> ValidationMetric:
