@@ -267,7 +267,7 @@ def _notes(table: SensitivityTable, before: Evaluation) -> list[str]:
     notes = []
     measured = [row for row in table.rows if row.drop is not None]
     if before.samples is None:
-        notes.append("drops have no standard error: `evaluate` returns no values by sample")
+        notes.append("drops have no standard error: `evaluate` gives a single value, or has a single batch")
     if len(measured) < len(table.rows):
         notes.append(f"evaluated: {len(measured)} of {len(table.rows)} rows, those of the largest Taylor scores")
     if not math.isnan(alike := table.rank_correlation()):

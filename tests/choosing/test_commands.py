@@ -90,7 +90,7 @@ def test_fractions_as_levels(plain: Path, own_folder: Path, capsys: pytest.Captu
     [
         (
             ["sensitivity", "--monitor=val_los"],
-            "`monitor` must be logged by the validation. Received: monitor='val_los'",
+            "`monitor` must be a metric that validation logs. Received: monitor='val_los'",
         ),
         (["sensitivity", "--monitor=val_loss", "--output=table.xls"], "`output` must end in .json, .csv"),
         (["sensitivity", "--monitor=val_loss", "--ckpt_path=no.ckpt"], "`path` must be a readable checkpoint"),
