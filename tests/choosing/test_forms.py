@@ -54,6 +54,16 @@ def test_nothing_compressed_is_the_model_and_all_is_put_back(kind: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_layers_that_a_choice_leaves_out_stay_whole_by_its_settings_too() -> None:
+    model, settings = small(), forms_of("pruning", small()).settings({"deep": "0.5"})
+    masks = prune_(model, method="l1_unstructured", **settings)
+    assert {name for name, mask in masks.items() if not mask.all()} == {"deep.weight"}
+    settings = forms_of("channels", small()).settings({"deep": "0.5"})
+    plan = plan_removal(small(), batches()[0], **settings)
+    remove_channels_(model := small(), plan)
+    assert (model.conv.out_channels, model.deep.out_channels) == (8, 8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_fails_inside_is_put_back(kind: str) -> None:
     model, [x, *_] = small(), batches()

@@ -38,7 +38,8 @@ class Scripted(Classifier):
         self.script = [float(value) for value in script.split()]
 
     def on_validation_epoch_end(self) -> None:
-        self.log("acc", self.script[min(self.current_epoch, len(self.script) - 1)])
+        value = self.script[min(self.current_epoch, len(self.script) - 1)]
+        self.log("acc", 0.0 if self.trainer.sanity_checking else value)
 
 
 class Sparsities(Callback):
@@ -65,7 +66,7 @@ def guard(max_drop: float = 0.05, **kwargs: Any) -> AccuracyGuard:
 
 def fit(*callbacks: Callback, script: str, **options: Any) -> Sparsities:
     seen = Sparsities()
-    fits.fit(*callbacks, seen, module=Scripted(script), max_epochs=7, num_sanity_val_steps=0, **options)
+    fits.fit(*callbacks, seen, module=Scripted(script), **{"max_epochs": 7, "num_sanity_val_steps": 0, **options})
     return seen
 
 
@@ -100,6 +101,11 @@ def test_it_gives_up_at_the_windows_end_with_what_was_reached_and_says_so() -> N
 def test_a_metric_that_is_no_number_holds() -> None:
     with pytest.warns(UserWarning, match="its window has ended"):
         assert fit(pruning(), guard(), script="0.9 nan").zeros[-1] == 0.2
+
+
+def test_a_sanity_check_tells_nothing() -> None:
+    held = fit(pruning(), guard(), script="0.9 0.84 0.9", num_sanity_val_steps=2)
+    assert held.zeros == [0.0, 0.2, 0.2, 0.5, 0.8, 0.8, 0.8]
 
 
 def test_less_may_be_better() -> None:
@@ -192,6 +198,15 @@ def test_a_resumed_run_holds_what_the_uninterrupted_one_held(kind: Any, tmp_path
         return fits.fit(kind(), guard(), module=module, max_epochs=6, num_sanity_val_steps=0, **files)
 
     resume(run, tmp_path, 0, 1, 2, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*its window has ended", "ignore:AccuracyGuard. acc ends at")
+def test_all_that_a_guard_knows_is_in_its_state() -> None:
+    watched, other = guard(), guard()
+    fit(pruning(), watched, script="0.9 0.9 0.8")
+    other.load_state_dict(watched.state_dict())
+    assert other.state_dict() == watched.state_dict()
+    assert set(map(type, other.state_dict().values())) == {int, float, bool, list}
 
 
 class Apart(Scripted):
