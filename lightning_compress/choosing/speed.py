@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,10 @@ from torch import nn
 
 from lightning_compress.choosing.forms import Run
 from lightning_compress.modules.copying import copy_module, copy_tensors
-from lightning_compress.modules.isolation import evaluation_mode, isolated_inference
-from lightning_compress.modules.latency import round_ratios, time_in_turns
+from lightning_compress.modules.isolation import evaluation_mode
 from lightning_compress.quantization.quantize import quantize_
 from lightning_compress.quantization.recipe import Recipe
+from lightning_compress.report.latency import Latency, measure_latency, speedup_range
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,22 @@ class Speed:
 
     @classmethod
     def beside(cls, model: nn.Module, other: nn.Module, run: Run, batch: Any) -> Speed:
-        """Time ``other`` in turns with ``model``, for two seconds."""
-        ratios = round_ratios(model, other, lambda module: run(module, copy_tensors(batch)), max_seconds=2.0)
-        low, middle, high = statistics.quantiles([1 / ratio for ratio in ratios], n=4)
-        return cls(middle, low, high)
+        """Time ``other`` in turns with ``model``, for some two seconds."""
+        found = speedup_range(*_timed([other, model], run, batch))
+        assert found is not None  # no call takes no time
+        low, median, high = found
+        return cls(median, low, high)
 
 
 def milliseconds(model: nn.Module, run: Run, batch: Any) -> float:
     """Return how long a batch takes in evaluation: the median of the runs of a second."""
-    with isolated_inference(model):
-        rounds = time_in_turns([lambda: run(model, copy_tensors(batch))], max_seconds=1.0)
-    return 1e3 * statistics.median(seconds for [seconds] in rounds)
+    return _timed([model], run, batch)[0].median_ms
+
+
+def _timed(models: Sequence[nn.Module], run: Run, batch: Any) -> list[Latency]:
+    named = {str(place): (model, {1: batch}) for place, model in enumerate(models)}
+    timed = measure_latency(named, 1.0, run=lambda model, batch: run(model, copy_tensors(batch)))
+    return [latency for [latency] in timed.values()]
 
 
 def quantized_copy(model: nn.Module, recipe: Recipe, batches: Sequence[Any], run: Run) -> nn.Module:

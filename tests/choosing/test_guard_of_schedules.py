@@ -210,11 +210,11 @@ def test_all_that_a_guard_knows_is_in_its_state() -> None:
 
 
 class Apart(Scripted):
-    """Each rank sees an accuracy of its own; they hold together by the mean."""
+    """Each rank sees an accuracy of its own, which falls in the second alone; they hold together by the mean."""
 
     def on_validation_epoch_end(self) -> None:
-        value = [0.9, 0.9, 0.8, 0.9][min(self.current_epoch, 3)]
-        self.log("acc", value + (0.08 if self.global_rank else -0.08))
+        fallen = self.global_rank == 1 and self.current_epoch == 2
+        self.log("acc", 0.7 if fallen else 0.9)
 
 
 def fit_apart() -> dict[str, Any]:
