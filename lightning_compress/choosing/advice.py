@@ -31,6 +31,7 @@ class Trial:
         agreement: of the outputs with the model's, on batches that were held out.
         drop: how far the metric falls; None without one.
         problem: why nothing was measured; empty if it was.
+        is_tried: whether there was time for it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Trial:
     agreement: Agreement | None = None
     drop: Drop | None = None
     problem: str = ""
+    is_tried: bool = True
 
     @property
     def is_trained(self) -> bool:
@@ -122,9 +124,10 @@ class Advice:
             yield "try first: nothing of this; a smaller model, taught by this one, may be the way (DistillationModule)"
         for place, trial in enumerate(worth):
             yield f"{'then' if place else 'try first'}: {trial.name}, {_gain(trial)}"
-        bothers = [(trial.name, trial.refusal) for trial in self.trials if trial.refusal]
-        for name, reason in bothers:
-            yield f"don't bother with: {name} ({reason})"
+        for trial in self.trials:
+            if trial.refusal:
+                verdict = "don't bother with" if trial.is_tried else "not tried"
+                yield f"{verdict}: {trial.name} ({trial.refusal})"
         if worth:
             yield ""
             yield from f"# for trainer.callbacks\n{self.to_yaml()}".rstrip().split("\n")

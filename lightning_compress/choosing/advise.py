@@ -91,7 +91,7 @@ def advise_by(
         trials = list[Trial]()
         for name, (settings, make) in _ways().items():
             if time.monotonic() - started >= seconds:
-                trials.append(Trial(name, settings, problem=f"the {seconds:g} seconds were over"))
+                trials.append(Trial(name, settings, problem=f"the {seconds:g} seconds were over", is_tried=False))
                 continue
             try:
                 with warnings.catch_warnings(action="ignore"):  # what is said of a trial is what was measured

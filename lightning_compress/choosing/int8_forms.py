@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from lightning_compress.choosing.forms import Choice, Cost, Forms, Run, with_values
 from lightning_compress.choosing.gradients import Passes, sum_by_sample
-from lightning_compress.choosing.layer_facts import LayerFacts, layer_facts
+from lightning_compress.choosing.layer_facts import LayerFacts, layer_facts, sample_macs
 from lightning_compress.choosing.scheme_text import plain
 from lightning_compress.choosing.speed import quantized_copy
 from lightning_compress.errors import invalid
@@ -81,6 +81,7 @@ class Int8Forms(Forms):
         log = dry_run(model, copy_tensors(first), self.run)
         plan = make_plan(model, log, scheme, None, {}, training=False)
         plan.units = [adjusted(model, unit, plan.traces[unit.path], log, scheme) for unit in plan.units]
+        self._macs = sample_macs(model, self.run, first)
         self.facts = layer_facts(model, self.run, first, {path: at for path, at in modules_of(model).items() if path})
         prepare_(model, plan.describe(), plan.traces)
         calibrate(model, self.batches, len(self.batches), self.run)
@@ -186,8 +187,8 @@ class Int8Forms(Forms):
         for path in choice:
             for weight in self._weights[path]:
                 size_bytes -= weight.numel() * (weight.element_size() - 1) - 4 * len(weight)
-        macs = sum(fact.macs for path, fact in self.facts.items() if path not in choice)
-        return Cost(sum(parameter.numel() for parameter in parameters), macs, size_bytes)
+        macs = sum(fact.macs for path, fact in self.facts.items() if path in choice)
+        return Cost(sum(parameter.numel() for parameter in parameters), self._macs - macs, size_bytes)
 
     def settings(self, choice: Choice) -> dict[str, Any]:
         excluded = [path for path in self.layers if path not in choice]

@@ -21,6 +21,7 @@ CostKind = Literal["bytes", "params", "macs", "latency"]
 COSTS = {"bytes": "size_bytes", "params": "parameters", "macs": "macs"}
 """Those that are known without a measurement."""
 DEFAULT_COST: dict[str, CostKind] = {"int8": "macs", "weights": "bytes", "pruning": "params", "channels": "macs"}
+_NAMED = 5
 FRONT = 6
 """So many choices along the way are evaluated for the front, beside those that the search needs."""
 
@@ -132,7 +133,7 @@ class Searcher:
             least = min(self.cost(choice) for choice in [*uniform.values(), self.steps.last]) / self.whole
             raise CompressionError(
                 f"`budget` must be within reach. Received: budget={budget} of {self.kind}, where the least is "
-                f"{least:.4f}. {self.remedy}"
+                f"{least:.4f}. {self.remedy}{self._skipped}"
             )
         tried = [self.point(choice)]
         same = {label: choice for label, choice in uniform.items() if self.cost(choice) <= target * (1 + 1e-9)}
@@ -142,6 +143,11 @@ class Searcher:
         mixed, *others = tried
         is_final = self.over in ("weights", "int8")
         return others[0] if others and is_final and _is_better(others[0], mixed) else mixed
+
+    @property
+    def _skipped(self) -> str:
+        skipped = list(self.forms.skipped.items())[:_NAMED]
+        return f" Stays as it is: {'; '.join(f'{path}: {reason}' for path, reason in skipped)}." if skipped else ""
 
     def _within_drop(self, max_drop: float, uniform: Mapping[str, dict[str, str]]) -> Point:
         low, high = 0, len(self.steps.choices) - 1  # as far as `low` it is within

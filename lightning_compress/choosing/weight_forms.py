@@ -125,7 +125,7 @@ class WeightForms(ValueForms):
             chosen, floats = plan_layers(self.model, self.log.inputs, scheme, None, named, self.log.replaced)
             for path in chosen:
                 found.setdefault(path, []).append(label)
-            self.skipped |= {path: reason for path, reason in floats.items() if path in candidates}
+            self.skipped |= floats
         for path in candidates:
             own = [*self.modules[path].parameters()]
             if any(id(parameter) in self._shared for parameter in own):
