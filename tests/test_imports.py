@@ -74,7 +74,7 @@ MAY_IMPORT_LIGHTNING = {
     "distillation/callback_base.py",
     "report/callback.py",
     "export/callback.py",
-    "choosing/validation_metric.py",
+    "choosing/validation.py",
     "choosing/commands.py",
     "choosing/guard.py",
     "choosing/phases.py",

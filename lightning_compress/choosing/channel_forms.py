@@ -50,7 +50,7 @@ class ChannelForms(Forms):
         self._shares = {f"{level:g}": level for level in sorted(levels, reverse=True)}
         self.levels = tuple(self._shares)
         check_module(model)
-        self.model, self.run = copy_module(model), run
+        self.floats, self.model, self.run = model, copy_module(model), run
         self._recipe = make_recipe(1.0, None, None, None, "outputs", "layer", Targets(), None, 0.0, 1, 0, False, True)
         args, kwargs = bind_batch(self.model, batches[0])[0]
         with torch.inference_mode(False):
@@ -82,6 +82,10 @@ class ChannelForms(Forms):
                 cut_(twin, plan.kept, plan.numbers)
         with evaluation_mode(twin):
             yield twin
+
+    def deployed(self, choice: Choice) -> nn.Module:
+        with self.compressed(choice) as twin:
+            return twin
 
     def _keep(self, choice: Choice) -> list[Tensor]:
         """Return what stays of each group, bool ``(units,)``: those that matter most."""

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_compress.callback import STATE_VERSION, Candidate, CompressionCallback, compression_callbacks
 from lightning_compress.choosing.baseline import Baseline
 from lightning_compress.choosing.stepping_back import SteppingBack
-from lightning_compress.choosing.validation import Validation
+from lightning_compress.choosing.validation import Validation, validation_loaders
 from lightning_compress.errors import NoEffectWarning, invalid, nearest
 from lightning_compress.messages import in_short
 from lightning_compress.quantization.schemes import resolve
@@ -125,7 +125,8 @@ class AccuracyGuard(CompressionCallback):
     def guard(self, trainer: pl.Trainer, pl_module: pl.LightningModule, candidate: Candidate) -> Candidate:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return candidate
-        validation, back = Validation(trainer, pl_module, self.monitor), self._back
+        loaders, back = validation_loaders(trainer, pl_module), self._back
+        validation = Validation(trainer, loaders, self.monitor, trainer.datamodule)  # type: ignore[attr-defined]
         chosen = back.choose(candidate, validation)
         self._say(*back.lines, f"{validation.count} evaluations")
         return chosen
