@@ -118,7 +118,8 @@ class SearchResult:
         mixed = [(point.fraction, point.drop) for point in self.front if not point.label]
         same = [(point.label, point.fraction, point.drop) for point in self.points if point.label]
         chosen = (self.chosen.fraction, self.chosen.drop)
-        labels = (f"{self.cost} that remain", "drop of the metric")
+        remain = "time that remains" if self.cost == "latency" else f"{self.cost} that remain"
+        labels = (remain, "drop of the metric")
         return plot_front(path, f"search over {self.over}", mixed, same, chosen, labels)
 
     def save(self, path: str | Path) -> Path:

@@ -17,8 +17,8 @@ from lightning_compress.errors import NoEffectWarning
 class TimedSearcher(Searcher):
     """Chooses among the forms of a model by their time for the first batch; see `search`.
 
-    A time isn't the sum of its layers': what lies between two layers in int8 is int8 too, and a layer alone is slower
-    than float. So whole models are timed, on the way of the cost that is known of them.
+    A model's time isn't the sum of its layers': one alone in int8 pays for rounding what comes in and goes out, a chain
+    of them once. So whole models are timed, on the way of the cost that is known of them.
     """
 
     remedy = "It was timed. Ask for more, give `levels` that compress more, or search over channels."

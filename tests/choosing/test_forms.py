@@ -64,6 +64,12 @@ def test_nothing_compressed_is_the_model_and_all_is_put_back(kind: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_levels_that_leave_every_channel_are_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2), nn.ReLU(), nn.Linear(2, 3)).eval()
+    assert forms_of("channels", model).layers == {"1": ("0.5", "0.25")}
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
