@@ -17,14 +17,14 @@ from lightning_compress.distillation.calling import call
 from lightning_compress.errors import in_a_line
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.isolation import isolated_inference
+from lightning_compress.report.facts import FileFacts
 from lightning_compress.report.inputs import batch_size_of, called_in_turn, resize_batch, to_device
 from lightning_compress.report.latency import measure_latency
 from lightning_compress.report.measure import Measurement, count
+from lightning_compress.report.ratios import AFTER, BEFORE, TESTED
 from lightning_compress.report.storage import measure_layers
 
 Model = TypeVar("Model", bound=nn.Module)
-
-BEFORE, AFTER, TESTED = "before", "after", "tested"
 
 
 @dataclass
@@ -80,7 +80,14 @@ class Rows:
         model = self.measurements[written_of]
         self.measurements.pop(file.name, None)
         self.measurements[file.name] = replace(
-            model, size_bytes=file.size_bytes, compressed_bytes=None, latency=(), layers=(), device="cpu"
+            model,
+            size_bytes=file.size_bytes,
+            compressed_bytes=None,
+            latency=(),
+            layers=(),
+            device="cpu",
+            quantized=None,
+            file=FileFacts.of(file.facts),
         )
         self.files[file.name] = file
         self.timed -= {file.name}
