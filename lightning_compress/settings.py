@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 _NOT_GIVEN = object()
@@ -50,11 +50,15 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     described: dict[str, Any] = {"class_path": path_of(type(value))}
     if is_dataclass(value):
-        chosen = {part.name: getattr(value, part.name) for part in fields(value) if part.init and part.repr}
-        defaults = {part.name: part.default for part in fields(value)}
-        named = {name: plain(item) for name, item in chosen.items() if item != defaults[name]}
+        shown = [part for part in fields(value) if part.init and part.repr]
+        said = {part.name: (plain(getattr(value, part.name)), plain(_default(part))) for part in shown}
+        named = {name: chosen for name, (chosen, default) in said.items() if chosen != default}
         described |= {"init_args": named} if named else {}
     return described
+
+
+def _default(part: Field[Any]) -> Any:
+    return part.default if part.default_factory is MISSING else part.default_factory()
 
 
 def path_of(kind: type) -> str:

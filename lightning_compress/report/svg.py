@@ -12,7 +12,7 @@ from lightning_compress.report.markup import Markup, element
 # Narrow, so that text keeps its size on a phone.
 _WIDTH, _HEIGHT = 400, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 28, 46
-_CHARACTER, _LINE, _LONGEST = 6.6, 15, 22
+_CHARACTER, _LINE, _LONGEST, _LONGEST_WORDS = 6.6, 15, 22, 40
 _BAR = 34
 
 
@@ -141,7 +141,7 @@ def bars(id_: str, title: str, description: str, pairs: Sequence[LayerPair]) -> 
     for index, pair in enumerate(pairs):
         top = index * _BAR
         parts.append(_text(short_name(pair.name) or "(model)", 0, top + 12, "start", "name"))
-        parts.append(_text(became(pair), _WIDTH, top + 12, "end", "tick"))
+        parts.append(_text(short_name(became(pair), _LONGEST_WORDS), _WIDTH, top + 12, "end", "tick"))
         for side, offset, kind in ((pair.before, 17, "base"), (pair.after, 23, "judged")):
             width = round(_WIDTH * size_of(side) / widest, 1)
             parts.append(element("rect", x=0, y=top + offset, width=width, height=6, class_=f"bar {kind}"))
