@@ -183,7 +183,7 @@ def count(model: nn.Module, example_inputs: Any = None) -> Measurement:
         layers=layers,
         device=device_of(model).type,
         threads=torch.get_num_threads(),
-        quantized=quantized_facts(model, example_inputs),
+        quantized=quantized_facts(model),
     )
 
 

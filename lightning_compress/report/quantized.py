@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from lightning_compress.distillation.calling import call
-from lightning_compress.modules.paths import device_of
+from lightning_compress.modules.agreement import Run
 from lightning_compress.quantization.agreement import rounding_errors
 from lightning_compress.quantization.convert import record_of
 from lightning_compress.quantization.plan import left_float
 from lightning_compress.report.facts import QuantizedFacts
-from lightning_compress.report.inputs import to_device
 
 
-def quantized_facts(model: nn.Module, example_inputs: Any = None) -> QuantizedFacts | None:
-    """Return what is known of a quantized model; None for one in float.
-
-    Args:
-        model: any.
-        example_inputs: on which the errors of layers are measured, unless they are known already.
-    """
+def quantized_facts(model: nn.Module) -> QuantizedFacts | None:
+    """Return what was measured when a model was quantized; None for one in float."""
     record = record_of(model)
     if record is None:
         return None
     parted, floats = left_float(record)
-    errors: dict[str, float] = record.get("errors", {})
-    if not errors and example_inputs is not None:
-        inputs = to_device(example_inputs, device_of(model))
-        with suppress(Exception):  # it runs otherwise than the form that is measured
-            errors = rounding_errors(model, inputs, call)
+    in_parts = {path: f"quantized in parts, {reason}" for path, reason in parted.items()}
     agreement = record.get("agreement") or {}
-    return QuantizedFacts(
-        floats={**{path: f"quantized in parts, {reason}" for path, reason in parted.items()}, **floats},
-        errors={layer: error**0.5 for layer, error in errors.items()},
-        **agreement,
-    )
+    return QuantizedFacts({**in_parts, **floats}, _relative(record.get("errors", {})), **agreement)
+
+
+def with_errors(facts: QuantizedFacts | None, model: nn.Module, inputs: Any, run: Run) -> QuantizedFacts | None:
+    """Add the errors of layers that weren't measured when the model was quantized, if its float form is kept.
+
+    Args:
+        facts: of the model.
+        model: it is left as it is.
+        inputs: of a batch.
+        run: calls the model, or modules of it, with them.
+    """
+    if facts is None or facts.errors:
+        return facts
+    with suppress(Exception):  # it runs otherwise than the form that is measured
+        return replace(facts, errors=_relative(rounding_errors(model, inputs, run)))
+    return facts
+
+
+def _relative(squared: Mapping[str, float]) -> dict[str, float]:
+    return {layer: error**0.5 for layer, error in squared.items()}

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress import CompressionReport, quantize, sensitivity
+from lightning_compress import CompressionReport, ExportModel, QuantizationAwareTraining, quantize, sensitivity
 from lightning_compress.errors import CompressionError
 from lightning_compress.report import measure
 from lightning_compress.report.facts import FileFacts, Sensitivity
 from lightning_compress.report.figures import figures_of
+from tests.report.pages import Page
+from tests.support.data import TinyData
+from tests.support.modules import Classifier, quiet_trainer
 
 
 def net() -> nn.Module:
@@ -53,6 +56,29 @@ def test_facts_of_a_file_are_those_beside_it(tmp_path: Path) -> None:
     assert facts.parity is not None and facts.parity["batch_sizes"] == [1, 8, 17]
     assert [timed.batch_size for timed in facts.latency] == [1, 8]
     assert FileFacts.of({}) is None
+
+
+@pytest.mark.filterwarnings("ignore:::lightning")
+def test_a_report_of_a_trainer_has_the_facts_of_int8_and_of_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    callbacks = [
+        QuantizationAwareTraining(),
+        ExportModel(str(tmp_path / "model.onnx")),
+        CompressionReport(str(tmp_path), batch_sizes=[1, 2], max_seconds=0.01, picture=False),
+    ]
+    module, data = Classifier(), TinyData()
+    run = quiet_trainer(max_epochs=1, callbacks=callbacks)
+    run.fit(module, data)
+    run.test(module, data, verbose=False)
+    rows = {row["name"]: row["measurement"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert rows["before"]["quantized"] is rows["before"]["file"] is rows["model.onnx"]["quantized"] is None
+    layers = {layer["name"] for layer in rows["after"]["layers"] if layer["dtype"] == "int8"}
+    assert set(rows["after"]["quantized"]["errors"]) == layers != set()
+    file = rows["model.onnx"]["file"]
+    assert (file["runtime"], set(file["int8"])) == ("onnxruntime", layers)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "Exported files" in [one.text for one in page.all("h2")]
+    assert "lightning_compress.ExportModel" in page.text
 
 
 def table(folder: Path) -> Path:

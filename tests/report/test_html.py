@@ -14,7 +14,7 @@ from lightning_compress.report import Comparison, compare
 from lightning_compress.report.figures import figures_of
 from lightning_compress.report.html import page
 from lightning_compress.report.storage import LayerMeasurement
-from tests.report.pages import HOSTILE, Page, everything
+from tests.report.pages import HOSTILE, Page, everything, times
 from tests.report.test_any_report import comparisons
 from tests.report.test_compare import INT8, LARGE, MASKED, SMALL
 
@@ -111,6 +111,20 @@ def test_the_front_is_marked_in_words(comparison: Comparison) -> None:
     rows = [one.text for one in found.all("tr") if one.text.endswith(("yes", "no"))]
     # By latency int8 in torch is slower and less accurate than float; by bytes each is a choice.
     assert ["yes" if row.endswith("yes") else "no" for row in rows] == ["yes", "no", "yes", "yes", "yes", "yes"]
+
+
+def fronts(first_ms: list[float], second_ms: list[float]) -> list[str]:
+    rows = {
+        name: replace(LARGE, latency=(times(1, *rounds),))
+        for name, rounds in (("before", first_ms), ("after", second_ms))
+    }
+    found = check(compare(rows, metrics={"before": {"acc": 0.5}, "after": {"acc": 0.5}}).to_html())
+    return [one.text[-3:] for one in found.all("tr") if one.text.startswith(("before", "after"))][:2]
+
+
+def test_what_is_not_measurably_slower_is_on_the_front_too() -> None:
+    assert fronts([2.0] * 8, [2.0, 2.1, 1.9, 2.1, 1.9, 2.1, 2.1, 1.9]) == ["yes", "yes"]
+    assert fronts([2.0] * 8, [2.1] * 8) == ["yes", "5no"]
 
 
 def test_parts_without_content_are_left_out() -> None:
