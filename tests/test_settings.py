@@ -80,11 +80,15 @@ def test_values_become_plain(value: Any, said: Any) -> None:
 
 def test_settings_of_a_run_are_yaml_of_which_the_callbacks_can_be_made_again(tmp_path: Path) -> None:
     callbacks = [ScheduledPruning(sparsity=0.5), QuantizationAwareTraining(window=Window(0.5, 1.0))]
-    run = quiet_trainer(max_epochs=3, callbacks=callbacks, default_root_dir=tmp_path)
+    run = quiet_trainer(
+        max_epochs=3, accumulate_grad_batches=2, precision="bf16-mixed", callbacks=callbacks, default_root_dir=tmp_path
+    )
     run.strategy._lightning_module = Classifier()
     text = run_settings(run, callbacks)
     found = yaml.safe_load(text)
-    assert found["trainer"]["max_epochs"] == 3 and found["trainer"]["accelerator"] == "cpu"
+    assert set(found["trainer"]) == {"max_epochs", "accumulate_grad_batches", "precision", "accelerator", "callbacks"}
+    again = quiet_trainer(**{name: value for name, value in found["trainer"].items() if name != "callbacks"})
+    assert (again.max_epochs, again.accumulate_grad_batches, again.precision) == (3, 2, "bf16-mixed")
     assert found["model"] == {"class_path": "tests.report.models.Classifier"}
     parser = ArgumentParser()
     parser.add_argument("--callbacks", type=list[Callback])

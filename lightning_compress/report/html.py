@@ -11,12 +11,13 @@ from lightning_compress.report.exported import files_section
 from lightning_compress.report.facts import Sensitivity
 from lightning_compress.report.layer_table import layers_section
 from lightning_compress.report.markup import Markup, element, joined
-from lightning_compress.report.ratios import BEFORE, Row
+from lightning_compress.report.ratios import BEFORE, Row, busy_notes
 from lightning_compress.report.side_by_side import rows_section, tiles
 from lightning_compress.report.tradeoff import tradeoff_section
 from lightning_compress.report.verdict import judged, verdict
 
 _STYLE = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+_BUSY = "The machine did other work while latency was measured: speeds are less certain than usual. See the notes."
 # Even if a name became markup, nothing could run and nothing could be loaded.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -62,6 +63,7 @@ def page(
         "header",
         element("p", "Compression report", class_="eyebrow"),
         element("h1", said),
+        *([element("p", _BUSY, class_="quiet")] if any(busy_notes(rows)) else []),
         tiles(base, row),
         element("nav", links, aria_label="Parts of the report"),
     )

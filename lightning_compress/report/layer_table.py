@@ -9,9 +9,11 @@ from lightning_compress.report.layers import LayerPair, bits_of, largest, paired
 from lightning_compress.report.markup import Markup, element, escaped, folded, joined, table
 from lightning_compress.report.ratios import Row
 from lightning_compress.report.render import on_one_line
+from lightning_compress.report.storage import LayerMeasurement
 from lightning_compress.report.svg import bars
 
 _MOST_LAYERS, _OPEN_LAYERS = 400, 40
+_TOGETHER = "\N{NO-BREAK SPACE}"
 
 
 def layers_section(base: Row, row: Row | None, sensitivity: Sensitivity | None) -> Markup:
@@ -41,7 +43,8 @@ def _agreement(row: Row) -> Iterable[Markup]:
     said = f"Against the same weights in float the outputs agree by a cosine of {quantized.cosine:.4f}"
     if quantized.same_class is not None:
         said += f", and the largest output is the same for {quantized.same_class:.1%} of samples"
-    yield element("p", f"{said} ({quantized.batches} batches).")
+    batches = f"{quantized.batches} batch{'' if quantized.batches == 1 else 'es'}"
+    yield element("p", f"{said} ({batches}).")
 
 
 def _layer_table(
@@ -52,7 +55,7 @@ def _layer_table(
     levels = {cost.level for cost in costs.values()}
     columns: dict[str, list[str]] = {
         "Layer": [_layer(pair) for pair in pairs],
-        "Bits": [_arrow(*(_bits(layer.dtype) if layer else "–" for layer in pair[1:])) for pair in pairs],
+        "Bits": [_arrow(*(_bits(layer) for layer in pair[1:])).replace(" ", _TOGETHER) for pair in pairs],
         f"Bytes, {names[0]} → {names[1]}": [_arrow(*(f"{size_of(layer):,}" for layer in pair[1:])) for pair in pairs],
         "Saved": [saved(pair) for pair in pairs],
         "Zeros": [f"{zeros(pair.after)}%" for pair in pairs],
@@ -70,11 +73,11 @@ def _layer_table(
 
 
 def _arrow(before: str, after: str) -> str:
-    return before if before == after else f"{before}\N{NO-BREAK SPACE}→ {after}"
+    return before if before == after else f"{before}{_TOGETHER}→ {after}"
 
 
-def _bits(dtype: str) -> str:
-    return str(bits_of(dtype) or dtype)
+def _bits(layer: LayerMeasurement | None) -> str:
+    return "–" if layer is None else str(bits_of(layer.dtype) or layer.dtype)
 
 
 def _layer(pair: LayerPair) -> Markup:

@@ -9,8 +9,15 @@ from lightning_compress.callback import CompressionCallback
 from lightning_compress.report.yaml_text import as_yaml
 from lightning_compress.settings import path_of
 
-_TRAINER = ("max_epochs", "max_steps", "precision", "num_devices", "accumulate_grad_batches", "gradient_clip_val")
-_UNSET = (None, -1)
+_TRAINER: tuple[tuple[str, str, Any], ...] = (
+    ("max_epochs", "max_epochs", None),
+    ("max_steps", "max_steps", -1),
+    ("precision", "precision", "32-true"),
+    ("devices", "num_devices", 1),
+    ("accumulate_grad_batches", "accumulate_grad_batches", 1),
+    ("gradient_clip_val", "gradient_clip_val", None),
+)
+"""Arguments of a Trainer, the attributes that hold them, and the values of which nothing need be said."""
 
 
 def run_settings(trainer: Any, callbacks: Sequence[CompressionCallback]) -> str:
@@ -21,7 +28,8 @@ def run_settings(trainer: Any, callbacks: Sequence[CompressionCallback]) -> str:
             user's own.
         callbacks: those of this package.
     """
-    values = {name: getattr(trainer, name, None) for name in _TRAINER}
+    values = {name: getattr(trainer, held, usual) for name, held, usual in _TRAINER}
+    usual = {name: usual for name, _, usual in _TRAINER}
     own = [
         {"class_path": path_of(type(callback))}
         | ({"init_args": given} if (given := callback.report_settings()) else {})
@@ -29,7 +37,7 @@ def run_settings(trainer: Any, callbacks: Sequence[CompressionCallback]) -> str:
     ]
     run: dict[str, Any] = {
         "trainer": {
-            **{name: value for name, value in values.items() if value not in _UNSET},
+            **{name: value for name, value in values.items() if value not in (usual[name], None)},
             "accelerator": trainer.strategy.root_device.type,
             "callbacks": own,
         },

@@ -96,6 +96,13 @@ def test_every_figure_is_on_the_page(comparison: Comparison) -> None:
     assert "net was calibrated on 8 batches." in text
 
 
+def test_a_busy_machine_is_named_at_once() -> None:
+    busy = replace(LARGE, latency=(replace(times(1, *[2.0] * 8), waited=0.75),))
+    quiet, loud = (check(compare({"before": one, "after": SMALL}).to_html()) for one in (LARGE, busy))
+    said = "The machine did other work while latency was measured"
+    assert said in loud.all("header")[0].text and said not in quiet.text
+
+
 def test_what_brought_nothing_is_said_in_plain_words(comparison: Comparison) -> None:
     text = check(comparison.to_html()).text
     assert "after: slower than before at batch 1." in text
