@@ -111,8 +111,6 @@ class CompressionReport(CompressionCallback):
         check_settings(batch_sizes, max_seconds, threads)
         if directory is not None and not isinstance(directory, str | os.PathLike):
             raise invalid("directory", "be a path or None", directory)
-        if sensitivity is not None:
-            Sensitivity.load(sensitivity)  # raises before anything is trained
         self.directory = directory
         self.picture = picture
         self.batch_sizes = tuple(batch_sizes)
@@ -120,6 +118,7 @@ class CompressionReport(CompressionCallback):
         self.threads = threads
         self.validate_before = validate_before
         self.sensitivity = sensitivity
+        self._sensitivity = None if sensitivity is None else Sensitivity.load(sensitivity)
         self.comparison: Comparison | None = None
         self._folder = ""
         self._measured: ReferenceType[nn.Module] | None = None
@@ -302,10 +301,9 @@ class CompressionReport(CompressionCallback):
         notes = [*left_out, *self._rows.notes.values(), *self._failures, *others]
         histories = [history for callback in compression_callbacks(trainer) if (history := callback.report_history())]
         folder = Path(self._folder)
-        self.comparison = compare(
-            measured, metrics=metrics, notes=notes, origins=origins, settings=settings, sensitivity=self.sensitivity
-        )
-        self.comparison, written = write(self.comparison, folder, self.picture, histories, _warn)
+        compared = compare(measured, metrics=metrics, notes=notes, origins=origins, settings=settings)
+        compared = replace(compared, sensitivity=self._sensitivity)
+        self.comparison, written = write(compared, folder, self.picture, histories, _warn)
         with self._not_ending_the_run("The loggers couldn't take the report"):
             pictures = [folder / name for name in written if name.endswith(".png")]
             log_report(trainer.loggers, self.comparison.rows, pictures, trainer.global_step)

@@ -61,16 +61,20 @@ def test_facts_of_a_file_are_those_beside_it(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:::lightning")
 def test_a_report_of_a_trainer_has_the_facts_of_int8_and_of_the_file(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
+    path, quick = table(tmp_path), {"batch_sizes": [1, 2], "max_seconds": 0.01, "picture": False}
     callbacks = [
         QuantizationAwareTraining(),
         ExportModel(str(tmp_path / "model.onnx")),
-        CompressionReport(str(tmp_path), batch_sizes=[1, 2], max_seconds=0.01, picture=False),
+        CompressionReport(str(tmp_path), sensitivity=str(path), **quick),
     ]
+    path.unlink()  # what it holds was read
     module, data = Classifier(), TinyData()
     run = quiet_trainer(max_epochs=1, callbacks=callbacks)
     run.fit(module, data)
     run.test(module, data, verbose=False)
-    rows = {row["name"]: row["measurement"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    plain = json.loads((tmp_path / "report.json").read_text())
+    assert plain["sensitivity"]["of"] == "weights"
+    rows = {row["name"]: row["measurement"] for row in plain["rows"]}
     assert rows["before"]["quantized"] is rows["before"]["file"] is rows["model.onnx"]["quantized"] is None
     layers = {layer["name"] for layer in rows["after"]["layers"] if layer["dtype"] == "int8"}
     assert set(rows["after"]["quantized"]["errors"]) == layers != set()
