@@ -73,7 +73,7 @@ def rows_section(rows: Sequence[Row], baseline: str, machine: Mapping[str, Any])
 
 
 def _cell(cell: Cell, title: str) -> Markup:
-    small = [element("small", cell.spread)] if cell.spread else []
+    small = [element("small", cell.spread.replace(" ", "\N{NO-BREAK SPACE}"))] if cell.spread else []
     if cell.words:
         small.append(element("small", _change(cell, title)))
     return joined([cell.value, *small])

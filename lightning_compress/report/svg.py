@@ -12,7 +12,7 @@ from lightning_compress.report.markup import Markup, element
 # Narrow, so that text keeps its size on a phone.
 _WIDTH, _HEIGHT = 400, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 28, 46
-_CHARACTER, _LINE, _LONGEST, _LONGEST_WORDS = 6.6, 15, 22, 40
+_CHARACTER, _LINE, _LONGEST, _LONGEST_WORDS = 8.2, 16, 22, 40
 _BAR = 34
 
 

@@ -74,7 +74,7 @@ def test_names_of_points_that_are_near_do_not_cover_each_other(near: float) -> N
     assert len(labels) == 5
     boxes = []
     for one in labels:
-        width = 6.6 * len(one["text"])
+        width = 8.2 * len(one["text"])
         left = float(one["x"]) - (width if one["text-anchor"] == "end" else 0)
         boxes.append((left, left + width, float(one["y"])))
     for (a, b, y), (c, d, z) in itertools.combinations(boxes, 2):
