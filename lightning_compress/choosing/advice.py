@@ -8,10 +8,10 @@ from typing import Any
 
 from lightning_compress.choosing.evaluations import Drop
 from lightning_compress.choosing.speed import Speed
-from lightning_compress.choosing.yaml_text import as_yaml
 from lightning_compress.modules.agreement import Agreement
 from lightning_compress.quantization.agreement import LEAST
 from lightning_compress.report.render import factor
+from lightning_compress.report.yaml_text import as_yaml
 
 FASTER, SMALLER = 1.05, 0.8
 """Less gain is none: so many times the speed, for three quarters of the rounds, and such a part of the bytes."""

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_compress.report.plots import FAINT, INK, drawing, short_name
+from lightning_compress.report.layers import short_name
+from lightning_compress.report.plots import FAINT, INK, drawing
 
 _MOST_LAYERS = 40
 _LINE, _POINT, _CHOSEN = "#9ab4c8", "#1f77b4", "#c44e52"

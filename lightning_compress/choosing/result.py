@@ -11,7 +11,7 @@ from typing import Any
 from lightning_compress.choosing.evaluations import Drop
 from lightning_compress.choosing.plots import plot_front
 from lightning_compress.choosing.table import SensitivityTable
-from lightning_compress.choosing.yaml_text import as_yaml
+from lightning_compress.report.yaml_text import as_yaml
 
 
 @dataclass(frozen=True)
