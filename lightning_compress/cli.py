@@ -24,6 +24,8 @@ from lightning_compress.structure.inert import read_inert
 _PROG = "lightning-compress"
 _OWN = ("advise", "export", "sensitivity", "search")
 """The subcommands that Lightning has not."""
+_OF_THE_CLI = ("_class_path", "_instantiator")
+"""What LightningCLI adds to the hyperparameters that it saves."""
 
 
 class _Parser(LightningArgumentParser):
@@ -224,12 +226,16 @@ class CompressCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Take hyperparameters from a checkpoint only where they name their class, as those of a LightningCLI do.
 
-        Those that a plain Trainer saved don't, and LightningCLI fails on them; here the configuration alone counts.
+        Those that a plain Trainer saved don't, and LightningCLI fails on them (2.5 on the former, too); here the
+        configuration alone counts.
         """
         command = self.config.subcommand
         path = self.config[command].get("ckpt_path")
-        if command not in _OWN and path and os.path.isfile(path) and _names_class(path):
-            super()._parse_ckpt_path()
+        hyperparameters = {} if command in _OWN or not path or not os.path.isfile(path) else _hyperparameters(path)
+        if "_class_path" in hyperparameters:
+            arguments = {name: value for name, value in hyperparameters.items() if name not in _OF_THE_CLI}
+            model = {"class_path": hyperparameters["_class_path"], "dict_kwargs": arguments}
+            self.config = self.parser.parse_object({command: {"model": model}}, self.config)
 
     @staticmethod
     def configure_optimizers(
@@ -283,13 +289,13 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-def _names_class(path: str) -> bool:
-    """Tell whether the hyperparameters in a checkpoint name the class that they belong to."""
+def _hyperparameters(path: str) -> dict[str, Any]:
+    """Read those of a checkpoint that are plain data."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of objects that are left out: a class is named by a string
+            warnings.simplefilter("ignore", UserWarning)  # of objects that are left out: the Trainer reads the file
             checkpoint, _ = read_inert(path, "ckpt_path")
-        return "_class_path" in checkpoint.get("hyper_parameters", {})
+        return cast("dict[str, Any]", checkpoint.get("hyper_parameters", {}))
     except Exception as error:  # torch.load raises a dozen types, by file format
         raise invalid("ckpt_path", "be a readable checkpoint", path, f"{type(error).__name__}: {error}") from error
 
