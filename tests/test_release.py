@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERSION = lightning_compress.__version__
 FILES = {
-    path.relative_to(ROOT).as_posix() for path in (ROOT / "lightning_compress").rglob("*.py*") if path.suffix != ".pyc"
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "lightning_compress").rglob("*")
+    if path.is_file() and path.suffix != ".pyc"
 }
 BESIDE = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "MANIFEST.in")
 BUILD = "from setuptools import build_meta; build_meta.build_sdist('dist'); build_meta.build_wheel('dist')"
@@ -49,8 +51,9 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
 def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
     with zipfile.ZipFile(dist / f"lightning_compress-{VERSION}-py3-none-any.whl") as wheel:
         info = f"lightning_compress-{VERSION}.dist-info"
+        assert "lightning_compress/py.typed" in FILES
         about = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt")}
-        assert set(wheel.namelist()) == FILES | {"lightning_compress/py.typed"} | about | {f"{info}/licenses/LICENSE"}
+        assert set(wheel.namelist()) == FILES | about | {f"{info}/licenses/LICENSE"}
         assert (
             "lightning-compress = lightning_compress.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
         )
@@ -60,7 +63,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
 def test_the_source_distribution_holds_what_a_build_needs(dist: Path) -> None:
     with tarfile.open(dist / f"lightning_compress-{VERSION}.tar.gz") as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert FILES | {"lightning_compress/py.typed", *BESIDE} <= names
+    assert FILES | set(BESIDE) <= names
     assert {name.partition("/")[0] for name in names if "/" in name} == {
         "lightning_compress",
         "lightning_compress.egg-info",
