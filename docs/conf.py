@@ -1,12 +1,12 @@
 """The site: Sphinx reads the repository from its root, so that pages link to each other as they do in a clone."""
 
-import importlib.metadata
-
 from docutils import nodes
 from lightning.pytorch import Callback
 
+import lightning_compress
+
 project = html_title = "lightning_compress"
-version = release = importlib.metadata.version("lightning_compress")
+version = release = lightning_compress.__version__
 root_doc = "docs/index"
 include_patterns = ["docs/**", "benchmarks/*.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 exclude_patterns = [".*", "docs/_build", "lightning_compress", "tests"]

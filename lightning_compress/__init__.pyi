@@ -31,6 +31,8 @@ from .structure.files import load_compressed, save_compressed
 from .targets import Targets
 from .window import Window
 
+__version__: str
+
 __all__ = [
     "DIST",
     "DKD",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -13,15 +14,18 @@ from torch.optim import Optimizer
 import lightning_compress
 from lightning_compress.choosing.commands import check_output, run_advise, run_search, run_sensitivity, write
 from lightning_compress.choosing.search import check_search
-from lightning_compress.errors import CompressionError
+from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.export.callback import ExportModel, quantizes_tests
 from lightning_compress.export.formats import refuse_unready
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.structure.files import load_compressed
+from lightning_compress.structure.inert import read_inert
 
 _PROG = "lightning-compress"
 _OWN = ("advise", "export", "sensitivity", "search")
 """The subcommands that Lightning has not."""
+_OF_THE_CLI = ("_class_path", "_instantiator")
+"""What LightningCLI adds to the hyperparameters that it saves."""
 
 
 class _Parser(LightningArgumentParser):
@@ -220,9 +224,18 @@ class CompressCLI(LightningCLI):
         self.config = parser.parse_args(cast("list[str] | None", args))
 
     def _parse_ckpt_path(self) -> None:
-        """Take no hyperparameters for subcommands of ours: those that a plain Trainer saves name no class."""
-        if self.config.get("subcommand") not in _OWN:
-            super()._parse_ckpt_path()
+        """Take hyperparameters from a checkpoint only where they name their class, as those of a LightningCLI do.
+
+        Those that a plain Trainer saved don't, and LightningCLI fails on them (2.5 on the former, too); here the
+        configuration alone counts.
+        """
+        command = self.config.subcommand
+        path = self.config[command].get("ckpt_path")
+        hyperparameters = {} if command in _OWN or not path or not os.path.isfile(path) else _hyperparameters(path)
+        if "_class_path" in hyperparameters:
+            arguments = {name: value for name, value in hyperparameters.items() if name not in _OF_THE_CLI}
+            model = {"class_path": hyperparameters["_class_path"], "dict_kwargs": arguments}
+            self.config = self.parser.parse_object({command: {"model": model}}, self.config)
 
     @staticmethod
     def configure_optimizers(
@@ -274,6 +287,17 @@ def main(args: list[str] | None = None) -> None:
             raise
         sys.stderr.write(f"{_PROG}: error: {cause}\n")
         raise SystemExit(2) from error
+
+
+def _hyperparameters(path: str) -> dict[str, Any]:
+    """Read those of a checkpoint that are plain data."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of objects that are left out: the Trainer reads the file
+            checkpoint, _ = read_inert(path, "ckpt_path")
+        return cast("dict[str, Any]", checkpoint.get("hyper_parameters", {}))
+    except Exception as error:  # torch.load raises a dozen types, by file format
+        raise invalid("ckpt_path", "be a readable checkpoint", path, f"{type(error).__name__}: {error}") from error
 
 
 def _cause(error: BaseException | None) -> CompressionError | None:

@@ -21,7 +21,7 @@ class MissingExtraError(CompressionError, ImportError):
     def __init__(self, feature: str, package: str, extra: str) -> None:
         super().__init__(
             f"{feature} needs `{package}`, which isn't installed. "
-            f'Install it: pip install "lightning_compress[{extra}]"'
+            f'Install it: pip install "lightning-compress[{extra}]"'
         )
 
 

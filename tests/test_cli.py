@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ from lightning_compress.__main__ import main as entry
 from lightning_compress.cli import main
 from lightning_compress.deployable import deployable
 from lightning_compress.errors import invalid
-from tests.support.modules import Classifier
+from tests.support.data import TinyData
+from tests.support.modules import Classifier, quiet_trainer
 from tests.support.onnx_sessions import open_session
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +70,15 @@ class Grows(Classifier):
         return self.late(super().forward(x))
 
 
+class Remembers(Classifier):
+    """Saves its hyperparameters, a network among them."""
+
+    def __init__(self, width: int = 8, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.unused = nn.Linear(width, 2)
+
+
 @pytest.fixture(autouse=True)
 def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -86,6 +98,40 @@ def test_callback_appended_and_configured_by_arguments() -> None:
 def test_other_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([command, "--model=tests.support.modules.Classifier", *RUN])
     assert ("loss" in capsys.readouterr().out) == (command != "predict")
+
+
+@pytest.mark.parametrize("network", [None, nn.Linear(2, 2)])
+def test_a_checkpoint_of_a_plain_trainer(network: nn.Module | None, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = quiet_trainer()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attribute 'network'")  # Lightning would rather not save it
+        module = Remembers(12, network)
+    trainer.fit(module, TinyData())
+    trainer.save_checkpoint("plain.ckpt")
+    trainer.test(module, TinyData())
+    capsys.readouterr()
+    model = ["--model=tests.test_cli.Remembers", "--model.width=12"]
+    # Before 2.6 Lightning had no such argument, and read all files so.
+    whole = ["--weights_only=false"] * ("weights_only" in inspect.signature(Trainer.test).parameters)
+    main(["test", *model, "--ckpt_path=plain.ckpt", *whole, *RUN])
+    assert str(float(trainer.callback_metrics["test_loss"]))[:12] in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+def test_a_checkpoint_of_the_command_line_says_how_its_model_is_built(own_folder: Path) -> None:
+    save = [*QUIET, "--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
+    save += ["--trainer.callbacks.dirpath=saved", "--trainer.callbacks.filename=saved"]
+    main(["fit", "--model=tests.test_cli.Remembers", "--model.width=12", "--data=tests.support.data.TinyData", *save])
+    main(["test", "--model=tests.test_cli.Remembers", "--ckpt_path=saved/saved.ckpt", *RUN])  # of 8, it would not load
+
+
+def test_a_checkpoint_that_cannot_be_read(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own_folder / "cut.ckpt").write_bytes(b"PK\x03\x04")
+    with pytest.raises(SystemExit) as stop:
+        main(["test", "--model=tests.support.modules.Classifier", "--ckpt_path=cut.ckpt", *RUN])
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightning-compress: error: `ckpt_path` must be a readable checkpoint. Received: ")
 
 
 def test_modules_of_the_current_folder(own_folder: Path) -> None:

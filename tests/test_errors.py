@@ -22,7 +22,7 @@ def test_errors_are_value_errors_and_a_missing_extra_is_an_import_error_too() ->
 def test_a_missing_extra_says_what_to_type() -> None:
     message = str(MissingExtraError("The plot", "matplotlib", "plots"))
     assert message == (
-        'The plot needs `matplotlib`, which isn\'t installed. Install it: pip install "lightning_compress[plots]"'
+        'The plot needs `matplotlib`, which isn\'t installed. Install it: pip install "lightning-compress[plots]"'
     )
 
 

@@ -73,7 +73,7 @@ class CompressionReport(CompressionCallback):
     Args:
         directory: Where to write; ``trainer.log_dir``, else ``trainer.default_root_dir``, by default.
         picture: Draw ``report.png`` too, and ``sparsity.png`` where weights were pruned, if matplotlib is installed
-            (``lightning_compress[plots]``).
+            (``lightning-compress[plots]``).
         batch_sizes: Batch sizes at which latency is measured.
         max_seconds: Time budget for each batch size and row.
         threads: Threads of torch while latency is measured; those that are set by default.

@@ -49,7 +49,7 @@ def write(
     texts = [name for name, text in _texts(comparison).items() if attempt(name, partial(replace_file, text=text))]
     drawn: list[str] = []
     if picture and importlib.util.find_spec("matplotlib") is None:
-        failures.append('No picture: matplotlib isn\'t installed. Install it: pip install "lightning_compress[plots]"')
+        failures.append('No picture: matplotlib isn\'t installed. Install it: pip install "lightning-compress[plots]"')
     elif picture:
         drawn = [name for name, draw in _pictures(comparison, histories).items() if attempt(name, draw)]
     if failures:

@@ -387,7 +387,7 @@ def test_what_can_be_known_before_training_is(own_folder: Path, monkeypatch: pyt
     with pytest.raises(CompressionError, match="`test` must be False for all but one ExportModel of a runtime"):
         fit(quick(), quick("other.onnx"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r'pip install "lightning_compress\[onnx\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "lightning-compress\[onnx\]"'):
         fit(quick())
 
 

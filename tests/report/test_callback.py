@@ -304,7 +304,7 @@ def test_a_missing_matplotlib_is_a_note(tmp_path, monkeypatch) -> None:
         "importlib.util.find_spec", lambda name, *rest: None if name == "matplotlib" else found(name, *rest)
     )
     trainer(tmp_path, report(picture=True)).fit(Classifier())
-    assert 'pip install "lightning_compress[plots]"' in (tmp_path / "report.md").read_text()
+    assert 'pip install "lightning-compress[plots]"' in (tmp_path / "report.md").read_text()
     assert not (tmp_path / "report.png").exists()
 
 

@@ -46,6 +46,6 @@ def test_a_missing_matplotlib_prints_the_command(tmp_path, monkeypatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtraError, match=r"pip install \"lightning_compress\[plots\]\""):
+    with pytest.raises(MissingExtraError, match=r"pip install \"lightning-compress\[plots\]\""):
         plot_report(compare({"large": LARGE}), tmp_path / "report.png")
     assert not list(tmp_path.iterdir())
