@@ -117,6 +117,7 @@ def _train(make: Callable[[], nn.Module], epochs: int, rate: float) -> nn.Module
 def trained(name: str, make: Callable[[], nn.Module], epochs: int, rate: float) -> nn.Module:
     """The network with the weights of the cached file, which is written where it's missing."""
     folder = Path(os.environ.get("COMPENSATION_CACHE", tempfile.gettempdir()))
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"compensation-{name}-{epochs}.pt"
     if not path.exists():
         torch.save(_train(make, epochs, rate).state_dict(), path)

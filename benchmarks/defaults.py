@@ -229,8 +229,11 @@ def main() -> None:
     now = [arm for arm in qat if not arm.endswith(FX)]
     tables = [(now, PTQ), (qat, PLAIN), ([QAT], f"{QAT}{FX}"), ([PTQ], f"{PTQ}{FX}"), (arms_of(known, PTQ), PLAIN)]
     tables += [([arm for arm in now if "distilled" in arm], QAT)]
-    for arms, base in [*tables, (arms_of(known, CUT), PLAIN), (arms_of(known, ZEROS), PLAIN)]:
-        print(f"\n{arms[0].partition(', ')[0]}, to {base}:\n")
+    cuts = arms_of(known, CUT)
+    before = [arm for arm in cuts if arm.startswith(BEFORE)]
+    tables += [([arm for arm in cuts if arm not in before], PLAIN), ([CUT], BEFORE), (before, PLAIN)]
+    for arms, base in [*tables, (arms_of(known, ZEROS), PLAIN)]:
+        print(f"\n{BEFORE if arms == before else arms[0].partition(', ')[0]}, to {base}:\n")
         print("\n".join(table(known, arms, base)))
 
 

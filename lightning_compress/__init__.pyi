@@ -5,7 +5,7 @@ from .channels.callback import ChannelPruning
 from .choosing import SearchResult, SensitivityTable, search, sensitivity
 from .choosing.guard import AccuracyGuard
 from .choosing.phases import PhaseCheckpoint
-from .choosing.validation_metric import ValidationMetric
+from .choosing.validation import ValidationMetric
 from .distillation import Distillation, DistillationModule, EMATeacher, Ramp, Snapshot
 from .distillation.losses.attention_transfer import AttentionTransfer
 from .distillation.losses.base import FeatureLoss, LogitLoss

@@ -6,6 +6,7 @@ import sys
 
 HELP = """\
 usage: lightning-compress {fit,validate,test,predict,advise,export,sensitivity,search} [--config FILE] [--ARGUMENT ...]
+       lightning-compress report RUN.json [RUN.json] [--output FILE]
 
 Trains, compresses and measures a LightningModule. Compression is done by callbacks of the Trainer:
 
@@ -50,6 +51,10 @@ Ask which layers hurt, and let a choice be made for each, by your own validation
   lightning-compress sensitivity --config config.yaml --ckpt_path best.ckpt --monitor val_acc --of int8
   lightning-compress search --config config.yaml --ckpt_path best.ckpt --monitor val_acc --over weights --max_drop 0.01
 
+Draw a report again, or what the second of two runs brought:
+
+  lightning-compress report first/report.json second/report.json --output difference.html
+
 More:
 
   lightning-compress fit --help                                     every argument of a subcommand
@@ -73,6 +78,10 @@ def main(args: list[str] | None = None) -> None:
     elif not given:
         sys.stderr.write(HELP)
         raise SystemExit(2)
+    elif given[0] == "report":  # which has no configuration
+        from lightning_compress.report import command
+
+        command.main(given[1:])
     else:
         from lightning_compress import cli
 

@@ -66,7 +66,7 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
     )
 
 
-def loader_of(source: Any, name: str) -> Any:
+def loader_of(source: Any, name: str, stage: str = "fit") -> Any:
     """Return a loader of a module or of a datamodule, which may have been set up for another stage."""
     if isinstance(source, torch.nn.Module):
         return getattr(source, name)()
@@ -77,7 +77,7 @@ def loader_of(source: Any, name: str) -> Any:
             return loader
     except Exception:  # there is no training data yet
         pass
-    source.setup("fit")
+    source.setup(stage)
     return getattr(source, name)()
 
 

@@ -18,8 +18,8 @@ In a fit Lightning calls the hooks in this order, and a callback of ours does in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -32,6 +32,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name
 from lightning_compress.modules.resizing import Cut
 from lightning_compress.modules.training_mode import has_frozen, restore_given_, train_given_, wake_
+from lightning_compress.settings import given_arguments
 from lightning_compress.structure.change import recorded
 from lightning_compress.structure.checkpoint import attach, detach
 from lightning_compress.structure.listener import CheckpointListener
@@ -49,6 +50,7 @@ class ReportFile:
         path: of the module in it, as the steps of the LightningModule call it; ``""`` is ``forward``.
         prefix: of the names under which a test logs its metrics.
         open: returns a module that runs the file with so many threads (None: torch's), called as the module is.
+        facts: how it was proven, as they stand beside it; empty where nothing is known.
     """
 
     name: str
@@ -56,6 +58,7 @@ class ReportFile:
     path: str
     prefix: str
     open: Callable[[int | None], nn.Module]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,13 @@ class CompressionCallback(Callback, CheckpointListener):
     guards: ClassVar[bool] = False
     is_guarded: ClassVar[bool] = False
     leads_to: ClassVar[str] = ""
+
+    _given: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        callback = super().__new__(cls)
+        callback._given = given_arguments(cls, args, kwargs)  # constructors turn some of them into other things
+        return callback
 
     # What callbacks ask each other. All of it does nothing by default.
 
@@ -169,6 +179,10 @@ class CompressionCallback(Callback, CheckpointListener):
     def report_files(self) -> list[ReportFile]:
         """Return the files that were written of the module for other runtimes; each gets a row in the report."""
         return []
+
+    def report_settings(self) -> dict[str, Any]:
+        """Return the arguments that the callback was made with and that differ from the defaults, as YAML has them."""
+        return self._given
 
     def report_history(self) -> list[Any]:
         """Return how sparsity grew, for the report's picture."""

@@ -128,7 +128,7 @@ class _Trainer(Trainer):
         over: Literal["int8", "weights", "pruning", "channels"] = "weights",
         budget: float | None = None,
         max_drop: float | None = None,
-        cost: Literal["bytes", "params", "macs"] | None = None,
+        cost: Literal["bytes", "params", "macs", "latency"] | None = None,
         levels: list[str | float | Scheme] | None = None,
         mode: Literal["max", "min"] = "max",
         output: str | None = None,
@@ -146,7 +146,7 @@ class _Trainer(Trainer):
             over: What is chosen: layers in int8, schemes of weights, sparsities, or channels.
             budget: The fraction of the cost that remains; this or max_drop.
             max_drop: How far the metric may fall; this or budget.
-            cost: bytes, params (that aren't zero) or macs (in float).
+            cost: bytes, params (that aren't zero), macs (in float), or latency, measured here on the first batch.
             levels: Schemes, or fractions of zeros or of channels that stay; by default some of each.
             mode: max where more of the metric is better.
             output: Path of the result: .json, or a picture, .png or .svg.

@@ -21,7 +21,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "messages"),
     ("modules", "schedules", "window"),
-    ("targets", "structure", "compensation"),
+    ("targets", "structure", "compensation", "settings"),
     ("silent_copy", "twin", "probe", "calibration", "callback", "windowed_callback"),
     ("pruning", "channels", "quantization"),
     ("distillation",),
@@ -36,6 +36,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 BESIDE = {1, 2, 3, FLOOR["cli"]}
 # The imports that stand in a function.
 INSIDE = {
+    ("__main__.py", "report/command.py"),
     ("__main__.py", "cli.py"),  # Lightning takes seconds to import, and `--help` is answered before that
 }
 # The files that import what a string names.
@@ -74,7 +75,7 @@ MAY_IMPORT_LIGHTNING = {
     "distillation/callback_base.py",
     "report/callback.py",
     "export/callback.py",
-    "choosing/validation_metric.py",
+    "choosing/validation.py",
     "choosing/commands.py",
     "choosing/guard.py",
     "choosing/phases.py",
@@ -87,6 +88,7 @@ MAY_ALSO_IMPORT = {
     "report/compare.py": {"rich"},
     "report/render.py": {"rich"},
     "report/files.py": {"rich"},
+    "report/loggers.py": {"matplotlib"},
     "distillation/teacher_check.py": {"torchmetrics"},
     "calibration.py": {"tqdm"},
     "choosing/sensitivity.py": {"tqdm"},

@@ -31,7 +31,7 @@ class Digits(L.LightningDataModule):
         return DataLoader(self.sets[0], 32, shuffle=True, generator=torch.Generator().manual_seed(0))
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.sets[1], 360)
+        return DataLoader(self.sets[1], 30)
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(self.sets[2], 360)

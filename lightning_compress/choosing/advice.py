@@ -7,30 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_compress.choosing.evaluations import Drop
-from lightning_compress.choosing.yaml_text import as_yaml
+from lightning_compress.choosing.speed import Speed
 from lightning_compress.modules.agreement import Agreement
 from lightning_compress.quantization.agreement import LEAST
 from lightning_compress.report.render import factor
+from lightning_compress.report.yaml_text import as_yaml
 
 FASTER, SMALLER = 1.05, 0.8
 """Less gain is none: so many times the speed, for three quarters of the rounds, and such a part of the bytes."""
 _TRAINED = 0.8
 """An agreement from which some training gets a model back whose channels have left."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How many times faster than the model a trial is.
-
-    Attributes:
-        median: over rounds in which both had their turn.
-        low: a quarter of the rounds is below.
-        high: a quarter is above.
-    """
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +31,7 @@ class Trial:
         agreement: of the outputs with the model's, on batches that were held out.
         drop: how far the metric falls; None without one.
         problem: why nothing was measured; empty if it was.
+        is_tried: whether there was time for it.
     """
 
     name: str
@@ -54,6 +41,7 @@ class Trial:
     agreement: Agreement | None = None
     drop: Drop | None = None
     problem: str = ""
+    is_tried: bool = True
 
     @property
     def is_trained(self) -> bool:
@@ -136,9 +124,10 @@ class Advice:
             yield "try first: nothing of this; a smaller model, taught by this one, may be the way (DistillationModule)"
         for place, trial in enumerate(worth):
             yield f"{'then' if place else 'try first'}: {trial.name}, {_gain(trial)}"
-        bothers = [(trial.name, trial.refusal) for trial in self.trials if trial.refusal]
-        for name, reason in bothers:
-            yield f"don't bother with: {name} ({reason})"
+        for trial in self.trials:
+            if trial.refusal:
+                verdict = "don't bother with" if trial.is_tried else "not tried"
+                yield f"{verdict}: {trial.name} ({trial.refusal})"
         if worth:
             yield ""
             yield from f"# for trainer.callbacks\n{self.to_yaml()}".rstrip().split("\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,18 +12,17 @@ import torch
 from torch import nn
 
 from lightning_compress.channels.remove_channels import plan_removal, remove_channels_
-from lightning_compress.choosing.advice import Advice, Speed, Trial
+from lightning_compress.choosing.advice import Advice, Trial
 from lightning_compress.choosing.evaluations import Evaluate, Mode, check_mode, drop, evaluated
 from lightning_compress.choosing.forms import Run
 from lightning_compress.choosing.layer_facts import layer_facts
+from lightning_compress.choosing.speed import Speed, milliseconds, quantized_copy
 from lightning_compress.errors import CompressionError, in_a_line, invalid
 from lightning_compress.modules.agreement import Agreement, outputs_of
 from lightning_compress.modules.calls import samples_in, way_without_trainer
-from lightning_compress.modules.copying import copy_module, copy_tensors
+from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.isolation import evaluation_mode
-from lightning_compress.modules.latency import round_ratios, time_in_turns
 from lightning_compress.modules.paths import modules_of
-from lightning_compress.quantization.quantize import quantize_
 from lightning_compress.quantization.recipe import Recipe
 from lightning_compress.report.inputs import resize_batch
 from lightning_compress.report.measure import count
@@ -93,20 +91,20 @@ def advise_by(
         trials = list[Trial]()
         for name, (settings, make) in _ways().items():
             if time.monotonic() - started >= seconds:
-                trials.append(Trial(name, settings, problem=f"the {seconds:g} seconds were over"))
+                trials.append(Trial(name, settings, problem=f"the {seconds:g} seconds were over", is_tried=False))
                 continue
             try:
                 with warnings.catch_warnings(action="ignore"):  # what is said of a trial is what was measured
                     small = make(model, calibration, run)
                 agreement = Agreement.of(expected, outputs_of(small, held_out, run))
-                speeds = {size: _speed(model, small, run, batch) for size, batch in sizes.items()}
+                speeds = {size: Speed.beside(model, small, run, batch) for size, batch in sizes.items()}
                 fall = None if metric is None or evaluate is None else drop(metric, evaluated(evaluate, small), mode)
             except Exception as error:  # a model that doesn't take one way may take the next
                 trials.append(Trial(name, settings, problem=in_a_line(error)))
                 continue
             trials.append(Trial(name, settings, speeds, count(small).size_bytes / whole.size_bytes, agreement, fall))
         times, macs = _where(model, run, held_out[0])
-        latency_ms = _milliseconds(model, run, held_out[0])
+        latency_ms = milliseconds(model, run, held_out[0])
     facts = type(model).__name__, whole.parameters, whole.size_bytes, macs, samples_in(held_out[0]), latency_ms
     return Advice(*facts, times, tuple(trials))
 
@@ -116,17 +114,12 @@ def _ways() -> Mapping[str, tuple[Mapping[str, Any], Make]]:
 
     def scheme(name: str) -> tuple[Mapping[str, Any], Make]:
         said = {"class_path": "lightning_compress.PostTrainingQuantization", "init_args": {"scheme": name}}
-        return said, lambda model, batches, run: _quantized(model, name, batches, run)
+        recipe = Recipe(name, MOST_BATCHES, None, None, "auto")
+        return said, lambda model, batches, run: quantized_copy(model, recipe, batches, run)
 
     channels = {"class_path": "lightning_compress.ChannelPruning", "init_args": {"channels": SHARE}}
     others = {name: scheme(name) for name in _SCHEMES}
     return {"int8_static": scheme("int8_static"), "channels": (channels, _narrow), **others}
-
-
-def _quantized(model: nn.Module, scheme: str, batches: Sequence[Any], run: Run) -> nn.Module:
-    twin = copy_module(model)
-    quantize_(twin, Recipe(scheme, len(batches), None, None, "auto"), batches[0], iter(batches[1:]), run)
-    return twin
 
 
 def _narrow(model: nn.Module, batches: Sequence[Any], run: Run) -> nn.Module:
@@ -145,12 +138,6 @@ def _sized(batch: Any) -> dict[int, Any]:
     return {**one, samples_in(batch): batch}
 
 
-def _speed(model: nn.Module, small: nn.Module, run: Run, batch: Any) -> Speed:
-    ratios = round_ratios(model, small, lambda module: run(module, copy_tensors(batch)), max_seconds=2.0)
-    low, middle, high = statistics.quantiles([1 / ratio for ratio in ratios], n=4)
-    return Speed(middle, low, high)
-
-
 def _where(model: nn.Module, run: Run, batch: Any) -> tuple[dict[str, float], float]:
     """Return the milliseconds that the layers of each class take, the longest first, and MACs of a sample."""
     leaves = {path: module for path, module in modules_of(model).items() if not any(module.children())}
@@ -161,8 +148,3 @@ def _where(model: nn.Module, run: Run, batch: Any) -> tuple[dict[str, float], fl
         times[name] = times.get(name, 0.0) + fact.latency_ms
     order = sorted(times, key=lambda name: -times[name])
     return {name: times[name] for name in order}, sum(fact.macs for fact in facts.values())
-
-
-def _milliseconds(model: nn.Module, run: Run, batch: Any) -> float:
-    rounds = time_in_turns([lambda: run(model, copy_tensors(batch))], max_seconds=1.0)
-    return 1e3 * statistics.median(seconds for [seconds] in rounds)

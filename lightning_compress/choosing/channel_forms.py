@@ -19,6 +19,7 @@ from lightning_compress.channels.planning.removable import removable
 from lightning_compress.channels.planning.search import make_plan
 from lightning_compress.channels.remove_channels import check_module, runs_of
 from lightning_compress.channels.tracing.find_groups import find_groups
+from lightning_compress.channels.tracing.groups import Group
 from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.choosing.forms import Choice, Cost, Forms, Run
 from lightning_compress.compensation.in_order import Runner
@@ -50,7 +51,7 @@ class ChannelForms(Forms):
         self._shares = {f"{level:g}": level for level in sorted(levels, reverse=True)}
         self.levels = tuple(self._shares)
         check_module(model)
-        self.model, self.run = copy_module(model), run
+        self.floats, self.model, self.run = model, copy_module(model), run
         self._recipe = make_recipe(1.0, None, None, None, "outputs", "layer", Targets(), None, 0.0, 1, 0, False, True)
         args, kwargs = bind_batch(self.model, batches[0])[0]
         with torch.inference_mode(False):
@@ -61,7 +62,11 @@ class ChannelForms(Forms):
         self._groups, self.skipped = groups, dict(fixed)
         self._sizes = Sizes(groups)
         self._carried = self._scores(batches, 0)
-        self.layers = {group.name: self.levels for group in groups.all if group.size > 1}
+        fewer = {
+            group.name: tuple(level for level in self.levels if self._count(group, level) < group.size)
+            for group in groups.all
+        }
+        self.layers = {name: found for name, found in fewer.items() if found}
         self._bytes = {parameter.element_size() for parameter in self.model.parameters()}
 
     def _scores(self, batches: Sequence[Any], seed: int) -> dict[str, Tensor]:
@@ -83,11 +88,18 @@ class ChannelForms(Forms):
         with evaluation_mode(twin):
             yield twin
 
+    def deployed(self, choice: Choice) -> nn.Module:
+        with self.compressed(choice) as twin:
+            return twin
+
+    def _count(self, group: Group, level: str) -> int:
+        return max(1, round(self._shares[level] * group.size))
+
     def _keep(self, choice: Choice) -> list[Tensor]:
         """Return what stays of each group, bool ``(units,)``: those that matter most."""
         kept = []
         for group in self._groups.all:
-            count = max(1, round(self._shares[choice[group.name]] * group.size)) if group.name in choice else group.size
+            count = self._count(group, choice[group.name]) if group.name in choice else group.size
             order = self._carried[group.name].argsort(descending=True)
             kept.append(torch.zeros(group.size, dtype=torch.bool).index_fill_(0, order[:count], True))
         return kept
@@ -104,7 +116,7 @@ class ChannelForms(Forms):
             (group.name, level): float(carried[group.name][~self._keep({group.name: level})[number]].sum()) / total
             for number, group in enumerate(self._groups.all)
             if group.name in self.layers
-            for level in self.levels
+            for level in self.layers[group.name]
         }
 
     def settings(self, choice: Choice) -> dict[str, Any]:

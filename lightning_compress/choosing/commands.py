@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_compress.calibration import chosen_batches
 from lightning_compress.choosing.advice import Advice
 from lightning_compress.choosing.advise import HELD_OUT, MOST_BATCHES, advise_by
 from lightning_compress.choosing.evaluations import Mode
 from lightning_compress.choosing.result import SearchResult
 from lightning_compress.choosing.resume import digest
-from lightning_compress.choosing.search import DEFAULT_COST, LEVELS, CostKind, Searcher, check_search
+from lightning_compress.choosing.search import check_search, search_by
+from lightning_compress.choosing.searcher import CostKind
 from lightning_compress.choosing.sensitivity import Kind, Level, Method, make_forms, measure_forms
 from lightning_compress.choosing.table import SensitivityTable
-from lightning_compress.choosing.validation_metric import ValidationMetric, step_batches
+from lightning_compress.choosing.validation import ValidationMetric
 from lightning_compress.errors import invalid
+from lightning_compress.silent_copy import make_probe, silence_, unsilence_
 
 
 def run_advise(
@@ -63,14 +66,32 @@ def run_search(
     """Search by the module's own validation; batches go through its own steps."""
     check_search(over, budget, max_drop, cost, mode)
     run, batches = step_batches(trainer, module, calibration_batches)
-    evaluate, kind = _metric(trainer, monitor), cost or DEFAULT_COST[over]
-    forms, _ = make_forms(module, batches, over, levels or LEVELS.get(over), run)
-    searcher = Searcher(forms, evaluate, batches, over, run, kind, mode, resume, 0, digest(module))
-    return searcher.search(budget, max_drop)
+    options = (over, budget, max_drop, cost, levels, mode, resume)
+    return search_by(run, module, _metric(trainer, monitor), batches, *options)
 
 
 def _metric(trainer: pl.Trainer, monitor: str) -> ValidationMetric:
     return ValidationMetric(trainer, getattr(trainer, "datamodule", None), monitor)
+
+
+def step_batches(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, count: int
+) -> tuple[Callable[[Any, Any], Any], list[Any]]:
+    """Return a way of batches through a module or a copy of it, as its own steps take them, and some to calibrate on.
+
+    Raises:
+        CompressionError: there is no calibration data, or no step takes it.
+    """
+    feed, batches = chosen_batches(trainer, pl_module, make_probe(trainer, pl_module), count, seed=0)
+
+    def run(module: Any, batch: Any) -> Any:
+        silence_(module, trainer)
+        try:
+            return feed(module, batch)
+        finally:
+            unsilence_(module)
+
+    return run, batches
 
 
 def check_output(output: str | None, endings: Sequence[str]) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.choosing.paired import Group
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.isolation import isolated_evaluation
 
 Mode = Literal["max", "min"]
-Evaluate = Callable[[Any], float | Tensor]
-"""Returns the metric of a model: a number, or one for each sample, ``(samples,)``, whose mean counts."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,25 @@ class Evaluation:
 
     Attributes:
         value: of the metric.
-        samples: its value for each sample; None where they aren't known.
+        samples: its value for each sample, or each group of samples; None where they aren't known.
+        sizes: of the groups; None where all are alike.
     """
 
     value: float
-    samples: Tensor | None = None
+    samples: Tensor | None = field(default=None, repr=False)
+    sizes: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Evaluation:
+        """Return the mean over groups, which counts each by its samples."""
+        values = torch.tensor([group.value for group in groups], dtype=torch.float64)
+        sizes = torch.tensor([group.samples for group in groups], dtype=torch.float64)
+        mean = float((sizes * values).sum() / sizes.sum())
+        return cls(mean, values, sizes) if len(groups) > 1 else cls(mean)
+
+
+Evaluate = Callable[[Any], float | Tensor | Evaluation]
+"""Returns the metric of a model: a number, or one for each sample, ``(samples,)``, whose mean counts."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Drop:
 
     Attributes:
         value: of the fall; negative where the metric gets better.
-        error: its standard error, of differences paired by sample; None where samples aren't known.
+        error: its standard error, of differences paired by sample or group; None where these aren't known.
     """
 
     value: float
@@ -55,6 +68,8 @@ def evaluated(evaluate: Evaluate, model: nn.Module) -> Evaluation:
     """
     with isolated_evaluation(model):
         found = evaluate(model)
+    if isinstance(found, Evaluation):
+        return found
     if isinstance(found, Tensor) and found.dim() == 1 and len(found) > 1:
         samples = found.detach().double().cpu()
         return Evaluation(float(samples.mean()), samples)
@@ -80,8 +95,10 @@ def drop(before: Evaluation, after: Evaluation, mode: Mode) -> Drop:
         return Drop(math.inf)
     if before.samples is None or after.samples is None or before.samples.shape != after.samples.shape:
         return Drop(value)
-    apart = before.samples - after.samples
-    return Drop(value, float(apart.std() / math.sqrt(len(apart))))
+    apart, count = before.samples - after.samples, len(before.samples)
+    sizes = torch.ones_like(apart) if before.sizes is None else before.sizes
+    parts = sizes / sizes.sum() * (apart - (sizes * apart).sum() / sizes.sum())
+    return Drop(value, math.sqrt(count / (count - 1) * float(parts.square().sum())))
 
 
 def check_mode(mode: str) -> None:

@@ -46,8 +46,10 @@ class Forms(ABC):
         layers: path of each layer that can be compressed to the labels that it can have. Channels that hang together
             go by the first layer that makes them.
         skipped: what can't be compressed, with the reason.
+        floats: the model as it is, beside which others are timed.
     """
 
+    floats: nn.Module
     levels: tuple[str, ...]
     layers: Mapping[str, tuple[str, ...]]
     skipped: Mapping[str, str]
@@ -58,6 +60,10 @@ class Forms(ABC):
 
         The model that was given to the constructor isn't changed. Nothing is compressed by an empty choice.
         """
+
+    def deployed(self, choice: Choice) -> nn.Module:
+        """Return a copy as the callback leaves it, whose time is the real one; only where time may fall."""
+        raise NotImplementedError
 
     @abstractmethod
     def cost(self, choice: Choice) -> Cost:

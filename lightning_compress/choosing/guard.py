@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_compress.callback import STATE_VERSION, Candidate, CompressionCallback, compression_callbacks
 from lightning_compress.choosing.baseline import Baseline
 from lightning_compress.choosing.stepping_back import SteppingBack
-from lightning_compress.choosing.validation import Validation
+from lightning_compress.choosing.validation import Validation, validation_loaders
 from lightning_compress.errors import NoEffectWarning, invalid, nearest
 from lightning_compress.messages import in_short
 from lightning_compress.quantization.schemes import resolve
@@ -112,10 +112,12 @@ class AccuracyGuard(CompressionCallback):
                 category=NoEffectWarning,
             )
         for other in self._schedules(trainer) if stage == "fit" else []:
-            if isinstance(schedule := vars(other).get("schedule"), OneShot):
-                name = type(other).__name__
-                remedy = "What goes at once can't be held: give it schedule=Linear()."
-                raise invalid("schedule", f"have several rounds in {name} beside AccuracyGuard", schedule, remedy)
+            if isinstance(vars(other).get("schedule"), OneShot):
+                rank_zero_warn(
+                    f"AccuracyGuard: what {type(other).__name__} takes at once can't be held. Give it "
+                    "schedule=Linear(), so that it goes in rounds.",
+                    category=NoEffectWarning,
+                )
 
     # When a model is converted.
 
@@ -123,7 +125,8 @@ class AccuracyGuard(CompressionCallback):
     def guard(self, trainer: pl.Trainer, pl_module: pl.LightningModule, candidate: Candidate) -> Candidate:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return candidate
-        validation, back = Validation(trainer, pl_module, self.monitor), self._back
+        loaders, back = validation_loaders(trainer, pl_module), self._back
+        validation = Validation(trainer, loaders, self.monitor, trainer.datamodule)  # type: ignore[attr-defined]
         chosen = back.choose(candidate, validation)
         self._say(*back.lines, f"{validation.count} evaluations")
         return chosen

@@ -12,25 +12,28 @@ from torch.fx import Node
 
 from lightning_compress.choosing.forms import Choice, Cost, Forms, Run, with_values
 from lightning_compress.choosing.gradients import Passes, sum_by_sample
-from lightning_compress.choosing.layer_facts import LayerFacts, layer_facts
+from lightning_compress.choosing.layer_facts import LayerFacts, layer_facts, sample_macs
 from lightning_compress.choosing.scheme_text import plain
+from lightning_compress.choosing.speed import quantized_copy
 from lightning_compress.errors import invalid
 from lightning_compress.modules.calls import samples_in
 from lightning_compress.modules.copying import copy_module, copy_tensors
 from lightning_compress.modules.isolation import evaluation_mode
-from lightning_compress.modules.paths import modules_of
+from lightning_compress.modules.paths import device_of, modules_of
 from lightning_compress.quantization.convert import prepare_
 from lightning_compress.quantization.layers.int8_weight import Int8Weight
 from lightning_compress.quantization.numerics.int8 import StaticInt8
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.plan import make_plan
 from lightning_compress.quantization.quantize import dry_run
+from lightning_compress.quantization.recipe import Recipe
 from lightning_compress.quantization.schemes import resolve
 from lightning_compress.quantization.static.calibrate import adjusted, calibrate
 from lightning_compress.quantization.static.graphs import COMPUTED, int8_layers, value_read
 from lightning_compress.quantization.static.rounding import ActivationQuantizer
 from lightning_compress.quantization.static.traced import Traced, traced_units
 from lightning_compress.structure.change import require_float
+from lightning_compress.targets import Targets
 
 LEVEL = "int8_static"
 
@@ -59,6 +62,7 @@ class Int8Forms(Forms):
         self.facts: dict[str, LayerFacts] = {}
         self.scheme, self.batches, self.run = scheme, list(batches), run
         self.model = copy_module(model).cpu()
+        self.floats = model if device_of(model).type == "cpu" else copy_module(self.model)
         with torch.inference_mode(False), evaluation_mode(self.model):
             self._prepare_()
         self.levels = (LEVEL,)
@@ -77,6 +81,7 @@ class Int8Forms(Forms):
         log = dry_run(model, copy_tensors(first), self.run)
         plan = make_plan(model, log, scheme, None, {}, training=False)
         plan.units = [adjusted(model, unit, plan.traces[unit.path], log, scheme) for unit in plan.units]
+        self._macs = sample_macs(model, self.run, first)
         self.facts = layer_facts(model, self.run, first, {path: at for path, at in modules_of(model).items() if path})
         prepare_(model, plan.describe(), plan.traces)
         calibrate(model, self.batches, len(self.batches), self.run)
@@ -121,6 +126,11 @@ class Int8Forms(Forms):
 
     def compressed(self, choice: Choice) -> AbstractContextManager[nn.Module]:
         return self.rounded(choice, choice)
+
+    def deployed(self, choice: Choice) -> nn.Module:
+        targets = Targets(exclude=[path for path in self.layers if path not in choice])
+        recipe = Recipe(self.scheme, len(self.batches), targets, None, "auto")
+        return quantized_copy(self.floats, recipe, self.batches, self.run)
 
     def splits(self) -> dict[str, AbstractContextManager[nn.Module]]:
         every = list(self.layers)
@@ -177,8 +187,8 @@ class Int8Forms(Forms):
         for path in choice:
             for weight in self._weights[path]:
                 size_bytes -= weight.numel() * (weight.element_size() - 1) - 4 * len(weight)
-        macs = sum(fact.macs for path, fact in self.facts.items() if path not in choice)
-        return Cost(sum(parameter.numel() for parameter in parameters), macs, size_bytes)
+        macs = sum(fact.macs for path, fact in self.facts.items() if path in choice)
+        return Cost(sum(parameter.numel() for parameter in parameters), self._macs - macs, size_bytes)
 
     def settings(self, choice: Choice) -> dict[str, Any]:
         excluded = [path for path in self.layers if path not in choice]

@@ -47,6 +47,13 @@ def layer_facts(model: nn.Module, run: Run, batch: Any, layers: Mapping[str, nn.
     return {path: LayerFacts(macs[path] / samples, 1e3 * median(times[path] for times in runs[1:])) for path in layers}
 
 
+def sample_macs(model: nn.Module, run: Run, batch: Any) -> float:
+    """Count the multiply-accumulates of a sample in all of a model."""
+    with isolated_evaluation(model), counted() as counter:
+        run(model, copy_tensors(batch))
+    return counter.macs / samples_in(batch)
+
+
 def _between(
     model: nn.Module,
     run: Run,

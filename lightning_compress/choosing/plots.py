@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_compress.report.plots import FAINT, INK, drawing, short_name
+from lightning_compress.report.layers import short_name
+from lightning_compress.report.plots import FAINT, INK, drawing
 
 _MOST_LAYERS = 40
 _LINE, _POINT, _CHOSEN = "#9ab4c8", "#1f77b4", "#c44e52"
@@ -81,7 +82,7 @@ def plot_front(
             offset = (7, 6 + 11 * (number % 2))  # neighbours don't write over each other
             axes.annotate(short_name(name), (x, y), xytext=offset, textcoords="offset points", fontsize=8, color=INK)
         axes.scatter([chosen[0]], [chosen[1]], s=140, facecolor="none", edgecolor=_CHOSEN, linewidth=2, zorder=4)
-        axes.annotate("chosen", chosen, xytext=(8, -14), textcoords="offset points", fontsize=9, color=_CHOSEN)
+        axes.annotate("chosen", chosen, xytext=(9, 7), textcoords="offset points", fontsize=9, color=_CHOSEN)
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
@@ -89,7 +90,8 @@ def plot_front(
         finite = [abs(y) for y in (*(y for _, y in points), *(y for *_, y in others), chosen[1]) if math.isfinite(y)]
         small = max(2 * abs(chosen[1]), 1e-3 * max(finite), 1e-9)
         axes.set_yscale("symlog", linthresh=small, linscale=0.5)  # what breaks is far above what doesn't
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        # Where the scale is linear, ticks of decades lie on that of 0.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: "" if 0 < abs(y) < small else f"{y:g}"))
         axes.margins(0.12)
         figure.savefig(path)
     return Path(path)

@@ -11,7 +11,7 @@ from typing import Any
 from lightning_compress.choosing.evaluations import Drop
 from lightning_compress.choosing.plots import plot_front
 from lightning_compress.choosing.table import SensitivityTable
-from lightning_compress.choosing.yaml_text import as_yaml
+from lightning_compress.report.yaml_text import as_yaml
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Point:
         drop: of the metric.
         drop_error: its standard error, paired by sample; None without samples.
         label: the level, where all layers have the same.
+        spread: quartiles of the fraction, where it was measured.
     """
 
     choice: Mapping[str, str]
@@ -33,6 +34,11 @@ class Point:
     drop: float
     drop_error: float | None = None
     label: str = ""
+    spread: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        between = "" if self.spread is None else " ({:.3f} to {:.3f})".format(*self.spread)
+        return f"{self.fraction:.4f}{between}  {Drop(self.drop, self.drop_error)}"
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class SearchResult:
 
     Attributes:
         over: ``int8``, ``weights``, ``pruning`` or ``channels``.
-        cost: ``bytes``, ``params`` or ``macs``.
+        cost: ``bytes``, ``params``, ``macs`` or ``latency`` (in milliseconds).
         whole: cost of the original.
         metric: of the original.
         mode: ``max`` where more is better.
@@ -50,6 +56,7 @@ class SearchResult:
         callback: the import path of the callback that does it.
         settings: its arguments.
         table: of the scores that the choice rests on.
+        notes: what the reader should know of the choice.
     """
 
     over: str
@@ -62,6 +69,7 @@ class SearchResult:
     callback: str
     settings: Mapping[str, Any]
     table: SensitivityTable
+    notes: tuple[str, ...] = ()
 
     @property
     def front(self) -> tuple[Point, ...]:
@@ -76,9 +84,10 @@ class SearchResult:
     def __str__(self) -> str:
         chosen = self.chosen
         lines = [
-            f"search over {self.over}: {self.cost} {self.whole:,.0f} -> {chosen.cost:,.0f} ({chosen.fraction:.3f}), "
-            f"metric {self.metric:.4f}, drop {Drop(chosen.drop, chosen.drop_error)}"
+            f"search over {self.over}: {self.cost} {self._amount(self.whole)} -> {self._amount(chosen.cost)} "
+            f"({self._remaining(chosen)}), metric {self.metric:.4f}, drop {Drop(chosen.drop, chosen.drop_error)}"
         ]
+        lines += [f"note: {note}" for note in self.notes]
         width = max((len(layer) for layer in self.table_order()), default=0)
         lines += [f"  {layer:<{width}}  {chosen.choice.get(layer, 'as it is')}" for layer in self.table_order()]
         lines.append(f"evaluated, the Pareto front marked by *, {self.cost} and drop:")
@@ -86,8 +95,15 @@ class SearchResult:
         for point in self.points:
             mark = "*" if id(point) in front else " "
             name = point.label or ("chosen" if point is chosen else "")
-            lines.append(f"  {mark} {point.fraction:.4f}  {Drop(point.drop, point.drop_error)}  {name}".rstrip())
+            lines.append(f"  {mark} {point}  {name}".rstrip())
         return "\n".join(lines)
+
+    def _amount(self, cost: float) -> str:
+        return f"{cost:.3g} ms" if self.cost == "latency" else f"{cost:,.0f}"
+
+    def _remaining(self, point: Point) -> str:
+        spread = "" if point.spread is None else ", quartiles {:.3f} to {:.3f}".format(*point.spread)
+        return f"{point.fraction:.3f}{spread}"
 
     def table_order(self) -> list[str]:
         """Layers, those with the largest scores first."""
@@ -102,7 +118,8 @@ class SearchResult:
         mixed = [(point.fraction, point.drop) for point in self.front if not point.label]
         same = [(point.label, point.fraction, point.drop) for point in self.points if point.label]
         chosen = (self.chosen.fraction, self.chosen.drop)
-        labels = (f"{self.cost} that remain", "drop of the metric")
+        remain = "time that remains" if self.cost == "latency" else f"{self.cost} that remain"
+        labels = (remain, "drop of the metric")
         return plot_front(path, f"search over {self.over}", mixed, same, chosen, labels)
 
     def save(self, path: str | Path) -> Path:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from lightning_compress.choosing.evaluations import Evaluate, Evaluation, Mode, check_mode, drop, evaluated
-from lightning_compress.choosing.forms import Choice, Forms, Run
-from lightning_compress.choosing.result import Point, SearchResult
-from lightning_compress.choosing.resume import Progress, digest
-from lightning_compress.choosing.sensitivity import Kind, Level, make_forms, measure_forms
-from lightning_compress.choosing.steps import Steps, greedy
-from lightning_compress.choosing.table import SensitivityTable
+from lightning_compress.choosing.evaluations import Evaluate, Mode, check_mode
+from lightning_compress.choosing.forms import Run
+from lightning_compress.choosing.result import SearchResult
+from lightning_compress.choosing.resume import digest
+from lightning_compress.choosing.searcher import COSTS, DEFAULT_COST, CostKind, Searcher
+from lightning_compress.choosing.sensitivity import Kind, Level, make_forms
+from lightning_compress.choosing.timed_searcher import TimedSearcher
 from lightning_compress.choosing.weight_forms import FINE
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.modules.calls import way_without_trainer
 
-CostKind = Literal["bytes", "params", "macs"]
-_ATTRIBUTES = {"bytes": "size_bytes", "params": "parameters", "macs": "macs"}
-DEFAULT_COST: dict[str, CostKind] = {"int8": "macs", "weights": "bytes", "pruning": "params", "channels": "macs"}
 LEVELS: dict[str, Sequence[Level]] = {"pruning": FINE}
 """Levels by default where they aren't those of `sensitivity`."""
-_FRONT = 6
-"""So many choices along the way are evaluated for the front, beside those that the search needs."""
-_MOST_STEPS_BACK = 12
 
 
 def search(
@@ -55,6 +47,10 @@ def search(
     will be: what is added up then is ``-log(||W'||^2 / ||W||^2)``, by which layers keep the largest product of their
     weights' squared norms.
 
+    Time isn't foretold: the way is that of the cost by default, and choices on it are compressed as the callback does
+    it and timed in turns with the model, until it is known where they come within the budget. What is chosen is timed
+    anew, as it was chosen for its time; the result says so where it isn't faster.
+
     Args:
         model: any float module.
         evaluate: as for `sensitivity`. **Choices are made by it**: keep other data to test the result.
@@ -63,8 +59,9 @@ def search(
             stay), or ``int8`` (which layers stay float).
         budget: the fraction of the cost that remains, in (0, 1); of pruned weights 0.1 is a sparsity of 0.9.
         max_drop: how far the metric may fall, in its own units, at least 0. Exactly one of the two is given.
-        cost: ``bytes``, ``params`` (that aren't zero) or ``macs`` (in float). By default bytes of ``weights``, params
-            of ``pruning``, and MACs of ``channels`` and ``int8``.
+        cost: ``bytes``, ``params`` (that aren't zero), ``macs`` (in float), or ``latency`` of the first batch on this
+            machine, but of ``pruning``. By default bytes of ``weights``, params of ``pruning``, and MACs of
+            ``channels`` and ``int8``.
         levels: as for `sensitivity`; of pruning by default more, up to 0.99.
         mode: ``max`` where more of the metric is better, ``min`` where less is.
         path: a file of JSON lines that each evaluation is appended to. An interrupted run goes on where it was.
@@ -92,11 +89,30 @@ def search(
         Sinha and Zoltners, "The multiple-choice knapsack problem", 1979, for greedy steps along each item's convex
         hull; with many layers they are within a step of the optimum for costs and errors that add up.
     """
-    check_search(over, budget, max_drop, cost, mode)
     run = way_without_trainer(model)
+    return search_by(run, model, evaluate, batches, over, budget, max_drop, cost, levels, mode, path, seed)
+
+
+def search_by(
+    run: Run,
+    model: nn.Module,
+    evaluate: Evaluate,
+    batches: Iterable[Any],
+    over: Kind,
+    budget: float | None,
+    max_drop: float | None,
+    cost: CostKind | None,
+    levels: Sequence[Level] | None,
+    mode: Mode,
+    path: str | Path | None,
+    seed: int = 0,
+) -> SearchResult:
+    """Search where batches go through the model in a way of their own; the other arguments are those of `search`."""
+    check_search(over, budget, max_drop, cost, mode)
     forms, taken = make_forms(model, batches, over, levels or LEVELS.get(over), run)
-    searcher = Searcher(forms, evaluate, taken, over, run, cost or DEFAULT_COST[over], mode, path, seed, digest(model))
-    return searcher.search(budget, max_drop)
+    kind = cost or DEFAULT_COST[over]
+    searcher = TimedSearcher if kind == "latency" else Searcher
+    return searcher(forms, evaluate, taken, over, run, kind, mode, path, seed, digest(model)).search(budget, max_drop)
 
 
 def check_search(over: str, budget: float | None, max_drop: float | None, cost: str | None, mode: str) -> None:
@@ -116,137 +132,9 @@ def check_search(over: str, budget: float | None, max_drop: float | None, cost: 
         raise invalid("budget", "lie in (0, 1)", budget, "It is the fraction of the cost that remains.")
     if max_drop is not None and not max_drop >= 0.0:
         raise invalid("max_drop", "be at least 0", max_drop, "It is in the metric's own units.")
-    if cost is not None and cost not in _ATTRIBUTES:
-        raise invalid("cost", f"be one of {', '.join(_ATTRIBUTES)}", cost)
+    if over == "pruning" and cost == "latency":
+        remedy = "Zeros are multiplied like any other number. Search over channels, or int8."
+        raise invalid("cost", f"be one of {', '.join(COSTS)} over pruning", cost, remedy)
+    if cost is not None and cost not in (*COSTS, "latency"):
+        raise invalid("cost", f"be one of {', '.join(COSTS)}, latency", cost)
     check_mode(mode)
-
-
-class Searcher:
-    """Chooses among the forms of a model; see `search`."""
-
-    steps: Steps
-
-    def __init__(
-        self,
-        forms: Forms,
-        evaluate: Evaluate,
-        batches: Sequence[Any],
-        over: str,
-        run: Run,
-        cost: CostKind,
-        mode: Mode,
-        path: str | Path | None = None,
-        seed: int = 0,
-        model_digest: str = "",
-    ) -> None:
-        self.forms, self.evaluate, self.mode, self.over, self.kind = forms, evaluate, mode, over, cost
-        self.whole = self.cost({})
-        with forms.compressed({}) as model:
-            self.before = evaluated(evaluate, model)
-        self.table = _table(forms, self.before, batches, over, run, mode, seed)
-        settings = {"version": 1, "over": over, "levels": list(forms.levels), "mode": mode, "model": model_digest}
-        self.progress = Progress(path, {**settings, "batches": len(batches), "metric": self.before.value})
-        self.points: dict[tuple[tuple[str, str], ...], Point] = {}
-
-    def cost(self, choice: Choice) -> float:
-        """Return what a model with a choice costs."""
-        return float(getattr(self.forms.cost(choice), _ATTRIBUTES[self.kind]))
-
-    def point(self, choice: Choice, label: str = "") -> Point:
-        """Evaluate a choice, unless it has been."""
-        key = tuple(sorted(choice.items()))
-        if key not in self.points:
-            found = self.progress.found.get(("", repr(key), "choice"))
-            if found is None:
-                with self.forms.compressed(choice) as model:
-                    fall = drop(self.before, evaluated(self.evaluate, model), self.mode)
-                found = {"drop": fall.value, "drop_error": fall.error}
-                self.progress.add(("", repr(key), "choice"), found)
-            cost = self.cost(choice)
-            self.points[key] = Point(dict(choice), cost, cost / self.whole, **found)
-        if label:
-            self.points[key] = replace(self.points[key], label=label)
-        return self.points[key]
-
-    def uniform(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """Yield what gives the same level to all layers that can have it."""
-        for level in self.forms.levels:
-            yield level, {layer: level for layer, levels in self.forms.layers.items() if level in levels}
-
-    def search(self, budget: float | None, max_drop: float | None) -> SearchResult:
-        """Choose; exactly one of the two limits is given."""
-        uniform = dict(self.uniform())
-        scores = {(row.layer, row.level): row.score or 0.0 for row in self.table.rows}
-        if budget is not None:
-            scores |= self.forms.errors_in_training()
-        self.steps = greedy(self.forms.layers, scores, self.cost)
-        if budget is not None:
-            chosen = self._within_budget(budget, uniform)
-        else:
-            assert max_drop is not None
-            chosen = self._within_drop(max_drop, uniform)
-        for choice in self.steps.spread(_FRONT):
-            self.point(choice)
-        points = sorted(self.points.values(), key=lambda point: point.cost)
-        settings = self.forms.settings(chosen.choice) if chosen.choice else {}
-        return SearchResult(
-            self.over,
-            self.kind,
-            self.whole,
-            self.before.value,
-            self.mode,
-            chosen,
-            tuple(points),
-            self.forms.callback,
-            settings,
-            self.table,
-        )
-
-    def _within_budget(self, budget: float, uniform: Mapping[str, dict[str, str]]) -> Point:
-        target = budget * self.whole
-        if (choice := self.steps.within(target)) is None:
-            least = min(self.cost(choice) for choice in [*uniform.values(), self.steps.last]) / self.whole
-            raise CompressionError(
-                f"`budget` must be within reach. Received: budget={budget} of {self.kind}, where the least is "
-                f"{least:.4f}. Ask for more, or give `levels` that compress more."
-            )
-        tried = [self.point(choice)]
-        same = {label: choice for label, choice in uniform.items() if self.cost(choice) <= target * (1 + 1e-9)}
-        if same:  # the one that compresses least of those
-            label = max(same, key=lambda label: self.cost(same[label]))
-            tried.append(self.point(same[label], label))
-        mixed, *others = tried
-        is_final = self.over in ("weights", "int8")
-        return others[0] if others and is_final and _is_better(others[0], mixed) else mixed
-
-    def _within_drop(self, max_drop: float, uniform: Mapping[str, dict[str, str]]) -> Point:
-        low, high = 0, len(self.steps.choices) - 1  # as far as `low` it is within
-        if self.point(self.steps.choices[high]).drop <= max_drop:
-            low = high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.point(self.steps.choices[middle]).drop <= max_drop else (low, middle)
-        for label, choice in uniform.items():
-            if self.cost(choice) < self.cost(self.steps.choices[low]):
-                self.point(choice, label)
-        fit = [point for point in self.points.values() if point.drop <= max_drop and point.choice]
-        if not fit:
-            best = min((point for point in self.points.values() if point.choice), key=lambda point: point.drop)
-            raise CompressionError(
-                f"`max_drop` must leave something to compress. Received: max_drop={max_drop}, where the metric falls "
-                f"by {best.drop:.4g} at {best.fraction:.3f} of the {self.kind} already. Allow more, or give `levels` "
-                "that compress less."
-            )
-        return min(fit, key=lambda point: point.cost)
-
-
-def _is_better(point: Point, other: Point) -> bool:
-    """Whether the metric falls less, by more than chance explains."""
-    noise = math.hypot(point.drop_error or 0.0, other.drop_error or 0.0)
-    return point.drop + noise < other.drop
-
-
-def _table(
-    forms: Forms, before: Evaluation, batches: Sequence[Any], over: str, run: Run, mode: Mode, seed: int
-) -> SensitivityTable:
-    return measure_forms(forms, lambda _: before.value, batches, over, run, mode=mode, top=0, seed=seed, splits=False)

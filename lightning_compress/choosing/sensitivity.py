@@ -39,6 +39,8 @@ _KINDS: dict[str, Callable[..., Forms]] = {
     "channels": ChannelForms,
 }
 MOST_BATCHES = 32
+_RANKED = 5
+"""Ranks of fewer rows say nothing."""
 _COMPARED = 4
 """On so many batches the error of the outputs is measured."""
 
@@ -267,10 +269,10 @@ def _notes(table: SensitivityTable, before: Evaluation) -> list[str]:
     notes = []
     measured = [row for row in table.rows if row.drop is not None]
     if before.samples is None:
-        notes.append("drops have no standard error: `evaluate` returns no values by sample")
+        notes.append("drops have no standard error: `evaluate` gives a single value, or has a single batch")
     if len(measured) < len(table.rows):
         notes.append(f"evaluated: {len(measured)} of {len(table.rows)} rows, those of the largest Taylor scores")
-    if not math.isnan(alike := table.rank_correlation()):
+    if len(measured) >= _RANKED and not math.isnan(alike := table.rank_correlation()):
         beyond = table.rank_correlation(beyond_noise=True)
         of_these = "" if math.isnan(beyond) or before.samples is None else f", {beyond:.2f} of those beyond their noise"
         notes.append(f"Taylor scores rank the evaluated rows as their drops do: Spearman {alike:.2f}{of_these}")

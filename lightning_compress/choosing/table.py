@@ -12,8 +12,8 @@ from typing import Any
 
 from lightning_compress.choosing.evaluations import Drop, rank_correlation
 from lightning_compress.choosing.plots import plot_levels
-from lightning_compress.choosing.yaml_text import as_yaml
 from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.report.yaml_text import as_yaml
 
 _MOST_ROWS = 40
 

@@ -15,6 +15,7 @@ from lightning_compress.choosing.forms import Choice, Cost, Forms, Run, with_val
 from lightning_compress.choosing.gradients import Values, layer_scores
 from lightning_compress.choosing.layer_facts import LayerFacts, layer_facts
 from lightning_compress.choosing.scheme_text import label_of, plain
+from lightning_compress.choosing.speed import quantized_copy
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.isolation import evaluation_mode
@@ -27,6 +28,7 @@ from lightning_compress.quantization.layers.plan import plan_layers, quantized_f
 from lightning_compress.quantization.layers.schemes import Packed, WeightOnly
 from lightning_compress.quantization.numerics.scheme import Scheme
 from lightning_compress.quantization.quantize import dry_run
+from lightning_compress.quantization.recipe import Recipe
 from lightning_compress.quantization.schemes import resolve
 from lightning_compress.structure.change import require_float
 from lightning_compress.targets import Targets
@@ -48,7 +50,7 @@ class ValueForms(Forms):
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], run: Run) -> None:
         require_float(model)
-        self.model = copy_module(model)
+        self.floats, self.model = model, copy_module(model)
         self.batches, self.run = list(batches), run
         self.modules = compressible_modules(self.model)
         self.log = dry_run(self.model, self.batches[0], run, keep_inputs=False)
@@ -123,7 +125,7 @@ class WeightForms(ValueForms):
             chosen, floats = plan_layers(self.model, self.log.inputs, scheme, None, named, self.log.replaced)
             for path in chosen:
                 found.setdefault(path, []).append(label)
-            self.skipped |= {path: reason for path, reason in floats.items() if path in candidates}
+            self.skipped |= floats
         for path in candidates:
             own = [*self.modules[path].parameters()]
             if any(id(parameter) in self._shared for parameter in own):
@@ -193,15 +195,25 @@ class WeightForms(ValueForms):
         size_bytes = self._size_bytes - sum(self._saving(path, level) for path, level in choice.items())
         return Cost(self._parameters, self._macs, size_bytes)
 
-    def settings(self, choice: Choice) -> dict[str, Any]:
+    def _arguments(self, choice: Choice) -> tuple[Packed, dict[str, Packed], list[str]]:
+        """Return the scheme that most layers get, what others get, and which get none."""
         counts = Counter(choice.values())
         base = max(counts, key=lambda level: (counts[level], -self.levels.index(level)))
         chosen, _ = plan_layers(self.model, self.log.inputs, self.schemes[base], None, {}, self.log.replaced)
         overrides = {path: level for path, level in choice.items() if level != base or path not in chosen}
         excluded = [path for path in chosen if path not in choice]
-        settings: dict[str, Any] = {"scheme": plain(self.schemes[base])}
+        return self.schemes[base], {path: self.schemes[level] for path, level in overrides.items()}, excluded
+
+    def deployed(self, choice: Choice) -> nn.Module:
+        scheme, overrides, excluded = self._arguments(choice)
+        recipe = Recipe(scheme, len(self.batches), Targets(exclude=excluded), overrides, "auto")
+        return quantized_copy(self.floats, recipe, self.batches, self.run)
+
+    def settings(self, choice: Choice) -> dict[str, Any]:
+        scheme, overrides, excluded = self._arguments(choice)
+        settings: dict[str, Any] = {"scheme": plain(scheme)}
         if overrides:
-            settings["overrides"] = {path: plain(self.schemes[level]) for path, level in overrides.items()}
+            settings["overrides"] = {path: plain(other) for path, other in overrides.items()}
         return settings | ({"targets": {"exclude": excluded}} if excluded else {})
 
 

@@ -13,7 +13,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.modules.agreement import Agreement
 from lightning_compress.modules.calls import first_batches, samples_in
 
-_DECIDING = 16
+_DECIDING = 32
 """So many samples of either kind decide: they run for every layer."""
 
 

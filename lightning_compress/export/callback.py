@@ -291,7 +291,8 @@ class ExportModel(CompressionCallback):
         if self.exported is None:
             return []
         name, size = Path(self.path).name, int(self.exported.facts["bytes"])
-        return [ReportFile(name, size, self._part, f"{self.runtime}/", partial(RuntimeModule, self.path, None))]
+        opened = partial(RuntimeModule, self.path, None)
+        return [ReportFile(name, size, self._part, f"{self.runtime}/", opened, self.exported.facts)]
 
 
 def quantizes_tests(trainer: pl.Trainer) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -37,8 +37,12 @@ def record_agreement_(model: nn.Module, expected: Sequence[Sequence[Any]], batch
     assert record is not None
     agreement = Agreement.of(expected, outputs_of(model, batches, run))
     record["agreement"] = asdict(agreement)
-    if record["units"] and agreement.cosine < LEAST:
-        worst = worst_layers(model, batches[0], run)
+    if not record["units"]:
+        return
+    with suppress(Exception):  # of a step of the user's, which another batch may suit
+        record["errors"] = rounding_errors(model, batches[0], run)
+    if agreement.cosine < LEAST:
+        worst = sorted(record.get("errors", {}), key=lambda path: -record["errors"][path])[:_WORST]
         of_layers = f" Rounding changes most what {named(worst)} give." if worst else ""
         warnings.warn(
             f"The quantized model is far from the float one: {agreement}.{of_layers} Exclude such layers in `targets`, "
@@ -47,8 +51,8 @@ def record_agreement_(model: nn.Module, expected: Sequence[Sequence[Any]], batch
         )
 
 
-def worst_layers(model: nn.Module, batch: Any, run: Run) -> list[str]:
-    """Return the static int8 layers whose outputs rounding changes most, each given exact inputs."""
+def rounding_errors(model: nn.Module, batch: Any, run: Run) -> dict[str, float]:
+    """Return by static int8 layer ``|y' - y|^2 / |y|^2``, where y' is y rounded; of those whose float form is kept."""
     errors: dict[str, float] = {}
     with isolated_evaluation(model), ExitStack() as hooks:
         for path, module in modules_of(model).items():
@@ -56,7 +60,7 @@ def worst_layers(model: nn.Module, batch: Any, run: Run) -> list[str]:
                 watch = _watch(path, form, errors)
                 hooks.enter_context(module.register_forward_pre_hook(watch, with_kwargs=True))
         run(model, copy_tensors(batch))
-    return sorted(errors, key=lambda path: -errors[path])[:_WORST]
+    return errors
 
 
 def _watch(path: str, form: Traced, errors: dict[str, float]) -> Callable[..., None]:

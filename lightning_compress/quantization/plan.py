@@ -121,7 +121,7 @@ def per_token_line(record: Mapping[str, Any]) -> str:
 
 def explain(record: Mapping[str, Any]) -> list[str]:
     """Say what stays float, and what has a form that users should know of: a line for each reason."""
-    parted, floats = _left_float(record)
+    parted, floats = left_float(record)
     lines = [f"agreement with float: {Agreement(**record['agreement'])}"] if "agreement" in record else []
     lines += [f"{they(paths, 'is', 'are')} quantized in parts, {reason}" for reason, paths in by_reason(parted).items()]
     lines += [f"{they(paths, 'stays', 'stay')} float: {reason}" for reason, paths in by_reason(floats).items()]
@@ -152,7 +152,7 @@ def explain(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _left_float(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+def left_float(record: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
     """Part reasons by path: of what is quantized in parts, and of what isn't at all; of the innermost module alone."""
     quantized = [part["path"] for part in (*record["units"], *record["layers"])]
     reasons = {path: reason.partition("\n")[0][:_LONGEST] for path, reason in record["floats"].items()}

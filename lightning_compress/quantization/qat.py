@@ -239,10 +239,11 @@ class QuantizationAwareTraining(WindowedCallback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        late = convert.form_name(pl_module) == "float" and self._trained >= 0 and self._recent
+        late = self._recent and convert.form_name(pl_module) == "float" and self._trained >= 0
         if late and all(other.is_final() for other in compression_callbacks(trainer)):
             self._prepare_late(trainer, pl_module)
-        if convert.form_name(pl_module) == "prepared" and self._trained < _FEW:
+        has_trained = self._bounds is not None  # not where all epochs were over
+        if has_trained and convert.form_name(pl_module) == "prepared" and self._trained < _FEW:
             self._notes.append(f"only {self._trained} optimizer steps were trained with fake-quantizers")
             rank_zero_info(f"{type(self).__name__}: {self._notes[-1]}. Train longer, or let channels leave earlier.")
         self._recent.clear()

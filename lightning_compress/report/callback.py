@@ -35,14 +35,18 @@ from lightning_compress.report.evaluations import (
     samples_of,
     validate_copy,
 )
+from lightning_compress.report.facts import Sensitivity
 from lightning_compress.report.files import show, write
+from lightning_compress.report.loggers import log_report
 from lightning_compress.report.measure import BATCH_SIZES, MAX_SECONDS, check_settings, count
-from lightning_compress.report.rows import AFTER, BEFORE, Rows, structural_copy
+from lightning_compress.report.ratios import AFTER, BEFORE
+from lightning_compress.report.rows import Rows, structural_copy
+from lightning_compress.report.run_settings import run_settings
 from lightning_compress.twin import FLOAT
 
 
 class CompressionReport(CompressionCallback):
-    """Measures what compression brought and writes ``report.json``, ``report.md``, ``report.png`` and ``sparsity.png``.
+    """Measures what compression brought, and writes ``report.html``, with the same as JSON, Markdown, CSV and pictures.
 
     The row *before* is the model when ``fit`` starts (or ``test`` or ``validate``, if no ``fit`` came first); *after*
     is the model when ``fit`` has ended and other callbacks have converted it. A later ``test`` or ``validate`` of the
@@ -63,7 +67,8 @@ class CompressionReport(CompressionCallback):
     of ``forward``. A model that can't be run so is still counted and weighed, and a note gives the reason. Whatever
     fails in here becomes a note and a warning: no run ends because of its report.
 
-    Other callbacks add sentences to the notes with a method ``report_notes() -> list[str]``.
+    Other callbacks add sentences to the notes with a method ``report_notes() -> list[str]``. Loggers of the Trainer get
+    the figures as ``compression/<row>/<figure>``, and the pictures where they take some.
 
     Args:
         directory: Where to write; ``trainer.log_dir``, else ``trainer.default_root_dir``, by default.
@@ -74,9 +79,11 @@ class CompressionReport(CompressionCallback):
         threads: Threads of torch while latency is measured; those that are set by default.
         validate_before: Run the validation loop on the model before ``fit`` trains it, so that *before* has metrics. It
             runs on a copy, with neither loggers nor callbacks, and in one process only.
+        sensitivity: Path of a table that ``sensitivity`` saved as JSON: what each layer costs, beside what it saves.
 
     Raises:
-        CompressionError: ``directory`` is no path, a batch size, the budget or the number of threads isn't positive.
+        CompressionError: ``directory`` is no path, ``sensitivity`` is no table, or a batch size, the budget or the
+            number of threads isn't positive.
 
     Example:
         >>> report = CompressionReport(batch_sizes=[1, 8], max_seconds=0.5)
@@ -98,6 +105,7 @@ class CompressionReport(CompressionCallback):
         max_seconds: float = MAX_SECONDS,
         threads: int | None = None,
         validate_before: bool = False,
+        sensitivity: str | None = None,
     ) -> None:
         super().__init__()
         check_settings(batch_sizes, max_seconds, threads)
@@ -109,6 +117,8 @@ class CompressionReport(CompressionCallback):
         self.max_seconds = max_seconds
         self.threads = threads
         self.validate_before = validate_before
+        self.sensitivity = sensitivity
+        self._sensitivity = None if sensitivity is None else Sensitivity.load(sensitivity)
         self.comparison: Comparison | None = None
         self._folder = ""
         self._measured: ReferenceType[nn.Module] | None = None
@@ -285,11 +295,18 @@ class CompressionReport(CompressionCallback):
         metrics, origins, left_out = merged([found for found in self._evaluations if found.row in measured])
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = [note for callback in callbacks for note in self._notes_of(callback)]
+        settings = ""
+        with self._not_ending_the_run("The settings couldn't be taken"):
+            settings = run_settings(trainer, compression_callbacks(trainer))
         notes = [*left_out, *self._rows.notes.values(), *self._failures, *others]
         histories = [history for callback in compression_callbacks(trainer) if (history := callback.report_history())]
         folder = Path(self._folder)
-        self.comparison = compare(measured, metrics=metrics, notes=notes, origins=origins)
-        self.comparison, written = write(self.comparison, folder, self.picture, histories, _warn)
+        compared = compare(measured, metrics=metrics, notes=notes, origins=origins, settings=settings)
+        compared = replace(compared, sensitivity=self._sensitivity)
+        self.comparison, written = write(compared, folder, self.picture, histories, _warn)
+        with self._not_ending_the_run("The loggers couldn't take the report"):
+            pictures = [folder / name for name in written if name.endswith(".png")]
+            log_report(trainer.loggers, self.comparison.rows, pictures, trainer.global_step)
         show(self.comparison, folder, written)
 
     def _notes_of(self, callback: pl.Callback) -> list[str]:

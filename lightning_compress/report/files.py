@@ -23,7 +23,7 @@ _MOST_NOTES = 10
 def write(
     comparison: Comparison, folder: Path, picture: bool, histories: Sequence[Any], failed: Callable[[str], None]
 ) -> tuple[Comparison, list[str]]:
-    """Write ``report.json`` and ``report.md``, then the pictures.
+    """Write ``report.html``, ``report.json``, ``report.md`` and ``report.csv``, then the pictures.
 
     Args:
         comparison: what to write.
@@ -46,7 +46,7 @@ def write(
             return False
         return True
 
-    texts = [name for name, text in _texts(comparison).items() if attempt(name, partial(_replace, text=text))]
+    texts = [name for name, text in _texts(comparison).items() if attempt(name, partial(replace_file, text=text))]
     drawn: list[str] = []
     if picture and importlib.util.find_spec("matplotlib") is None:
         failures.append('No picture: matplotlib isn\'t installed. Install it: pip install "lightning_compress[plots]"')
@@ -56,15 +56,20 @@ def write(
         comparison = replace(comparison, notes=(*comparison.notes, *failures))
         for name in texts:
             with suppress(Exception):  # it stands there already, without these notes
-                _replace(folder / name, _texts(comparison)[name])
+                replace_file(folder / name, _texts(comparison)[name])
     return comparison, [*texts, *drawn]
 
 
 def _texts(comparison: Comparison) -> dict[str, Callable[[], str]]:
-    return {"report.json": comparison.to_json, "report.md": comparison.to_markdown}
+    return {
+        "report.html": comparison.to_html,
+        "report.json": comparison.to_json,
+        "report.md": comparison.to_markdown,
+        "report.csv": comparison.to_csv,
+    }
 
 
-def _replace(path: Path, text: Callable[[], str]) -> None:
+def replace_file(path: Path, text: Callable[[], str]) -> None:
     """Write a file as a whole or not at all: a full disk leaves no half of it, and the one before stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     begun = path.with_name(f".{path.name}.begun")

@@ -73,7 +73,10 @@ def speedup_range(after: Latency, before: Latency) -> tuple[float, float, float]
 
 
 def measure_latency(
-    models: Mapping[str, tuple[nn.Module, Mapping[int, Any]]], max_seconds: float, threads: int | None = None
+    models: Mapping[str, tuple[nn.Module, Mapping[int, Any]]],
+    max_seconds: float,
+    threads: int | None = None,
+    run: Callable[[nn.Module, Any], Any] = call,
 ) -> dict[str, tuple[Latency, ...]]:
     """Time models on inputs of several batch sizes, in evaluation mode under ``inference_mode``.
 
@@ -85,6 +88,7 @@ def measure_latency(
         models: Name to any module, and its example inputs by batch size.
         max_seconds: Time budget for each model and batch size.
         threads: Threads of torch while timing; those that are set now by default.
+        run: How inputs go through a model.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -92,9 +96,13 @@ def measure_latency(
         >>> [latency.batch_size for latency in timed["a"]], list(timed)
         ([1], ['a', 'b'])
     """
+
+    def swapped(inputs: Any, model: nn.Module) -> Any:
+        return run(model, inputs)
+
     turns = uuid.uuid4().hex[:8]
     slots = {
-        (name, size): _Slot(finished_call(model, partial(call, inputs=inputs)), max_seconds / _MOST_ROUNDS)
+        (name, size): _Slot(finished_call(model, partial(swapped, inputs)), max_seconds / _MOST_ROUNDS)
         for name, (model, by_size) in models.items()
         for size, inputs in by_size.items()
     }

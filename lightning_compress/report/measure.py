@@ -12,9 +12,11 @@ from torch import nn
 
 from lightning_compress.errors import invalid
 from lightning_compress.modules.paths import device_of
+from lightning_compress.report.facts import FileFacts, QuantizedFacts, listed
 from lightning_compress.report.inputs import batch_size_of, resize_batch, to_device
 from lightning_compress.report.latency import Latency, measure_latency
 from lightning_compress.report.macs import count_macs
+from lightning_compress.report.quantized import quantized_facts
 from lightning_compress.report.storage import LayerMeasurement, file_bytes, measure_layers
 
 BATCH_SIZES = (1, 32)
@@ -27,7 +29,8 @@ class Measurement:
 
     ``macs`` are multiply-accumulates for one sample. Where ``uncounted`` names operators they are a lower bound. They
     are None, and ``latency`` is empty, if the model wasn't run. ``compressed_bytes`` is the size of the saved file
-    after zlib, where zeros weigh nothing.
+    after zlib, where zeros weigh nothing. ``quantized`` is None for a model in float, and ``file`` for one
+    that isn't a file for another runtime.
     """
 
     parameters: int
@@ -40,6 +43,8 @@ class Measurement:
     layers: tuple[LayerMeasurement, ...]
     device: str
     threads: int
+    quantized: QuantizedFacts | None = None
+    file: FileFacts | None = None
 
     @property
     def sparsity(self) -> float:
@@ -53,8 +58,7 @@ class Measurement:
 
     def as_dict(self) -> dict[str, Any]:
         """Return numbers, strings, lists and dicts only."""
-        plain = asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+        return {key: listed(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Measurement:
@@ -65,6 +69,8 @@ class Measurement:
                 "uncounted": tuple(plain["uncounted"]),
                 "latency": tuple(Latency(**{**at, "rounds_ms": tuple(at["rounds_ms"])}) for at in plain["latency"]),
                 "layers": tuple(LayerMeasurement(**layer) for layer in plain["layers"]),
+                "quantized": None if plain["quantized"] is None else QuantizedFacts(**plain["quantized"]),
+                "file": None if plain["file"] is None else FileFacts.from_dict(plain["file"]),
             }
         )
 
@@ -177,6 +183,7 @@ def count(model: nn.Module, example_inputs: Any = None) -> Measurement:
         layers=layers,
         device=device_of(model).type,
         threads=torch.get_num_threads(),
+        quantized=quantized_facts(model),
     )
 
 

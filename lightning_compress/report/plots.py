@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_compress.errors import MissingExtraError, invalid, nearest
 from lightning_compress.report.compare import Comparison
+from lightning_compress.report.layers import LayerPair, became, largest, paired, short_name, size_of
+from lightning_compress.report.metrics import LARGEST, chosen_metric, fastest
 from lightning_compress.report.ratios import Row
-from lightning_compress.report.render import factor, on_one_line, shown_metrics
-from lightning_compress.report.storage import LayerMeasurement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 INK, FAINT, _BEFORE, _AFTER = "#22303c", "#8a97a3", "#c9d3dc", "#1f77b4"
 _COLORS = ("#5b6b7a", "#e07a3f", "#3f9e6e", "#1f77b4", "#9467bd", "#c44e52", "#8c6d31", "#17a2b8")
-_MOST_LAYERS = 18
 _LONGEST_NAME = 30
-# Beyond these an axis has no room for anything else, and float arithmetic ends.
-_SMALLEST, _LARGEST = 1e-30, 1e30
+"""Of a legend in one line."""
+# Below it an axis has no room for anything else.
+_SMALLEST = 1e-30
 
 
 def plot_report(
@@ -49,7 +49,7 @@ def plot_report(
     chosen = _metric(comparison, metric)
     with_layers = [row.name for row in comparison.rows if row.measurement.layers]  # files have none
     before, after = layers_of or (comparison.baseline, (with_layers or [comparison.baseline])[-1])
-    bars = _bars(comparison[before].measurement.layers, comparison[after].measurement.layers)
+    bars = largest(paired(comparison[before].measurement.layers, comparison[after].measurement.layers))
     with drawing("The report's picture", (13, max(4.8, 2.1 + 0.32 * len(bars)))) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
         _draw_tradeoff(left, comparison, chosen)
@@ -82,22 +82,13 @@ def drawing(what: str, size: tuple[float, float]) -> Iterator[Figure]:
 
 def _metric(comparison: Comparison, metric: str | None) -> str | None:
     known = list(dict.fromkeys(name for row in comparison.rows for name in row.metrics))
-    if metric is not None:
-        if metric not in known:
-            raise invalid("metric", "be a metric of the comparison", metric, nearest(metric, known))
-        return metric
-    shown = [
-        name
-        for name in shown_metrics(comparison.rows)
-        if any(_height(row, name) is not None for row in comparison.rows)
-    ]
-    # That of most rows, as a single point compares nothing; among those an accuracy, as it says most.
-    counts = {name: sum(_height(row, name) is not None for row in comparison.rows) for name in shown}
-    return max(shown, key=lambda name: (counts[name], "acc" in name.lower()), default=None)
+    if metric is not None and metric not in known:
+        raise invalid("metric", "be a metric of the comparison", metric, nearest(metric, known))
+    return metric or chosen_metric(comparison.rows)
 
 
 def _draw_tradeoff(axes: Axes, comparison: Comparison, metric: str | None) -> None:
-    found = [(row, _height(row, metric), _fastest(row)) for row in comparison.rows]
+    found = [(row, _height(row, metric), fastest(row)) for row in comparison.rows]
     points = [(row, height, latency) for row, height, latency in found if height is not None]
     slowest = max((latency for _, _, latency in points if latency), default=None)
     for index, (row, height, latency) in enumerate(points):
@@ -172,17 +163,17 @@ def _label_points(axes: Axes, points: list[Any], metric: str | None) -> None:
         )
 
 
-def _draw_layers(axes: Axes, bars: list[tuple[str, int, LayerMeasurement | None]], baseline: str, after: str) -> None:
+def _draw_layers(axes: Axes, bars: list[LayerPair], baseline: str, after: str) -> None:
     places = range(len(bars))
-    old = [before / 1e3 for _, before, _ in bars]
-    new = [(layer.size_bytes if layer else 0) / 1e3 for _, _, layer in bars]
+    old = [size_of(pair.before) / 1e3 for pair in bars]
+    new = [size_of(pair.after) / 1e3 for pair in bars]
     axes.barh(places, old, height=0.74, color=_BEFORE, label=baseline)
     axes.barh(places, new, height=0.4, color=_AFTER, label=after)
     widest = max([*old, *new], default=0) or 1.0
-    for place, (_, before, layer) in zip(places, bars, strict=True):
+    for place, pair in zip(places, bars, strict=True):
         end = max(old[place], new[place]) + 0.015 * widest
-        axes.text(end, place, _saved(before, layer), va="center", fontsize=8.5, color=INK)
-    axes.set_yticks(list(places), [name for name, _, _ in bars])
+        axes.text(end, place, became(pair), va="center", fontsize=8.5, color=INK)
+    axes.set_yticks(list(places), [short_name(pair.name) or "(model)" for pair in bars])
     # The empty row at the bottom is the legend's.
     axes.set_ylim(len(bars) + 0.7, -0.7)
     axes.set_xlim(0, widest * 1.42)
@@ -194,64 +185,10 @@ def _draw_layers(axes: Axes, bars: list[tuple[str, int, LayerMeasurement | None]
     )
 
 
-def _bars(before: tuple[LayerMeasurement, ...], after: tuple[LayerMeasurement, ...]) -> list[Any]:
-    """Pair layers by name, keep the largest in the model's order, and add the rest up as one bar."""
-    new = {layer.name: layer for layer in after}
-    old = {layer.name: layer.size_bytes for layer in before}
-    names = list(dict.fromkeys([*old, *new]))
-    by_size = sorted(names, key=lambda name: -max(old.get(name, 0), new[name].size_bytes if name in new else 0))
-    shown = set(by_size if len(names) <= _MOST_LAYERS else by_size[: _MOST_LAYERS - 1])
-    bars: list[Any] = [
-        (short_name(name) or "(model)", old.get(name, 0), new.get(name)) for name in names if name in shown
-    ]
-    if others := [name for name in names if name not in shown]:
-        rest = [new[name] for name in others if name in new]
-        total = LayerMeasurement(
-            name="",
-            type="",
-            parameters=sum(layer.parameters for layer in rest),
-            nonzeros=sum(layer.nonzeros for layer in rest),
-            size_bytes=sum(layer.size_bytes for layer in rest),
-            dtype=rest[0].dtype if len({layer.dtype for layer in rest}) == 1 else "mixed",
-        )
-        bars.append((f"{len(others)} others", sum(old.get(name, 0) for name in others), total))
-    return bars
-
-
-def _saved(before: int, layer: LayerMeasurement | None) -> str:
-    """What became of a layer of ``before`` bytes."""
-    after = layer.size_bytes if layer else 0
-    if layer is None or before > after == 0:
-        return "gone"
-    if before == 0 < after:
-        parts = ["new"]
-    elif abs(before - after) <= 0.01 * after:
-        parts = ["same"]
-    else:
-        parts = [f"{factor(before / after)}x" if before > after else f"{factor(after / before)}x larger"]
-    if layer.dtype not in ("float32", "mixed"):
-        parts.append(layer.dtype)
-    zeros = 1 - layer.nonzeros / layer.parameters if layer.parameters else 0.0
-    # Rounded down: only a layer without a weight is all zeros.
-    return ", ".join([*parts, f"{math.floor(100 * zeros)}% zeros"] if zeros >= 0.01 else parts)
-
-
 def _height(row: Row, metric: str | None) -> float | None:
     """Where the row stands; None if nowhere."""
-    height = row.metrics.get(metric) if metric else _fastest(row)
-    return height if height is not None and abs(height) <= _LARGEST else None
-
-
-def _fastest(row: Row) -> float | None:
-    latency = row.measurement.latency
-    return min(latency, key=lambda timed: timed.batch_size).median_ms if latency else None
-
-
-def short_name(name: str) -> str:
-    """A name that fits beside a panel."""
-    name = on_one_line(name)
-    # The end of a layer's name tells layers apart, the beginning is what they share.
-    return name if len(name) <= _LONGEST_NAME else "…" + name[-(_LONGEST_NAME - 1) :]
+    height = row.metrics.get(metric) if metric else fastest(row)
+    return height if height is not None and abs(height) <= LARGEST else None
 
 
 def _plain_ticks(axes: Axes) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 from lightning_compress.report.latency import speedup_range
 from lightning_compress.report.measure import Measurement
 
+BEFORE, AFTER, TESTED = "before", "after", "tested"
+"""Rows of a Trainer's report."""
+
 # Below one per cent a difference in file size is names and padding.
 _SAME_SIZE = 0.01
 _ZEROS_ARE_DENSE = "zeros in dense kernels are multiplied like any other number"

@@ -107,7 +107,7 @@ def legend(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
     return (
         "Size is that of the saved file (1 KB = 1000 bytes), MACs are per sample, latency is the median of repeated "
         f"calls ± half its interquartile range. {ratio}On {'/'.join(devices)}: {machine['cpu']}, {machine['cores']} "
-        f"cores, {'/'.join(map(str, threads))} threads, torch {machine['torch']}."
+        f"cores, {'/'.join(map(str, threads))} thread{'' if threads == [1] else 's'}, torch {machine['torch']}."
     )
 
 

@@ -17,14 +17,16 @@ from lightning_compress.distillation.calling import call
 from lightning_compress.errors import in_a_line
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.isolation import isolated_inference
+from lightning_compress.modules.paths import modules_of
+from lightning_compress.report.facts import FileFacts
 from lightning_compress.report.inputs import batch_size_of, called_in_turn, resize_batch, to_device
 from lightning_compress.report.latency import measure_latency
 from lightning_compress.report.measure import Measurement, count
+from lightning_compress.report.quantized import with_errors
+from lightning_compress.report.ratios import AFTER, BEFORE, TESTED
 from lightning_compress.report.storage import measure_layers
 
 Model = TypeVar("Model", bound=nn.Module)
-
-BEFORE, AFTER, TESTED = "before", "after", "tested"
 
 
 @dataclass
@@ -80,7 +82,14 @@ class Rows:
         model = self.measurements[written_of]
         self.measurements.pop(file.name, None)
         self.measurements[file.name] = replace(
-            model, size_bytes=file.size_bytes, compressed_bytes=None, latency=(), layers=(), device="cpu"
+            model,
+            size_bytes=file.size_bytes,
+            compressed_bytes=None,
+            latency=(),
+            layers=(),
+            device="cpu",
+            quantized=None,
+            file=FileFacts.of(file.facts),
         )
         self.files[file.name] = file
         self.timed -= {file.name}
@@ -115,7 +124,9 @@ class Rows:
             return
         try:
             with called_in_turn(still, self.called):
-                self.measurements[name] = count(still, self.inputs)
+                measured = count(still, self.inputs)
+            facts = with_errors(measured.quantized, still, self.inputs, self._run)
+            self.measurements[name] = replace(measured, quantized=facts)
         except Exception as error:
             # `forward` is the user's and may need what only the steps provide.
             self.notes[name] = (
@@ -127,6 +138,11 @@ class Rows:
             self.notes[name] = f"{name}: no latency, as no copy of {type(model).__name__} can be kept until the end."
         else:
             self.models[name] = still
+
+    def _run(self, model: nn.Module, calls: Any) -> None:
+        modules = modules_of(model, every_name=True)
+        for path, (args, kwargs) in zip(self.called, calls, strict=True):
+            modules[path](*args, **kwargs)
 
     def time(self) -> None:
         """Time all rows in turns, unless they were all there the last time."""

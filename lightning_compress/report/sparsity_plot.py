@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_compress.errors import invalid
-from lightning_compress.report.plots import FAINT, INK, drawing, dress, short_name
+from lightning_compress.report.layers import short_name
+from lightning_compress.report.plots import FAINT, INK, drawing, dress
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

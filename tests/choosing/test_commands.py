@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lightning_compress import SensitivityTable
+from lightning_compress.choosing.speed import Speed
 from lightning_compress.cli import main
 
 
@@ -62,6 +63,18 @@ def test_search_of_a_checkpoint(plain: Path, own_folder: Path, capsys: pytest.Ca
     assert "test_loss" in capsys.readouterr().out
 
 
+def test_search_by_time(
+    plain: Path, own_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Speed, "beside", lambda *_: Speed(2.0, 1.9, 2.1))
+    args = ("--monitor=val_loss", "--mode=min", "--over=int8", "--cost=latency", "--max_drop=10", "--resume=run.jsonl")
+    choose(plain, "search", *args)
+    out = capsys.readouterr().out
+    assert out.startswith("search over int8: latency ")
+    assert "(0.500, quartiles 0.476 to 0.526)" in out
+    assert yaml.safe_load(out[out.index("class_path:") :])["init_args"]["scheme"] == "int8_static"
+
+
 def test_fractions_as_levels(plain: Path, own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     choose(
         plain, "sensitivity", "--monitor=val_loss", "--of=pruning", "--levels=[0.25,0.5]", "--output=t.csv", "--top=0"
@@ -77,12 +90,13 @@ def test_fractions_as_levels(plain: Path, own_folder: Path, capsys: pytest.Captu
     [
         (
             ["sensitivity", "--monitor=val_los"],
-            "`monitor` must be logged by the validation. Received: monitor='val_los'",
+            "`monitor` must be a metric that validation logs. Received: monitor='val_los'",
         ),
         (["sensitivity", "--monitor=val_loss", "--output=table.xls"], "`output` must end in .json, .csv"),
         (["sensitivity", "--monitor=val_loss", "--ckpt_path=no.ckpt"], "`path` must be a readable checkpoint"),
         (["search", "--monitor=val_loss"], "`budget` or `max_drop` must be given"),
         (["search", "--monitor=val_loss", "--budget=0.001"], "`budget` must be within reach"),
+        (["search", "--monitor=val_loss", "--budget=0.5", "--over=pruning", "--cost=latency"], "`cost` must be one of"),
         (["search", "--monitor=val_loss", "--budget=0.5", "--levels=[int8_dynamic]"], "`levels` must be schemes for"),
     ],
 )

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress import GPTQ, StaticInt8, Targets, WeightOnly, plan_removal, prune_, quantize, remove_channels_
+from lightning_compress import (
+    GPTQ,
+    StaticInt8,
+    Targets,
+    WeightOnly,
+    plan_removal,
+    prune_,
+    quantize,
+    remove_channels_,
+    search,
+)
 from lightning_compress.choosing.channel_forms import ChannelForms
 from lightning_compress.choosing.forms import Forms
 from lightning_compress.choosing.int8_forms import LEVEL, Int8Forms
@@ -52,6 +62,45 @@ def test_nothing_compressed_is_the_model_and_all_is_put_back(kind: str) -> None:
         assert not any(module.training for module in whole.modules())
     assert_same_state(model.state_dict(), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_levels_that_leave_every_channel_are_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2), nn.ReLU(), nn.Linear(2, 3)).eval()
+    assert forms_of("channels", model).layers == {"1": ("0.5", "0.25")}
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.rnn(x.mean(1))[0][:, -1])
+        return y
+
+
+def test_what_no_kernel_computes_is_skipped_and_counts_as_float() -> None:
+    torch.manual_seed(0)
+    model = Recurrent().eval()
+    forms = forms_of("int8", model)
+    assert set(forms.layers) == {"head"}
+    recurrent = 6 * 3 * 8 * (6 + 8)  # of six steps
+    assert forms.cost({}).macs == recurrent + 8 * 4
+    assert forms.cost({"head": LEVEL}).macs == recurrent
+    assert set(forms_of("weights", model).skipped) == {"rnn"}
+    with pytest.raises(CompressionError, match=r"`budget` must be within reach.* Stays as it is: rnn: "):
+        search(model, lambda model: float(run(model, batches()[0]).sum()), batches(), budget=0.3)
+
+
+def test_layers_that_a_choice_leaves_out_stay_whole_by_its_settings_too() -> None:
+    model, settings = small(), forms_of("pruning", small()).settings({"deep": "0.5"})
+    masks = prune_(model, method="l1_unstructured", **settings)
+    assert {name for name, mask in masks.items() if not mask.all()} == {"deep.weight"}
+    settings = forms_of("channels", small()).settings({"deep": "0.5"})
+    plan = plan_removal(small(), batches()[0], **settings)
+    remove_channels_(model := small(), plan)
+    assert (model.conv.out_channels, model.deep.out_channels) == (8, 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -114,6 +114,12 @@ def test_all_that_prunes_must_have_ended(tmp_path: Path) -> None:
     assert (epoch_of(dense.best_model_path), epoch_of(pruned.best_model_path)) == (0, 5)
 
 
+def test_quantized_is_a_model_of_which_nothing_is_being_pruned(tmp_path: Path) -> None:
+    save = saver("quantized", tmp_path)
+    fit(pruner(2, 6), QuantizationAwareTraining(window=Window(4, unit="epoch")), save)
+    assert epoch_of(save.best_model_path) == 5 and zeros(save.best_model_path) == GOAL
+
+
 def test_validations_within_epochs(tmp_path: Path) -> None:
     save = saver("pruned", tmp_path)
     fit(pruner(), save, val_check_interval=3)
@@ -146,9 +152,10 @@ def test_the_best_is_tested(tmp_path: Path) -> None:
     assert count_zeros([module.body.weight, module.head.weight])[0] == GOAL
 
 
-def test_a_phase_that_no_validation_saw(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sanity_steps", [0, 2])
+def test_a_phase_that_no_validation_saw(sanity_steps: int, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="PhaseCheckpoint: no validation saw a dense model"):
-        fit(pruner(0, 4), saver("dense", tmp_path), num_sanity_val_steps=0)
+        fit(pruner(0, 4), saver("dense", tmp_path), num_sanity_val_steps=sanity_steps)
 
 
 def test_a_phase_that_nothing_brings() -> None:

@@ -70,6 +70,27 @@ def test_mixed_bits_are_ahead_of_uniform_ones_of_the_same_bytes() -> None:
     assert result.metric + result.chosen.drop < four_bits
 
 
+def test_uniform_bits_are_taken_where_they_are_better() -> None:
+    """A metric that breaks where some layers are far off and others not, which no score of single layers can say."""
+
+    def breaks(model: nn.Module) -> Tensor:
+        far = far_off(model)
+        return loss(model) + 100.0 * (0 < far < 4)
+
+    forms, _ = make_forms(small(), batches(), "weights", BITS)
+    uniform = dict.fromkeys(forms.layers, "int4 g4 asym")
+    budget = forms.cost(uniform).size_bytes / forms.cost({}).size_bytes
+    result = found(evaluate=breaks, budget=budget)
+    assert (result.chosen.label, dict(result.chosen.choice)) == ("int4 g4 asym", uniform)
+
+
+def far_off(model: nn.Module) -> int:
+    """How many layers have weights of two bits."""
+    pairs = zip(model.modules(), small().modules(), strict=True)
+    layers = [(layer, other) for layer, other in pairs if isinstance(layer, nn.Conv2d | nn.Linear)]
+    return sum(not torch.allclose(layer.weight, other.weight, atol=0.03) for layer, other in layers)
+
+
 def test_within_a_drop_it_is_as_small_as_anything_that_was_evaluated() -> None:
     result = found(max_drop=0.02)
     assert result.chosen.drop <= 0.02
@@ -82,10 +103,7 @@ def test_steps_are_taken_back_where_the_sum_of_scores_was_wrong() -> None:
     """The metric breaks as soon as two layers are far off, which no score of single layers can say."""
 
     def breaks(model: nn.Module) -> float:
-        pairs = zip(model.modules(), small().modules(), strict=True)
-        layers = [(layer, other) for layer, other in pairs if isinstance(layer, nn.Conv2d | nn.Linear)]
-        far = sum(not torch.allclose(layer.weight, other.weight, atol=0.03) for layer, other in layers)
-        return float(loss(model).mean()) + 100.0 * (far > 1)
+        return float(loss(model).mean()) + 100.0 * (far_off(model) > 1)
 
     result = found(evaluate=breaks, max_drop=1.0)
     assert 0 < result.chosen.fraction < 1

@@ -69,13 +69,22 @@ def back(max_drop: float = 0.05, **kwargs: Any) -> SteppingBack:
 COSTS = {"a": 0.001, "b": 0.2, "c": 0.01, "d": 0.03, "e": 0.002}
 
 
-@pytest.mark.parametrize(("max_drop", "left", "evaluations"), [(0.3, 5, 2), (0.05, 4, 3), (0.02, 3, 4), (0.01, 2, 6)])
+@pytest.mark.parametrize(
+    ("max_drop", "left", "evaluations"), [(0.3, 5, 2), (0.05, 4, 3), (0.02, 3, 4), (0.01, 2, 6), (0.005, 1, 6)]
+)
 def test_the_worst_go_back_and_no_more_of_them(max_drop: float, left: int, evaluations: int) -> None:
     evaluate, stepping = Evaluate(), back(max_drop)
     chosen: Any = stepping.choose(candidate(COSTS), evaluate)
     worst = sorted(COSTS, key=lambda layer: -COSTS[layer])
     assert chosen.model.fall == pytest.approx(sum(COSTS[layer] for layer in worst[5 - left :]))
     assert evaluate.count == evaluations
+
+
+def test_a_fall_within_its_noise_is_not_within_max_drop() -> None:
+    stepping = back(0.012)
+    chosen: Any = stepping.choose(candidate({"a": 0.01, "b": 0.001}), Evaluate())
+    assert "a fall of 0.0110, at most 0.0144" in stepping.lines[0]
+    assert chosen.model.fall == pytest.approx(0.001)
 
 
 def test_says_what_each_trial_cost() -> None:

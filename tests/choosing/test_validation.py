@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import CompressionError
-from lightning_compress.choosing.validation import Validation
+from lightning_compress.choosing.validation import Validation, validation_loaders
 from tests.choosing.nets import Labelled, Right
 from tests.support.modules import quiet_trainer
 from tests.support.oracles import assert_same_state, snapshot
@@ -61,9 +61,13 @@ class At(L.Callback):
         before, state = snapshot(pl_module), torch.get_rng_state()
         metrics = dict(trainer.callback_metrics)
         with torch.inference_mode(False):
-            self.validation = Validation(trainer, pl_module, self.monitor)
+            self.validation = Validation(
+                trainer, validation_loaders(trainer, pl_module), self.monitor, trainer.datamodule
+            )
             self.groups = self.validation(pl_module)
-            assert self.validation(pl_module) == self.groups
+            with torch.random.fork_rng():
+                torch.manual_seed(5)
+                assert self.validation(pl_module) == self.groups
         assert_same_state(before, snapshot(pl_module))
         assert torch.equal(state, torch.get_rng_state()) and dict(trainer.callback_metrics) == metrics
         assert pl_module.trainer is trainer
@@ -119,7 +123,8 @@ def test_a_loader_without_length_and_one_that_shuffles() -> None:
 def test_what_setup_builds_is_not_built_again_and_loggers_are_there() -> None:
     class Late(Right):
         def setup(self, stage: str) -> None:
-            self.net = Right(outliers=False).net if stage == "test" else torch.nn.Linear(16, 4)
+            assert stage == "test"
+            self.net = Right(outliers=False).net
 
         def teardown(self, stage: str) -> None:
             assert stage == "test"

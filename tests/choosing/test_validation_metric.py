@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as older
 import torch
@@ -21,7 +24,8 @@ from lightning_compress import (
     search,
     sensitivity,
 )
-from lightning_compress.choosing.validation_metric import step_batches
+from lightning_compress.choosing.commands import step_batches
+from lightning_compress.choosing.evaluations import drop
 from lightning_compress.errors import CompressionError
 from tests.support.data import TinyData
 from tests.support.modules import Classifier, quiet_trainer
@@ -56,23 +60,105 @@ def test_callbacks_of_ours_stay_out_of_it() -> None:
     trainer = quiet_trainer(callbacks=[PostTrainingQuantization(WeightOnly(2))])
     own = list(trainer.callbacks)
     expected = quiet_trainer().validate(module, data, verbose=False)[0]["val_loss"]
-    assert ValidationMetric(trainer, data, "val_loss")(module) == pytest.approx(expected)
+    assert ValidationMetric(trainer, data, "val_loss")(module).value == pytest.approx(expected)
     assert trainer.callbacks == own
+
+
+def test_drops_have_the_standard_error_of_differences_paired_by_group() -> None:
+    module, data = fitted()
+    other = copy.deepcopy(module)
+    torch.nn.init.normal_(other.head.weight)
+    metric = ValidationMetric(quiet_trainer(), data, "val_loss")
+    found = drop(metric(module), metric(other), "min")
+    falls, sizes = list[float](), list[int]()
+    for x, y in data.val_dataloader():
+        losses = [torch.nn.functional.cross_entropy(model.eval()(x), y) for model in (module, other)]
+        falls.append((losses[1] - losses[0]).item())
+        sizes.append(len(x))
+    assert len(set(sizes)) > 1
+    mean = np.average(falls, weights=sizes)
+    spread = sum((size * (fall - mean)) ** 2 for size, fall in zip(sizes, falls, strict=True))
+    error = math.sqrt(len(sizes) / (len(sizes) - 1) * spread) / sum(sizes)
+    assert (found.value, found.error) == pytest.approx((mean, error), rel=1e-4)
+    table = sensitivity(module, metric, batches(data), "weights", levels=[WeightOnly(2)], mode="min", top=1)
+    assert table.rows[0].drop_error is not None and " ±" in str(table)
+
+
+class Perplexity(Classifier):
+    """Logs what is no mean over samples."""
+
+    def on_validation_epoch_start(self) -> None:
+        self.losses: list[torch.Tensor] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.losses.append(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("perplexity", torch.stack(self.losses).mean().exp())
+
+
+def test_all_data_at_once_where_a_metric_is_no_mean() -> None:
+    torch.manual_seed(0)
+    module, data = Perplexity(), TinyData()
+    [logged] = quiet_trainer().validate(module, data, verbose=False)
+    found = ValidationMetric(quiet_trainer(), data, "perplexity", groups=1)(module)
+    assert found.value == pytest.approx(logged["perplexity"])
+    assert drop(found, found, "min").error is None
+    assert ValidationMetric(quiet_trainer(), data, "perplexity")(module).value != pytest.approx(logged["perplexity"])
+
+
+class SetsUp(Classifier):
+    """Makes in `setup` what its steps need, and takes other weights."""
+
+    def setup(self, stage: str) -> None:
+        self.head = torch.nn.Linear(1, 1)
+        torch.nn.init.zeros_(self.body.weight)
+        self.scale = 1.0 if self.trainer.datamodule is not None else 2.0  # type: ignore[attr-defined]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.scale * torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_what_setup_makes_is_there_and_what_was_compressed_stays() -> None:
+    module, data = fitted()
+    late = SetsUp()
+    late.load_state_dict(module.state_dict())
+    expected = ValidationMetric(quiet_trainer(), data, "val_loss")(module).value
+    assert ValidationMetric(quiet_trainer(), data, "val_loss")(late).value == pytest.approx(expected)
+    assert_same_state(late.state_dict(), module.state_dict())
+
+
+def test_data_that_is_set_up_to_validate_alone() -> None:
+    class Picky(TinyData):
+        def prepare_data(self) -> None:
+            self.is_prepared = True
+
+        def setup(self, stage: str) -> None:
+            assert stage == "validate" and self.is_prepared
+            super().setup(stage)
+
+    module, data = fitted()
+    expected = ValidationMetric(quiet_trainer(), data, "val_acc")(module).value
+    assert ValidationMetric(quiet_trainer(), Picky(), "val_acc")(module).value == expected
 
 
 def test_loaders_in_place_of_a_datamodule() -> None:
     module, data = fitted()
     data.setup("validate")
     with_loader = ValidationMetric(quiet_trainer(), data.val_dataloader(), "val_acc")(module)
-    assert with_loader == ValidationMetric(quiet_trainer(), data, "val_acc")(module)
+    assert with_loader.value == ValidationMetric(quiet_trainer(), data, "val_acc")(module).value
 
 
 def test_what_is_not_logged_is_named() -> None:
     module, data = fitted()
-    with pytest.raises(CompressionError, match="`monitor` must be logged .* Nearest: val_acc, val_loss"):
+    with pytest.raises(
+        CompressionError, match="`monitor` must be a metric that validation logs.* Nearest: val_acc, val_loss"
+    ):
         ValidationMetric(quiet_trainer(), data, "val_ac")(module)
     with pytest.raises(CompressionError, match="`model` must be a LightningModule"):
         ValidationMetric(quiet_trainer(), data, "val_acc")(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(CompressionError, match="`groups` must be a whole number, at least 1"):
+        ValidationMetric(quiet_trainer(), data, "val_acc", groups=0)
 
 
 def test_batches_go_through_the_steps() -> None:
@@ -120,7 +206,7 @@ def test_an_interrupted_validation_leaves_the_module_as_it_was(tmp_path: Path) -
     class Stops(ValidationMetric):
         calls = 0
 
-        def __call__(self, module: Any) -> float:
+        def __call__(self, module: Any) -> Any:
             Stops.calls += 1
             if Stops.calls == 3:
                 raise KeyboardInterrupt

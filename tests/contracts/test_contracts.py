@@ -152,6 +152,21 @@ def test_fits_twice_and_a_second_model(row: Row) -> None:
 
 
 @each_row
+@other_folder
+@pytest.mark.filterwarnings("ignore:QuantizationAwareTraining. the fit ended before", "ignore:Checkpoint directory")
+def test_a_fit_whose_epochs_are_over_does_nothing(row: Row, tmp_path: Path) -> None:
+    trainer, module = fit(row.make(), folder=tmp_path)
+    before = snapshot(module)
+    _, resumed = fit(row.make(), ckpt_path=tmp_path / f"epoch={EPOCHS - 1}.ckpt")
+    assert_same_state(before, snapshot(resumed))
+    trainer.fit(module, TinyData())
+    assert_same_state(before, snapshot(module))
+    untrained = fit(row.make(), max_epochs=0)[1]
+    if not row.adapts:  # adapters are there from the start
+        assert_same_state(snapshot(fit(max_epochs=0)[1]), snapshot(untrained))
+
+
+@each_row
 def test_non_targets_stay_bit_identical(row: Row) -> None:
     module = Classifier(lr=0.0)
     before = snapshot(module)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lightning_compress.report import Comparison, Measurement, compare
 from lightning_compress.report.latency import Latency
-from lightning_compress.report.plots import _bars, _saved, plot_report
+from lightning_compress.report.layers import largest, paired, saved, size_of
+from lightning_compress.report.plots import plot_report
 from lightning_compress.report.sparsity_plot import plot_sparsity
 from lightning_compress.report.storage import LayerMeasurement
 from tests.report.test_compare import LARGE
@@ -108,10 +109,10 @@ def test_bars_say_what_the_bytes_say(before: list[LayerMeasurement], after: list
         tuple(LayerMeasurement(**{**vars(one), "name": f"{index}"}) for index, one in enumerate(found))
         for found in (before, after)
     )
-    bars = _bars(old, new)
-    assert sum(size for _, size, _ in bars) == sum(one.size_bytes for one in old)
-    for _, size, one in bars:
-        said, now = _saved(size, one).split(", ")[0], one.size_bytes if one else 0
+    pairs = largest(paired(old, new))
+    assert sum(size_of(pair.before) for pair in pairs) == sum(one.size_bytes for one in old)
+    for pair in pairs:
+        said, size, now = saved(pair), size_of(pair.before), size_of(pair.after)
         if said == "gone":
             assert now == 0
         elif said == "same":
@@ -121,11 +122,6 @@ def test_bars_say_what_the_bytes_say(before: list[LayerMeasurement], after: list
         else:
             factor = float(said.split("x")[0].replace(",", ""))
             assert factor == pytest.approx(now / size if said.endswith("larger") else size / now, rel=0.05)
-
-
-def test_only_a_layer_of_zeros_is_all_zeros() -> None:
-    assert _saved(4, LayerMeasurement("x", "Linear", 1000, 1, 4, "float32")) == "same, 99% zeros"
-    assert _saved(4, LayerMeasurement("x", "Linear", 1000, 0, 4, "float32")) == "same, 100% zeros"
 
 
 def test_names_start_no_formula_and_settings_of_the_user_do_not_reach_the_picture(tmp_path: Path) -> None:

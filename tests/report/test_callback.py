@@ -86,7 +86,7 @@ def test_before_is_float_and_after_is_converted(tmp_path, capsys, example: bool,
     printed = capsys.readouterr().out
     assert printed.count("Compression report") == 1
     assert "norm stayed float [just because]." in printed
-    assert f"Report: {tmp_path} (report.json, report.md)" in printed
+    assert f"Report: {tmp_path} (report.html, report.json, report.md, report.csv)" in printed
     assert "norm stayed float" in (tmp_path / "report.md").read_text()
 
 
@@ -292,10 +292,10 @@ def test_a_copy_taken_in_mid_training_works_and_holds_no_model(tmp_path, make) -
 def test_directory_and_picture(tmp_path, capsys) -> None:
     trainer(tmp_path, report(directory=str(tmp_path / "new" / "here"), picture=True)).fit(Classifier())
     written = sorted(path.name for path in (tmp_path / "new" / "here").iterdir())
-    assert written == ["report.json", "report.md", "report.png"]
+    assert written == [f"report.{kind}" for kind in ("csv", "html", "json", "md", "png")]
     assert not (tmp_path / "report.json").exists()
     assert Comparison.from_json((tmp_path / "new" / "here" / "report.json").read_text()).baseline == "before"
-    assert "(report.json, report.md, report.png)" in capsys.readouterr().out
+    assert "(report.html, report.json, report.md, report.csv, report.png)" in capsys.readouterr().out
 
 
 def test_a_missing_matplotlib_is_a_note(tmp_path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.report import Comparison, Measurement, compare, measure
+from lightning_compress.report.compare import VERSION
 from lightning_compress.report.latency import Latency
 from lightning_compress.report.render import shown_metrics
 from lightning_compress.report.storage import LayerMeasurement
@@ -170,13 +171,32 @@ def test_json_comes_back_equal() -> None:
     comparison = compare({"large": LARGE, "small": SMALL, "int8": INT8}, metrics=METRICS, notes=["a note"])
     assert Comparison.from_json(comparison.to_json()) == comparison
     machine = json.loads(comparison.to_json())["machine"]
-    assert set(machine) == {"cpu", "cores", "threads", "quantized_engine", "gpu", "system", "python", "torch"}
+    assert set(machine) == {
+        "cpu",
+        "cores",
+        "threads",
+        "quantized_engine",
+        "gpu",
+        "system",
+        "python",
+        "torch",
+        "packages",
+    }
 
 
 def test_a_metric_that_is_not_finite_is_still_json() -> None:
     comparison = compare({"large": LARGE}, metrics={"large": {"test_acc": math.inf}})
     assert json.loads(comparison.to_json())["rows"][0]["metrics"] == {"test_acc": None}
     assert math.isnan(Comparison.from_json(comparison.to_json())["large"].metrics["test_acc"])
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(VERSION + 1, "Update lightning_compress."), (VERSION - 1, "measure again.")]
+)
+def test_another_version_is_refused_with_the_remedy(version: int, remedy: str) -> None:
+    plain = {**json.loads(compare({"large": LARGE}).to_json()), "version": version}
+    with pytest.raises(CompressionError, match=f"be a report of version {VERSION}. Received: text={version}.*{remedy}"):
+        Comparison.from_json(json.dumps(plain))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 1, "rows": [{}]}'])

@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(configure_optimizers|training_step)` returned `None`"),
 ]
 
+TEXTS = [f"report.{kind}" for kind in ("csv", "html", "json", "md")]
 BOOM = RuntimeError("boom\nand a second line")
 
 
@@ -70,21 +71,21 @@ def test_a_failure_is_a_note_and_a_warning_of_one_line(tmp_path, monkeypatch, wh
 
 def test_the_files_are_there_before_any_picture_is_drawn(tmp_path, monkeypatch) -> None:
     def draws(comparison: Any, path: Path) -> None:
-        assert sorted(one.name for one in path.parent.iterdir()) == ["report.json", "report.md"]
+        assert sorted(one.name for one in path.parent.iterdir()) == TEXTS
         path.touch()
 
     monkeypatch.setattr(files, "plot_report", draws)
     trainer(tmp_path, report(picture=True)).fit(Classifier())
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["report.json", "report.md", "report.png"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == [*TEXTS, "report.png"]
 
 
 def test_a_folder_that_is_a_file_is_a_warning_and_the_numbers_are_printed(tmp_path, capsys) -> None:
     (tmp_path / "taken").write_text("mine")
     callback = report(directory=str(tmp_path / "taken"), picture=True)
-    assert len(fit(tmp_path, callback)) == 3, "one for each file"
+    assert len(fit(tmp_path, callback)) == 5, "one for each file"
     assert "Compression report" in capsys.readouterr().out
     assert (tmp_path / "taken").read_text() == "mine"
-    assert callback.comparison is not None and "report.json couldn't be written" in callback.comparison.notes[-3]
+    assert callback.comparison is not None and "report.html couldn't be written" in callback.comparison.notes[-5]
 
 
 def test_a_full_disk_leaves_the_report_before_whole(tmp_path, monkeypatch) -> None:
@@ -97,7 +98,7 @@ def test_a_full_disk_leaves_the_report_before_whole(tmp_path, monkeypatch) -> No
 
     monkeypatch.setattr(Path, "write_text", half)
     warned = fit(tmp_path, report())
-    assert warned[0].endswith("report.json couldn't be written (OSError: [Errno 28] No space left on device).")
+    assert warned[1].endswith("report.json couldn't be written (OSError: [Errno 28] No space left on device).")
     assert [one.name for one in tmp_path.iterdir()] == ["report.json"]
     assert (tmp_path / "report.json").read_text() == "before"
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_compress import ChannelPruning, CompressionError, Linear, ScheduledPruning, Window
+from lightning_compress.channels import remove_in_fit
 from tests.support.data import TinyData
 from tests.support.ddp import run_ranks
 from tests.support.modules import Classifier, quiet_trainer
@@ -70,6 +73,34 @@ def test_ranks_with_different_data_and_seeds_keep_the_same_channels(importance: 
     assert first["notes"] == second["notes"]
     assert any("samples of the train loader" in note for note in first["notes"]) == (importance == "outputs")
     assert not torch.equal(first["drawn"], second["drawn"])
+
+
+def cut_where_it_breaks(rank: int) -> dict[str, Any]:
+    """By default, where one rank can't measure or fit."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == rank:
+        remove_in_fit.output_changes = remove_in_fit.fitted_narrow = None  # type: ignore[assignment]
+    channels, records = ChannelPruning(macs=0.5, round_to=1), Records()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quiet_trainer(devices=2, strategy="ddp", max_epochs=2, callbacks=[channels, records]).fit(
+            Classifier(), TinyData(samples=48)
+        )
+    notes = channels.report_notes()
+    return {
+        "batches": records.batches,
+        "fitted": any("samples of the train loader" in note for note in notes),
+        "said": any("doesn't calibrate" in str(one.message) for one in said),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_ranks_calibration_counts_for_all(rank: int) -> None:
+    first, second = run_ranks(cut_where_it_breaks, rank)
+    assert len(first["batches"][-1]["weights"]["body.bias"]) == 16
+    assert_same_state(first["batches"], second["batches"])
+    assert first["fitted"] == second["fitted"] == (rank == 1)
+    assert first["said"] == (rank == 0)
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])

@@ -16,7 +16,7 @@ def as_yaml(plain: Mapping[str, Any], depth: int = 2) -> str:
 
     Args:
         plain: mappings of strings, lists, numbers and strings.
-        depth: so many levels of mappings are blocks.
+        depth: so many levels of mappings, and of lists of them, are blocks.
 
     Example:
         >>> print(as_yaml({"scheme": "nf4", "overrides": {"0": {"class_path": "WeightOnly"}}}), end="")
@@ -29,6 +29,11 @@ def as_yaml(plain: Mapping[str, Any], depth: int = 2) -> str:
         if isinstance(value, Mapping) and value and depth > 1:
             lines.append(f"{_word(key)}:\n")
             lines += [f"  {line}\n" for line in as_yaml(value, depth - 1).splitlines()]
+        elif isinstance(value, list) and value and depth > 1 and all(isinstance(item, Mapping) for item in value):
+            lines.append(f"{_word(key)}:\n")
+            for item in value:
+                block = as_yaml(item, depth - 1).splitlines()
+                lines += [f"  {'  ' if index else '- '}{line}\n" for index, line in enumerate(block)]
         else:
             lines.append(f"{_word(key)}: {_in_line(value)}\n")
     return "".join(lines)
