@@ -40,11 +40,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) -e '.[test,examples,plots]'
 	@touch $(STAMP)
 
-demo: $(STAMP) ## train, distil, prune and quantize on handwritten digits, then report
-	@echo "running examples/digits/demo.py"
-	@$(BIN)/python examples/digits/demo.py
-	@echo
-	@echo "Next: look at demo_output/report.png and demo_output/report.md, then read examples/digits/demo.py."
+demo: $(STAMP) ## teach a small network to read letters, halve it, bring it to int8 and onnxruntime, then report
+	@echo "running examples/letters/demo.py"
+	@$(BIN)/python examples/letters/demo.py
 
 test: lint types ## lint, types, doctests and tests; warnings are errors
 	@echo "pytest: doctests and tests"

@@ -27,9 +27,9 @@ from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the demo is no package
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the examples are no package
 
-import demo
+import digits_fits
 from data import FOLDS, Digits
 from networks import Classifier, Residual, conv_bn
 
@@ -69,7 +69,7 @@ class ResNet(nn.Module):
 
 
 class Module(Classifier):
-    """The demo's own, with the one-kernel form of its optimizer."""
+    """The networks' own, with the one-kernel form of its optimizer."""
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, fused=True)
@@ -126,12 +126,12 @@ def prune_by_hand(network: nn.Module, pruner: torch_pruning.pruner.GroupNormPrun
 
 
 def fit(module: L.LightningModule, fold: int, epochs: int, callbacks: tuple[L.Callback, ...] = ()) -> nn.Module:
-    demo.fit(module, Digits(fold), epochs, callbacks=callbacks)
+    digits_fits.fit(module, Digits(fold), epochs, callbacks=callbacks)
     return module.network
 
 
 def test(network: nn.Module, fold: int) -> float:
-    return demo.test(Classifier(network), Digits(fold))["test_acc"]
+    return digits_fits.test(Classifier(network), Digits(fold))["test_acc"]
 
 
 def fresh(fold: int) -> nn.Module:
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of timing")
     parser.add_argument("--quick", action="store_true", help="one fold, two epochs, a quarter of the MACs")
     arguments = parser.parse_args()
-    demo.quiet()
+    digits_fits.quiet()
     torch.set_num_threads(1)
     folds, levels, epochs, rounds = arguments.folds, KEEP, (BEFORE, AFTER), arguments.rounds
     if arguments.quick:

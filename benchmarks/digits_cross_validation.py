@@ -1,4 +1,4 @@
-"""Measures the accuracy of the demo's models over five folds, with paired differences and their 95 % t-intervals.
+"""Measures the accuracy of the digits' models over five folds, with paired differences and their 95 % t-intervals.
 
 Every image is tested once: by the models that were trained without its fold. Differences are taken fold by fold,
 between models that saw the same images. The folds' training sets overlap, so the intervals are somewhat too narrow.
@@ -20,9 +20,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy.stats import t as student_t
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the demo is no package
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the examples are no package
 
-import demo
+import digits_fits
 from data import FOLDS, Digits
 from networks import Classifier
 
@@ -35,16 +35,16 @@ def run_fold(fold: int, teacher_epochs: int, student_epochs: int) -> tuple[dict[
     """Test accuracy, and bytes of the saved weights, of each model on one fold."""
     L.seed_everything(fold, verbose=False)
     data = Digits(fold)
-    teacher = demo.train_teacher(data, teacher_epochs, progress=False)
-    alone = demo.train_alone(data, student_epochs, progress=False)
-    distilled = demo.distil(teacher.network, data, student_epochs, progress=False)
+    teacher = digits_fits.train_teacher(data, teacher_epochs)
+    alone = digits_fits.train_alone(data, student_epochs)
+    distilled = digits_fits.distil(teacher.network, data, student_epochs)
     with tempfile.TemporaryDirectory() as folder:
         callbacks = (
-            *demo.compression(),
+            *digits_fits.compression(),
             ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False),
         )
-        int8 = demo.distil(teacher.network, data, student_epochs, callbacks, progress=False)
-        pruned = Classifier(demo.float_form(Path(folder) / "last.ckpt"))
+        int8 = digits_fits.distil(teacher.network, data, student_epochs, callbacks)
+        pruned = Classifier(digits_fits.float_form(Path(folder) / "last.ckpt"))
     models = {
         TEACHER: (teacher, teacher.network),
         ALONE: (alone, alone.network),
@@ -52,7 +52,7 @@ def run_fold(fold: int, teacher_epochs: int, student_epochs: int) -> tuple[dict[
         "distilled, pruned": (pruned, pruned.network),
         "distilled, pruned, int8": (int8, int8.student),
     }
-    accuracy = {name: demo.test(model, data)["test_acc"] for name, (model, _) in models.items()}
+    accuracy = {name: digits_fits.test(model, data)["test_acc"] for name, (model, _) in models.items()}
     size = {name: measure(network).size_bytes for name, (_, network) in models.items()}
     return accuracy, size
 
@@ -85,16 +85,16 @@ def table(folds: list[dict[str, float]], sizes: dict[str, int]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Five-fold cross-validation of the demo's models.")
+    parser = argparse.ArgumentParser(description="Five-fold cross-validation of the digits' models.")
     parser.add_argument("--epochs", type=int, help="for every model; fewer than by default is a quick look")
     epochs = parser.parse_args().epochs
-    demo.quiet()
+    digits_fits.quiet()
     torch.set_num_threads(1)
 
     folds, sizes = [], {}
     for fold in range(FOLDS):
         started = time.perf_counter()
-        accuracy, sizes = run_fold(fold, epochs or demo.TEACHER_EPOCHS, epochs or demo.STUDENT_EPOCHS)
+        accuracy, sizes = run_fold(fold, epochs or digits_fits.TEACHER_EPOCHS, epochs or digits_fits.STUDENT_EPOCHS)
         folds.append(accuracy)
         print(f"fold {fold + 1} of {FOLDS}: {time.perf_counter() - started:.0f} s", flush=True)
     print(f"\n{table(folds, sizes)}")

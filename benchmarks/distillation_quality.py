@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, RandomSampler, Sampler, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the demo is no package
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the examples are no package
 
-import demo
+import digits_fits
 from data import FOLDS
 from networks import Classifier, conv_bn
 
@@ -176,8 +176,8 @@ ROWS = (TEACHER, *ARMS)
 def train_teacher(fold: int, seed: int, epochs: int) -> tuple[nn.Module, float]:
     L.seed_everything(seed, verbose=False)
     data, model = Images(fold, None, seed), Classifier(Deep(), TEACHER_LR)
-    demo.fit(model, data, epochs)
-    return model.network, demo.test(model, data)["test_acc"]
+    digits_fits.fit(model, data, epochs)
+    return model.network, digits_fits.test(model, data)["test_acc"]
 
 
 def train_student(teacher: nn.Module, arm: Arm, fold: int, labels: int | None, seed: int, epochs: int) -> float:
@@ -192,8 +192,8 @@ def train_student(teacher: nn.Module, arm: Arm, fold: int, labels: int | None, s
         scheduler=partial(CosineAnnealingLR, T_max=epochs),
     )
     model.example_input_array = torch.zeros(2, 1, 8, 8)  # the loader asks its dataset for batches, not for items
-    demo.fit(model, data, epochs)
-    return demo.test(model, data)["test_acc"]
+    digits_fits.fit(model, data, epochs)
+    return digits_fits.test(model, data)["test_acc"]
 
 
 Outcome = tuple[int | None, str, float]
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=max(RUNS.values()), help="at most so many runs of every fit")
     parser.add_argument("--epochs", type=int, help="for every model; fewer than by default is a quick look")
     arguments = parser.parse_args()
-    demo.quiet()
+    digits_fits.quiet()
     torch.set_num_threads(1)
 
     results: Results = {}

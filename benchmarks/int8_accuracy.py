@@ -31,9 +31,9 @@ from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the demo is no package
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the examples are no package
 
-import demo
+import digits_fits
 import pruning_quality
 from data import FOLDS, Digits
 from networks import Student, conv_bn
@@ -124,7 +124,7 @@ def initial(kind: Kind, fold: int) -> nn.Module:
 def fit(network: nn.Module, fold: int, epochs: int, lr: float, *callbacks: L.Callback) -> nn.Module:
     """The module in evaluation after a fit: its int8 form, where a callback left one."""
     model = pruning_quality.Fast(network.train(), lr)  # Lightning leaves a network in the mode that it is in
-    demo.fit(model, Digits(fold), epochs, callbacks=callbacks)
+    digits_fits.fit(model, Digits(fold), epochs, callbacks=callbacks)
     return model.eval()
 
 
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=FOLDS, help="the first so many of five")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     arguments = parser.parse_args()
-    demo.quiet()
+    digits_fits.quiet()
     torch.set_num_threads(1)
     all_results: dict[str, dict[str, list[Scores]]] = {name: {} for name in arguments.networks}
     started = time.perf_counter()

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the demo is no package
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the examples are no package
 
-from demo import quiet
+from digits_fits import quiet
 from networks import Student, Teacher
 
 from lightning_compress import prune_, quantize
@@ -80,7 +80,7 @@ def table(times: dict[str, list[float]], batch_size: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Latency of the demo's models, in turns.")
+    parser = argparse.ArgumentParser(description="Latency of the digits' models, in turns.")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

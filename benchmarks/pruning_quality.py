@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, LRScheduler
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the demo is no package
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))  # the examples are no package
 
-import demo
+import digits_fits
 from data import FOLDS, Digits
 from networks import Classifier, Student
 
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
 
 
 class Fast(Classifier):
-    """The demo's own, with the one-kernel form of its optimizer: a fifth of the time of these fits."""
+    """The networks' own, with the one-kernel form of its optimizer: a fifth of the time of these fits."""
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, fused=True)
@@ -165,7 +165,7 @@ ROWS = (DENSE, AT_THE_END, *FITS, LONG)
 def train(kind: type[nn.Module], fold: int, epochs: int, goal: float = 0.0, make: Make | None = None) -> Classifier:
     L.seed_everything(fold, verbose=False)
     model = Fast(kind())
-    demo.fit(model, Digits(fold), epochs, callbacks=() if make is None else (make(model, goal, epochs),))
+    digits_fits.fit(model, Digits(fold), epochs, callbacks=() if make is None else (make(model, goal, epochs),))
     return model
 
 
@@ -174,7 +174,7 @@ def train_long(kind: type[nn.Module], fold: int, epochs: int, goal: float) -> Cl
     L.seed_everything(fold, verbose=False)
     model = Restarting(kind())
     window = Window(1 / (ROUNDS + 1), ROUNDS / (ROUNDS + 1))
-    demo.fit(model, Digits(fold), (ROUNDS + 1) * epochs, callbacks=(rewinding(1, window)(model, goal, epochs),))
+    digits_fits.fit(model, Digits(fold), (ROUNDS + 1) * epochs, callbacks=(rewinding(1, window)(model, goal, epochs),))
     return model
 
 
@@ -184,26 +184,26 @@ Run = tuple[int, str, float, float]
 
 def run_fold(kind: type[nn.Module], fold: int, epochs: int, levels: list[int]) -> Iterator[Run]:
     dense = train(kind, fold, epochs)
-    accuracy = demo.test(dense, Digits(fold))["test_acc"]
+    accuracy = digits_fits.test(dense, Digits(fold))["test_acc"]
     for level in levels:
         goal = level / 100
         yield level, DENSE, accuracy, sparsity(dense)
         pruned = copy.deepcopy(dense)
         prune_(pruned, goal, "magnitude")
-        yield level, AT_THE_END, demo.test(pruned, Digits(fold))["test_acc"], check(pruned, goal)
+        yield level, AT_THE_END, digits_fits.test(pruned, Digits(fold))["test_acc"], check(pruned, goal)
         for row, make in FITS.items():
             if row == TO_INIT and level != ONE_LEVEL:
                 continue
             model = train(kind, fold, epochs, goal, make)
             # By default ModelPruning prunes biases and norms too, so its share of the weights isn't exactly the goal.
             zeros = sparsity(model) if row == BY_DEFAULT else check(model, goal)
-            yield level, row, demo.test(model, Digits(fold))["test_acc"], zeros
+            yield level, row, digits_fits.test(model, Digits(fold))["test_acc"], zeros
 
 
 def run_fold_long(kind: type[nn.Module], fold: int, epochs: int, levels: list[int]) -> Iterator[Run]:
     if ONE_LEVEL in levels:
         model = train_long(kind, fold, epochs, ONE_LEVEL / 100)
-        yield ONE_LEVEL, LONG, demo.test(model, Digits(fold))["test_acc"], check(model, ONE_LEVEL / 100)
+        yield ONE_LEVEL, LONG, digits_fits.test(model, Digits(fold))["test_acc"], check(model, ONE_LEVEL / 100)
 
 
 def check(model: nn.Module, goal: float) -> float:
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--levels", type=int, nargs="+", default=LEVELS, help="percent of the weights that are zero")
     parser.add_argument("--skip-long", action="store_true", help=f"without the row '{LONG}'")
     arguments = parser.parse_args()
-    demo.quiet()
+    digits_fits.quiet()
     torch.set_num_threads(1)
 
     results: dict[str, Results] = {name: {} for name in NETWORKS}

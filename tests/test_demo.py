@@ -1,7 +1,4 @@
-"""The demo's promise: an int8 student ten times smaller than the teacher or more, and at most a point less accurate.
-
-Its third part, speed, is measured by the demo and by benchmarks/latency.py; a shared machine must not decide a test.
-"""
+"""The demo runs, and each row that it shows is what its name says; figures are its own to measure."""
 
 from __future__ import annotations
 
@@ -12,66 +9,71 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-ROWS = ["teacher", "student alone", "distilled and pruned", "its int8 form"]
-
-TEST_IMAGES = 360
-TOLERATED = 4
-"""Images: a point is 3.6 of them, and float kernels round differently on another processor."""
+TEACHER, ALONE, DISTILLED, HALVED, INT8 = MODELS = ("teacher", "student alone", "distilled", "half the MACs", "int8")
+FILE = "int8 in onnxruntime"
 
 
 @pytest.mark.slow
-def test_demo_keeps_its_promises(tmp_path: Path) -> None:
+def test_demo_shows_each_step(tmp_path: Path) -> None:
     # One test, so that the demo runs once however many processes share the tests.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "examples/digits/demo.py"), f"--output={tmp_path}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples/letters/demo.py"), f"--output={tmp_path}"]
+    done = subprocess.run(
+        [*command, "--epochs=1", "--pictures=640"], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr == ""
     check_what_a_stranger_sees(done.stdout, tmp_path)
     rows = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
-    assert list(rows) == ROWS
-    check_ten_times_smaller(rows)
-    check_at_most_a_point_less_accurate(rows)
-    check_int8_and_half_zeros(rows)
-    check_teacher_is_in_no_file(tmp_path)
+    assert list(rows) == [*MODELS, FILE]
+    check_half_of_the_macs_and_int8(rows)
+    check_the_file_answers(tmp_path / "letters_int8.onnx")
 
 
-def check_ten_times_smaller(rows: dict[str, Any]) -> None:
-    teacher, student = (rows[name]["measurement"]["size_bytes"] for name in (ROWS[0], ROWS[-1]))
-    assert teacher >= 10 * student
+def check_what_a_stranger_sees(shown: str, output: Path) -> None:
+    assert all(f"\n{name}  " in shown and f"\n {name} " in shown for name in MODELS)  # a bar, and a row of the table
+    assert "The int8 file is " in shown
+    path = Path(shown.splitlines()[-1].removeprefix("The report: "))
+    assert path.parent == output and path.is_file()
+    assert f"| {FILE} |" in (output / "report.md").read_text()
+    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def check_at_most_a_point_less_accurate(rows: dict[str, Any]) -> None:
-    teacher, student = (round(TEST_IMAGES * rows[name]["metrics"]["test_acc"]) for name in (ROWS[0], ROWS[-1]))
-    assert student >= teacher - TOLERATED
-    assert student >= 0.97 * TEST_IMAGES  # a bad teacher is easy to equal
-
-
-def check_int8_and_half_zeros(rows: dict[str, Any]) -> None:
-    int8, pruned = (rows[name]["measurement"]["layers"] for name in (ROWS[-1], ROWS[-2]))
-    assert {layer["type"]: layer["dtype"] for layer in int8} == {
+def check_half_of_the_macs_and_int8(rows: dict[str, Any]) -> None:
+    measured = {name: row["measurement"] for name, row in rows.items()}
+    assert measured[ALONE]["macs"] == measured[DISTILLED]["macs"]
+    assert measured[HALVED]["macs"] == pytest.approx(0.5 * measured[DISTILLED]["macs"], rel=0.05)
+    assert {layer["type"]: layer["dtype"] for layer in measured[INT8]["layers"]} == {
         "Conv2d": "int8",
         "Linear": "int8",
         "BatchNorm2d": "float32",
     }
-    targeted = [layer for layer in pruned if layer["type"] in ("Conv2d", "Linear")]
-    zeros = sum(layer["parameters"] - layer["nonzeros"] for layer in targeted)
-    weights = sum(layer["parameters"] for layer in targeted) - 10  # the head's biases aren't pruned
-    assert zeros == round(0.5 * weights)
 
 
-def check_what_a_stranger_sees(shown: str, output: Path) -> None:
-    assert all(phase in shown for phase in ("teacher  ", "student alone  ", "student distilled"))
-    assert "report.png" in shown.splitlines()[-1]
-    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "| its int8 form |" in (output / "report.md").read_text()
+def check_the_file_answers(path: Path) -> None:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    [pictures] = session.get_inputs()
+    [logits] = session.run(None, {pictures.name: np.zeros((3, 1, 28, 28), np.float32)})
+    assert logits.shape == (3, 26)
 
 
-def check_teacher_is_in_no_file(output: Path) -> None:
-    for name in ("student_float.ckpt", "student_int8.ckpt"):
-        state = torch.load(output / name, weights_only=True)["state_dict"]
-        assert {key.partition(".")[0] for key in state} == {"student", "adapters"}
+@pytest.fixture
+def draw(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from examples.letters.data import draw
+
+    return draw
+
+
+def test_pictures_come_from_their_seed(draw: Any) -> None:
+    (pictures, letters), (again, same) = draw(50, 3), draw(50, 3)
+    assert torch.equal(pictures, again) and torch.equal(letters, same)
+    assert not torch.equal(pictures, draw(50, 4)[0])
+    assert pictures.shape == (50, 1, 28, 28)
+    assert 0.8 < pictures.std() < 1.25
+    assert set(draw(2000, 0)[1].tolist()) == set(range(26))

@@ -40,6 +40,20 @@ def test_every_quantized_layer_is_int8_in_openvino(kind: type[nn.Module], tmp_pa
     assert RUNTIMES["openvino"].float_layers(path, set(int8_layers(program.graph).values())) == {}
 
 
+@pytest.mark.parametrize("vnni", [True, False])
+def test_weights_are_unsigned_in_onnxruntime_only_where_vnni_is_missing(
+    vnni: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its kernels of unsigned weights don't overflow, and take twice the time where those of signed ones are right too.
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    program, path = program_for(Residual, "onnxruntime"), tmp_path / "model.onnx"
+    write_onnx(program, path)
+    RUNTIMES["onnxruntime"]._open(path, "extended", None, str(tmp_path / "optimized.onnx"))
+    stored = onnx.load(tmp_path / "optimized.onnx").graph.initializer
+    unsigned = [array for array in stored if array.data_type == onnx.TensorProto.UINT8 and len(array.dims) > 1]
+    assert bool(unsigned) == (not vnni)
+
+
 def test_a_convolution_whose_output_stays_float_is_float_in_onnxruntime_and_said(tmp_path: Path) -> None:
     program, path = program_for(Residual, "tensorrt"), tmp_path / "model.onnx"  # which rounds no outputs
     write_onnx(program, path)
