@@ -17,7 +17,6 @@ from lightning_compress import (
     Distillation,
     ExportModel,
     FeatureMSE,
-    OneShot,
     PostTrainingPruning,
     PostTrainingQuantization,
     QLoRA,
@@ -202,14 +201,11 @@ ROWS = (
     ),
     Row(
         "channels with calibration",
-        lambda: ChannelPruning(
-            channels=0.5, round_to=1, schedule=OneShot(), window=Window(0.2, 0.5), calibration_batches=3
-        ),
+        lambda: ChannelPruning(channels=0.5, round_to=1, window=Window(0.2, 0.5)),
         {
             "class_path": "lightning_compress.ChannelPruning",
             "init_args": {
                 "macs": 0.5,
-                "schedule": {"class_path": "lightning_compress.OneShot"},
                 "calibration_batches": 16,
                 "blocks": True,
             },
@@ -218,9 +214,13 @@ ROWS = (
             ({"macs": 0.5, "calibration_batches": -1}, "`calibration_batches` must be a whole number, at least 0"),
             ({"macs": 0.5, "calibration_batches": 2.0}, "`calibration_batches` must be a whole number"),
             ({"macs": 0.5, "calibration_batches": True}, "`calibration_batches` must be a whole number"),
-            ({"macs": 0.5, "importance": "outputs"}, "`calibration` must be given for importance='outputs'"),
             (
-                {"macs": 0.5, "calibration_batches": 4, "regularization": 1e-3},
+                {"macs": 0.5, "importance": "outputs", "calibration_batches": 0},
+                "`calibration` must be given for importance='outputs'",
+            ),
+            ({"macs": 0.5, "regularization": 1e-3}, "`schedule` must take time with `regularization`"),
+            (
+                {"macs": 0.5, "importance": "outputs", "regularization": 1e-3},
                 "`regularization` must be 0 with importance='outputs'",
             ),
         ),

@@ -153,7 +153,11 @@ def test_fits_twice_and_a_second_model(row: Row) -> None:
 
 @each_row
 @other_folder
-@pytest.mark.filterwarnings("ignore:QuantizationAwareTraining. the fit ended before", "ignore:Checkpoint directory")
+@pytest.mark.filterwarnings(
+    "ignore:QuantizationAwareTraining. the fit ended before",
+    "ignore:Checkpoint directory",
+    "ignore:AccuracyGuard. what",
+)
 def test_a_fit_whose_epochs_are_over_does_nothing(row: Row, tmp_path: Path) -> None:
     trainer, module = fit(row.make(), folder=tmp_path)
     before = snapshot(module)
