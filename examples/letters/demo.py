@@ -182,7 +182,7 @@ def main() -> None:
     plot_report(comparison, output / "report.png", layers_of=(DISTILLED, INT8))
     console.print(steps_table(comparison, in_runtime, data.test))
     for note in comparison.notes:
-        console.print(f"[dim]- {note}[/dim]", highlight=False)
+        console.print(f"- {note}", style="dim", markup=False, highlight=False)
     console.print(f"\n[bold]{verdict(comparison, in_runtime, in_onnxruntime(INT8))}[/bold]", highlight=False)
     page = next(path for name in ("report.html", "report.md") if (path := output / name).is_file())
     console.print(f"The file: {file}\nThe report: {page}", highlight=False, soft_wrap=True)
