@@ -38,6 +38,12 @@ def silence_(probe: pl.LightningModule, trainer: pl.Trainer) -> None:
             module.__dict__["_trainer"] = silent
 
 
+def is_silent(module: pl.LightningModule) -> bool:
+    """Whether a module is such a copy: what it would only log need not be computed."""
+    trainer = vars(module).get("_trainer")
+    return trainer is not None and "_probe" in vars(trainer)
+
+
 def unsilence_(probe: pl.LightningModule) -> None:
     """Let a copy that is handed on log again; it belongs to no Trainer."""
     for module in probe.modules():

@@ -29,6 +29,7 @@ from lightning_compress.distillation.teacher_check import accuracy, closeness
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import take_examples
 from lightning_compress.modules.isolation import isolated_random_state
+from lightning_compress.silent_copy import is_silent
 from lightning_compress.structure.change import is_converted
 
 if TYPE_CHECKING:
@@ -133,7 +134,9 @@ class DistillationSteps(Learner, _Base):
         found = accuracy(logits, targets, class_dim, valid, getattr(self.task_loss, "ignore_index", None))
         if found is not None:
             values[f"{stage}_acc"], size = found
-        if self.trainer.state.fn == TrainerFn.FITTING and self.objective.compares_logits and class_dim is not None:
+        # A copy on which is measured is the student alone: neither work nor time of the teacher count.
+        fits = self.trainer.state.fn == TrainerFn.FITTING and not is_silent(self)
+        if fits and self.objective.compares_logits and class_dim is not None:
             teacher_logits = self.logits(self.teacher_outputs(inputs))
             self.objective.check_once(logits, teacher_logits, targets, valid, classes=True)
             close, size = closeness(logits, teacher_logits, class_dim, valid)

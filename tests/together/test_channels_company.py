@@ -382,3 +382,12 @@ def test_the_report_measures_what_really_went(first: bool, tmp_path: Path) -> No
     params = {h: 16 * h + h + 2 * h + 4 * h + 4 for h in (24, 32)}
     assert f"| before | {params[32]} |" in text and f"| after | {params[24]} (" in text
     assert "channels=0.5 was asked for, 0.750 is nearest" in text
+
+
+def test_a_teachers_arithmetic_is_no_part_of_the_budget() -> None:
+    def net(width: int) -> nn.Sequential:
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 4))
+
+    module = DistillationModule(student=net(32), teacher=net(500), losses=[SoftTarget()])
+    _, module = fit(ChannelPruning(macs=0.5, round_to=1), module=module)
+    assert module.student[1].out_features == 16
