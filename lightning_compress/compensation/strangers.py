@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.compensation.in_order import Runner
 from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.isolation import isolated_random_state
 
 
 def strangers(runner: Runner, batches: Sequence[Any], seed: int = 0) -> list[Any]:
@@ -38,7 +39,7 @@ def _tables(runner: Runner, batch: Any) -> dict[int, int]:
     for module in twin.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_pre_hook(see)
-    with torch.no_grad():
+    with isolated_random_state(), torch.no_grad():
         runner.run(twin, copy_tensors(batch))
     return found
 

@@ -17,6 +17,7 @@ from lightning_compress.channels.compensate import last_fit
 from tests.support.data import TinyData
 from tests.support.fits import fit
 from tests.support.modules import Classifier
+from tests.support.oracles import same_random_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 WITHOUT = "ChannelPruning doesn't calibrate: weights alone say which channels leave"
@@ -104,6 +105,25 @@ def loader() -> DataLoader[Any]:
     data = TinyData()
     data.setup("fit")
     return data.train_dataloader()
+
+
+class Noisy(Classifier):
+    """Draws in evaluation too, as a variational autoencoder does, or one that masks patches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
+class SameState(ChannelPruning):
+    def _remove(self, *args: Any) -> None:
+        with same_random_state():
+            super()._remove(*args)
+
+
+def test_what_draws_in_evaluation_is_fitted_to_the_same_draws() -> None:
+    _, module = fit(SameState(channels=0.5, round_to=1), module=Noisy(), data=TinyData(200, 8))
+    found = last_fit(module)
+    assert found is not None and found.fitted == ("head",) and found.after.cosine > found.before.cosine
 
 
 def fails(*_: Any, **__: Any) -> Any:
