@@ -134,6 +134,17 @@ def chosen_batches(
 def _unstarted(loader: Any) -> Any:
     if not isinstance(loader, torch.utils.data.DataLoader):
         return loader
-    unstarted = copy.copy(loader)
+    unstarted = _with_own_samplers(loader)
     vars(unstarted)["_iterator"] = None
     return unstarted
+
+
+def _with_own_samplers(holder: Any) -> Any:
+    """Copy a loader or sampler with the samplers in it: they may count epochs, or shuffle a list of their own."""
+    twin = copy.copy(holder)
+    for name, value in vars(holder).items():
+        if name in ("sampler", "batch_sampler") and hasattr(value, "__dict__"):
+            vars(twin)[name] = _with_own_samplers(value)
+        elif type(value) in (list, dict, set):
+            vars(twin)[name] = copy.copy(value)
+    return twin

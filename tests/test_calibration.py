@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,6 +37,8 @@ class Takes(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.own.append(batch)
+        if not self.count:
+            return
         with same_random_state():
             _, batches = chosen_batches(trainer, pl_module, make_probe(trainer, pl_module), self.count, seed=0)
         self.taken.append(batches)
@@ -80,6 +83,31 @@ def test_the_fits_own_iteration_is_not_moved_on(workers: int) -> None:
     assert seen(takes.own[:5]) != seen(takes.own[5:])
     assert {len(seen(batches)) for batches in takes.taken} == {8}
     assert len({tuple(seen(batches)) for batches in takes.taken}) == 1  # the same whenever they are read
+
+
+class Epochs:
+    """Gives batches in an order that changes in place, from a start that moves on, whenever it is read."""
+
+    def __init__(self) -> None:
+        self.order, self.epoch = list(range(COUNT)), 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.epoch += 1
+        self.order.reverse()
+        order = self.order[self.epoch :] + self.order[: self.epoch]
+        return iter([order[start : start + 4] for start in range(0, COUNT, 4)])
+
+    def __len__(self) -> int:
+        return COUNT // 4
+
+
+def test_a_sampler_that_remembers_its_epochs_counts_those_of_the_fit() -> None:
+    read = Takes(count=2)
+    takes = [Takes(count=0), read]
+    for callback in takes:
+        fit(callback, module=Module(), data=Own(DataLoader(numbers(), batch_sampler=Epochs())))
+    assert seen(takes[0].own) == seen(read.own) and len(seen(read.own)) == 2 * COUNT
+    assert {len(seen(batches)) for batches in read.taken} == {8}
 
 
 def test_a_calibration_dataloader_comes_first() -> None:

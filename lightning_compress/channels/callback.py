@@ -68,8 +68,8 @@ class ChannelPruning(WindowedCallback):
         calibration_batches: on so many batches of the fit's own data (``calibration_dataloader``, if the datamodule or
             module has one, else the train loader, read once more from its start) each round measures what channels are
             worth, and fits the layers that have lost inputs to what they put out before: see `compensate_`. By default
-            as many as hold 256 samples; where the loader is a stream or no step of the module takes its batches, a
-            warning says so, and weights decide. 0 does without.
+            as many as hold 256 samples, 32 at most; where the loader is a stream or no step of the module takes its
+            batches, a warning says so, and weights decide. 0 does without.
 
     Raises:
         CompressionError: in the constructor for bad arguments; in ``setup`` for a strategy that can't follow, and where

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lightning_compress.compensation.in_order import Runner
 from lightning_compress.modules.agreement import Agreement, outputs_of
@@ -46,13 +45,13 @@ def pieces(batch: Any, count: int = SHARE) -> list[Any]:
         >>> [len(piece) for piece in pieces(torch.ones(7), 3)]
         [2, 2, 3]
     """
-    leaves, spec = pytree.tree_flatten(batch)
-    sizes = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
+    tensors, structure = flatten(batch)
+    sizes = {len(tensor) for tensor in tensors if tensor.dim()}
     if len(sizes) != 1 or (size := sizes.pop()) < count:
         return [batch]
     cuts = [size * number // count for number in range(count + 1)]
     return [
-        spec.unflatten([leaf[start:end] if isinstance(leaf, Tensor) and leaf.dim() else leaf for leaf in leaves])
+        structure.rebuild([tensor[start:end] if tensor.dim() else tensor for tensor in tensors])
         for start, end in pairwise(cuts)
     ]
 

@@ -206,7 +206,8 @@ class _Pair:
         self.is_waiting, self._number = False, number
         pairs = zip(visits.runners, visits.sums, strict=True)
         walks = [partial(_walk_of, runner, sums, visits.batches[number], watched) for runner, sums in pairs]
-        self._walks = [walks[0](visits.sums[0].gaps), walks[1]({})]
+        with isolated_random_state(seed=number):  # what a model draws is the same in both, and not in all batches
+            self._walks = [walks[0](visits.sums[0].gaps), walks[1]({})]
         self._places: list[_Place] = []
 
     def go_on(self) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_compress.compensation.in_order import Runner
 from lightning_compress.modules.copying import copy_tensors
+from lightning_compress.modules.isolation import isolated_random_state
+from lightning_compress.modules.outputs import flatten
 
 
 def strangers(runner: Runner, batches: Sequence[Any], seed: int = 0) -> list[Any]:
@@ -26,9 +27,9 @@ def strangers(runner: Runner, batches: Sequence[Any], seed: int = 0) -> list[Any
 
 
 def _tables(runner: Runner, batch: Any) -> dict[int, int]:
-    """Return the lengths of the tables that embed integer tensors of a batch, by the place among its leaves."""
+    """Return the lengths of the tables that embed integer tensors of a batch, by the place among its tensors."""
     twin, found = runner.twin(), dict[int, int]()
-    leaves = pytree.tree_leaves(batch)
+    leaves, _ = flatten(batch)
 
     def see(table: nn.Embedding, args: tuple[Any, ...]) -> None:
         for place, leaf in enumerate(leaves):
@@ -38,15 +39,15 @@ def _tables(runner: Runner, batch: Any) -> dict[int, int]:
     for module in twin.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_pre_hook(see)
-    with torch.no_grad():
+    with isolated_random_state(), torch.no_grad():
         runner.run(twin, copy_tensors(batch))
     return found
 
 
 def _stranger(batch: Any, tables: dict[int, int], generator: torch.Generator) -> Any:
-    leaves, spec = pytree.tree_flatten(batch)
+    leaves, structure = flatten(batch)
     draw = partial(_drawn, generator=generator)
-    return spec.unflatten([draw(leaf, tables.get(place)) for place, leaf in enumerate(leaves)])
+    return structure.rebuild([draw(leaf, tables.get(place)) for place, leaf in enumerate(leaves)])
 
 
 def _drawn(leaf: Any, table: int | None, generator: torch.Generator) -> Any:

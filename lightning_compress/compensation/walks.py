@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lightning_compress.modules.isolation import random_states, restore_random_states_
+
 MOST_THREADS = 256
 """So many threads may compute for all walks together."""
 _FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
@@ -31,6 +33,7 @@ class Walk:
 
     Only one of them runs at a time. Torch's modes belong to threads: the run has no gradients and no inference mode.
     Where they belong to the process, such as the default dtype, each run has its own and leaves that outside as it was.
+    So are the global random states: runs that begin alike draw alike, wherever others stop and go on.
 
     Args:
         run: what is run, with the walk.
@@ -45,7 +48,7 @@ class Walk:
         self._run = run
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._place: Any = None
-        self._flags = [read() for read, _ in _FLAGS]
+        self._flags, self._random = [read() for read, _ in _FLAGS], random_states()
         self._error: BaseException | None = None
         self._is_ended = False
         context = contextvars.copy_context()
@@ -89,11 +92,13 @@ class Walk:
 
     @contextmanager
     def _own_flags(self) -> Iterator[None]:
-        outside = [read() for read, _ in _FLAGS]
+        outside, random = [read() for read, _ in _FLAGS], random_states()
         _set(self._flags)
+        restore_random_states_(self._random)
         yield
-        self._flags = [read() for read, _ in _FLAGS]
+        self._flags, self._random = [read() for read, _ in _FLAGS], random_states()
         _set(outside)
+        restore_random_states_(random)
 
     def _in_thread(self) -> None:
         self._turn.acquire()

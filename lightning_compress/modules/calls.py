@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.isolation import isolated_random_state
+from lightning_compress.modules.outputs import flatten
 from lightning_compress.modules.paths import device_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -217,11 +218,11 @@ def first_batches(batches: Iterable[Any], samples: float) -> Iterator[Any]:
 
 
 def samples_in(inputs: Any) -> int:
-    """How many samples a batch holds: the length of dimension 0 of its first tensor that has one.
+    """How many samples a batch holds, in whatever containers: the length of dimension 0 of its first tensor with one.
 
     Example:
         >>> samples_in({"scale": torch.tensor(2.0), "x": torch.ones(4, 3)}), samples_in("text")
         (4, 1)
     """
-    found = (leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim())
+    found = (leaf.shape[0] for leaf in flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.dim())
     return max(1, next(found, 1))

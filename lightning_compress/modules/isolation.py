@@ -19,6 +19,7 @@ from lightning_compress.modules.routing import with_forms
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _OF_TORCH = frozenset(vars(nn.Module()))
+_PARTS = ("sampler", "batch_sampler", "dataset", "datasets", "data_source", "transform", "transforms")
 _HOOKS = _OF_TORCH - {"_parameters", "_buffers", "_modules", "training"}
 
 
@@ -28,17 +29,20 @@ def isolated_random_state(seed: int | None = None, loaders: Any = None) -> Itera
 
     Args:
         seed: what they draw from in the block; by default they go on.
-        loaders: a nest of loaders; the generators that they, their samplers and datasets hold are put back too.
+        loaders: a nest of loaders; the generators that they, their samplers, datasets and transforms hold are put back
+            too: torch's, numpy's and Python's.
     """
     numpy = sys.modules.get("numpy")
-    leaves = pytree.tree_leaves(getattr(loaders, "iterables", loaders))
-    holders = [part for leaf in leaves for part in (leaf, *(getattr(leaf, at, None) for at in ("sampler", "dataset")))]
-    found = (getattr(holder, "generator", None) for holder in holders)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), ExitStack() as stack:
-        for generator in found:
+        for generator in _generators(getattr(loaders, "iterables", loaders)):
             if isinstance(generator, torch.Generator):
                 stack.callback(generator.set_state, generator.get_state())
+            elif isinstance(generator, random.Random):
+                stack.callback(generator.setstate, generator.getstate())
+            else:  # numpy's, of either kind
+                bits: Any = getattr(generator, "bit_generator", None) or generator._bit_generator
+                stack.callback(setattr, bits, "state", bits.state)
         stack.callback(random.setstate, random.getstate())
         if numpy:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
@@ -51,6 +55,38 @@ def isolated_random_state(seed: int | None = None, loaders: Any = None) -> Itera
             if numpy:
                 numpy.random.seed(seed % 2**32)
         yield
+
+
+def _generators(loaders: Any) -> Iterator[Any]:
+    """Yield the random generators that loaders, and what they are made of, hold."""
+    numpy = sys.modules.get("numpy")
+    kinds = (torch.Generator, random.Random, *((numpy.random.Generator, numpy.random.RandomState) if numpy else ()))
+    left, seen = pytree.tree_leaves(loaders), set[int]()
+    while left:
+        holder = left.pop()
+        if id(holder) in seen or not hasattr(holder, "__dict__"):
+            continue
+        seen.add(id(holder))
+        yield from (value for value in vars(holder).values() if isinstance(value, kinds))
+        left += pytree.tree_leaves([vars(holder).get(name) for name in _PARTS])
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the global generators of Python, numpy and torch, for `restore_random_states_`."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), cuda, random.getstate(), numpy and numpy.random.get_state()
+
+
+def restore_random_states_(states: tuple[Any, ...]) -> None:
+    """Put the global generators back to where `random_states` saw them."""
+    cpu, cuda, python, numpy = states
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    random.setstate(python)
+    if numpy is not None:
+        sys.modules["numpy"].random.set_state(numpy)
 
 
 def training_modes(model: nn.Module) -> dict[nn.Module, bool]:

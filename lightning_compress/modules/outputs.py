@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -87,7 +88,10 @@ def _parts(value: Any) -> tuple[tuple[Any, ...], tuple[str, ...], list[Any]]:
     if not hasattr(value, "__dict__"):
         names = tuple(part.name for part in dataclasses.fields(value)) if dataclasses.is_dataclass(value) else ()
     else:
-        names = () if vars(value) is value else tuple(vars(value))
+        items = value.data if isinstance(value, UserDict) else value  # without its `data` one can't be copied
+        names = (
+            tuple(name for name, part in vars(value).items() if part is not items) if vars(value) is not value else ()
+        )
     return keys, names, [*(value[key] for key in keys), *(getattr(value, name) for name in names)]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lightning_compress import ChannelPruning, CompressionError, Linear, OneShot, Steps, Window
 from lightning_compress.channels import remove_in_fit
@@ -17,6 +19,7 @@ from lightning_compress.channels.compensate import last_fit
 from tests.support.data import TinyData
 from tests.support.fits import fit
 from tests.support.modules import Classifier
+from tests.support.oracles import same_random_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 WITHOUT = "ChannelPruning doesn't calibrate: weights alone say which channels leave"
@@ -104,6 +107,70 @@ def loader() -> DataLoader[Any]:
     data = TinyData()
     data.setup("fit")
     return data.train_dataloader()
+
+
+def as_user_dict(items: Any) -> Any:
+    """What tokenizers of `transformers` collate to is one, which torch's pytrees don't know."""
+    x, y = default_collate(items)
+    return UserDict(x=x, y=y)
+
+
+@dataclass
+class Fields:
+    x: Tensor
+    y: Tensor
+
+
+def as_fields(items: Any) -> Any:
+    return Fields(*default_collate(items))
+
+
+class Packed(Classifier):
+    """Takes batches of a class of the user's."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(_unpacked(batch), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(_unpacked(batch), batch_idx)
+
+
+def _unpacked(batch: Any) -> Any:
+    return (batch.x, batch.y) if isinstance(batch, Fields) else (batch["x"], batch["y"])
+
+
+@pytest.mark.parametrize("collate", [as_user_dict, as_fields])
+def test_samples_are_counted_and_taken_apart_in_any_container(collate: Any) -> None:
+    data = TinyData(1000)
+    data.setup("fit")
+    both = []
+    for options in ({}, {"collate_fn": collate}):
+        torch.manual_seed(0)
+        module = Packed() if options else Classifier()
+        fit(half(), module=module, data=DataLoader(data.train, 100, **options))
+        both.append((last_fit(module), module.state_dict()))
+    (found, weights), (other, same) = both
+    assert found is not None and (found.samples, found.held_out) == (240, 60) and other == found
+    torch.testing.assert_close(weights, same, rtol=0, atol=0)
+
+
+class Noisy(Classifier):
+    """Draws in evaluation too, as a variational autoencoder does, or one that masks patches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
+class SameState(ChannelPruning):
+    def _remove(self, *args: Any) -> None:
+        with same_random_state():
+            super()._remove(*args)
+
+
+def test_what_draws_in_evaluation_is_fitted_to_the_same_draws() -> None:
+    _, module = fit(SameState(channels=0.5, round_to=1), module=Noisy(), data=TinyData(200, 8))
+    found = last_fit(module)
+    assert found is not None and found.fitted == ("head",) and found.after.cosine > found.before.cosine
 
 
 def fails(*_: Any, **__: Any) -> Any:

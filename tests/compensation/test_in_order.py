@@ -200,6 +200,23 @@ class Keeps(nn.Module):
         return self.b(torch.stack(self.list).sum(0) + self.cache)
 
 
+class Noisy(nn.Linear):
+    """Draws in evaluation too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.rand_like(x)
+
+
+def test_both_models_get_the_same_draws_and_each_batch_its_own():
+    model = nn.Sequential(Noisy(4, 4), nn.Linear(4, 4)).eval()
+    batches = [torch.zeros(2, 4)] * 3
+    with same_random_state():
+        (visit,) = Visits(Runner(model), Runner(copy.deepcopy(model)), batches, ["1"])
+    given = [call.fitted for call in visit.calls]
+    assert all(call.reference is not None and call.reference.equal(call.fitted) for call in visit.calls)
+    assert len(given) == 3 and not any(given[0].equal(other) for other in given[1:])
+
+
 def test_what_a_module_keeps_from_call_to_call_stays_within_a_batch():
     model = Keeps()
     batches = [torch.randn(3, 4), torch.randn(5, 4)]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextvars
+import random
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_compress.compensation.walks import MOST_THREADS, Walk, small_teams
+from tests.support.oracles import same_random_state
 
 
 def test_only_one_of_several_runs_at_a_time_and_in_the_order_in_which_they_are_called():
@@ -130,6 +133,26 @@ def test_what_belongs_to_the_process_is_each_runs_own_and_outside_as_it_was():
     given_up.end()
     assert (torch.get_default_dtype(), torch.backends.cuda.flash_sdp_enabled()) == flags
     assert seen == [(torch.float64, False), (torch.bfloat16, False)]
+
+
+def test_runs_that_begin_alike_draw_alike_and_nothing_is_drawn_outside():
+    drawn: dict[str, list[Any]] = {"a": [], "b": []}
+
+    def run(name: str) -> Walk:
+        def steps(walk: Walk) -> None:
+            for _ in range(3):
+                drawn[name].append((torch.rand(()).item(), np.random.random(), random.random()))
+                walk.stop("drawn")
+
+        return Walk(steps)
+
+    with same_random_state():
+        a, b = run("a"), run("b")
+        for walk in (a, b, b, a, b, a):
+            walk.go_on()
+        a.end()
+        b.end()
+    assert drawn["a"] == drawn["b"] and len(set(drawn["a"])) == 3
 
 
 def test_nothing_is_compiled_by_runs_side_by_side_and_what_is_compiled_afterwards_is():

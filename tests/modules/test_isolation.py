@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -163,6 +163,39 @@ def test_generators_of_loaders_go_on_as_if_nobody_had_read_them() -> None:
         assert len(list(loaders["a"])) == len(list(loaders["b"][0])) == 9
         assert not torch.equal(before[0], by_loader.get_state()) and not torch.equal(before[1], by_sampler.get_state())
     assert torch.equal(before[0], by_loader.get_state()) and torch.equal(before[1], by_sampler.get_state())
+
+
+class Holder(torch.utils.data.Dataset[Tensor]):
+    """A dataset, a transform or a sampler of batches that draws by a generator of its own."""
+
+    def __init__(self, draw: Callable[[], float], generator: Any, inner: Any = None) -> None:
+        self.draw, self.of_its_own, self.transform = draw, generator, inner
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[int(6 * self.draw())]] * 3)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor(self.draw())
+
+
+@pytest.mark.parametrize("place", ["batch sampler", "dataset", "subset", "transform"])
+@pytest.mark.parametrize("kind", [random.Random, np.random.default_rng, np.random.RandomState])
+def test_generators_of_any_kind_that_loaders_hold_go_on_so_too(kind: Any, place: str) -> None:
+    generator = kind(3)
+    holder: Any = Holder(generator.random, generator)
+    plain = Holder(lambda: 0.5, None, holder)
+    if place == "batch sampler":
+        loader = torch.utils.data.DataLoader(plain, batch_sampler=holder)
+    else:
+        chosen: Any = {"dataset": holder, "subset": torch.utils.data.Subset(holder, [0, 1, 2]), "transform": plain}
+        loader = torch.utils.data.DataLoader(chosen[place])
+    with isolated_random_state(loaders=loader):
+        list(loader)
+        holder.draw()
+    assert generator.random() == kind(3).random()
 
 
 def test_what_is_put_back_can_be_trained_on_even_inside_inference_mode() -> None:
