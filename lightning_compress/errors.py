@@ -8,7 +8,10 @@ An error says what the argument must be, what was received, and then the remedy:
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import TypeGuard
 
 
 class CompressionError(ValueError):
@@ -38,6 +41,26 @@ def invalid(name: str, must: str, received: object, remedy: str = "") -> Compres
     """
     message = f"`{name}` must {must}. Received: {name}={received!r}."
     return CompressionError(f"{message} {remedy}" if remedy else message)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Tell whether a value is a finite number, and no True or False.
+
+    Example:
+        >>> is_number(1), is_number(0.5), is_number(True), is_number("1"), is_number(float("nan"))
+        (True, True, False, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf  # type: ignore[operator]
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Tell whether a value is a whole number, at least 1.
+
+    Example:
+        >>> is_count(1), is_count(0), is_count(1.0), is_count(True)
+        (True, False, False, False)
+    """
+    return isinstance(value, Integral) and is_number(value) and value >= 1
 
 
 def in_a_line(error: BaseException, longest: int = 160) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_compress.errors import invalid
+from lightning_compress.errors import invalid, is_number
 
 
 class Schedule(ABC):
@@ -97,7 +98,7 @@ class Exponential(Schedule):
     rate: float = 3.0
 
     def __post_init__(self) -> None:
-        if not (self.rate > 0 and math.isfinite(self.rate)):
+        if not (is_number(self.rate) and self.rate > 0):
             raise invalid("rate", "be a finite number above 0", self.rate, "For constant speed use Linear.")
 
     def fraction(self, progress: float) -> float:
@@ -125,7 +126,7 @@ class Polynomial(Schedule):
     power: float = 3.0
 
     def __post_init__(self) -> None:
-        if not (self.power > 0 and math.isfinite(self.power)):
+        if not (is_number(self.power) and self.power > 0):
             raise invalid("power", "be a finite number above 0", self.power)
 
     def fraction(self, progress: float) -> float:
@@ -153,6 +154,10 @@ class Steps(Schedule):
     fractions: list[float] = field(default_factory=lambda: [1 / 3, 2 / 3, 1.0])
 
     def __post_init__(self) -> None:
+        for name in ("points", "fractions"):
+            values = getattr(self, name)
+            if not isinstance(values, Sequence) or not all(map(is_number, values)):
+                raise invalid(name, "be a list of numbers", values)
         points = list(self.points)
         if not points or points != sorted(set(points)) or points[0] < 0 or points[-1] > 1:
             raise invalid("points", "be strictly rising and lie in [0, 1]", self.points)

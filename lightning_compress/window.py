@@ -13,7 +13,7 @@ from typing import Literal
 
 import lightning.pytorch as pl
 
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import CompressionError, invalid, is_count, is_number
 
 Unit = Literal["fit", "epoch", "step"]
 
@@ -46,15 +46,15 @@ class Window:
     def __post_init__(self) -> None:
         if self.unit not in ("fit", "epoch", "step"):
             raise invalid("unit", "be 'fit', 'epoch' or 'step'", self.unit)
-        if not (math.isfinite(self.start) and self.start >= 0):
+        if not (is_number(self.start) and self.start >= 0):
             raise invalid("start", "be at least 0", self.start)
-        if self.end is not None and not self.end > self.start:
+        if self.end is not None and not (is_number(self.end) and self.end > self.start):
             raise invalid("end", f"lie after start={self.start}, or the window is empty", self.end)
         if self.unit == "fit" and (self.start >= 1 or (self.end is not None and self.end > 1)):
             name = "start" if self.start >= 1 else "end"
             remedy = "For absolute bounds use unit='step' or unit='epoch'."
             raise invalid(name, "lie in [0, 1] for unit='fit'", getattr(self, name), remedy)
-        if self.every_n_steps < 1:
+        if not is_count(self.every_n_steps):
             raise invalid("every_n_steps", "be at least 1", self.every_n_steps)
 
     def bounds(self, total: float, per_epoch: float) -> Bounds:

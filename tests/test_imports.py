@@ -19,7 +19,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 # From the ground up. A file imports from its own room and from the floors below it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "messages"),
+    ("errors", "messages", "whole_file"),
     ("modules", "schedules", "window"),
     ("targets", "structure", "compensation", "settings"),
     ("silent_copy", "twin", "probe", "calibration", "callback", "windowed_callback"),

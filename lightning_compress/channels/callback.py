@@ -20,7 +20,7 @@ from lightning_compress.channels.planning.plan import RemovalPlan
 from lightning_compress.channels.planning.recipe import IMPORTANCE, LEAST, SCOPE, make_recipe
 from lightning_compress.channels.remove_in_fit import follow_statistics_, remove_in_fit_
 from lightning_compress.channels.rounds import Rounds
-from lightning_compress.errors import NoEffectWarning, invalid
+from lightning_compress.errors import NoEffectWarning, invalid, is_number
 from lightning_compress.messages import in_short
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.schedules import OneShot, Schedule
@@ -123,7 +123,7 @@ class ChannelPruning(WindowedCallback):
             raise invalid("calibration_batches", "be a whole number, at least 0", calibration_batches)
         if regularization and self.recipe.importance.needs_batches:
             raise invalid("regularization", f"be 0 with importance={importance!r}", regularization)
-        if isinstance(regularization, bool) or not isinstance(regularization, (int, float)) or regularization < 0:
+        if not is_number(regularization) or regularization < 0:
             raise invalid("regularization", "be a number, at least 0", regularization, "Usual values: 1e-4 to 1e-2.")
         if regularization and isinstance(schedule, OneShot):
             remedy = "Such as Steps([0.0, 1.0], [0.0, 1.0]), by which all leave when the window ends."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,7 +13,7 @@ from lightning_compress.callback import STATE_VERSION, Candidate, CompressionCal
 from lightning_compress.choosing.baseline import Baseline
 from lightning_compress.choosing.stepping_back import SteppingBack
 from lightning_compress.choosing.validation import Validation, validation_loaders
-from lightning_compress.errors import NoEffectWarning, invalid, nearest
+from lightning_compress.errors import NoEffectWarning, invalid, is_number, nearest
 from lightning_compress.messages import in_short
 from lightning_compress.quantization.schemes import resolve
 from lightning_compress.report.evaluations import samples_of, validate_copy
@@ -76,7 +75,9 @@ class AccuracyGuard(CompressionCallback):
         smoothing: float = 0.5,
     ) -> None:
         super().__init__()
-        if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)) or not 0 < max_drop < math.inf:
+        if not isinstance(monitor, str):
+            raise invalid("monitor", "be the name of a metric", monitor)
+        if not (is_number(max_drop) and max_drop > 0):
             raise invalid("max_drop", "be a finite number above 0, in the metric's own unit", max_drop)
         if mode not in ("max", "min"):
             raise invalid("mode", "be 'max' or 'min'", mode)
@@ -84,7 +85,7 @@ class AccuracyGuard(CompressionCallback):
             raise invalid("mode", "be 'min' for a loss", mode)
         if min_samples is not None and (type(min_samples) is not int or min_samples < 1):
             raise invalid("min_samples", "be a whole number, at least 1", min_samples)
-        if not 0 <= smoothing < 1:
+        if not (is_number(smoothing) and 0 <= smoothing < 1):
             raise invalid("smoothing", "lie in [0, 1)", smoothing)
         if fallback != "float" and resolve(fallback).whole:
             raise invalid("fallback", "be 'float' or a scheme that works layer by layer", fallback)

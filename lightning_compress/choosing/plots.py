@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning_compress.report.layers import short_name
 from lightning_compress.report.plots import FAINT, INK, drawing
+from lightning_compress.whole_file import whole_file
 
 _MOST_LAYERS = 40
 _LINE, _POINT, _CHOSEN = "#9ab4c8", "#1f77b4", "#c44e52"
@@ -48,7 +49,8 @@ def plot_levels(
                 color = "white" if math.isfinite(value) and value > 0.2 * top else INK
                 axes.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
         figure.colorbar(shown, ax=axes, label=what)
-        figure.savefig(path)
+        with whole_file(path) as begun:
+            figure.savefig(begun)
     return Path(path)
 
 
@@ -93,5 +95,6 @@ def plot_front(
         # Where the scale is linear, ticks of decades lie on that of 0.
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: "" if 0 < abs(y) < small else f"{y:g}"))
         axes.margins(0.12)
-        figure.savefig(path)
+        with whole_file(path) as begun:
+            figure.savefig(begun)
     return Path(path)

@@ -12,6 +12,7 @@ from lightning_compress.choosing.evaluations import Drop
 from lightning_compress.choosing.plots import plot_front
 from lightning_compress.choosing.table import SensitivityTable
 from lightning_compress.report.yaml_text import as_yaml
+from lightning_compress.whole_file import whole_file
 
 
 @dataclass(frozen=True)
@@ -125,5 +126,6 @@ class SearchResult:
     def save(self, path: str | Path) -> Path:
         """Write all of it as JSON. Returns the path."""
         path = Path(path)
-        path.write_text(json.dumps({"version": 1, **asdict(self)}, indent=1) + "\n", "utf-8")
+        with whole_file(path) as begun:
+            begun.write_text(json.dumps({"version": 1, **asdict(self)}, indent=1) + "\n", "utf-8")
         return path

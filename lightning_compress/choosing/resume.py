@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.errors import CompressionError
+from lightning_compress.errors import CompressionError, in_a_line
+from lightning_compress.whole_file import whole_file
 
 Key = tuple[str, str, str]
 """Layer, level, and which measurement."""
@@ -34,29 +35,42 @@ class Progress:
         self.found: dict[Key, dict[str, Any]] = {}
         if self.path is None:
             return
-        lines = self.path.read_text("utf-8").split("\n") if self.path.exists() else []
-        whole = lines[:-1]  # what has no end was being written
-        if not whole:
+        first, *lines = self._read() or [json.dumps(settings)]
+        self._check(first, json.loads(json.dumps(settings)))
+        for number, line in enumerate(lines, 2):
+            try:
+                entry = json.loads(line)
+                key, found = (entry["layer"], entry["level"], entry["what"]), entry["found"]
+                self.found[key] = {**found}
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise self._refused(f"whose line {number} is no measurement") from None
+        with whole_file(self.path) as begun:
+            begun.write_text("\n".join([first, *lines]) + "\n", "utf-8")
+
+    def _read(self) -> list[str]:
+        """Return the whole lines; what has no end was being written, but for the first, with which the file began."""
+        assert self.path is not None
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(settings) + "\n", "utf-8")
-            return
-        self._check(whole[0], json.loads(json.dumps(settings)))
-        for line in whole[1:]:
-            entry = json.loads(line)
-            self.found[entry["layer"], entry["level"], entry["what"]] = entry["found"]
-        self.path.write_text("\n".join(whole) + "\n", "utf-8")
+            lines = self.path.read_text("utf-8").split("\n") if self.path.exists() else [""]
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._refused(in_a_line(error)) from error
+        return lines[:-1] or [line for line in lines if line]
 
     def _check(self, line: str, settings: Mapping[str, Any]) -> None:
         try:
             saved = json.loads(line)
             names = [name for name in {**settings, **saved} if not _same(saved.get(name), settings.get(name))]
-        except (ValueError, TypeError, AttributeError):
-            names = ["a first line that this isn't"]
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            names = ["first line than such files have"]
         if names:
-            raise CompressionError(
-                f"`path` must hold measurements of this model and these settings. Received: {self.path}, with another "
-                f"{', another '.join(names)}. Give another path, or delete the file to begin anew."
-            )
+            raise self._refused(f"with another {', another '.join(names)}")
+
+    def _refused(self, why: str) -> CompressionError:
+        return CompressionError(
+            f"`path` must hold measurements of this model and these settings. Received: {self.path}, {why}. Give "
+            "another path, or delete the file to begin anew."
+        )
 
     def add(self, key: Key, found: dict[str, Any]) -> dict[str, Any]:
         """Remember a measurement."""

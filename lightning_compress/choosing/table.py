@@ -14,6 +14,7 @@ from lightning_compress.choosing.evaluations import Drop, rank_correlation
 from lightning_compress.choosing.plots import plot_levels
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.report.yaml_text import as_yaml
+from lightning_compress.whole_file import whole_file
 
 _MOST_ROWS = 40
 
@@ -167,9 +168,10 @@ class SensitivityTable:
         """
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps({"version": 1, **asdict(self)}, indent=1) + "\n", "utf-8")
+            with whole_file(path) as begun:
+                begun.write_text(json.dumps({"version": 1, **asdict(self)}, indent=1) + "\n", "utf-8")
         elif path.suffix == ".csv":
-            with path.open("w", encoding="utf-8", newline="") as file:
+            with whole_file(path) as begun, begun.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, [part.name for part in fields(SensitivityRow)])
                 writer.writeheader()
                 writer.writerows(asdict(row) for row in self.rows)
@@ -191,7 +193,7 @@ class SensitivityTable:
             splits = {name: SensitivityRow(**row) for name, row in plain.pop("splits").items()}
             levels, notes = tuple(plain.pop("levels")), tuple(plain.pop("notes"))
             return cls(rows=rows, splits=splits, levels=levels, notes=notes, **plain)
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CompressionError(f"`path` must be a table that `save` wrote as .json. Received: {path}.") from error
 
     def plot(self, path: str | Path) -> Path:

@@ -87,6 +87,8 @@ class Distillation(DistillationCallback):
         log_gradient_share: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(student, str | None):
+            raise invalid("student", "be the path of a module", student)
         if losses == []:
             raise invalid("losses", "name something to learn", losses)
         self.objective = Objective(

@@ -30,6 +30,8 @@ class Learner(nn.Module):
         self, student: nn.Module, teacher: nn.Module | None, objective: Objective, task_loss: nn.Module | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(student, nn.Module):
+            raise invalid("student", "be a module", student, "Make one: student=Small(...).")
         self.objective = objective
         self.student = student
         self.adapters = objective.adapters

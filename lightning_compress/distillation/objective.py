@@ -53,6 +53,8 @@ class Objective:
     ) -> None:
         losses, ramps = [SoftTarget()] if losses is None else losses, ramps or ()
         check_weight("task_weight", task_weight)
+        if not isinstance(losses, Sequence):
+            raise invalid("losses", "be a list of distillation losses", losses)
         for loss in losses:
             if not isinstance(loss, LogitLoss | FeatureLoss):
                 remedy = "Such as [SoftTarget(temperature=2.0)]."

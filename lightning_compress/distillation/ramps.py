@@ -103,6 +103,8 @@ class Clock:
 
 def check_ramps(ramps: Sequence[Ramp], losses: Mapping[str, DistillationLoss]) -> None:
     """Raise if a ramp moves no number, or moves one out of its range."""
+    if not isinstance(ramps, Sequence):
+        raise invalid("ramps", "be a list of Ramp", ramps)
     for index, ramp in enumerate(ramps):
         if not isinstance(ramp, Ramp):
             raise invalid("ramps", "be a list of Ramp", ramp, 'Such as [Ramp("soft_target", initial=0.0)].')

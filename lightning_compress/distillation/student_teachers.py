@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.cutting.cut import cut_
 from lightning_compress.distillation.taps import drop_taps_
-from lightning_compress.errors import invalid
+from lightning_compress.errors import invalid, is_number
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.resizing import Cut
 from lightning_compress.structure.change import match_, recorded
@@ -74,8 +73,7 @@ class EMATeacher(Snapshot):
 
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__()
-        number = isinstance(decay, int | float) and not isinstance(decay, bool)
-        if not (number and math.isfinite(decay) and 0 <= decay < 1):
+        if not (is_number(decay) and 0 <= decay < 1):
             raise invalid("decay", "lie in [0, 1)", decay, "Usual values: 0.99 to 0.9999.")
         self.decay = decay
         self._exact: dict[str, Tensor] = {}

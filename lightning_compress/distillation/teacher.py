@@ -49,6 +49,7 @@ class Teacher:
         if isinstance(given, Snapshot) and checkpoint is not None:
             raise invalid("teacher_checkpoint", f"be left out with {type(given).__name__}", checkpoint)
         check_is_module(given)
+        check_is_module(adapter, "teacher_adapter", "Head")
         self.given = given
         self.taps = taps
         self.checkpoint = checkpoint
@@ -243,11 +244,11 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.blake2b(header + data.tobytes(), digest_size=16).hexdigest()
 
 
-def check_is_module(teacher: Any) -> None:
-    """Raise for a teacher that is no module, such as a class or its name."""
-    if teacher is not None and not isinstance(teacher, nn.Module):
-        name = teacher.__name__ if isinstance(teacher, type) else "Large"
-        raise invalid("teacher", "be a module", teacher, f"Make one: teacher={name}(...).")
+def check_is_module(value: Any, name: str = "teacher", example: str = "Large") -> None:
+    """Raise for a teacher, or the like, that is no module, such as a class or its name."""
+    if value is not None and not isinstance(value, nn.Module):
+        kind = value.__name__ if isinstance(value, type) else example
+        raise invalid(name, "be a module", value, f"Make one: {name}={kind}(...).")
 
 
 def refuse_shared(teacher: nn.Module, student: nn.Module) -> None:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_compress.calibration import calibration_batches, calibration_loader
 from lightning_compress.callback import CompressionCallback, ReportFile, refuse_strategy
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import CompressionError, invalid, is_count
 from lightning_compress.export.dry_run import refuse_early
 from lightning_compress.export.export import export_call
 from lightning_compress.export.facts import ExportedModel
@@ -99,9 +99,9 @@ class ExportModel(CompressionCallback):
         calibration_batches: int = _CALLS,
     ) -> None:
         super().__init__()
-        self.path = os.fspath(path)
         self.target = resolve_target(path, target)
-        if calibration_batches < 1:
+        self.path = os.fspath(path)
+        if not is_count(calibration_batches):
             raise invalid("calibration_batches", "be at least 1", calibration_batches)
         self.test = test
         self.module = module

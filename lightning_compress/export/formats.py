@@ -46,13 +46,15 @@ def resolve_target(path: str | Path, target: str | None) -> str:
         >>> resolve_target("model.onnx", None), resolve_target("model.onnx", "openvino")
         ('onnxruntime', 'openvino')
     """
+    if not isinstance(path, str | Path):
+        raise invalid("path", "be the path of a file", path)
     suffix = Path(path).suffix
     suffixes = {known.suffix: name for name, known in reversed(FORMATS.items())}
     if target is None:
         if suffix not in suffixes:
             raise invalid("path", f"end in {', '.join(sorted(suffixes))}", str(path))
         return suffixes[suffix]
-    if target not in FORMATS:
+    if not isinstance(target, str) or target not in FORMATS:
         raise invalid("target", f"be one of {', '.join(FORMATS)}", target, nearest(str(target), FORMATS))
     if suffix != FORMATS[target].suffix:
         raise invalid("path", f"end in {FORMATS[target].suffix} for target={target!r}", str(path))

@@ -47,6 +47,8 @@ class RuntimeModule(nn.Module):
 
     def __init__(self, path: str | Path, runtime: str | None = None, threads: int | None = None) -> None:
         super().__init__()
+        if not isinstance(path, str | Path):
+            raise invalid("path", "be the path of a file", path)
         self.path = str(Path(path).absolute())  # where it stays, wherever the process goes
         self.facts = read_sidecar(path)
         self.runtime = str(self.facts["runtime"]) if runtime is None else runtime

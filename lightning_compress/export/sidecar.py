@@ -18,7 +18,18 @@ from lightning_compress.modules.routing import form_of
 VERSION = 1
 
 
-_NEEDED = ("runtime", "inputs", "call", "parameters", "result", "batch", "max_batch", "sha256", "weights_sha256")
+_NEEDED = (
+    "runtime",
+    "inputs",
+    "call",
+    "parameters",
+    "result",
+    "batch",
+    "max_batch",
+    "sha256",
+    "weights_sha256",
+    "facts_sha256",
+)
 """Facts without which a file can't be run, or be told from others."""
 
 
@@ -30,6 +41,7 @@ def sidecar_of(path: str | Path) -> Path:
 def write_sidecar(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write the facts of the file at ``path`` beside it, and return them with its size and checksum."""
     whole = {"version": VERSION, **facts, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    whole["facts_sha256"] = _facts_sha256(whole)
     sidecar_of(path).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return whole
 
@@ -46,7 +58,7 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(sidecar_of(path).read_text(encoding="utf-8"))
         version, _ = facts["version"], [facts[key] for key in _NEEDED]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = f"{sidecar_of(path).name} beside it can't be read ({type(error).__name__}). {again}"
         raise invalid("path", "be a file that `export` wrote", str(path), remedy) from error
     if version != VERSION:
@@ -54,7 +66,16 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     if facts["sha256"] != file_sha256(Path(path)):
         must = f"be the file that {sidecar_of(path).name} tells of"
         raise invalid("path", must, str(path), f"It was changed since. {again}")
+    if facts["facts_sha256"] != _facts_sha256(facts):
+        must = f"be a file whose {sidecar_of(path).name} is as `export` wrote it"
+        raise invalid("path", must, str(path), f"It was changed since. {again}")
     return facts
+
+
+def _facts_sha256(facts: Mapping[str, Any]) -> str:
+    """Return the checksum of facts but for this one, whatever the layout of their file."""
+    plain = json.loads(json.dumps({key: value for key, value in facts.items() if key != "facts_sha256"}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from lightning_compress.modules.copying import copy_tensors
@@ -85,7 +86,7 @@ class _Watched(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         value, tell = super().__getitem__(name), self.teller()
-        if value is None or tell is None:
+        if value is None or tell is None or isinstance(value, FakeTensor):  # torch.export puts those in while it traces
             return value
         read = value.as_subclass(_Read)
         read.own, read.tell = value, tell

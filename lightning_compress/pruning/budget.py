@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_compress.errors import CompressionError, invalid, nearest
+from lightning_compress.errors import CompressionError, invalid, is_number, nearest
 from lightning_compress.pruning.methods import Masks, PruningMethod, pruned
 from lightning_compress.targets import Scope, Target, matches
 
@@ -32,7 +32,7 @@ class SparsityBudget:
         for pattern, fraction in (self.overrides or {}).items():
             if not _is_fraction(fraction):
                 raise invalid("overrides", "hold fractions in [0, 1)", {pattern: fraction})
-        if not 0.0 < self.max_layer_sparsity <= 1.0:
+        if not (is_number(self.max_layer_sparsity) and 0 < self.max_layer_sparsity <= 1):
             raise invalid("max_layer_sparsity", "lie in (0, 1]", self.max_layer_sparsity)
         if self.max_layer_sparsity < 1.0 and self.scope == "layer":
             raise invalid("max_layer_sparsity", "be left out with scope='layer'", self.max_layer_sparsity)

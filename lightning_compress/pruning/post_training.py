@@ -74,7 +74,7 @@ class PostTrainingPruning(CompressionCallback):
         keep: bool = False,
         seed: int = 0,
     ) -> None:
-        if method not in CALIBRATED:
+        if not isinstance(method, str) or method not in CALIBRATED:
             raise invalid("method", f"be one of {', '.join(CALIBRATED)}", method, "ScheduledPruning has the others.")
         budget = (sparsity, scope, targets, overrides, max_layer_sparsity)
         self.recipe = make_recipe(method, *budget, n_m, dim=0, norm=2.0)

@@ -114,7 +114,7 @@ def _imported(method: object) -> Criterion | type[prune.BasePruningMethod]:
         named: Any = type(method) if isinstance(method, prune.BasePruningMethod) else method
         raise invalid("method", must, method, f"Write method='{named.__module__}.{named.__qualname__}'.")
     fraction: Any = None
-    with suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError, OverflowError):
         fraction = float(method)  # type: ignore[arg-type]
     if fraction is not None:
         fraction = fraction / 100 if 1 < fraction < 100 else fraction
@@ -125,7 +125,7 @@ def _imported(method: object) -> Criterion | type[prune.BasePruningMethod]:
     module, _, name = method.rpartition(".")
     try:
         found: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of "..x" and ".x"
         raise invalid("method", must, method, f"{error}.") from error
     if isinstance(found, type) and issubclass(found, prune.BasePruningMethod):
         return _checked_class(found, method)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_compress.callback import compression_callbacks, rebuild_ddp, warn_of_other_settings
-from lightning_compress.errors import invalid
+from lightning_compress.errors import invalid, is_number
 from lightning_compress.messages import in_short, named
 from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.copying import copy_tensors
@@ -117,7 +117,7 @@ class QuantizationAwareTraining(WindowedCallback):
         self.scheme.check_trains()
         check_flow(flow, self.scheme)
         for name, value in {"freeze_observers": freeze_observers, "freeze_batchnorm": freeze_batchnorm}.items():
-            if not 0.0 < value <= 1.0:
+            if not (is_number(value) and 0 < value <= 1):
                 raise invalid(name, "lie in (0, 1]", value, "It is a fraction of the window; 1 never freezes.")
         self.flow, self.targets, self.overrides, self.convert = flow, targets, overrides, convert
         self._overrides = check_overrides(overrides)

@@ -43,7 +43,7 @@ def resolve(scheme: str | Scheme) -> Scheme:
         module, _, name = scheme.rpartition(".")
         try:
             scheme = getattr(import_module(module), name)()
-        except (ImportError, AttributeError, TypeError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
             must = "be the name of a scheme, or the import path of a class that needs no arguments"
             raise invalid("scheme", must, scheme, f"{error}.") from error
     if not isinstance(scheme, Scheme):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import CompressionError, in_a_line, invalid
 from lightning_compress.report.compare import Comparison
 from lightning_compress.report.files import replace_file
 from lightning_compress.report.runs import compare_runs
@@ -46,8 +46,15 @@ def draw(runs: Sequence[Path], output: Path) -> Path:
     if output.suffix not in _ENDINGS:
         raise invalid("output", f"end in {', '.join(_ENDINGS)}", str(output))
     found = [_read(run) for run in runs]
-    shown = found[0] if len(found) == 1 else compare_runs(found[0], found[1], _names(runs[0], runs[1]))
-    replace_file(output, lambda: _ENDINGS[output.suffix](shown))
+    try:
+        shown = found[0] if len(found) == 1 else compare_runs(found[0], found[1], _names(runs[0], runs[1]))
+        text = _ENDINGS[output.suffix](shown)
+    except CompressionError:
+        raise
+    except Exception as error:  # what was edited by hand, or damaged, fails wherever it is used
+        given = ", ".join(map(str, runs))
+        raise invalid("runs", "be reports as CompressionReport wrote them", given, f"({in_a_line(error)})") from error
+    replace_file(output, lambda: text)
     return output
 
 

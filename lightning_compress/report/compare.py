@@ -103,7 +103,7 @@ class Comparison:
             return cls(rows, plain["baseline"], notes, machine, plain["settings"], sensitivity)
         except CompressionError:
             raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise invalid("text", "be the JSON of a report", text[:80], f"({type(error).__name__}: {error})") from error
 
 

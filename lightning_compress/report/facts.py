@@ -143,7 +143,7 @@ class Sensitivity:
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             remedy = f"({type(error).__name__}: {error}) Write it: lightning-compress sensitivity --output table.json."
             raise invalid("sensitivity", "be a table of sensitivities as JSON", str(path), remedy) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,6 +15,7 @@ from lightning_compress.report.compare import Comparison
 from lightning_compress.report.plots import plot_report
 from lightning_compress.report.render import legend, on_one_line, origins_of
 from lightning_compress.report.sparsity_plot import plot_sparsity
+from lightning_compress.whole_file import whole_file
 
 _MOST_NOTES = 10
 
@@ -51,7 +51,7 @@ def write(
     if picture and importlib.util.find_spec("matplotlib") is None:
         failures.append('No picture: matplotlib isn\'t installed. Install it: pip install "lightning-compress[plots]"')
     elif picture:
-        drawn = [name for name, draw in _pictures(comparison, histories).items() if attempt(name, draw)]
+        drawn = [name for name, draw in _pictures(comparison, histories).items() if attempt(name, partial(_draw, draw))]
     if failures:
         comparison = replace(comparison, notes=(*comparison.notes, *failures))
         for name in texts:
@@ -72,13 +72,13 @@ def _texts(comparison: Comparison) -> dict[str, Callable[[], str]]:
 def replace_file(path: Path, text: Callable[[], str]) -> None:
     """Write a file as a whole or not at all: a full disk leaves no half of it, and the one before stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    begun = path.with_name(f".{path.name}.begun")
-    try:
+    with whole_file(path) as begun:
         begun.write_text(text(), encoding="utf-8")
-        os.replace(begun, path)
-    finally:
-        with suppress(OSError):
-            begun.unlink(missing_ok=True)
+
+
+def _draw(draw: Callable[[Path], Any], path: Path) -> None:
+    with whole_file(path) as begun:
+        draw(begun)
 
 
 def _pictures(comparison: Comparison, histories: Sequence[Any]) -> dict[str, Callable[[Path], Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.errors import invalid
+from lightning_compress.errors import invalid, is_count, is_number
 from lightning_compress.modules.paths import device_of
 from lightning_compress.report.facts import FileFacts, QuantizedFacts, listed
 from lightning_compress.report.inputs import batch_size_of, resize_batch, to_device
@@ -196,13 +195,9 @@ def check_settings(batch_sizes: Sequence[int], max_seconds: float, threads: int 
             ...
         lightning_compress.errors.CompressionError: `batch_sizes` must hold positive integers. Received: ...
     """
-    if not batch_sizes or not all(_is_count(size) for size in batch_sizes):
+    if not isinstance(batch_sizes, Sequence) or not batch_sizes or not all(map(is_count, batch_sizes)):
         raise invalid("batch_sizes", "hold positive integers", batch_sizes)
-    if not 0 < max_seconds < math.inf:
+    if not (is_number(max_seconds) and max_seconds > 0):
         raise invalid("max_seconds", "be positive", max_seconds)
-    if threads is not None and not _is_count(threads):
+    if threads is not None and not is_count(threads):
         raise invalid("threads", "be a positive integer or None", threads)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -93,10 +93,13 @@ def read_entry(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         CompressionError: a newer version wrote it.
     """
     entry = checkpoint.get(ENTRY, {"version": VERSION})
-    if entry.get("version") != VERSION:
+    if not isinstance(entry, Mapping):
+        raise CompressionError(f"The checkpoint's `{ENTRY}` entry must be a dict. Received: {type(entry).__name__}.")
+    version = entry.get("version")
+    if not isinstance(version, int) or version != VERSION:
         raise CompressionError(
             f"The checkpoint's `{ENTRY}` entry must have version {VERSION}. "
-            f"Received: version={entry.get('version')!r}. Update lightning_compress."
+            f"Received: version={version!r}. Update lightning_compress."
         )
     return dict(entry)
 
@@ -110,10 +113,13 @@ def load_state(module: nn.Module, entry: Mapping[str, Any], state: dict[str, Any
     try:
         _restore_structure_(module, entry)
         module.load_state_dict(state, strict=strict)
-    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as error:
-        # torch names every missing and unexpected key and every other shape.
+    except CompressionError:
+        raise
+    except Exception as error:  # a damaged entry raises whatever it may
+        # torch names every missing and unexpected key and every other shape, in many lines.
+        found = " ".join(str(error).split())[:800]
         raise CompressionError(
-            f"The checkpoint must fit {type(module).__name__}. Received: {type(error).__name__}: {str(error)[:800]} "
+            f"The checkpoint must fit {type(module).__name__}. Received: {type(error).__name__}: {found} "
             "Build the model as it was built for training."
         ) from error
 

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import CompressionError, in_a_line, invalid
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.routing import routed_modules
 from lightning_compress.structure.change import changes, recorded
 from lightning_compress.structure.checkpoint import ENTRY, STATES, attach, describe, load_state, read_entry
 from lightning_compress.structure.inert import read_inert
+from lightning_compress.whole_file import whole_file
 
 _REMEDY = "Save tensors and plain data: torch.save(model.state_dict(), path)."
 _RESTORED = "_restored_callback_states"
@@ -30,7 +31,8 @@ def save_compressed(model: nn.Module, path: str) -> None:
         path: of the file.
 
     Raises:
-        CompressionError: it is a part of what was quantized, or holds that, and doesn't know what was done.
+        CompressionError: it is a part of what was quantized, or holds that, and doesn't know what was done. Or the file
+            can't be written; what stood there stays.
 
     Example:
         >>> import tempfile, os
@@ -45,7 +47,11 @@ def save_compressed(model: nn.Module, path: str) -> None:
     if routed_modules(model) and not any(not change.is_float for change, _ in recorded(model)):
         remedy = "Save that one: a part, or a module around it, doesn't know what was done."
         raise invalid("model", "be the module that was quantized", type(model).__name__, remedy)
-    torch.save({"state_dict": model.state_dict(), ENTRY: describe(model)}, path)
+    try:
+        with whole_file(path) as begun, begun.open("wb") as file:
+            torch.save({"state_dict": model.state_dict(), ENTRY: describe(model)}, file)
+    except OSError as error:
+        raise invalid("path", "be a file that can be written", str(path), f"{in_a_line(error)}.") from error
 
 
 def load_compressed(path: str, model: Model) -> Model:
@@ -69,16 +75,20 @@ def load_compressed(path: str, model: Model) -> Model:
     try:
         checkpoint, left_out = read_inert(path, "load_compressed")
     except Exception as error:  # torch.load raises a dozen types, by file format
-        raise invalid("path", "be a readable checkpoint", str(path), f"{type(error).__name__}: {error}") from error
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise invalid("path", "be a readable checkpoint", str(path), why) from error
     for place, kind in left_out.items():
         if place.partition(".")[0] in ("", ENTRY, *STATES):
             must = "hold weights that can be read without running code from the file"
             raise invalid("path", must, str(path), f"`{place or 'its content'}` is of class {kind}. {_REMEDY}")
     if isinstance(checkpoint, dict) and checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
         checkpoint = {"state_dict": checkpoint}
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise invalid("path", "be a checkpoint with a `state_dict`", str(path))
     entry = read_entry(checkpoint)
+    states = [part.get("callbacks", {}) for part in (checkpoint, entry)]
+    if not all(isinstance(part, dict) for part in states):
+        raise invalid("path", "be a checkpoint whose `callbacks` are a dict", str(path))
     if ENTRY not in checkpoint:  # one of ours says what was done
         inferred = {change.key: change.infer(model, checkpoint["state_dict"]) for change in changes()}
         entry |= {key: record for key, record in inferred.items() if record is not None}
@@ -89,11 +99,15 @@ def load_compressed(path: str, model: Model) -> Model:
         except CompressionError as error:
             raise invalid("path", "hold a checkpoint of this model", str(path), str(error)) from error
     for change, _ in recorded(model):
-        change.settle_(model)
+        try:
+            change.settle_(model)
+        except Exception as error:  # not tried on the copy, since it takes as long as all the rest
+            remedy = f"{in_a_line(error)} It was changed: build it anew."
+            raise invalid("path", "hold a checkpoint of this model", str(path), remedy) from error
         change.forget_(model)
         if hasattr(model, "on_save_checkpoint"):
             attach(model)
-    model.__dict__[_RESTORED] = {**checkpoint.get("callbacks", {}), **entry.get("callbacks", {})}
+    model.__dict__[_RESTORED] = {**states[0], **states[1]}
     return model
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.export.export import export_call
 from lightning_compress.export.runtime_module import RuntimeModule
+from lightning_compress.export.sidecar import write_sidecar
 
 Points = namedtuple("Points", ["near", "far"])
 
@@ -127,8 +128,7 @@ def copied(path: Path, folder: Path, **facts: Any) -> Path:
     """A copy of a file with other facts."""
     other = folder / path.name
     other.write_bytes(path.read_bytes())
-    known = json.loads(Path(f"{path}.json").read_text())
-    Path(f"{other}.json").write_text(json.dumps({**known, **facts}))
+    write_sidecar(other, {**json.loads(Path(f"{path}.json").read_text()), **facts})
     return other
 
 
@@ -229,3 +229,21 @@ def test_files_that_do_not_fit(linear: Callable[..., Path], tmp_path: Path) -> N
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CompressionError, match="It was changed since"):
         RuntimeModule(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "value", "missing", "nested"])
+def test_facts_that_were_changed_are_refused(damage: str, linear: Callable[..., Path], tmp_path: Path) -> None:
+    path = copied(linear(), tmp_path)
+    beside = Path(f"{path}.json")
+    facts = json.loads(beside.read_text())
+    changed = {
+        "cut": beside.read_text()[:-20],
+        "value": json.dumps({**facts, "call": {"tuple": 7}}),
+        "missing": json.dumps({key: value for key, value in facts.items() if key != "outputs"}),
+        "nested": "[" * 100_000,
+    }[damage]
+    beside.write_text(changed)
+    with pytest.raises(CompressionError, match="`path` must be a file .*Export the model again"):
+        RuntimeModule(path)
+    beside.write_text(json.dumps(dict(sorted(facts.items()))))  # the layout is free
+    RuntimeModule(path)

@@ -129,3 +129,22 @@ def test_a_dry_run_leaves_parameters_as_they_are_even_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError):
         record_calls(model, lambda: 1 / 0)
     assert all(module._parameters is before[path] for path, module in model.named_modules())
+
+
+class Traces(nn.Module):
+    """Has its part traced when it is first called, as a quantized unit that was copied does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.export.export(self.inner, (x,)).module()(x)
+
+
+def test_a_module_that_is_traced_within_the_run_is_no_reader() -> None:
+    model, x = Traces().eval(), torch.ones(1, 2)
+    with torch.no_grad():
+        log = record_calls(model, lambda: model(x))
+        assert torch.equal(model(x), model.inner(x))
+    assert not log.readers and type(model.inner[0].weight) is nn.Parameter

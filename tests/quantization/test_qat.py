@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_compress import (
+    CompressionError,
     QuantizationAwareTraining,
     Targets,
     Window,
@@ -384,3 +385,12 @@ def test_only_a_submodule() -> None:
     qat = QuantizationAwareTraining(targets=Targets(include=["backbone"]))
     quiet_trainer(callbacks=[qat]).fit(module, TinyData())
     assert len(int8_layers(module)) == 2
+
+
+def test_a_loss_that_becomes_nan_is_said_at_the_end() -> None:
+    class Diverges(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * torch.nan
+
+    with pytest.raises(CompressionError, match=r"Activations must be finite\. Received: NaN or infinity, behind `.+`"):
+        quiet_trainer(max_epochs=2, callbacks=[QuantizationAwareTraining()]).fit(Diverges(), TinyData())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,7 @@ WRONG = {
     "`runs` must be files that can be read": ["nowhere.json"],
     "`text` must be the JSON of a report": ["broken.json"],
     "`runs` must be one report.json or two": ["a/report.json"] * 3,
+    "`runs` must be reports as CompressionReport wrote them": ["damaged.json"],
 }
 
 
@@ -101,6 +103,9 @@ def test_the_command_says_in_a_line_what_is_wrong(
 ) -> None:
     monkeypatch.chdir(written)
     (written / "broken.json").write_text("{")
+    damaged = json.loads((written / "a" / "report.json").read_text())
+    damaged["rows"][0]["measurement"]["parameters"] = "many"
+    (written / "damaged.json").write_text(json.dumps(damaged))
     before = sorted(written.rglob("*"))
     with pytest.raises(SystemExit) as raised:
         main(["report", *WRONG[message]])

@@ -180,7 +180,7 @@ def resolve_importance(name: str) -> Importance:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of "..x" and ".x"
         raise invalid("importance", must, name, f"{error}. {nearest(name, IMPORTANCES)}") from error
     if isinstance(found, Importance):
         return found

@@ -41,7 +41,7 @@ def make_budget(given: Mapping[str, float | None]) -> Budget:
     if len(budgets) != 1:
         raise CompressionError(
             "`channels`, `params`, `macs` or `latency` must be given, exactly one of them. Received: "
-            f"{', '.join(f'{kind}={value}' for kind, value in budgets.items()) or 'none'}. "
+            f"{', '.join(f'{kind}={value!r}' for kind, value in budgets.items()) or 'none'}. "
             "Each is the fraction that is to remain: macs=0.5 keeps half."
         )
     [(kind, fraction)] = budgets.items()

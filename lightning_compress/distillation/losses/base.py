@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_compress.errors import invalid
+from lightning_compress.errors import invalid, is_number
 
 
 class DistillationLoss(ABC):  # noqa: B024 - its two kinds declare what they are called with
@@ -132,13 +131,13 @@ class LayerLoss(FeatureLoss):
 
 def check_temperature(value: float) -> None:
     """Raise unless ``value`` is a finite number above 0."""
-    if not (_is_number(value) and value > 0):
+    if not (is_number(value) and value > 0):
         raise invalid("temperature", "be a finite number above 0", value, "Usual values: 1 to 10.")
 
 
 def check_weight(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite number, at least 0."""
-    if not (_is_number(value) and value >= 0):
+    if not (is_number(value) and value >= 0):
         raise invalid(name, "be a finite number, at least 0", value)
 
 
@@ -146,10 +145,6 @@ def check_dim(name: str, dim: int) -> None:
     """Raise unless ``dim`` may be a dimension other than the batch."""
     if isinstance(dim, bool) or not isinstance(dim, int) or dim == 0:
         raise invalid(name, "be a dimension other than 0, which is the batch", dim, "Usual: -1 or 1.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def name_losses(losses: Iterable[DistillationLoss]) -> dict[str, DistillationLoss]:

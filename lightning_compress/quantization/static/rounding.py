@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.errors import CompressionError
 from lightning_compress.modules.written import writes_file
 from lightning_compress.quantization.layers.int8_weight import in_onnx_export
 from lightning_compress.quantization.numerics.int8 import channel_scales
@@ -128,7 +129,14 @@ class ActivationQuantizer(nn.Module):
         return bool((low > high) | (low.isfinite() & high.isfinite())) and not bool(low == -torch.inf)
 
     def rounding(self, after: str, users: tuple[str, ...] | None) -> Rounding:
-        """Return what it does at a place, in plain numbers."""
+        """Return what it does at a place, in plain numbers.
+
+        Raises:
+            CompressionError: it has seen NaN or infinity, as where a loss was NaN.
+        """
+        if not self.is_finite():
+            remedy = "Train with a smaller learning rate, or clip gradients."
+            raise CompressionError(f"Activations must be finite. Received: NaN or infinity, behind `{after}`. {remedy}")
         scale, zero_point = self._affine()
         return Rounding(after, users, float(scale), int(zero_point), self.low, self.high)
 
