@@ -132,7 +132,9 @@ def has_own_forward(layer: nn.Module) -> bool:
     """
     kinds = type(layer).__mro__
     torch_kind: Any = next(kind for kind in kinds if kind.__module__.startswith("torch.nn.modules."))
-    return any("forward" in vars(kind) for kind in kinds[: kinds.index(torch_kind)])
+    above = kinds[: kinds.index(torch_kind)]
+    # Ours, such as attention of fewer heads, computes what torch's does.
+    return any("forward" in vars(kind) and not kind.__module__.startswith("lightning_compress.") for kind in above)
 
 
 def is_matrix_call(layer: Any, x: Any, out: Any) -> bool:
