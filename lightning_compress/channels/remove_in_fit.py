@@ -47,7 +47,10 @@ def calibration_data(trainer: Any, pl_module: Any, count: int | None, seed: int)
             raise CompressionError(
                 "The train loader is a stream, which may give a sample only once. Define `calibration_dataloader()`."
             )
-        feed, batches = chosen_batches(trainer, pl_module, probe, CALIBRATION_BATCHES, seed, SAMPLES)
+        most = CALIBRATION_BATCHES
+        if calibration_source(trainer, pl_module) is None:  # what a limit leaves out of the fit stays out
+            most = min(most, trainer.num_training_batches)
+        feed, batches = chosen_batches(trainer, pl_module, probe, most, seed, SAMPLES)
     else:
         feed, batches = chosen_batches(trainer, pl_module, probe, count, seed)
     source = "the train loader" if calibration_source(trainer, pl_module) is None else "`calibration_dataloader`"

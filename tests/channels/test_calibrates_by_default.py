@@ -43,6 +43,12 @@ def test_it_measures_on_so_many_samples_and_fits_to_them(samples: int, batch_siz
     assert len(pruning.plans) == 1 and module.body.out_features == 16
 
 
+def test_what_a_limit_leaves_out_of_the_fit_stays_out() -> None:
+    _, module = fit(half(), data=TinyData(), limit_train_batches=2)
+    found = last_fit(module)
+    assert found is not None and found.samples + found.held_out == 16
+
+
 class Stream(IterableDataset[Any]):
     """Gives each sample once: a second reader would leave the fit without."""
 
