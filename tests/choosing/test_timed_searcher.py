@@ -147,6 +147,7 @@ def test_a_search_that_goes_on_times_nothing_again(timings: Timings, tmp_path: P
     assert (second.chosen, second.points, second.whole) == (first.chosen, first.points, first.whole)
 
 
+@pytest.mark.filterwarnings("ignore:search. No measurable difference", "ignore:search. SLOWER", "ignore:search. BEYOND")
 def test_it_is_really_timed_beside_the_model(tmp_path: Path) -> None:
     result = found(over="channels", max_drop=10.0, levels=[0.25])
     assert result.whole > 0

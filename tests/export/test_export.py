@@ -262,7 +262,7 @@ def test_a_missing_package_is_named_before_anything_runs(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
-    with pytest.raises(MissingExtraError, match=rf"`{package}`.*lightning_compress\[onnx\]"):
+    with pytest.raises(MissingExtraError, match=rf"`{package}`.*lightning-compress\[onnx\]"):
         export(LINEAR, torch.ones(2, 3), tmp_path / "m.onnx")
 
 

@@ -18,6 +18,7 @@ from lightning_compress import (
     Distillation,
     EMATeacher,
     FeatureMSE,
+    Linear,
     OneShot,
     QuantizationAwareTraining,
     Rewind,
@@ -45,7 +46,8 @@ EPOCHS = 4
 def shrink(**settings: Any) -> ChannelPruning:
     """Blocks leave in epochs 0 to 2."""
     window = Window(5, 20, unit="step", every_n_steps=3)
-    return ChannelPruning(**{"macs": 0.5, "blocks": True, "round_to": 1, "window": window, **settings})
+    rounds = {"schedule": Linear(), "window": window, "calibration_batches": 0}
+    return ChannelPruning(**{"macs": 0.5, "blocks": True, "round_to": 1, **rounds, **settings})
 
 
 def prune(method: str = "taylor", **settings: Any) -> ScheduledPruning:

@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from lightning_compress import ChannelPruning, CompressionError, OneShot, RemovalPlan, plan_removal
+from lightning_compress import ChannelPruning, CompressionError, RemovalPlan, Window, plan_removal
 from lightning_compress.channels.planning.importance import Importance, UnitWeights
 from tests.support.oracles import same_random_state
 
@@ -233,7 +233,7 @@ def test_a_users_own_importance_may_read_gradients() -> None:
     with pytest.raises(CompressionError, match=r"`importance='.*\.gradients'` must have gradients. Received: none"):
         plan_removal(model, X, channels=0.5, importance=f"{HERE}.gradients")
     with pytest.raises(CompressionError, match=r"`window` must start later with importance='.*\.gradients'"):
-        ChannelPruning(macs=0.5, importance=f"{HERE}.gradients", schedule=OneShot())
+        ChannelPruning(macs=0.5, importance=f"{HERE}.gradients", window=Window(0.0, 0.3))
 
 
 def test_a_users_own_importance_is_named_in_yaml() -> None:
