@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.errors import CompressionError, MissingExtraError, in_a_line
+from lightning_compress.quantization.numerics.int8 import has_vnni
 
 Session = Callable[[Sequence[Tensor]], list[Tensor]]
 """An opened file: takes the tensors of a call in order, and gives those of the output."""
@@ -122,7 +123,7 @@ class OnnxRuntime(Runtime):
         }[level]
         settings.log_severity_level = 3
         # With VNNI that one is right too, but takes twice the time.
-        for key, value in (self.settings | ({} if _has_vnni() else self.without_vnni)).items():
+        for key, value in (self.settings | ({} if has_vnni() else self.without_vnni)).items():
             settings.add_session_config_entry(key, value)
         settings.intra_op_num_threads = threads or torch.get_num_threads()
         if optimized:
@@ -147,11 +148,6 @@ class OnnxRuntime(Runtime):
             if not re.search(_INT8_KERNELS, kinds.get(operation.name, "")):
                 found[codes] = _why_float(operation, nodes)
         return found
-
-
-def _has_vnni() -> bool:
-    supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    return supported is not None and bool(supported())
 
 
 _INT8_KERNELS = r"^Q(Linear|Gemm)|Integer|^DynamicQuantize"

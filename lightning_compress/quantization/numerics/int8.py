@@ -102,14 +102,19 @@ class StaticInt8(Scheme):
         pass
 
 
+def has_vnni() -> bool:
+    """Tell whether this CPU has VNNI, by which sums of 8-bit products don't overflow."""
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    return supported is not None and bool(supported())
+
+
 def needs_reduced_range(engine: str = "x86") -> bool:
     """Tell whether int8 products overflow on this CPU, as it adds pairs of them in 16 bit (all but VNNI, and qnnpack).
 
     ``2 * 255 * 127`` exceeds 32767, with weights of 7 bits ``2 * 255 * 64`` does not.
     """
-    supported = getattr(torch.cpu, "_is_vnni_supported", None)
     # The kernel is asked too: settings such as ONEDNN_MAX_CPU_ISA can keep it from what the CPU has.
-    return engine != "qnnpack" and (supported is None or not supported() or _kernel_overflows(engine))
+    return engine != "qnnpack" and (not has_vnni() or _kernel_overflows(engine))
 
 
 @contextmanager
