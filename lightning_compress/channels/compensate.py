@@ -16,7 +16,7 @@ from lightning_compress.channels.planning.plan import RemovalPlan
 from lightning_compress.compensation.guard import Guard, Samples
 from lightning_compress.compensation.in_order import Call, Runner, Visit, Visits, layers_of_
 from lightning_compress.compensation.layer_rows import input_dim, matrix_of, weight_from
-from lightning_compress.compensation.least_squares import ridge
+from lightning_compress.compensation.least_squares import LeastSquares
 from lightning_compress.compensation.parts import Part, parameter_of
 from lightning_compress.compensation.sampling import sample_rows
 from lightning_compress.modules.agreement import Agreement
@@ -81,8 +81,8 @@ def compensate_(
     """Fit each layer of a narrow model that has lost inputs to what it puts out in the whole one.
 
     In the order of calls, ``min ||V x - y||^2 + l ||V - W||^2`` with ``x`` of the narrow model by then, and ``y`` what
-    the whole model puts out there, plus ``h0 - h`` where it is added to a stream ``h``: see `ridge`. A fifth of the
-    samples is held out, and `strangers` stand beside both parts. They choose the ridge by the layer's output, and
+    the whole model puts out there, plus ``h0 - h`` where it is added to a stream ``h``: see `LeastSquares`. A fifth of
+    the samples is held out, and `strangers` stand beside both parts. They choose the ridge by the layer's output, and
     whether its fit stays by the model's. Running statistics move as the moments of what norms get have moved.
 
     References:
@@ -134,7 +134,7 @@ class _Fitter:
         tensors += [] if norm is None else [norm.running_mean, norm.running_var]
         before = [tensor.detach().clone() for tensor in tensors]
         self._solve_(visit, norm)
-        if self._guard.accepts():
+        if self._guard.accepts(tensors):
             self.fitted.append(visit.path)
             self._moved.add(path)
         else:
@@ -149,8 +149,7 @@ class _Fitter:
         check_x, check_y = self._rows(visit, self._samples.held_out_calls(visit))
         shifts = layer.bias is not None or norm is not None
         found = []
-        for strength in RIDGES:
-            matrix = ridge(x, y, weight, strength, centred=shifts)
+        for matrix in LeastSquares(x, centred=shifts).ridges(y, weight, RIDGES):
             shift = (y.mean(1, keepdim=True) - x.mean(1, keepdim=True) @ matrix.mT) * shifts
             found.append((float((check_x @ matrix.mT + shift - check_y).square().sum()), matrix, shift))
         _, matrix, shift = min(found, key=lambda entry: entry[0])
@@ -171,10 +170,11 @@ class _Fitter:
         before = _moments([call.reference for call in calls if call.reference is not None])
         indices = self._kept.get(f"{visit.path}.running_mean".lstrip("."), {}).get(0)
         _move_(visit.fitted, now, before if indices is None else (before[0][indices], before[1][indices]))
-        self._guard.renew()
+        self._guard.renew([visit.fitted.running_mean, visit.fitted.running_var])
 
     def _rows(self, visit: Visit, calls: Sequence[Call]) -> tuple[Tensor, Tensor]:
-        return sample_rows(visit, calls, self._generator, self._outputs(visit))
+        x, y, _ = sample_rows(visit, calls, self._generator, self._outputs(visit))
+        return x, y
 
     def _outputs(self, visit: Visit) -> Tensor | None:
         """Return which outputs of the whole layer the narrow one has."""

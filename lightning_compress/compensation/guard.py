@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from lightning_compress.compensation.hold_out import HoldOut, pieces, split
 from lightning_compress.compensation.in_order import Call, Runner, Visit
@@ -58,6 +60,10 @@ class Samples:
         """How many samples layers are fitted to, and how many are held out."""
         return sum(map(samples_in, self.own)), sum(map(samples_in, self.held_out))
 
+    def are_own(self, batches: Tensor) -> Tensor:
+        """Whether batches are the calibration's own, by their numbers in `all`."""
+        return batches < len(self.own)
+
     def own_calls(self, visit: Visit) -> list[Call]:
         """The calls of a visit for samples that are the calibration's own."""
         return [call for call in visit.calls if call.batch < len(self.own)]
@@ -87,13 +93,13 @@ class Guard:
         ]
         self.renew()
 
-    def renew(self) -> None:
-        """Take the outputs as they are now for those of before."""
-        self._errors = self._measured()
+    def renew(self, changed: Collection[Tensor] | None = None) -> None:
+        """Take the outputs as they are now for those of before; what has ``changed`` is as for `HoldOut.error`."""
+        self._errors = self._measured(changed)
 
-    def accepts(self) -> bool:
+    def accepts(self, changed: Collection[Tensor] | None = None) -> bool:
         """Whether the outputs are better than before; then they are what the next ones must be better than."""
-        own, strange = self._measured()
+        own, strange = self._measured(changed)
         if own < self._errors[0] and strange <= self._errors[1]:
             self._errors = [own, strange]
             return True
@@ -103,8 +109,8 @@ class Guard:
         """How well the outputs for all samples held out agree with the reference's."""
         return self._held_out.agreement()
 
-    def _measured(self) -> list[float]:
-        return [hold_out.error() for hold_out in self._deciding]
+    def _measured(self, changed: Collection[Tensor] | None) -> list[float]:
+        return [hold_out.error(changed) for hold_out in self._deciding]
 
 
 def _deciding(batches: Sequence[Any]) -> list[Any]:

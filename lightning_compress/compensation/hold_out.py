@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.replay import Replay
 from lightning_compress.modules.agreement import Agreement, outputs_of
 from lightning_compress.modules.calls import samples_in
 from lightning_compress.modules.outputs import flatten
@@ -66,13 +67,19 @@ class HoldOut:
     """
 
     def __init__(self, reference: Runner, fitted: Runner, batches: Sequence[Any]) -> None:
-        self.batches, self._run = batches, fitted.run
-        self._twin = fitted.twin()
+        self.batches, self._run, self._twin = batches, fitted.run, fitted.twin()
+        self._replay = Replay(self._twin, fitted.run)
         self._expected = outputs_of(reference.twin(), batches, reference.run)
 
-    def error(self) -> float:
-        """Return ``sum ||y - y0||^2 / sum ||y0 - mean y0||^2``, the mean over the outputs; scalars don't count."""
-        return relative_error(self._expected, outputs_of(self._twin, self.batches, self._run))
+    def error(self, changed: Iterable[Tensor] | None = None) -> float:
+        """Return ``sum ||y - y0||^2 / sum ||y0 - mean y0||^2``, the mean over the outputs; scalars don't count.
+
+        Args:
+            changed: all tensors of the fitted model that have changed since this was asked before, but for those that
+                were given then; None if any may have.
+        """
+        with self._replay.since(changed) as run:
+            return relative_error(self._expected, outputs_of(self._twin, self.batches, run))
 
     def agreement(self) -> Agreement:
         """Compare as everywhere in the package."""

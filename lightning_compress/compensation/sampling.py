@@ -18,6 +18,7 @@ from lightning_compress.compensation.layer_rows import (
     output_rows_of,
     rows_of,
 )
+from lightning_compress.compensation.least_squares import all_finite
 from lightning_compress.errors import CompressionError
 
 _ROWS, _WIDE = 8192, 2048
@@ -26,8 +27,10 @@ _ROWS, _WIDE = 8192, 2048
 
 def sample_rows(
     visit: Visit, calls: Sequence[Call], generator: torch.Generator, kept: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return inputs ``(groups, n, columns)`` and wanted outputs ``(groups, n, rows)`` of a layer of the fitted model.
+
+    The third says of which batch each row is: ``(n,)``.
 
     Wanted is what the reference puts out, plus what the stream that it is added to has lost; before a gap, what the
     stream is to be behind it. Of many rows some are taken, evenly at random.
@@ -54,11 +57,12 @@ def sample_rows(
         inputs.append(rows_of(layer, call.fitted, chosen))
         outputs.append(_wanted(visit, call, chosen, kept))
     x, y = torch.cat(inputs, 1), torch.cat(outputs, 1)
-    if not bool(x.isfinite().all() and y.isfinite().all()):
+    if not (all_finite(x) and all_finite(y)):
         raise CompressionError(
             f"`calibration` must be finite. Received: NaN or infinity in what `{visit.path}` is given."
         )
-    return x, y
+    sizes = torch.tensor([rows.shape[1] for rows in inputs])
+    return x, y, torch.tensor([call.batch for call in calls]).repeat_interleave(sizes).to(x.device)
 
 
 def _wanted(visit: Visit, call: Call, chosen: Tensor | None, kept: Tensor | None) -> Tensor:

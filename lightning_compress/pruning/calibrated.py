@@ -114,11 +114,10 @@ class _Fit:
         counts = {name: max(round(TRIED * masks[name].numel()), pruned([masks[name]])) for name in names}
         errors = dict.fromkeys(names, 0.0)
         for slot, places, fit in self._fits(few, counts, masks):
-            before = [_state(place.layer) for place in places]
+            before = _state(places)
             _take(places, fit)
-            errors[slot.name] += hold_out.error()
-            for state in before:
-                _restore(state)
+            errors[slot.name] += hold_out.error(before)
+            _restore(before)
         return errors
 
     def prune(self, masks: Masks, counts: Mapping[str, int]) -> Outcome:
@@ -127,14 +126,13 @@ class _Fit:
         guard = Guard(self.reference, self.fitted, self.samples)
         strange = self.samples.strange if self.method.refits else []
         for slot, places, fit in self._fits([*self.samples.own, *strange], counts, grown):
-            before = [_state(place.layer) for place in places]
+            before = _state(places)
             write_(places[0].layer, fit.plain)
             if fit.fitted is not None:
-                guard.renew()
+                guard.renew(before)
                 _take(places, fit)
-                if not guard.accepts():
-                    for state in before:
-                        _restore(state)
+                if not guard.accepts(before):
+                    _restore(before)
                     write_(places[0].layer, fit.plain)
                     plain += slot.paths
             grown[slot.name][slot.rows] = fit.mask
@@ -222,10 +220,12 @@ def _take(places: Sequence[LayerRows], fit: LayerFit) -> None:
             place.layer.bias.data.copy_(bias)
 
 
-def _state(layer: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    return [(parameter.data, parameter.detach().clone()) for parameter in layer.parameters()]
+def _state(places: Sequence[LayerRows]) -> dict[Tensor, Tensor]:
+    """Return the tensors of layers, and copies of them."""
+    parameters = (parameter.data for place in places for parameter in place.layer.parameters())
+    return {tensor: tensor.clone() for tensor in parameters}
 
 
-def _restore(state: Sequence[tuple[Tensor, Tensor]]) -> None:
-    for tensor, before in state:
+def _restore(state: Mapping[Tensor, Tensor]) -> None:
+    for tensor, before in state.items():
         tensor.copy_(before)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_compress.compensation.guard import Samples
 from lightning_compress.compensation.in_order import Visit
 from lightning_compress.compensation.layer_rows import matrix_of, weight_from
-from lightning_compress.compensation.least_squares import on_mask, ridge
+from lightning_compress.compensation.least_squares import LeastSquares
 from lightning_compress.compensation.sampling import sample_rows
 from lightning_compress.pruning.methods import Calibrated, pruned
 from lightning_compress.pruning.smallest import take_smallest
@@ -40,12 +40,8 @@ class LayerRows:
     @classmethod
     def of(cls, visit: Visit, samples: Samples, generator: torch.Generator) -> LayerRows:
         """Take rows of a visit: see `sample_rows`."""
-        own, every = samples.own_calls(visit), visit.calls
-        x, y = sample_rows(visit, own, generator)
-        squares = x.square().sum(1, keepdim=True)
-        if len(own) < len(every):
-            x, y = sample_rows(visit, every, generator)
-        return cls(visit.fitted, x, y, squares)
+        x, y, batches = sample_rows(visit, visit.calls, generator)
+        return cls(visit.fitted, x, y, samples.are_own(batches).to(x)[None] @ x.square())
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Take the means out, where a bias can make up for them."""
@@ -86,14 +82,15 @@ def fit_layer(places: Sequence[LayerRows], mask: Tensor, count: int, method: Cal
     before = matrix_of(layer)
     weight = before.float()
     centred = [place.centred() for place in places]
-    x, y = (torch.cat(rows, 1) for rows in zip(*centred, strict=True))
-    goal = ridge(x, y, weight, RIDGE, centred=False) if method.refits else weight
+    x, y = (torch.cat(rows, 1) if len(places) > 1 else rows[0] for rows in zip(*centred, strict=True))
+    solver = LeastSquares(x, centred=False) if method.refits else None
+    goal = weight if solver is None else solver.ridges(y, weight, [RIDGE])[0]
     squares = torch.stack([place.squares for place in places]).sum(0)
     chosen = _choose(layer, goal.abs() * squares.sqrt(), mask, count, method, dim)
     stays = matrix_of(layer, chosen)
-    if not method.refits:
+    if solver is None:
         return LayerFit(chosen, before * stays, None, [None] * len(places))
-    fitted = on_mask(x, goal, stays, RIDGE, centred=False)
+    fitted = solver.on_mask(goal, stays, RIDGE)
     biases = [
         None
         if place.layer.bias is None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress import CompressionError
-from lightning_compress.compensation.least_squares import on_mask, ridge
+from lightning_compress.compensation.least_squares import LeastSquares, all_finite
 
 
 def problem(rows: int, columns: int, outputs: int = 3, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -16,6 +16,12 @@ def problem(rows: int, columns: int, outputs: int = 3, groups: int = 1) -> tuple
     x = torch.randn(groups, rows, columns) * torch.linspace(0.5, 2.0, columns) + 0.7
     y = x @ torch.randn(groups, columns, outputs) + torch.randn(groups, rows, outputs) + 1.3
     return x, y, torch.randn(groups, outputs, columns)
+
+
+def ridge(x: Tensor, y: Tensor, weight: Tensor, strength: float, centred: bool = True) -> Tensor:
+    other, found = LeastSquares(x, centred).ridges(y, weight, [2 * strength, strength])
+    assert other.shape == found.shape
+    return found
 
 
 def stacked(x: Tensor, y: Tensor, weight: Tensor, strength: float, centred: bool) -> np.ndarray:
@@ -59,8 +65,11 @@ def test_inputs_that_are_always_zero_change_nothing():
 def test_rows_that_are_not_finite_are_refused(bad: float):
     x, y, weight = problem(20, 4)
     x[0, 3, 2] = bad
+    assert not all_finite(x)
     with pytest.raises(CompressionError, match="`calibration` must be finite"):
-        ridge(x, y, weight, 0.1)
+        LeastSquares(x)
+    with pytest.raises(CompressionError, match="`calibration` must be finite"):
+        LeastSquares(y).ridges(x, weight, [0.1])
 
 
 @pytest.mark.parametrize("rows", [5, 40])
@@ -69,7 +78,7 @@ def test_on_a_mask_each_row_is_what_least_squares_on_its_own_columns_gives(rows:
     x, _, goal = problem(rows, 8, outputs=4)
     mask = torch.rand(goal.shape) > 0.5
     mask[0, 0] = False  # a row without any weight
-    found = on_mask(x, goal, mask, strength=0.1, steps=40, centred=centred)
+    found = LeastSquares(x, centred).on_mask(goal, mask, strength=0.1, steps=40)
     assert not found[~mask].any()
     a = x[0].double().numpy()
     a = a - a.mean(0) if centred else a
@@ -92,4 +101,4 @@ def test_few_steps_are_nearer_in_outputs_than_the_masked_goal_where_inputs_hang_
     def far(weight: Tensor) -> float:
         return float((centred @ (weight - goal).mT).square().sum())
 
-    assert far(on_mask(x, goal, mask)) < 0.2 * far(goal * mask)
+    assert far(LeastSquares(x).on_mask(goal, mask)) < 0.2 * far(goal * mask)
