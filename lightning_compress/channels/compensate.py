@@ -14,10 +14,12 @@ from lightning_compress.channels.cutting.cut import cut_, fits_of, note_fit_
 from lightning_compress.channels.cutting.skipped import SKIPPED
 from lightning_compress.channels.planning.plan import RemovalPlan
 from lightning_compress.compensation.guard import Guard, Samples
-from lightning_compress.compensation.in_order import Call, Runner, Visit, Visits, layers_of_
+from lightning_compress.compensation.in_order import Visit, Visits
 from lightning_compress.compensation.layer_rows import input_dim, matrix_of, weight_from
 from lightning_compress.compensation.least_squares import LeastSquares
+from lightning_compress.compensation.pairs import Call
 from lightning_compress.compensation.parts import Part, parameter_of
+from lightning_compress.compensation.runner import Runner, layers_of_
 from lightning_compress.compensation.sampling import sample_rows
 from lightning_compress.modules.agreement import Agreement
 from lightning_compress.modules.paths import modules_of, named_tensors

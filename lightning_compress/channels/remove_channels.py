@@ -25,7 +25,7 @@ from lightning_compress.channels.tracing.deterministic import deterministic
 from lightning_compress.channels.tracing.find_groups import find_groups
 from lightning_compress.channels.tracing.groups import Run
 from lightning_compress.channels.tracing.verify import Subject
-from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.runner import Runner
 from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.calls import Call, bind_batch, bind_example, samples_in, way_without_trainer
 from lightning_compress.modules.copying import copy_module, copy_tensors

@@ -16,7 +16,7 @@ from lightning_compress.channels.planning.output_changes import output_changes
 from lightning_compress.channels.remove_channels import CALIBRATION_BATCHES, check_module
 from lightning_compress.channels.rounds import Rounds
 from lightning_compress.channels.tracing.groups import Group
-from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.runner import Runner
 from lightning_compress.errors import CompressionError, in_a_line
 from lightning_compress.silent_copy import make_probe
 from lightning_compress.structure.change import to_float_

@@ -22,7 +22,7 @@ from lightning_compress.channels.tracing.find_groups import find_groups
 from lightning_compress.channels.tracing.groups import Group
 from lightning_compress.channels.tracing.verify import Subject
 from lightning_compress.choosing.forms import Choice, Cost, Forms, Run
-from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.runner import Runner
 from lightning_compress.errors import invalid
 from lightning_compress.modules.calls import bind_batch, samples_in
 from lightning_compress.modules.copying import copy_module

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_compress.compensation.hold_out import HoldOut, pieces, split
-from lightning_compress.compensation.in_order import Call, Runner, Visit
+from lightning_compress.compensation.in_order import Visit
+from lightning_compress.compensation.pairs import Call
+from lightning_compress.compensation.runner import Runner
 from lightning_compress.compensation.strangers import strangers
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.agreement import Agreement

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.compensation.in_order import Runner
 from lightning_compress.compensation.replay import Replay
+from lightning_compress.compensation.runner import Runner
 from lightning_compress.modules.agreement import Agreement, outputs_of
 from lightning_compress.modules.calls import samples_in
 from lightning_compress.modules.outputs import flatten

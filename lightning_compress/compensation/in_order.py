@@ -6,70 +6,26 @@ A visitor may change the fitted layer's weights: what is visited later sees what
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree as pytree
 
 from lightning_compress.compensation.layer_rows import LINEAR, has_own_forward, is_matrix_call
-from lightning_compress.compensation.parts import linear_parts_
-from lightning_compress.compensation.sums import FunctionLog, Gap, Sum, Sums, find_sums
-from lightning_compress.compensation.walks import Walk, small_teams
-from lightning_compress.modules.calls import run_step
-from lightning_compress.modules.copying import copy_module, copy_tensors
+from lightning_compress.compensation.pairs import Call, Pair
+from lightning_compress.compensation.repeats import calls_are_apart
+from lightning_compress.compensation.runner import Runner, layers_of_
+from lightning_compress.compensation.sums import Gap, Sum, Sums, find_sums
+from lightning_compress.compensation.walks import small_teams
+from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.fast_path import without_fast_path
 from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.paths import modules_of
-
-Run = Callable[[nn.Module, Any], Any]
-Copy = Callable[[nn.Module, Mapping[int, Any]], nn.Module]
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A model, and how a batch runs through a copy of it.
-
-    Attributes:
-        model: whose parameters and statistics its copies share.
-        run: runs a batch through a copy.
-        copy: makes a copy that has some tensors of the model, by their `id`.
-    """
-
-    model: nn.Module
-    run: Run = run_step
-    copy: Copy = copy_module
-
-    def twin(self) -> nn.Module:
-        """Return a copy in evaluation mode, with the model's own parameters and statistics of norms."""
-        norms = [module for module in self.model.modules() if isinstance(module, _NormBase)]
-        statistics = [buffer for norm in norms for buffer in norm.buffers()]
-        twin = self.copy(self.model, {id(tensor): tensor for tensor in (*self.model.parameters(), *statistics)})
-        return twin.eval()
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a layer is given in one call, in the reference and in the fitted model, and what its output is added to.
-
-    ``batch`` is the number of the batch that runs. Before a gap there is no input in the reference: the first of the
-    ``terms`` is the sum that is wanted there.
-    """
-
-    batch: int
-    reference: Tensor | None
-    fitted: Tensor
-    terms: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def tells(self) -> bool:
-        """Whether it is known what the layer is to put out."""
-        return self.reference is not None or self.terms is not None
 
 
 @dataclass(frozen=True)
@@ -122,6 +78,7 @@ class Visits:
         self.runners, self.batches = (reference, fitted), batches
         self._times = self._count(paths)
         self.order = list(self._times)
+        self._turns = self._count_turns()
         self.sums = [self._find_sums(runner, blocks) if needs_sums else Sums() for runner in self.runners]
         self.sums[0].gaps = self.sums[1].gaps = {
             path: gap for path, gap in self.sums[1].gaps.items() if path in self.sums[0].of and self._times[path] == 1
@@ -139,6 +96,15 @@ class Visits:
         with _quiet(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             runner.run(twin, copy_tensors(self.batches[0]))
         return Counter({path: count for path, count in times.items() if path not in others})
+
+    def _count_turns(self) -> int:
+        """Say how many walks a batch takes, of which each stops at another call of the layers that are called again.
+
+        Where calls depend on earlier ones of the same layer, each such layer is met on a walk of its own instead.
+        """
+        turns, again = max(self._times.values(), default=1), sum(count > 1 for count in self._times.values())
+        runner = self.runners[1]
+        return turns if 1 < turns <= again and calls_are_apart(runner.twin(), runner.run, self.batches[0]) else 1
 
     def _find_sums(self, runner: Runner, blocks: Collection[str]) -> Sums:
         twin = runner.twin()
@@ -158,16 +124,20 @@ class Visits:
                 yield from self._walk(left)
 
     def _walk(self, left: list[str]) -> Iterator[Visit]:
-        """Run all batches side by side, until a layer is met that is called several times: it is visited at the end."""
+        """Run all batches side by side, until a layer is met that is called again behind: it is visited at the end."""
         watched = set(left)
-        pairs = [_Pair(self, number, watched) for number in range(len(self.batches))]
+        pairs = [
+            Pair(self.runners, self.sums, batch, number, watched, turn if self._turns > 1 else None)
+            for number, batch in enumerate(self.batches)
+            for turn in range(self._turns)
+        ]
         try:
             while live := self._live(pairs):
                 path = min((pair.path for pair in live), key=left.index)
                 met = [pair for pair in live if pair.path == path]
                 layers = met[0].layers
                 calls = [pair.call() for pair in met]
-                if several := self._times[path] > 1:
+                if several := self._times[path] > 1 == self._turns:
                     watched.intersection_update([path])
                     calls += self._rest(pairs)
                 sums = [sums.of[path] for sums in self.sums if path in sums.of]
@@ -183,12 +153,12 @@ class Visits:
                 pair.end()
 
     @staticmethod
-    def _live(pairs: Sequence[_Pair]) -> list[_Pair]:
+    def _live(pairs: Sequence[Pair]) -> list[Pair]:
         with small_teams(2 * len(pairs)):
             return [pair for pair in pairs if pair.go_on()]
 
     @staticmethod
-    def _rest(pairs: Sequence[_Pair]) -> list[Call]:
+    def _rest(pairs: Sequence[Pair]) -> list[Call]:
         """Return the further calls of the only path that is watched."""
         calls = []
         with small_teams(2 * len(pairs)):
@@ -197,89 +167,6 @@ class Visits:
                 while pair.go_on():
                     calls.append(pair.call())
         return calls
-
-
-class _Pair:
-    """The walks of a batch through the reference and the fitted model, which stop before the same layer."""
-
-    def __init__(self, visits: Visits, number: int, watched: set[str]) -> None:
-        self.is_waiting, self._number = False, number
-        pairs = zip(visits.runners, visits.sums, strict=True)
-        walks = [partial(_walk_of, runner, sums, visits.batches[number], watched) for runner, sums in pairs]
-        with isolated_random_state(seed=number):  # what a model draws is the same in both, and not in all batches
-            self._walks = [walks[0](visits.sums[0].gaps), walks[1]({})]
-        self._places: list[_Place] = []
-
-    def go_on(self) -> bool:
-        """Run until the next stop, if a visit doesn't wait for this pair; tell whether there is one."""
-        if not self.is_waiting:
-            places = [walk.go_on() for walk in self._walks]
-            # Two that take different ways have nothing more to tell.
-            self.is_waiting = None not in places and places[0].path == places[1].path
-            self._places = places if self.is_waiting else []
-        return self.is_waiting
-
-    @property
-    def path(self) -> str:
-        return self._places[0].path
-
-    @property
-    def layers(self) -> tuple[nn.Module, nn.Module]:
-        reference, fitted = self._places
-        return reference.layer, fitted.layer
-
-    def call(self) -> Call:
-        """Take what the layer is given; the pair goes on afterwards."""
-        reference, fitted = self._places
-        self.is_waiting = False
-        terms = None if reference.term is None or fitted.term is None else (reference.term(), fitted.term())
-        return Call(self._number, reference.given, fitted.given, terms)
-
-    def end(self) -> None:
-        for walk in self._walks:
-            walk.end()
-
-
-class _Place(NamedTuple):
-    path: str
-    layer: nn.Module
-    given: Any
-    term: Callable[[], Tensor] | None
-    """Gives the other term of a sum; called outside of the run, whose functions are counted."""
-
-
-def _walk_of(runner: Runner, sums: Sums, batch: Any, watched: set[str], gaps: Mapping[str, Gap]) -> Walk:
-    """Make a walk that stops before each watched layer, and for one with a gap behind the block that is left out."""
-    numbers = {entry.other for entry in sums.of.values()} | {sums.of[path].total for path in gaps}
-    log = FunctionLog(numbers)
-
-    def enter(path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        term = log.held.pop(sums.of[path].other, None) if path in sums.of else None
-        if path in watched and path not in gaps:
-            given = args[0] if args else kwargs["input"]
-            walk.stop(_Place(path, layer, given, None if term is None else lambda: term))
-
-    def leave(path: str, layer: nn.Module, block: nn.Module, args: Any, out: Any) -> None:
-        total = log.held.pop(sums.of[path].total, None)
-        wanted = next((leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)), None)
-        if path in watched:
-            known = isinstance(total, Tensor) and isinstance(wanted, Tensor) and total.shape == wanted.shape
-            before: Any = gaps[path].before
-            walk.stop(_Place(path, layer, None, partial(before, wanted, total) if known else None))
-
-    def run(walk: Walk) -> None:
-        twin = runner.twin()
-        layers, modules = layers_of_(twin), modules_of(twin)
-        for path, layer in layers.items():
-            layer.register_forward_pre_hook(partial(enter, path), with_kwargs=True)
-        for path, gap in gaps.items():
-            modules[gap.block].register_forward_hook(partial(leave, path, layers[path]))
-        own = copy_tensors(batch)  # whose functions aren't the run's
-        with log if sums.of else nullcontext():
-            runner.run(twin, own)
-
-    walk = Walk(run)
-    return walk
 
 
 def _count_(times: Counter[str], path: str, *_: Any) -> None:
@@ -295,9 +182,3 @@ def _check_(others: set[str], path: str, layer: nn.Module, args: Any, kwargs: An
 def _quiet() -> Iterator[None]:
     with isolated_random_state(), without_fast_path():
         yield
-
-
-def layers_of_(model: nn.Module) -> dict[str, nn.Module]:
-    """Let layers compute in parts; return what can be visited: all that is a matrix, and norms that keep statistics."""
-    norms = {path: layer for path, layer in modules_of(model).items() if isinstance(layer, _NormBase)}
-    return {**linear_parts_(model), **{path: norm for path, norm in norms.items() if norm.running_var is not None}}

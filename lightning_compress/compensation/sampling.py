@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.compensation.in_order import Call, Visit
+from lightning_compress.compensation.in_order import Visit
 from lightning_compress.compensation.layer_rows import (
     columns_of,
     count_rows,
@@ -19,6 +19,7 @@ from lightning_compress.compensation.layer_rows import (
     rows_of,
 )
 from lightning_compress.compensation.least_squares import all_finite
+from lightning_compress.compensation.pairs import Call
 from lightning_compress.errors import CompressionError
 
 _ROWS, _WIDE = 8192, 2048

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.runner import Runner
 from lightning_compress.modules.copying import copy_tensors
 from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.outputs import flatten

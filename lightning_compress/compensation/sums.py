@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +53,14 @@ class Sum:
     """Says what a layer's output is added to.
 
     Attributes:
-        other: number of the other term, which is there before the layer is called; see `FunctionLog`.
-        total: number of the sum.
+        total: number of the sum; see `FunctionLog`.
         back: brings a term of the sum back to the layer's output, last step first.
+        others: the layer's call, counted from 0, to the number of the other term, which is there before.
     """
 
-    other: int
     total: int
     back: tuple[Back, ...]
+    others: dict[int, int] = field(default_factory=dict)
 
     def to_output(self, term: Tensor, is_difference: bool = True) -> Tensor:
         """Return the output of the layer that makes this term of the sum, or this difference of two."""
@@ -124,25 +124,34 @@ def find_sums(
     return finder.sums
 
 
+class _Way(NamedTuple):
+    """How a tensor came of a layer's output: its path, which call of it, the count at its begin, and the way back."""
+
+    path: str
+    call: int
+    entered: int
+    back: tuple[Back, ...] = ()
+
+
 class _Finder(FunctionLog):
     def __init__(self) -> None:
         super().__init__()
         self.sums = Sums()
-        self._called: dict[str, int] = {}
+        self._entered = dict[str, list[int]]()
         self._numbers, self._ways = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self._totals = WeakTensorKeyDictionary()
 
     def enter(self, path: str, *_: Any) -> None:
-        self._called[path] = self.count
+        self._entered.setdefault(path, []).append(self.count)
 
     def leave(self, path: str, layer: nn.Module, args: Any, out: Any) -> None:
         if isinstance(out, Tensor):
-            self._ways[out] = (path, ())
+            self._ways[out] = _Way(path, len(self._entered[path]) - 1, self._entered[path][-1])
 
     def norm(self, path: str, norm: nn.Module, args: Any) -> None:
         way = self._ways.get(args[0]) if args and isinstance(args[0], Tensor) else None
-        if way is not None and not way[1]:
-            self.sums.normed[path] = way[0]
+        if way is not None and not way.back:
+            self.sums.normed[path] = way.path
 
     def pass_on(self, path: str, block: nn.Module, args: Any, out: Any) -> None:
         for tensor in pytree.tree_leaves(out):
@@ -165,19 +174,20 @@ class _Finder(FunctionLog):
             elif out is tensors[0]:  # changed in place
                 del self._totals[out]
         elif (source := next((tensor for tensor in tensors if self._ways.get(tensor) is not None), None)) is not None:
-            path, steps = self._ways[source]
-            step = _step_back(name, args, kwargs, source)
+            way, step = self._ways[source], _step_back(name, args, kwargs, source)
             if step is not None:
-                self._ways[out] = (path, (step, *steps))
+                self._ways[out] = way._replace(back=(step, *way.back))
             elif out is source:  # changed in place
                 del self._ways[out]
         self._numbers[out] = self.count
 
     def _add(self, term: Tensor, other: Tensor, out: Tensor) -> None:
         way, number = self._ways.get(term), self._numbers.get(other)
-        if way is not None and number is not None and number <= self._called[way[0]] and way[0] not in self.sums.of:
-            self.sums.of[way[0]] = Sum(number, self.count, way[1])
-            self._totals[out] = (way[0], _same)
+        if way is None or number is None or number > way.entered:
+            return
+        if way.path not in self.sums.of:
+            self._totals[out] = (way.path, _same)
+        self.sums.of.setdefault(way.path, Sum(self.count, way.back)).others.setdefault(way.call, number)
 
 
 def _same(wanted: Tensor, total: Tensor) -> Tensor:

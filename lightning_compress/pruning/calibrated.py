@@ -12,9 +12,10 @@ from torch.nn.utils.parametrizations import _WeightNorm
 
 from lightning_compress.compensation.guard import Guard, Samples
 from lightning_compress.compensation.hold_out import HoldOut
-from lightning_compress.compensation.in_order import Runner, Visits, layers_of_
+from lightning_compress.compensation.in_order import Visits
 from lightning_compress.compensation.layer_rows import LINEAR
 from lightning_compress.compensation.parts import Part, parameter_of
+from lightning_compress.compensation.runner import Runner, layers_of_
 from lightning_compress.messages import by_reason, named
 from lightning_compress.modules.agreement import Agreement
 from lightning_compress.modules.calls import first_batches

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.runner import Runner
 from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.messages import named
 from lightning_compress.modules.calls import bind_example, way_without_trainer

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_compress.calibration import chosen_batches
-from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.runner import Runner
 from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.calibrated import Outcome, prune_copy
 from lightning_compress.pruning.pruner import Pruner

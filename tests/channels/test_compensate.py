@@ -20,7 +20,7 @@ from lightning_compress import (
 )
 from lightning_compress.channels.compensate import Compensation, fitted_narrow, last_fit, take_fits_
 from lightning_compress.channels.cutting.cut import cut_
-from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.runner import Runner
 from tests.support.oracles import assert_same_state, hooks, same_random_state, snapshot
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_compress import plan_removal, remove_channels_
 from lightning_compress.channels.cutting.cut import cut_
-from lightning_compress.compensation.in_order import Runner, Visit, Visits, layers_of_
+from lightning_compress.compensation.in_order import Visit, Visits
+from lightning_compress.compensation.runner import Runner, layers_of_
 
 
 class Branch(nn.Module):

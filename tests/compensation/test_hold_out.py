@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.compensation.hold_out import HoldOut, pieces, relative_error, split
-from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.runner import Runner
 from tests.support.oracles import assert_same_state, snapshot
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lightning_compress.compensation.in_order import Runner, Visits, layers_of_
+from lightning_compress.compensation.in_order import Visits
 from lightning_compress.compensation.layer_rows import matrix_of, output_rows_of, rows_of
+from lightning_compress.compensation.runner import Runner, layers_of_
 from tests.support.oracles import assert_same_state, hooks, same_random_state, snapshot
 
 
@@ -86,6 +87,69 @@ def test_a_layer_that_is_called_several_times_is_visited_once_with_all_calls():
         for given, wanted in zip(seen, (model.c(x), model.a(model.c(x))), strict=True):
             torch.testing.assert_close(given, wanted)
         torch.testing.assert_close(calls["b"][number][1], fitted.a(fitted.a(model.c(x))))
+
+
+def two_views(m: Any, x: Tensor) -> Tensor:
+    """A residual network on two views of a sample, and a head on both."""
+
+    def network(x: Tensor) -> Tensor:
+        return m.norm((x := m.a(x)) + m.b(x).relu()).tanh()
+
+    return m.c(network(x) + network(x.flip(0) * 2))
+
+
+def test_a_network_on_two_views_is_walked_once_and_calls_are_those_of_the_network_as_it_is_by_then():
+    model = Forward(two_views, **three(norm=nn.BatchNorm1d(4)))
+    batches, runs = [torch.randn(3, 4), torch.randn(2, 4)], list[Tensor]()
+    fitted = copy.deepcopy(model)
+
+    def run(network: nn.Module, batch: Tensor) -> Tensor:
+        runs.append(batch)
+        return network(batch)
+
+    paths = set(layers_of_(copy.deepcopy(model)))
+    found = list[str]()
+    for visit in Visits(Runner(model, run), Runner(fitted, run), batches, paths):
+        found.append(visit.path)
+        calls = [given for number in range(2) for given in calls_of(fitted, batches[number])[visit.path]]
+        for call, given in zip(sorted(visit.calls, key=lambda call: call.batch), calls, strict=True):
+            torch.testing.assert_close(call.fitted, given)
+        if visit.path != "norm":
+            visit.fitted.weight.data.mul_(0.5)
+    assert found == ["a", "b", "norm", "c"]
+    assert len(runs) == 1 + 2 + 2 * 2 * 2  # what is called; whether calls are apart, before and after; two walks a view
+
+
+def calls_of(model: nn.Module, batch: Tensor) -> dict[str, list[Tensor]]:
+    calls: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        twin = copy.deepcopy(model).eval()
+        for path, layer in layers_of_(twin).items():
+            layer.register_forward_pre_hook(lambda _, args, path=path: calls.setdefault(path, []).append(args[0]))
+        twin(batch)
+    return calls
+
+
+def test_in_each_call_it_is_known_what_the_output_is_added_to():
+    def network(m: Any, x: Tensor) -> Tensor:
+        return (x := m.c(x)) + m.b(m.a(x).relu())
+
+    model = Forward(lambda m, x: network(m, x) + network(m, x * 2), **three())
+    x = torch.randn(3, 4)
+    for visit in visits(model, [x], needs_sums=True):
+        if visit.path == "b":
+            for call, given in zip(visit.calls, (x, x * 2), strict=True):
+                assert call.terms is not None
+                torch.testing.assert_close(call.terms[0], model.c(given))
+
+
+def test_a_loop_s_layers_are_met_on_walks_of_their_own():
+    model = Forward(lambda m, x: m.a(m.b(m.a(m.b(x).relu())).relu()), **three())
+    x, fitted = torch.randn(3, 4), copy.deepcopy(model)
+    for visit in visits(model, [x], fitted):
+        for call, given in zip(visit.calls, calls_of(fitted, x)[visit.path], strict=True):
+            torch.testing.assert_close(call.fitted, given)
+        visit.fitted.weight.data.mul_(0.5)
 
 
 @pytest.mark.parametrize(

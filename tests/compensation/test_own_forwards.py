@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_compress import plan_removal, prune_, remove_channels_
-from lightning_compress.compensation.in_order import Runner, Visits, layers_of_
+from lightning_compress.compensation.in_order import Visits
+from lightning_compress.compensation.runner import Runner, layers_of_
 
 
 class SamePadded(nn.Conv1d):

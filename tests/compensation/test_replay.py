@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_compress.compensation import replay
 from lightning_compress.compensation.hold_out import HoldOut
-from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.runner import Runner
 
 
 class InPlace(nn.Module):

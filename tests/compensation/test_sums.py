@@ -147,10 +147,10 @@ def test_the_other_term_is_found_and_so_is_what_the_output_must_change_by(name: 
     for watched in ("stream", "total"):
         watch = model.get_submodule(watched)
         watch.register_forward_hook(lambda _, args, out, name=watched: seen.update({name: out.clone()}))
-    log = FunctionLog({found.other})
+    log = FunctionLog({found.others[0]})
     with log, torch.no_grad():
         model(x)
-    torch.testing.assert_close(log.held[found.other], seen["stream"])
+    torch.testing.assert_close(log.held[found.others[0]], seen["stream"])
     before, wanted = seen["total"], torch.randn_like(seen["total"])
     change = found.to_output(wanted)
     model.get_submodule(path).register_forward_hook(lambda layer, args, out: out + change)
@@ -201,4 +201,4 @@ def test_the_same_code_numbers_its_tensors_alike_whatever_its_widths_are():
     narrow.conv1, narrow.norm1 = nn.Conv2d(4, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3).eval()
     narrow.conv2 = nn.Conv2d(3, 4, 3, padding=1, bias=False)
     x = torch.randn(shape)
-    assert sums_of(wide, x).of[path].other == sums_of(narrow, x).of[path].other
+    assert sums_of(wide, x).of[path].others == sums_of(narrow, x).of[path].others

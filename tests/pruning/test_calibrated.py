@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress import CompressionError, prune_
 from lightning_compress.compensation.guard import Samples
-from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.runner import Runner
 from lightning_compress.errors import NoEffectWarning
 from tests.pruning.test_n_m import groups_of
 from tests.support.oracles import assert_same_state, hooks, same_random_state, snapshot

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.tracing.groups import Group, Member
 from lightning_compress.compensation.hold_out import pieces
-from lightning_compress.compensation.in_order import Runner
 from lightning_compress.compensation.layer_rows import groups_of, input_dim
 from lightning_compress.compensation.parts import linear_parts_, parameter_of
+from lightning_compress.compensation.runner import Runner
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import samples_in
 from lightning_compress.modules.copying import copy_tensors

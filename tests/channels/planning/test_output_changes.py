@@ -17,7 +17,7 @@ from lightning_compress.channels.planning.output_changes import output_changes
 from lightning_compress.channels.tracing.find_groups import find_groups
 from lightning_compress.channels.tracing.groups import Group
 from lightning_compress.channels.tracing.verify import Subject
-from lightning_compress.compensation.in_order import Runner
+from lightning_compress.compensation.runner import Runner
 from tests.support.oracles import assert_same_state, hooks, same_random_state, snapshot
 
 
