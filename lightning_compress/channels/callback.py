@@ -276,6 +276,9 @@ class ChannelPruning(WindowedCallback):
         if outcome.compensation is not None:
             rank_zero_info(f"ChannelPruning, after step {self._step}: {outcome.compensation}.")
         rank_zero_info("\n  ".join(in_short(rounds.outcome(self._step))))
+        if outcome.slower:
+            rounds.slower = f"ChannelPruning: {outcome.slower}."
+            rank_zero_info(rounds.slower)
         if rounds.missed and rounds.is_final:
             rank_zero_warn(f"ChannelPruning: {rounds.missed}")
         elif rounds.is_final and rounds.remaining == 1.0 and self.recipe.budget.fraction < 1.0:

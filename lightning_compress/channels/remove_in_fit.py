@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lightning_compress.calibration import calibration_source, chosen_batches, reads_again
 from lightning_compress.channels.batchnorm_restart import BatchNormRestart, input_moments
+from lightning_compress.channels.change import CHANGE
 from lightning_compress.channels.compensate import Compensation, fitted_narrow, take_fits_
 from lightning_compress.channels.fit_calls import FitCalls, cut_fit_, without_adapters
 from lightning_compress.channels.planning.output_changes import output_changes
 from lightning_compress.channels.remove_channels import CALIBRATION_BATCHES, check_module
 from lightning_compress.channels.rounds import Rounds
+from lightning_compress.channels.speed import slower_than_whole
 from lightning_compress.channels.tracing.groups import Group
 from lightning_compress.compensation.runner import Runner
 from lightning_compress.errors import CompressionError, in_a_line
@@ -58,11 +60,19 @@ def calibration_data(trainer: Any, pl_module: Any, count: int | None, seed: int)
 
 
 class Outcome(NamedTuple):
-    """What a round led to: optimizers whose state starts anew for what shrank, what was fitted, and why nothing was."""
+    """What a round led to.
+
+    Attributes:
+        anew: optimizers whose state starts anew for what shrank.
+        compensation: what was fitted.
+        why_not: why nothing was.
+        slower: says so if the last round leaves the module slower than it was.
+    """
 
     anew: list[str]
     compensation: Compensation | None = None
     why_not: str = ""
+    slower: str = ""
 
 
 class _Attempts:
@@ -110,17 +120,22 @@ def remove_in_fit_(
     found = None
     if data is not None and own.kept:
         found = attempt(fitted_narrow, data.runner, own, data.batches, data.source, data.seed)
+    compensation = None
     if (found := agree(found)) is not None:
         fits, compensation = found
         anew = cut_fit_(trainer, pl_module, plan)
         take_fits_(pl_module, fits, compensation, averaged_copies(trainer))
-        return Outcome(anew, compensation)
-    before = input_moments(make_probe(trainer, pl_module), calls.own)
-    anew = cut_fit_(trainer, pl_module, plan)
-    if plan.kept:
-        models = (pl_module, *averaged_copies(trainer))
-        statistics.restart_(models, make_probe(trainer, pl_module), calls.own, before, plan.kept)
-    return Outcome(anew, why_not=attempt.failure)
+    else:
+        before = input_moments(make_probe(trainer, pl_module), calls.own)
+        anew = cut_fit_(trainer, pl_module, plan)
+        if plan.kept:
+            models = (pl_module, *averaged_copies(trainer))
+            statistics.restart_(models, make_probe(trainer, pl_module), calls.own, before, plan.kept)
+    slower = ""
+    if rounds.is_final and CHANGE.record(pl_module) is not None:
+        probe, more = make_probe(trainer, pl_module), trainer.world_size > 1
+        slower = agree(slower_than_whole(probe, calls.runs[0], fixed_rounds=more))
+    return Outcome(anew, compensation, attempt.failure, slower)
 
 
 def follow_statistics_(trainer: Any, pl_module: Any, batch: Batch, statistics: BatchNormRestart) -> None:

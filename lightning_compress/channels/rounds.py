@@ -63,6 +63,7 @@ class Rounds:
         self.scores: dict[str, Tensor] = {}
         self.latency: float | None = None
         self.missed = ""
+        self.slower = ""
         self._macs: float | None = None
 
     def begin_fit(self) -> None:
@@ -224,6 +225,7 @@ class Rounds:
             notes += [f"{they(layers, 'keeps its', 'keep their')} width: {why}" for why, layers in whole.items()]
         if self.latency is not None:
             notes.append(f"ChannelPruning: a forward pass took {self.latency:.2f} of its time when this was planned.")
+        notes += [self.slower] if self.slower else []
         return [*notes, f"ChannelPruning: {self.missed}"] if self.missed else notes
 
     def state_dict(self) -> dict[str, Any]:

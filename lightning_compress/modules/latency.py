@@ -87,6 +87,28 @@ def latency_ratio(before: nn.Module, after: nn.Module, run: Callable[[nn.Module]
     return statistics.median(round_ratios(before, after, run))
 
 
+NOISE = 1.05
+"""Three quarters of the rounds must exceed this ratio: a busy machine slows single rounds."""
+
+
+def is_slower(ratios: Sequence[float]) -> bool:
+    """Whether rounds show that the second takes longer.
+
+    Example:
+        >>> is_slower([1.2, 1.1, 1.3]), is_slower([0.9, 1.0, 5.0, 5.0])
+        (True, False)
+    """
+    return statistics.quantiles(ratios, n=4, method="inclusive")[0] > NOISE
+
+
+def brief(fixed_rounds: bool) -> dict[str, Any]:
+    """Return limits of `time_in_turns` for a look in passing: about 0.3 s, 4 calls of each at least.
+
+    Where other processes must follow there are ``fixed_rounds``, whatever they take.
+    """
+    return {"max_seconds": 0.0 if fixed_rounds else 0.3, "min_rounds": 3, "max_rounds": 20, "warm_up": 1}
+
+
 def _seconds(run: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     run()

@@ -20,7 +20,7 @@ from lightning_compress.modules.call_log import CallLog, record_calls
 from lightning_compress.modules.calls import run_example, run_step, way_without_trainer
 from lightning_compress.modules.copying import copy_module, copy_tensors
 from lightning_compress.modules.isolation import evaluation_mode, isolated_evaluation
-from lightning_compress.modules.latency import round_ratios
+from lightning_compress.modules.latency import brief, is_slower, round_ratios
 from lightning_compress.modules.outputs import least_cosine, outer_outputs
 from lightning_compress.modules.paths import device_of, modules_of
 from lightning_compress.quantization.agreement import BATCHES, record_agreement_
@@ -39,8 +39,6 @@ _logger = logging.getLogger("lightning_compress")
 
 Model = TypeVar("Model", bound=nn.Module)
 
-NOISE = 1.05
-"""Three quarters of the rounds must exceed this ratio: a busy machine slows single rounds."""
 
 
 def quantize(
@@ -257,7 +255,7 @@ def slower_than_float(
     call aren't timed.
     """
     found = _ratios(floats, quantized, run, batch, fixed_rounds)
-    if found is None or statistics.quantiles(found, n=4, method="inclusive")[0] <= NOISE:
+    if found is None or not is_slower(found):
         return ""
     return (
         f"slower than float here: a batch takes {statistics.median(found):.2f} times as long in the quantized form "
@@ -282,9 +280,8 @@ def _ratios(
     for record in (record_of(before) or {}, record_of(after) or {}):
         if record.get("units") and record["scheme"]["engine"] == "inductor":
             return None
-    limits = {"max_seconds": 0.0 if fixed_rounds else 0.3, "min_rounds": 3, "max_rounds": 20, "warm_up": 1}
     try:
-        return round_ratios(before, after, lambda model: run(model, copy_tensors(batch)), **limits)
+        return round_ratios(before, after, lambda model: run(model, copy_tensors(batch)), **brief(fixed_rounds))
     except Exception as error:  # it is the user's; to be timed is no reason to fail
         _logger.debug("The quantized model wasn't timed: %s", error)
         return None
