@@ -40,7 +40,6 @@ _logger = logging.getLogger("lightning_compress")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-
 def quantize(
     model: Model,
     scheme: str | Scheme = "int8_static",

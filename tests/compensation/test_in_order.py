@@ -143,6 +143,18 @@ def test_in_each_call_it_is_known_what_the_output_is_added_to():
                 torch.testing.assert_close(call.terms[0], model.c(given))
 
 
+def test_code_that_other_values_are_nothing_for_is_walked_as_a_loop_is():
+    def picky(m: Any, x: Tensor) -> Tensor:
+        y = m.b(m.a(x)).relu()
+        if not torch.equal(y, copy.deepcopy(expected).b(expected.a(x)).relu()):
+            raise ValueError("no such values")
+        return y + m.b(m.a(x * 2))
+
+    model = Forward(picky, **three())
+    expected = copy.deepcopy(model)
+    assert [len(visit.calls) for visit in visits(model, [torch.randn(3, 4)])] == [2, 2]
+
+
 def test_a_loop_s_layers_are_met_on_walks_of_their_own():
     model = Forward(lambda m, x: m.a(m.b(m.a(m.b(x).relu())).relu()), **three())
     x, fitted = torch.randn(3, 4), copy.deepcopy(model)
