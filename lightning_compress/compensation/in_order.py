@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_compress.compensation.layer_rows import LINEAR, has_own_forward, is_matrix_call
+from lightning_compress.compensation.layer_rows import LINEAR, has_memory, has_own_forward, is_matrix_call
 from lightning_compress.compensation.pairs import Call, Pair
 from lightning_compress.compensation.repeats import calls_are_apart
 from lightning_compress.compensation.runner import Runner, layers_of_
@@ -61,8 +61,8 @@ class Visits:
         blocks: paths of blocks that pass on what they get in the fitted model.
 
     Attributes:
-        order: these paths in the order of their first calls. What the first batch doesn't call is left out, and so is a
-            layer of a class whose own forward doesn't compute what its matrix does.
+        order: these paths in the order of their first calls. What the first batch doesn't call is left out; so is a
+            layer of a class whose own forward doesn't compute what its matrix does, or whose input can't be read.
         sums: of the reference and of the fitted model, where they are wanted.
     """
 
@@ -90,7 +90,7 @@ class Visits:
         twin = runner.twin()
         for path, layer in layers_of_(twin).items():
             if path in paths:
-                layer.register_forward_pre_hook(partial(_count_, times, path))
+                layer.register_forward_pre_hook(partial(_count_, times, others, path), with_kwargs=True)
                 if isinstance(layer, LINEAR) and has_own_forward(layer):
                     layer.register_forward_hook(partial(_check_, others, path), with_kwargs=True)
         with _quiet(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -169,8 +169,10 @@ class Visits:
         return calls
 
 
-def _count_(times: Counter[str], path: str, *_: Any) -> None:
+def _count_(times: Counter[str], others: set[str], path: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
     times[path] += 1
+    if not has_memory(args[0] if args else kwargs.get("input")):
+        others.add(path)
 
 
 def _check_(others: set[str], path: str, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> None:

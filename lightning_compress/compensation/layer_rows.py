@@ -120,6 +120,22 @@ def _dims(layer: nn.Module) -> int:
     return 1 + len(layer.kernel_size) if isinstance(layer, _ConvNd) else 1
 
 
+def has_memory(x: Any) -> bool:
+    """Whether something is a tensor of values that can be read: not sparse or nested, nor one within `torch.vmap`.
+
+    Example:
+        >>> has_memory(torch.ones(2)), has_memory(torch.ones(2).to_sparse())
+        (True, False)
+    """
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+        return False
+    try:
+        x.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
 def has_own_forward(layer: nn.Module) -> bool:
     """Whether a class of the user's gives a layer of torch another forward.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_compress.compensation.layer_rows import LINEAR, has_own_forward
+from lightning_compress.compensation.layer_rows import LINEAR, has_memory, has_own_forward
 from lightning_compress.modules.copying import copy_tensors
 
 MOST_BYTES = 2**27
@@ -56,18 +56,22 @@ class Replay:
             self._known, self._met, self._calls = next(before, {}), {}, Counter()
             self._outputs.append(self._met)
             self._is_same = changed is not None
-            try:
-                with _Follow(self), torch.compiler.set_stance("force_eager"):
-                    return self._run(model, batch)
-            finally:
-                self._is_same = False
+            with torch.compiler.set_stance("force_eager"):
+                try:
+                    with _Follow(self):
+                        return self._run(model, batch)
+                finally:
+                    self._is_same = False
 
         yield run
 
     def uses(self, tensors: Iterable[Any]) -> None:
-        """Notice that a run uses tensors; what follows a changed one is to be computed."""
-        if self._is_same and any(isinstance(leaf, Tensor) and _memory(leaf) in self._changed for leaf in tensors):
+        """Notice that a run uses tensors: what follows a changed one is to be computed, and what has gradients."""
+        if self._is_same and (torch.is_grad_enabled() or any(map(self._may_be_changed, tensors))):
             self._is_same = False
+
+    def _may_be_changed(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and (not has_memory(leaf) or _memory(leaf) in self._changed)
 
     def _watch_(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -98,4 +102,4 @@ class _Follow(TorchFunctionMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+    return tensor.untyped_storage().data_ptr()

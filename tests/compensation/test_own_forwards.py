@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_compress import plan_removal, prune_, remove_channels_
+from lightning_compress import GPTQ, NoEffectWarning, plan_removal, prune_, quantize, remove_channels_
 from lightning_compress.compensation.in_order import Visits
 from lightning_compress.compensation.runner import Runner, layers_of_
 
@@ -96,3 +97,39 @@ def test_channels_leave_and_what_can_be_fitted_is() -> None:
     found = remove_channels_(model, plan, calibration=batches())
     assert found is not None and {*found.fitted, *found.refused} <= {"cast", "head"}
     assert torch.cat([model(x) for x in batches()]).shape == whole.shape
+
+
+class Mapped(nn.Module):
+    """Calls two layers for one sample at a time, by `torch.vmap`, and the last one for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.vmap(lambda row: self.second(self.first(row).relu()).relu())(x))
+
+
+class Ragged(Mapped):
+    """Calls two layers with samples of several lengths in one nested tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples = torch.nested.nested_tensor(
+            [row[: 1 + number % 2] for number, row in enumerate(x)], layout=torch.jagged
+        )
+        hidden = self.second(self.first(samples).relu()).relu()
+        return self.last(hidden.to_padded_tensor(0.0).mean(1))
+
+
+@pytest.mark.parametrize("kind, shape", [(Mapped, (8, 6)), (Ragged, (8, 2, 6))])
+def test_layers_whose_inputs_cannot_be_read_go_by_magnitude_or_to_the_nearest(
+    kind: Any, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(shape) for _ in range(6)]
+    model, reference = kind(), kind()
+    with pytest.warns(NoEffectWarning, match=re.escape("`first.weight`, `second.weight` went by magnitude")):
+        prune_(model, 0.5, "least_squares", scope="layer", calibration=batches)
+    assert [int((layer.weight == 0).sum()) for layer in model.children()] == [24, 32, 8]
+    quantized = quantize(reference, GPTQ(bits=8, group_size=None), calibration=batches)
+    torch.testing.assert_close(quantized(batches[0]), reference(batches[0]), atol=0.05, rtol=0.05)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.compensation.layer_rows import columns_of, count_rows, groups_of, rows_of
+from lightning_compress.compensation.layer_rows import columns_of, count_rows, groups_of, has_memory, rows_of
 from lightning_compress.compensation.parts import AttentionInParts
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.calls import run_step
@@ -162,10 +162,11 @@ def _hessians(
 
 @contextmanager
 def _watched(parts: Mapping[str, _Part], see: Callable[[str, nn.Module, Tensor], Any]) -> Iterator[None]:
-    """Call ``see`` with the path, the layer and its input whenever a layer of ``parts`` is called."""
+    """Call ``see`` with the path, the layer and its input whenever a layer of ``parts`` is called with what it reads."""
 
     def hook(path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(path, layer, args[0] if args else kwargs["input"])
+        if has_memory(x := args[0] if args else kwargs["input"]):
+            see(path, layer, x)
 
     with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
         for path, part in parts.items():
