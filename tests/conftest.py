@@ -1,4 +1,4 @@
-"""Every test: one thread, fixed seeds, an empty folder as its current one, and an environment that is put back."""
+"""Every test: one thread, fixed seeds, an empty current folder, an environment that is put back, and no waiting."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from lightning_compress import CompressionReport
+from lightning_compress.choosing import speed
 
 QUANTIZE = import_module("lightning_compress.quantization.quantize")  # the room's attribute is the function
 
@@ -60,6 +64,14 @@ def pytest_collection_finish() -> None:
             logger.propagate = True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_table() -> Iterator[None]:
+    """torch reads its table of ONNX operators once, not in every export: that takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def repeatable() -> None:
     random.seed(0)
@@ -71,6 +83,13 @@ def repeatable() -> None:
 def equally_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized models aren't timed against float ones: what the log says must not depend on the machine's load."""
     monkeypatch.setattr(QUANTIZE, "round_ratios", lambda *_, **__: (1.0,) * 3)
+
+
+@pytest.fixture(autouse=True)
+def brief_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where models are timed for some seconds, a few milliseconds do: no test looks at the times themselves."""
+    monkeypatch.setitem(CompressionReport.__init__.__kwdefaults__, "max_seconds", 0.01)
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,6 @@ import yaml
 from torch import nn
 
 import lightning_compress
-from lightning_compress import CompressionReport
 from lightning_compress.cli import CompressCLI, main
 from tests.choosing.nets import Labelled, Right
 from tests.support.data import TinyData
@@ -39,11 +38,6 @@ from tests.support.data import TinyData as Data
 from tests.support.modules import Classifier as LitModel, Classifier as Model
 from tests.test_examples import Large, Small
 """
-
-
-@pytest.fixture(autouse=True)
-def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CompressionReport.__init__.__kwdefaults__, "max_seconds", 0.01)
 
 
 @pytest.fixture
