@@ -211,6 +211,22 @@ class _Trainer(Trainer):
 class CompressCLI(LightningCLI):
     """LightningCLI with ``model`` and ``data`` given by ``class_path``, and optimizers that miss no parameter."""
 
+    def __init__(self, args: ArgsType = None, **options: Any) -> None:
+        words = sys.argv[1:] if args is None else args
+        first = words[0] if isinstance(words, list) and words else None
+        self._asked = {first} & self.subcommands().keys() or self.subcommands().keys()
+        super().__init__(args=args, **options)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **options: Any) -> LightningArgumentParser:
+        """Give their arguments only to the subcommands that can be meant: to build them takes most of a short run.
+
+        A first argument that isn't a subcommand may be a configuration with sections for several.
+        """
+        if subcommand in self._asked:
+            return super()._prepare_subcommand_parser(klass, subcommand, **options)
+        self._subcommand_method_arguments[subcommand] = []
+        return self.init_parser(**options)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, each with the arguments that aren't the user's."""

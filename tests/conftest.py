@@ -1,4 +1,4 @@
-"""Every test: one thread, fixed seeds, an empty folder as its current one, and an environment that is put back."""
+"""Every test: one thread, fixed seeds, an empty current folder, an environment that is put back, and no waiting."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from lightning_compress.channels import speed
+from lightning_compress import CompressionReport
+from lightning_compress.channels import speed as channel_speed
+from lightning_compress.choosing import speed
 
 QUANTIZE = import_module("lightning_compress.quantization.quantize")  # the room's attribute is the function
 
@@ -62,6 +65,14 @@ def pytest_collection_finish() -> None:
             logger.propagate = True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_table() -> Iterator[None]:
+    """torch reads its table of ONNX operators once, not in every export: that takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def repeatable() -> None:
     random.seed(0)
@@ -72,8 +83,15 @@ def repeatable() -> None:
 @pytest.fixture(autouse=True)
 def equally_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models aren't timed against what they were: what the log says must not depend on the machine's load."""
-    for room in (QUANTIZE, speed):
+    for room in (QUANTIZE, channel_speed):
         monkeypatch.setattr(room, "round_ratios", lambda *_, **__: (1.0,) * 3)
+
+
+@pytest.fixture(autouse=True)
+def brief_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where models are timed for some seconds, a few milliseconds do: no test looks at the times themselves."""
+    monkeypatch.setitem(CompressionReport.__init__.__kwdefaults__, "max_seconds", 0.01)
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from torch import nn
 import lightning_compress
 from lightning_compress.__main__ import HELP
 from lightning_compress.__main__ import main as entry
-from lightning_compress.cli import main
+from lightning_compress.cli import CompressCLI, main
 from lightning_compress.deployable import deployable
 from lightning_compress.errors import invalid
 from tests.support.data import TinyData
@@ -250,6 +250,28 @@ def test_unknown_class(capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert "Clasifier" in error
     assert "--trainer.max_epochs" not in error
+
+
+def test_only_the_subcommand_that_is_asked_for_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[CompressCLI] = []
+    monkeypatch.setattr(CompressCLI, "_run_subcommand", lambda cli, name: built.append(cli))
+    main(["test", "--model=tests.support.modules.Classifier", *RUN])
+    parsers = built[0]._subcommand_parsers
+    assert parsers.keys() == CompressCLI.subcommands().keys()
+    assert [name for name, parser in parsers.items() if len(parser._actions) > 5] == ["test"]
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_sections_of_several_subcommands_in_a_file(
+    command: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[CompressCLI] = []
+    monkeypatch.setattr(CompressCLI, "_run_subcommand", lambda cli, name: built.append(cli))
+    section = {"model": {"class_path": "tests.support.modules.Classifier"}}
+    sections = {name: {**section, "verbose": name == "test"} for name in ("validate", "test")}
+    (own_folder / "all.yaml").write_text(yaml.safe_dump(sections))
+    main(["--config=all.yaml", command, *RUN])
+    assert (built[0].subcommand, built[0].config[command].verbose) == (command, command == "test")
 
 
 def test_print_config_is_a_config(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

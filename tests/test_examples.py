@@ -232,15 +232,16 @@ def named_as_on_the_page() -> Classifier:
 
 def test_guard_page(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized, schedules, phases = blocks("python", "docs/guard.md")
-    names: dict[str, Any] = {"model": Right(outliers=False), "data": Labelled()}
+    names: dict[str, Any] = {"model": Right(outliers=False), "data": Labelled(batch_size=200)}
     exec(compile(quantized, "docs/guard.md", "exec"), names)
     assert names["guard"].report_notes()[-1] == "AccuracyGuard: 2 evaluations"
     exec(compile(schedules, "docs/guard.md", "exec"), names)
-    quiet_trainer(max_epochs=2, callbacks=names["callbacks"][:2]).fit(names["model"], Labelled())
+    quiet_trainer(max_epochs=2, callbacks=names["callbacks"][:2]).fit(names["model"], Labelled(batch_size=200))
     names |= {"model": Classifier(), "data": TinyData()}
     exec(compile(phases, "docs/guard.md", "exec"), names)
     assert {path.stem for path in Path("best").iterdir()} == {"best-dense", "best-pruned", "best-quantized"}
-    head = "model: {class_path: tests.choosing.nets.Right}\ndata: {class_path: tests.choosing.nets.Labelled}\n"
+    head = "model: {class_path: tests.choosing.nets.Right}\n"
+    head += "data: {class_path: tests.choosing.nets.Labelled, init_args: {batch_size: 200}}\n"
     quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
     for command, block in zip(("test", "fit", "fit"), blocks("yaml", "docs/guard.md"), strict=True):
         Path("config.yaml").write_text(head + block)

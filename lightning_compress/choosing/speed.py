@@ -15,6 +15,9 @@ from lightning_compress.quantization.quantize import quantize_
 from lightning_compress.quantization.recipe import Recipe
 from lightning_compress.report.latency import Latency, measure_latency, speedup_range
 
+SECONDS = 1.0
+"""So long each of the models is timed."""
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -46,7 +49,7 @@ def milliseconds(model: nn.Module, run: Run, batch: Any) -> float:
 
 def _timed(models: Sequence[nn.Module], run: Run, batch: Any) -> list[Latency]:
     named = {str(place): (model, {1: batch}) for place, model in enumerate(models)}
-    timed = measure_latency(named, 1.0, run=lambda model, batch: run(model, copy_tensors(batch)))
+    timed = measure_latency(named, SECONDS, run=lambda model, batch: run(model, copy_tensors(batch)))
     return [latency for [latency] in timed.values()]
 
 

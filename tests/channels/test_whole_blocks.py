@@ -310,7 +310,9 @@ def test_blocks_only() -> None:
     assert gone(plan) and all(row.after == row.before for row in plan.rows if not row.block)
 
 
-@pytest.mark.parametrize("name", ["basic", "pre-norm", "decoder"])
+@pytest.mark.parametrize(
+    "name", ["basic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pre-norm", "decoder"))]
+)
 def test_layers_behind_channels_are_fitted_where_blocks_have_left_too(name: str) -> None:
     model, x = network(name)
     generator = torch.Generator().manual_seed(1)

@@ -195,7 +195,7 @@ def fit(module: Any, guard: AccuracyGuard, folder: Path | None = None) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("max_drop", [0.01, 0.99])
+@pytest.mark.parametrize("max_drop", [0.01, pytest.param(0.99, marks=pytest.mark.slow)])
 def test_training_for_int8_is_guarded_when_it_is_converted(max_drop: float, tmp_path: Path) -> None:
     module, guard = Right(), AccuracyGuard("val_acc", max_drop=max_drop)
     trainer = fit(module, guard, tmp_path)

@@ -158,7 +158,11 @@ ROWS = (
     Row(
         "channels",
         lambda: ChannelPruning(
-            channels=0.5, round_to=1, schedule=Steps([0.0, 1.0], [0.5, 1.0]), window=Window(0.05, 0.5)
+            channels=0.5,
+            round_to=1,
+            schedule=Steps([0.0, 1.0], [0.5, 1.0]),
+            window=Window(0.05, 0.5),
+            calibration_batches=0,
         ),
         {
             "class_path": "lightning_compress.ChannelPruning",
@@ -173,6 +177,7 @@ ROWS = (
                 "min_layer_channels": 0.25,
                 "round_to": 4,
                 "seed": 3,
+                "calibration_batches": 0,
             },
         },
         (

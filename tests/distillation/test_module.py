@@ -260,7 +260,7 @@ def test_accumulation_and_a_scheduler() -> None:
     assert fit.global_step == 4 and fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
 
 
-@pytest.mark.parametrize("compiled", ["features", "student"])
+@pytest.mark.parametrize("compiled", ["features", pytest.param("student", marks=pytest.mark.slow)])
 def test_compiled_students_are_tapped_by_their_plain_names_in_every_fit(compiled: str) -> None:
     eager, module = with_features(), with_features()
     if compiled == "student":

@@ -436,7 +436,9 @@ def test_weight_norm(norm: Any) -> None:
 
 # Dynamo looks at the `grad` of a tensor that a tap keeps, which torch warns of, once a process.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("where", ["child", "child as the student", "module"])
+@pytest.mark.parametrize(
+    "where", ["child", *(pytest.param(where, marks=pytest.mark.slow) for where in ("child as the student", "module"))]
+)
 def test_compiled_modules_learn_the_same(where: str) -> None:
     losses = [SoftTarget(), FeatureMSE("net.features.0", "features.0")]
     student = None

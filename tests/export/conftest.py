@@ -1,14 +1,12 @@
-"""Every test of exports: files aren't timed, and torch reads its table of ONNX operators once, in a second."""
+"""Every test of exports: files aren't timed."""
 
 from __future__ import annotations
 
-import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 FACTS = importlib.import_module("lightning_compress.export.facts")
 
@@ -23,10 +21,3 @@ def run_once(runs: Sequence[Callable[[], Any]], **_: Any) -> list[tuple[float, .
 @pytest.fixture(autouse=True)
 def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FACTS, "time_in_turns", run_once)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_table() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
-        yield

@@ -93,7 +93,7 @@ def test_convolution_shapes(
     check(Pattern(*nm), scores.to(dtype), mask, dim, signed)
 
 
-@pytest.mark.parametrize(("m", "share"), [(256, 1.1), (257, 1.1), (300, 0.8)])
+@pytest.mark.parametrize(("m", "share"), [(256, 1.1), (257, 1.1), pytest.param(300, 0.8, marks=pytest.mark.slow)])
 def test_groups_of_more_entries_than_a_byte_can_count(m: int, share: float) -> None:
     check(Pattern(1, m), *random_case((1, 2 * m), 0, True, share), 1)
 

@@ -80,7 +80,8 @@ WAYS = {
 
 SLOW = pytest.mark.slow
 CASES = [
-    *(pytest.param(way, "with zero points", True) for way in WAYS),
+    # Few bits in OpenVINO: tests/export/test_kernels.py.
+    *(pytest.param(way, "with zero points", True, marks=[SLOW] * (way == "openvino")) for way in WAYS),
     *(pytest.param(way, mix, False, marks=SLOW) for way in WAYS for mix in MIXES),
 ]
 

@@ -82,7 +82,7 @@ def test_different_epochs_differ(tmp_path: Path) -> None:
         assert_different_state(earlier["lightning_compress"]["ranges"], later["lightning_compress"]["ranges"])
 
 
-QUICK = ("conv_bn_relu", "residual", "attention", "lstm", "shared", "dict", "transformer")
+QUICK = ("conv_bn_relu", "residual", "attention", "lstm", "shared")
 ROWS = [*(pytest.param(row, marks=[pytest.mark.slow] * (row.name not in QUICK)) for row in ZOO), *FOREIGN]
 
 

@@ -120,6 +120,7 @@ class Adaptive(Net):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
+@pytest.mark.slow
 def test_two_bits_are_better_trained_than_rounded_afterwards() -> None:
     # The order in which a CPU adds decides where a single fit ends; at a small rate, and over three, it doesn't matter.
     losses = torch.tensor([losses_afterwards_and_trained(2, seed) for seed in (2, 3, 4)])

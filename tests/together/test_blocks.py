@@ -45,7 +45,7 @@ EPOCHS = 4
 
 def shrink(**settings: Any) -> ChannelPruning:
     """Blocks leave in epochs 0 to 2."""
-    window = Window(5, 20, unit="step", every_n_steps=3)
+    window = Window(5, 20, unit="step", every_n_steps=5)
     rounds = {"schedule": Linear(), "window": window, "calibration_batches": 0}
     return ChannelPruning(**{"macs": 0.5, "blocks": True, "round_to": 1, **rounds, **settings})
 
@@ -102,7 +102,11 @@ def read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-@pytest.mark.parametrize("case", CASES)
+# The others go the ways of test_channels_resume.py.
+QUICK = ("adam", "at once", "averaged", "pruned", "taught by an average", "quantized")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES])
 def test_resumed_between_blocks_equals_uninterrupted(case: str, tmp_path: Path) -> None:
     resume(partial(run, case), tmp_path, 1, read=read)
     early, late = (left(read_checkpoint(tmp_path / "whole" / f"epoch={epoch}.ckpt")) for epoch in (0, EPOCHS - 1))

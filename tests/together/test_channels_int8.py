@@ -14,7 +14,7 @@ from tests.support.wide import WIDE
 from tests.support.zoo import Row, row
 
 ROWS = [row(name) for name in ("mlp", "conv_bn_relu", "residual", "concat")]
-ROWS += [wide for wide in WIDE if wide.name in ("resnet", "vgg", "inception")]
+LARGE = [wide for wide in WIDE if wide.name in ("resnet", "vgg", "inception")]
 
 
 def zeroed(model: nn.Module, kept: dict[str, dict[int, torch.Tensor]]) -> nn.Module:
@@ -28,7 +28,7 @@ def zeroed(model: nn.Module, kept: dict[str, dict[int, torch.Tensor]]) -> nn.Mod
     return twin
 
 
-@pytest.mark.parametrize("network", ROWS, ids=str)
+@pytest.mark.parametrize("network", [*ROWS, *(pytest.param(row, marks=pytest.mark.slow) for row in LARGE)], ids=str)
 def test_int8_after_a_cut_is_within_one_output_step(network: Row) -> None:
     model = network.build().eval()
     (x,), _ = network.inputs()

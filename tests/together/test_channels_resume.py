@@ -36,8 +36,8 @@ EPOCHS = 4
 
 def shrink(**settings: Any) -> ChannelPruning:
     """Channels leave in epochs 0 to 2."""
-    window = Window(5, 20, unit="step", every_n_steps=3)
-    return ChannelPruning(**{"macs": 0.5, "round_to": 1, "schedule": Linear(), "window": window, **settings})
+    rounds = {"schedule": Linear(), "window": Window(5, 20, unit="step", every_n_steps=5), "calibration_batches": 0}
+    return ChannelPruning(**{"macs": 0.5, "round_to": 1, **rounds, **settings})
 
 
 def prune(method: str = "taylor", **settings: Any) -> ScheduledPruning:
@@ -62,6 +62,7 @@ def quantized() -> list[Callback]:
 
 CASES: dict[str, tuple[Callable[[], list[Callback]], type[Classifier], dict[str, Any]]] = {
     "l2": (lambda: [shrink()], Scheduled, {}),
+    "calibrated": (lambda: [shrink(calibration_batches=8)], Scheduled, {}),
     # Between a schedule's steps that aren't worth a round: what was asked for already counts.
     "in rounds": (lambda: [shrink(window=Window(2, 24, unit="step"))], Classifier, {}),
     "taylor": (lambda: [shrink(importance="taylor")], Classifier, {}),
@@ -79,7 +80,7 @@ CASES: dict[str, tuple[Callable[[], list[Callback]], type[Classifier], dict[str,
     "taught by an average": (lambda: [shrink(), Distillation(EMATeacher(0.9), [SoftTarget()])], Classifier, {}),
     "quantized": (lambda: [*quantized(), shrink()], Classifier, {}),
     "all at once": (
-        lambda: [prune(), shrink(), taught(), EMAWeightAveraging(decay=0.9), *quantized()],
+        lambda: [prune(), shrink(calibration_batches=8), taught(), EMAWeightAveraging(decay=0.9), *quantized()],
         Classifier,
         {},
     ),

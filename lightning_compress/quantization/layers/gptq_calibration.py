@@ -162,7 +162,7 @@ def _hessians(
 
 @contextmanager
 def _watched(parts: Mapping[str, _Part], see: Callable[[str, nn.Module, Tensor], Any]) -> Iterator[None]:
-    """Call ``see`` with the path, the layer and its input whenever a layer of ``parts`` is called with what it reads."""
+    """Call ``see`` with the path, the layer and its input when a layer of ``parts`` is called with what can be read."""
 
     def hook(path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if has_memory(x := args[0] if args else kwargs["input"]):
