@@ -20,7 +20,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 # From the ground up. A file imports from its own room and from the floors below it.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "messages", "whole_file"),
-    ("modules", "schedules", "window"),
+    ("modules", "schedules", "window", "saved_state"),
     ("targets", "structure", "compensation", "settings"),
     ("silent_copy", "twin", "probe", "calibration", "callback", "windowed_callback"),
     ("pruning", "channels", "quantization"),
