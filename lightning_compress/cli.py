@@ -7,23 +7,27 @@ import sys
 import warnings
 from typing import Any, Literal, cast
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from torch.optim import Optimizer
 
 import lightning_compress
 from lightning_compress.choosing.commands import check_output, run_advise, run_search, run_sensitivity, write
 from lightning_compress.choosing.search import check_search
-from lightning_compress.errors import CompressionError, invalid
+from lightning_compress.errors import CompressionError, in_a_line, invalid
 from lightning_compress.export.callback import ExportModel, quantizes_tests
 from lightning_compress.export.formats import refuse_unready
 from lightning_compress.quantization.numerics.scheme import Scheme
+from lightning_compress.report.callback import CompressionReport
+from lightning_compress.structure.checkpoint import attach
 from lightning_compress.structure.files import load_compressed
 from lightning_compress.structure.inert import read_inert
 
 _PROG = "lightning-compress"
-_OWN = ("advise", "export", "sensitivity", "search")
+_OWN = ("advise", "export", "report", "sensitivity", "search")
 """The subcommands that Lightning has not."""
+_OF_THE_TRAINER = ("best", "last", "hpc")
+"""The checkpoints that a Trainer finds itself."""
 _OF_THE_CLI = ("_class_path", "_instantiator")
 """What LightningCLI adds to the hyperparameters that it saves."""
 
@@ -77,6 +81,36 @@ class _Trainer(Trainer):
         refuse_unready(export.path, export.target)
         self._load(model, datamodule, ckpt_path)
         export.write(self, model)
+
+    def report(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ckpt_path: str,
+        directory: str | None = None,
+        stage: Literal["test", "validate"] = "test",
+        weights_only: bool | None = None,
+    ) -> None:
+        """Measure the model of the configuration and what a checkpoint makes of it, and write the report.
+
+        Args:
+            model: of the configuration.
+            datamodule: of the configuration.
+            ckpt_path: The checkpoint: masked, narrowed, trained for int8, or converted.
+            directory: Folder of the report; by default that of the CompressionReport among the callbacks, or the log's.
+            stage: By which evaluation the checkpoint's metrics are measured.
+            weights_only: Whether the checkpoint is read without running code from it, as torch.load has it.
+        """
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        report = next((callback for callback in callbacks if isinstance(callback, CompressionReport)), None)
+        if report is None:
+            report = CompressionReport(directory)
+            callbacks.append(report)
+        report.directory = directory or report.directory
+        attach(model)  # so that what is read has the structure that the checkpoint tells of
+        reads: dict[str, Any] = {} if weights_only is None else {"weights_only": weights_only}
+        getattr(self, stage)(model, datamodule=datamodule, ckpt_path=ckpt_path, **reads)
 
     def sensitivity(
         self,
@@ -231,7 +265,11 @@ class CompressCLI(LightningCLI):
         """
         command = self.config.subcommand
         path = self.config[command].get("ckpt_path")
-        hyperparameters = {} if command in _OWN or not path or not os.path.isfile(path) else _hyperparameters(path)
+        if not path or (command in _OWN and command != "report"):
+            return
+        if not (path in _OF_THE_TRAINER or "://" in path or os.path.exists(path)):
+            raise invalid("ckpt_path", f"be a file, or one of {', '.join(_OF_THE_TRAINER)}", path, "There is none.")
+        hyperparameters = _hyperparameters(path) if os.path.isfile(path) else {}
         if "_class_path" in hyperparameters:
             arguments = {name: value for name, value in hyperparameters.items() if name not in _OF_THE_CLI}
             model = {"class_path": hyperparameters["_class_path"], "dict_kwargs": arguments}
@@ -254,7 +292,7 @@ class CompressCLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run ``lightning-compress fit|validate|test|predict|advise|export|sensitivity|search``.
+    """Run ``lightning-compress fit|validate|test|predict|advise|export|report|sensitivity|search``.
 
     Classes are named by their import path (``lightning_compress.ScheduledPruning``, ``my_project.MyModule``) or, for
     those of this package and of Lightning, by their short name. Modules in the current folder can be imported.
@@ -297,7 +335,7 @@ def _hyperparameters(path: str) -> dict[str, Any]:
             checkpoint, _ = read_inert(path, "ckpt_path")
         return cast("dict[str, Any]", checkpoint.get("hyper_parameters", {}))
     except Exception as error:  # torch.load raises a dozen types, by file format
-        raise invalid("ckpt_path", "be a readable checkpoint", path, f"{type(error).__name__}: {error}") from error
+        raise invalid("ckpt_path", "be a readable checkpoint", path, f"{in_a_line(error)}.") from error
 
 
 def _cause(error: BaseException | None) -> CompressionError | None:
