@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_compress.callback_order import order_callbacks_
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name
 from lightning_compress.modules.resizing import Cut
@@ -37,13 +38,6 @@ from lightning_compress.settings import given_arguments
 from lightning_compress.structure.change import recorded
 from lightning_compress.structure.checkpoint import attach, detach
 from lightning_compress.structure.listener import CheckpointListener
-
-_AVERAGING = "averaging"
-_ORDER = (_AVERAGING, "distillation", "channels", "pruning", "quantization-aware training")
-"""In this order those hear of a step who change weights or structure, or copy them, wherever the user has put them.
-
-Averages take over the weights of a step before something is done to them and to the averages alike.
-"""
 
 
 @dataclass(frozen=True)
@@ -257,25 +251,6 @@ def compression_callbacks(trainer: pl.Trainer) -> list[CompressionCallback]:
     """Return those callbacks of the Trainer that derive from `CompressionCallback`."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
-
-
-def order_callbacks_(trainer: pl.Trainer) -> None:
-    """Let those callbacks of which the results depend on their order share their places in the order of `_ORDER`."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    places = [place for place, callback in enumerate(callbacks) if _key(callback) in _ORDER]
-    ordered = list(callbacks)  # a new list, as the Trainer is running through the old one
-    for place, callback in zip(places, sorted((callbacks[place] for place in places), key=_rank), strict=True):
-        ordered[place] = callback
-    trainer.callbacks = ordered  # type: ignore[attr-defined]
-
-
-def _key(callback: Callback) -> str:
-    averages = hasattr(callback, "_average_model")  # `averaged_copies` finds its copies by that, too
-    return _AVERAGING if averages else getattr(callback, "key", "")
-
-
-def _rank(callback: Callback) -> int:
-    return _ORDER.index(_key(callback))
 
 
 def _tell_of_modes(name: str, paths: list[str], why: str) -> None:
