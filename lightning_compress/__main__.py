@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 HELP = """\
-usage: lightning-compress {fit,validate,test,predict,advise,export,sensitivity,search} [--config FILE] [--ARGUMENT ...]
+usage: lightning-compress {fit,validate,test,predict,advise,export,report,sensitivity,search} [--config FILE] [...]
        lightning-compress report RUN.json [RUN.json] [--output FILE]
 
 Trains, compresses and measures a LightningModule. Compression is done by callbacks of the Trainer:
@@ -51,6 +51,10 @@ Ask which layers hurt, and let a choice be made for each, by your own validation
   lightning-compress sensitivity --config config.yaml --ckpt_path best.ckpt --monitor val_acc --of int8
   lightning-compress search --config config.yaml --ckpt_path best.ckpt --monitor val_acc --over weights --max_drop 0.01
 
+Measure a checkpoint beside the model that the configuration builds, and write a report:
+
+  lightning-compress report --config config.yaml --ckpt_path best.ckpt
+
 Draw a report again, or what the second of two runs brought:
 
   lightning-compress report first/report.json second/report.json --output difference.html
@@ -78,7 +82,7 @@ def main(args: list[str] | None = None) -> None:
     elif not given:
         sys.stderr.write(HELP)
         raise SystemExit(2)
-    elif given[0] == "report":  # which has no configuration
+    elif given[0] == "report" and not any(_is_of_the_cli(argument) for argument in given[1:]):
         from lightning_compress.report import command
 
         command.main(given[1:])
@@ -86,6 +90,11 @@ def main(args: list[str] | None = None) -> None:
         from lightning_compress import cli
 
         cli.main(args)
+
+
+def _is_of_the_cli(argument: str) -> bool:
+    """Tell an argument of a configuration, with which a checkpoint is measured, from those that draw a report again."""
+    return argument.startswith("-") and argument.partition("=")[0] not in ("-h", "--help", "--output")
 
 
 if __name__ == "__main__":

@@ -28,16 +28,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_compress.callback_order import order_callbacks_
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.paths import clean_name
 from lightning_compress.modules.resizing import Cut
 from lightning_compress.modules.training_mode import has_frozen, restore_given_, train_given_, wake_
+from lightning_compress.saved_state import check_saved
 from lightning_compress.settings import given_arguments
 from lightning_compress.structure.change import recorded
 from lightning_compress.structure.checkpoint import attach, detach
 from lightning_compress.structure.listener import CheckpointListener
-
-STATE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class CompressionCallback(Callback, CheckpointListener):
         guards: whether it decides about what others do: see `guard` and `hold`.
         is_guarded: whether it asks those that guard.
         leads_to: the `phase` of the module in which a fit with it ends; empty if it brings it to none.
+        saved_form: the `TypedDict` of its state in a checkpoint; None if it has none.
     """
 
     key: ClassVar[str]
@@ -98,6 +99,7 @@ class CompressionCallback(Callback, CheckpointListener):
     guards: ClassVar[bool] = False
     is_guarded: ClassVar[bool] = False
     leads_to: ClassVar[str] = ""
+    saved_form: ClassVar[Any] = None
 
     _given: dict[str, Any]
 
@@ -194,6 +196,7 @@ class CompressionCallback(Callback, CheckpointListener):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_strategy(trainer, type(self).__name__)
         self.refuse_others(trainer)
+        order_callbacks_(trainer)
         pl_module.configure_model()
         attach(pl_module)
 
@@ -234,13 +237,10 @@ class CompressionCallback(Callback, CheckpointListener):
             woken = wake_(pl_module, _trained_parameters(trainer, pl_module))
             _tell_of_modes(self.name_of(pl_module), woken, "was frozen until now")
 
-    def check_version(self, state: dict[str, Any]) -> None:
-        """Raise if another version of the package wrote a saved state."""
-        if (version := state.get("version")) != STATE_VERSION:
-            raise CompressionError(
-                f"The checkpoint's state of {type(self).__name__} must have version {STATE_VERSION}. "
-                f"Received: version={version}. Update lightning_compress, or resume with the version that wrote it."
-            )
+    @override
+    def check_state(self, state: Any) -> None:
+        if self.saved_form is not None:
+            check_saved(state, self.saved_form, type(self).__name__)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickling, without the methods of a module by which Lightning lets callbacks log."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NotRequired
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,12 +11,21 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_compress.callback import STATE_VERSION, CompressionCallback, compression_callbacks
+from lightning_compress.callback import CompressionCallback, compression_callbacks
 from lightning_compress.errors import CompressionError
 from lightning_compress.modules.resizing import with_inner
+from lightning_compress.saved_state import STATE_VERSION, SavedState, check_bounds
 from lightning_compress.structure.change import in_entry, require_float
 from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.window import Bounds, Pace, Window, fit_length
+
+
+class WindowedState(SavedState):
+    """What a checkpoint holds of a callback with a window."""
+
+    step: int
+    bounds: tuple[int, int] | None
+    pace: NotRequired[tuple[float, float]]
 
 
 class WindowedCallback(CompressionCallback):
@@ -30,6 +39,7 @@ class WindowedCallback(CompressionCallback):
     """
 
     kept_with_weights = True
+    saved_form: ClassVar[Any] = WindowedState
     can_wait: ClassVar[bool] = False
     """Whether a guard may hold the schedule."""
 
@@ -203,8 +213,13 @@ class WindowedCallback(CompressionCallback):
         return {"version": STATE_VERSION, "step": self._step, "bounds": bounds, **pace}
 
     @override
+    def check_state(self, state: Any) -> None:
+        super().check_state(state)
+        check_bounds([state["bounds"]] if state["bounds"] else [], type(self).__name__)
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.check_version(state_dict)
+        self.check_state(state_dict)
         self._step, self._pace = state_dict["step"], Pace(*state_dict.get("pace", ()))
         self._bounds = None if state_dict["bounds"] is None else Bounds(*state_dict["bounds"])
 

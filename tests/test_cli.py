@@ -243,6 +243,55 @@ def test_an_export_that_cannot_be(
     assert list(own_folder.iterdir()) == []
 
 
+def test_a_checkpoint_is_measured(trained: Path, own_folder: Path) -> None:
+    checkpoint = f"--ckpt_path={trained / 'saved' / 'best.ckpt'}"
+    entry(["report", f"--config={trained / 'config.yaml'}", checkpoint, "--directory=measured"])
+    rows = json.loads(Path("measured/report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["before", "after"]
+    assert rows[0]["measurement"]["size_bytes"] > rows[1]["measurement"]["size_bytes"]
+    assert rows[1]["metrics"].keys() >= {"test_loss"} and Path("measured/report.html").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+def test_what_a_narrowed_checkpoint_saves_is_measured(own_folder: Path) -> None:
+    cut = ["--trainer.callbacks+=ChannelPruning", "--trainer.callbacks.channels=0.5", "--trainer.callbacks.round_to=1"]
+    save = [
+        "--trainer.callbacks+=ModelCheckpoint",
+        "--trainer.callbacks.dirpath=saved",
+        "--trainer.callbacks.filename=cut",
+    ]
+    main(["fit", "--model=tests.support.modules.Classifier", *RUN, "--trainer.enable_checkpointing=true", *cut, *save])
+    config = ["--model=tests.support.modules.Classifier", *RUN, "--ckpt_path=saved/cut.ckpt"]
+    entry(["report", *config, "--directory=by-test"])
+    own = ["--trainer.callbacks+=CompressionReport", "--trainer.callbacks.directory=by-validation"]
+    entry(["report", *config, *own, "--stage=validate"])
+    for folder, metric in (("by-test", "test_loss"), ("by-validation", "val_loss")):
+        before, after = json.loads(Path(folder, "report.json").read_text())["rows"]
+        assert before["measurement"]["parameters"] > after["measurement"]["parameters"]
+        assert metric in after["metrics"] and metric not in before["metrics"]  # of weights that nobody has trained
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            ["--ckpt_path=no.ckpt"],
+            "`ckpt_path` must be a file, or one of best, last, hpc. Received: ckpt_path='no.ckpt'",
+        ),
+        (["--ckpt_path=cut.ckpt"], "`ckpt_path` must be a readable checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_measured(
+    args: list[str], words: str, own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_folder / "cut.ckpt").write_bytes(b"PK")
+    with pytest.raises(SystemExit) as stop:
+        entry(["report", "--model=tests.support.modules.Classifier", *RUN, *args])
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lightning-compress: error: {words}")
+
+
 def test_unknown_class(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--model=tests.support.modules.Clasifier", *RUN])

@@ -20,16 +20,16 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 # From the ground up. A file imports from its own room and from the floors below it.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "messages", "whole_file"),
-    ("modules", "schedules", "window"),
+    ("modules", "schedules", "window", "saved_state"),
     ("targets", "structure", "compensation", "settings"),
-    ("silent_copy", "twin", "probe", "calibration", "callback", "windowed_callback"),
+    ("silent_copy", "twin", "probe", "calibration", "callback_order", "callback", "windowed_callback"),
     ("pruning", "channels", "quantization"),
     ("distillation",),
     ("deployable",),
     ("report",),
     ("export",),
     ("choosing",),
-    ("cli", "__init__", "__main__"),
+    ("cli", "commands", "command_errors", "__init__", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Where rooms of one floor may import each other. The techniques, on floor 4, may not. Nowhere do folders form a circle.
@@ -55,6 +55,8 @@ BY_NAME = {
 MAY_IMPORT_LIGHTNING = {
     "calibration.py",
     "callback.py",
+    "callback_order.py",
+    "commands.py",
     "silent_copy.py",
     "probe.py",
     "window.py",
@@ -83,6 +85,7 @@ MAY_IMPORT_LIGHTNING = {
 # Third parties other than torch and `typing_extensions`, each where it belongs and nowhere else.
 MAY_ALSO_IMPORT = {
     "__init__.py": {"lazy_loader"},
+    "cli.py": {"jsonargparse"},
     "report/plots.py": {"matplotlib"},
     "report/sparsity_plot.py": {"matplotlib"},
     "report/compare.py": {"rich"},

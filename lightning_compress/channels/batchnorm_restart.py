@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,13 @@ _PASSES = 10
 _USUAL = 0.1
 _SAME = 1e-3
 """Where what reaches a norm differs by less of its standard deviation, the cut hasn't changed it."""
+
+
+class RestartState(TypedDict):
+    """What a checkpoint holds of a `BatchNormRestart`."""
+
+    batches: int | None
+    norms: list[str]
 
 
 class BatchNormRestart:

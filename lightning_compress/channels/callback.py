@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_compress.callback import CompressionCallback, warn_of_other_settings
-from lightning_compress.channels.batchnorm_restart import BatchNormRestart
+from lightning_compress.channels.batchnorm_restart import BatchNormRestart, RestartState
 from lightning_compress.channels.compensate import last_fit
 from lightning_compress.channels.fit_calls import FitCalls
 from lightning_compress.channels.planning.plan import RemovalPlan
 from lightning_compress.channels.planning.recipe import IMPORTANCE, LEAST, SCOPE, make_recipe
 from lightning_compress.channels.remove_in_fit import follow_statistics_, remove_in_fit_
-from lightning_compress.channels.rounds import Rounds
+from lightning_compress.channels.rounds import Rounds, RoundsState
 from lightning_compress.errors import NoEffectWarning, invalid, is_number
 from lightning_compress.messages import in_short
 from lightning_compress.modules.copying import copy_tensors
@@ -27,7 +27,11 @@ from lightning_compress.schedules import OneShot, Schedule
 from lightning_compress.structure.files import restored_state
 from lightning_compress.targets import Scope, Targets
 from lightning_compress.window import Window, fit_length
-from lightning_compress.windowed_callback import WindowedCallback
+from lightning_compress.windowed_callback import WindowedCallback, WindowedState
+
+
+class ChannelsState(WindowedState, RoundsState, RestartState):
+    """What a checkpoint holds of `ChannelPruning`."""
 
 
 class ChannelPruning(WindowedCallback):
@@ -91,6 +95,7 @@ class ChannelPruning(WindowedCallback):
     """
 
     key = "channels"
+    saved_form: ClassVar[Any] = ChannelsState
     leads_to = "pruned"
     is_guarded = can_wait = True
     conflicts = ("quantization-aware training",)
@@ -156,6 +161,7 @@ class ChannelPruning(WindowedCallback):
             self._rounds.reset()
             self._statistics.load_state_dict({"batches": None, "norms": []})
             if restored is not None:
+                self.check_state(restored)
                 self._take(restored)
 
     @override

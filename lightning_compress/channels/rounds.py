@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor, nn
 
@@ -27,6 +27,28 @@ Measure = Callable[[Sequence[Group]], dict[str, Tensor] | None]
 
 _WORTH = 0.1
 """Between two removals at least this fraction of the way to the budget is gone: less isn't worth a plan."""
+
+
+class ProgressState(TypedDict):
+    """What a checkpoint holds of a `Progress`."""
+
+    params: float
+    macs: float
+    channels: float
+    widths: dict[str, int]
+    blocks: dict[str, str]
+
+
+class RoundsState(TypedDict):
+    """What a checkpoint holds of `Rounds`."""
+
+    last: NotRequired[tuple[float, float, bool]]
+    asked: float
+    progress: ProgressState
+    goal: float | None
+    latency: float | None
+    taylor: dict[str, Tensor]
+    settings: dict[str, str]
 
 
 class Rounds:

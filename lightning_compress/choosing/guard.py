@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_compress.callback import STATE_VERSION, Candidate, CompressionCallback, compression_callbacks
+from lightning_compress.callback import Candidate, CompressionCallback, compression_callbacks
 from lightning_compress.choosing.baseline import Baseline
 from lightning_compress.choosing.stepping_back import SteppingBack
 from lightning_compress.choosing.validation import Validation, validation_loaders
@@ -17,8 +17,19 @@ from lightning_compress.errors import NoEffectWarning, invalid, is_number, neare
 from lightning_compress.messages import in_short
 from lightning_compress.quantization.schemes import resolve
 from lightning_compress.report.evaluations import samples_of, validate_copy
+from lightning_compress.saved_state import STATE_VERSION, SavedState
 from lightning_compress.schedules import OneShot
 from lightning_compress.windowed_callback import WindowedCallback
+
+
+class GuardState(SavedState):
+    """What a checkpoint holds of `AccuracyGuard`."""
+
+    value: float | None
+    last: float | None
+    begun: bool
+    held: bool
+    notes: list[str]
 
 
 class AccuracyGuard(CompressionCallback):
@@ -62,6 +73,7 @@ class AccuracyGuard(CompressionCallback):
     """
 
     key = "guard"
+    saved_form: ClassVar[Any] = GuardState
     guards = True
 
     def __init__(
@@ -219,7 +231,7 @@ class AccuracyGuard(CompressionCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.check_version(state_dict)
+        self.check_state(state_dict)
         for name in ("value", "last", "begun", "held"):
             setattr(self._seen, name, state_dict[name])
         self._notes = list(state_dict["notes"])

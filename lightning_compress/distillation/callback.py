@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_compress.distillation.callback_base import DistillationCallback, announce, join_fit_, logs_now
+from lightning_compress.distillation.callback_base import (
+    DistillationCallback,
+    DistillationState,
+    announce,
+    join_fit_,
+    logs_now,
+)
 from lightning_compress.distillation.calling import find_logits, mask_of, positions_of
 from lightning_compress.distillation.losses.base import DistillationLoss
 from lightning_compress.distillation.objective import Objective, step_values, sum_terms
@@ -23,6 +29,12 @@ from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.quantization import convert
 from lightning_compress.silent_copy import make_probe
 from lightning_compress.structure.change import is_float, to_float_
+
+
+class TaughtState(DistillationState):
+    """What a checkpoint holds of `Distillation`, whose adapters no module holds."""
+
+    adapters: dict[str, Tensor]
 
 
 class Distillation(DistillationCallback):
@@ -72,6 +84,8 @@ class Distillation(DistillationCallback):
     ``teardown``, ``on_exception``. Override ``logits``, ``targets`` and ``valid_positions`` where outputs or batches
     differ.
     """
+
+    saved_form: ClassVar[Any] = TaughtState
 
     def __init__(
         self,
@@ -150,7 +164,7 @@ class Distillation(DistillationCallback):
         self.begin(self.objective, student)
         self.objective.attach(student)
         if self._restored is not None and self._restored["adapters"]:
-            self.objective.adapters.load_state_dict(self._restored["adapters"])
+            self.restore(self.objective.adapters.load_state_dict, "adapters")
             join_fit_(self.objective.adapters, trainer, student)
         wrap_step_(pl_module)
         self._serves = id(pl_module)

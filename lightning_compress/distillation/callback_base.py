@@ -15,7 +15,7 @@ The order of a fit::
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NotRequired
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -23,17 +23,28 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_compress.callback import STATE_VERSION, CompressionCallback
+from lightning_compress.callback import CompressionCallback
 from lightning_compress.distillation.dry_run import DistillationPlan
 from lightning_compress.distillation.learner import Learner
 from lightning_compress.distillation.losses.base import FeatureLoss
 from lightning_compress.distillation.objective import Objective
+from lightning_compress.distillation.ramps import ClockState
 from lightning_compress.distillation.taps import drop_taps_, find_layer, make_taps
-from lightning_compress.errors import CompressionError, NoEffectWarning
+from lightning_compress.distillation.teacher import TeacherState
+from lightning_compress.errors import CompressionError, NoEffectWarning, in_a_line
 from lightning_compress.messages import in_short
 from lightning_compress.modules.resizing import Cut
 from lightning_compress.modules.training_mode import restore_given_
+from lightning_compress.saved_state import STATE_VERSION, SavedState, check_bounds, damaged
 from lightning_compress.window import fit_length
+
+
+class DistillationState(SavedState):
+    """What a checkpoint holds of a fit with a teacher."""
+
+    clock: ClockState
+    teacher: TeacherState
+    average: NotRequired[dict[str, Tensor]]
 
 
 class DistillationCallback(CompressionCallback):
@@ -44,6 +55,7 @@ class DistillationCallback(CompressionCallback):
     """
 
     key = "distillation"
+    saved_form: ClassVar[Any] = DistillationState
     student_path = ""
 
     def __init__(self) -> None:
@@ -67,7 +79,7 @@ class DistillationCallback(CompressionCallback):
             objective.clock.load_state_dict(restored["clock"])
             if "average" in restored and teacher.ema is not None:
                 teacher.ema.take_structure_(student)
-                teacher.ema.restore_(restored["average"])
+                self.restore(teacher.ema.restore_, "average")
         teacher.place(student)
         teacher.take_fingerprint()
         known, now = {} if restored is None else restored["teacher"], teacher.reference()
@@ -77,6 +89,15 @@ class DistillationCallback(CompressionCallback):
                 f"The teacher isn't the one that this checkpoint was trained with: {known['class']}, file "
                 f"{known['checkpoint']}. The student goes on with another one."
             )
+
+    def restore(self, load: Callable[[dict[str, Any]], object], name: str) -> None:
+        """Let ``load`` take the tensors that stand as ``name`` in the restored state, if there are any."""
+        tensors = self._restored.get(name) if self._restored else None
+        try:
+            if tensors:
+                load(tensors)
+        except (RuntimeError, KeyError) as error:
+            raise damaged(type(self).__name__, f"have tensors of this model as `{name}`", in_a_line(error)) from error
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -170,8 +191,13 @@ class DistillationCallback(CompressionCallback):
         return state if ema is None else {**state, "average": ema.average()}
 
     @override
+    def check_state(self, state: Any) -> None:
+        super().check_state(state)
+        check_bounds(state["clock"]["bounds"] or (), type(self).__name__)
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.check_version(state_dict)
+        self.check_state(state_dict)
         self._restored = state_dict
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypedDict
 
 from lightning_compress.distillation.losses.base import DistillationLoss
 from lightning_compress.errors import invalid, nearest
@@ -50,6 +50,13 @@ class Ramp:
         if progress is None:
             return self.initial
         return (self.schedule or Linear()).value(progress, final, self.initial)
+
+
+class ClockState(TypedDict):
+    """What a checkpoint holds of a `Clock`."""
+
+    step: int
+    bounds: list[tuple[int, int]] | None
 
 
 class Clock:

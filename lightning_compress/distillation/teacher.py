@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,12 @@ from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.modules.paths import device_of
 
 TeacherDtype = Literal["float32", "bfloat16", "float16"]
+
+
+TeacherState = TypedDict(
+    "TeacherState", {"class": str, "checkpoint": str | None, "dtype": str | None, "fingerprint": str | None}
+)
+"""What a checkpoint says of a teacher."""
 
 
 class Teacher:
@@ -173,7 +179,7 @@ class Teacher:
         now = fingerprint(self.module)
         return [name for name in sorted({*now, *self._fingerprint}) if now.get(name) != self._fingerprint.get(name)]
 
-    def reference(self) -> dict[str, Any]:
+    def reference(self) -> TeacherState:
         """What a checkpoint says of the teacher: its class, its file, its dtype, and one hash of the fingerprint."""
         kind = type(self.given)
         hashes = sorted((self._fingerprint or {}).items())

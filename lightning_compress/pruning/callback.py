@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, NotRequired
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -13,7 +13,7 @@ from lightning_compress.callback import compression_callbacks, warn_of_other_set
 from lightning_compress.errors import NoEffectWarning, invalid
 from lightning_compress.modules.resizing import Cut
 from lightning_compress.pruning import rewind as rewinding
-from lightning_compress.pruning.masking import MaskingCallback
+from lightning_compress.pruning.masking import MaskingCallback, MaskingState
 from lightning_compress.pruning.masks import SparsityPoint, add_point_, check_masks, read_masks, sparsity_of
 from lightning_compress.pruning.methods import pruned
 from lightning_compress.pruning.pruner import Pruner
@@ -27,6 +27,17 @@ from lightning_compress.window import Window, fit_length
 
 _WORTH = 0.1
 """Between two calibrations at least this fraction of the way to the budget is gone: less isn't worth the time."""
+
+
+class PruningState(MaskingState):
+    """What a checkpoint holds of `ScheduledPruning`."""
+
+    history: list[tuple[int, float, dict[str, float]]]
+    settings: dict[str, str]
+    rewind_step: int
+    kept: rewinding.RewindPoint | None
+    calibrated: NotRequired[str]
+    asked: NotRequired[float]
 
 
 class ScheduledPruning(MaskingCallback):
@@ -92,6 +103,8 @@ class ScheduledPruning(MaskingCallback):
 
     leads_to = "pruned"
     is_guarded = can_wait = True
+
+    saved_form: ClassVar[Any] = PruningState
 
     def __init__(
         self,
@@ -299,8 +312,8 @@ class ScheduledPruning(MaskingCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        saved = state_dict.get("settings", {})
+        saved = state_dict["settings"]
         warn_of_other_settings("ScheduledPruning", saved, self._settings, goes_on="window, step and masks")
-        self.sparsity_history = [SparsityPoint(*point) for point in state_dict.get("history", [])]
-        self._rewind_step, self._rewind_point = state_dict.get("rewind_step", 0), state_dict.get("kept")
+        self.sparsity_history = [SparsityPoint(*point) for point in state_dict["history"]]
+        self._rewind_step, self._rewind_point = state_dict["rewind_step"], state_dict["kept"]
         self._asked, self._calibrated = state_dict.get("asked", 0.0), state_dict.get("calibrated", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -17,7 +17,7 @@ from lightning_compress.messages import by_reason, they
 from lightning_compress.modules.resizing import Cut
 from lightning_compress.probe import observe_steps
 from lightning_compress.pruning.dependents import Observations
-from lightning_compress.pruning.masks import pack, sparsity_of, unpack
+from lightning_compress.pruning.masks import PackedMask, pack, sparsity_of, unpack
 from lightning_compress.pruning.methods import Masks
 from lightning_compress.pruning.pruner import Pruner
 from lightning_compress.pruning.recipe import PruningRecipe
@@ -25,13 +25,22 @@ from lightning_compress.pruning.silence import observe
 from lightning_compress.structure.files import restored_state
 from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.window import Window
-from lightning_compress.windowed_callback import WindowedCallback
+from lightning_compress.windowed_callback import WindowedCallback, WindowedState
+
+
+class MaskingState(WindowedState):
+    """What a checkpoint holds of a callback that prunes."""
+
+    masks: dict[str, PackedMask]
+    scores: dict[str, Tensor]
+    aside: dict[str, Tensor]
 
 
 class MaskingCallback(WindowedCallback):
     """Multiplies weights by masks after each optimizer step, in place: the base of callbacks that prune."""
 
     key = "pruning"
+    saved_form: ClassVar[Any] = MaskingState
 
     def __init__(self, recipe: PruningRecipe, window: Window) -> None:
         super().__init__(window)
@@ -67,6 +76,7 @@ class MaskingCallback(WindowedCallback):
             self._masks, self._model = {}, weakref.ref(pl_module)
             restored = restored_state(pl_module, self.state_key)
             if restored is not None:
+                self.check_state(restored)
                 self._masks = unpack(restored["masks"])
 
     @override
@@ -187,10 +197,15 @@ class MaskingCallback(WindowedCallback):
         return {**super().state_dict(), "masks": pack(self.masks), "scores": {}, "aside": {}, **criterion_state}
 
     @override
+    def check_state(self, state: Any) -> None:
+        super().check_state(state)
+        unpack(state["masks"])
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._masks = unpack(state_dict["masks"])
-        self._criterion_state = {name: state_dict.get(name, {}) for name in ("scores", "aside")}
+        self._criterion_state = {name: state_dict[name] for name in ("scores", "aside")}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_model": None, "_masks": self.masks, "_pruner": None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -80,10 +80,17 @@ def read_masks(path: str) -> Masks:
     return masks
 
 
+class PackedMask(TypedDict):
+    """A mask as plain data: its shape, and one bit for each element, eight in a byte."""
+
+    shape: list[int]
+    bits: Tensor
+
+
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
-def pack(masks: Mapping[str, Tensor]) -> dict[str, Any]:
+def pack(masks: Mapping[str, Tensor]) -> dict[str, PackedMask]:
     """Turn masks into plain data, one bit for each element.
 
     Example:
@@ -91,7 +98,7 @@ def pack(masks: Mapping[str, Tensor]) -> dict[str, Any]:
         >>> torch.equal(unpack(pack(masks))["weight"], masks["weight"])
         True
     """
-    packed = {}
+    packed: dict[str, PackedMask] = {}
     for name, mask in masks.items():
         flat = mask.detach().cpu().flatten()
         padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
@@ -99,11 +106,20 @@ def pack(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     return packed
 
 
-def unpack(packed: Mapping[str, Any]) -> Masks:
-    """Bring back the masks that `pack` packed, on the CPU."""
+def unpack(packed: Mapping[str, PackedMask]) -> Masks:
+    """Bring back the masks that `pack` packed, on the CPU.
+
+    Raises:
+        CompressionError: there are more or fewer bits than the shape has elements.
+    """
     masks = {}
     for name, entry in packed.items():
-        size = torch.Size(entry["shape"])
-        flat = ((entry["bits"].unsqueeze(1) & _BITS) != 0).flatten()[: size.numel()]
+        size, bits = torch.Size(entry["shape"]), entry["bits"]
+        if bits.dtype != torch.uint8 or bits.shape != (-(-size.numel() // 8),):
+            raise CompressionError(
+                f"`masks` must have a bit for each element. Received: {name} of shape {tuple(size)} in "
+                f"{bits.dtype} of shape {tuple(bits.shape)}."
+            )
+        flat = ((bits.unsqueeze(1) & _BITS) != 0).flatten()[: size.numel()]
         masks[name] = flat.view(size)
     return masks

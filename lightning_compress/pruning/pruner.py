@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from lightning_compress.errors import CompressionError
+from lightning_compress.errors import CompressionError, invalid
 from lightning_compress.messages import named
 from lightning_compress.modules.isolation import isolated_random_state
 from lightning_compress.modules.paths import clean_name
@@ -75,6 +75,9 @@ class Pruner:
 
     @criterion_state.setter
     def criterion_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, tensor in ((name, tensor) for kind in state.values() for name, tensor in kind.items()):
+            if name not in self.weights or tensor.shape != self.weights[name].shape:
+                raise invalid("scores", "be of targeted weights, in their shapes", f"{name} of {tuple(tensor.shape)}")
         self.scores, self.regrow_values = (
             {name: tensor.to(self.weights[name].device) for name, tensor in state.get(kind, {}).items()}
             for kind in ("scores", "aside")

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,11 @@ def check_rounds(step: int, bounds: Bounds, window: Window, schedule: Schedule) 
             amount, last = value, now
 
 
-RewindPoint = dict[str, Any]
-"""``{"tensors": {name: tensor}, "optimizers": [[state of each parameter]]}`` as they were, on the CPU; plain data."""
+class RewindPoint(TypedDict):
+    """Parameters and buffers by their names, and each optimizer's state by parameter, as they were, on the CPU."""
+
+    tensors: dict[str, Tensor]
+    optimizers: list[list[dict[str, Any]]]
 
 
 def record_point(model: nn.Module, optimizers: Sequence[Optimizer]) -> RewindPoint:

@@ -6,14 +6,14 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_compress.callback import STATE_VERSION, CompressionCallback, warn_of_other_settings
+from lightning_compress.callback import CompressionCallback, warn_of_other_settings
 from lightning_compress.errors import CompressionError, invalid, nearest
 from lightning_compress.messages import by_reason, in_short, named, they
 from lightning_compress.modules.paths import compressible_modules
@@ -23,6 +23,7 @@ from lightning_compress.quantization.change import CHANGE
 from lightning_compress.quantization.lora.adapters import LowRank, plan_adapters
 from lightning_compress.quantization.lora.merge import merge_adapters
 from lightning_compress.quantization.lora.reentrant import let_gradients_in_, restore_
+from lightning_compress.saved_state import STATE_VERSION, SavedState
 from lightning_compress.structure.listener import averaged_copies
 from lightning_compress.targets import Targets, matches
 
@@ -64,6 +65,7 @@ class QLoRA(CompressionCallback):
     """
 
     key = "adapters"
+    saved_form: ClassVar[Any] = SavedState
     conflicts = ("pruning", "channels", "quantization-aware training", "post-training quantization")
     kept_with_weights = True
 
@@ -255,7 +257,7 @@ class QLoRA(CompressionCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.check_version(state_dict)
+        self.check_state(state_dict)
 
     @override
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""``lightning-compress report``: draws one report's JSON again, or the difference of two."""
+"""``lightning-compress report``: draws one report's JSON again, or the difference of two.
+
+With a configuration and a checkpoint it is a subcommand of LightningCLI: see `cli`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ def main(args: Sequence[str]) -> None:
         SystemExit: with status 2 and a line on stderr, for input that can't be honoured.
     """
     parser = argparse.ArgumentParser(
-        PROG, description="Draws a report that CompressionReport wrote, or what the second of two runs brought."
+        PROG,
+        description="Draws a report that CompressionReport wrote, or what the second of two runs brought.",
+        epilog=f"A checkpoint is measured by: {PROG} --config config.yaml --ckpt_path best.ckpt [--directory FOLDER]",
     )
     parser.add_argument("runs", nargs="+", help="one report.json, or two to compare")
     parser.add_argument("--output", default="report.html", help="the file to write: .html, .md or .csv")

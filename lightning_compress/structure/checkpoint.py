@@ -7,7 +7,8 @@ run for weights-only saves too, and on load before the weights, with the whole c
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -71,19 +72,35 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
 
 def _on_load(module: Any, checkpoint: dict[str, Any]) -> None:
-    entry, trainer = read_entry(checkpoint), module.trainer
-    for change, record in in_entry(entry):
-        change.check(record, trainer.state.fn)
+    entry, stage = read_entry(checkpoint), module.trainer.state.fn
     callbacks = listeners(module)
-    for callback in callbacks.values():
-        callback.check_entry(entry, trainer.state.fn)
+    saved = saved_states(checkpoint) | saved_states(entry)
+    with _damage_told(module):
+        for change, record in in_entry(entry):
+            change.check(record, stage)
+        for key, callback in callbacks.items():
+            callback.check_entry(entry, stage)
+            if saved.get(key):
+                callback.check_state(saved[key])
     type(module).on_load_checkpoint(module, checkpoint)
     # On a copy first: a load that fails leaves the module as it was.
     load_state(copy_module(module), entry, copy.copy(checkpoint["state_dict"]), strict=module.strict_loading)
-    _restore_structure_(module, entry, averaged_copies(trainer))
+    _restore_structure_(module, entry, averaged_copies(module.trainer))
     for key, state in entry.get("callbacks", {}).items():
         if key in callbacks:
             callbacks[key].load_state_dict(state)
+
+
+def saved_states(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the callbacks' states in a checkpoint, or in our entry of it.
+
+    Raises:
+        CompressionError: they aren't a dict.
+    """
+    states = part.get("callbacks", {})
+    if not isinstance(states, Mapping):
+        raise CompressionError(f"The checkpoint's `callbacks` must be a dict. Received: {type(states).__name__}.")
+    return dict(states)
 
 
 def read_entry(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,9 +127,15 @@ def load_state(module: nn.Module, entry: Mapping[str, Any], state: dict[str, Any
     Raises:
         CompressionError: they are of another module.
     """
-    try:
+    with _damage_told(module):
         _restore_structure_(module, entry)
         module.load_state_dict(state, strict=strict)
+
+
+@contextmanager
+def _damage_told(module: nn.Module) -> Iterator[None]:
+    try:
+        yield
     except CompressionError:
         raise
     except Exception as error:  # a damaged entry raises whatever it may

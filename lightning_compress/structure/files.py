@@ -13,7 +13,15 @@ from lightning_compress.errors import CompressionError, in_a_line, invalid
 from lightning_compress.modules.copying import copy_module
 from lightning_compress.modules.routing import routed_modules
 from lightning_compress.structure.change import changes, recorded
-from lightning_compress.structure.checkpoint import ENTRY, STATES, attach, describe, load_state, read_entry
+from lightning_compress.structure.checkpoint import (
+    ENTRY,
+    STATES,
+    attach,
+    describe,
+    load_state,
+    read_entry,
+    saved_states,
+)
 from lightning_compress.structure.inert import read_inert
 from lightning_compress.whole_file import whole_file
 
@@ -86,9 +94,7 @@ def load_compressed(path: str, model: Model) -> Model:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise invalid("path", "be a checkpoint with a `state_dict`", str(path))
     entry = read_entry(checkpoint)
-    states = [part.get("callbacks", {}) for part in (checkpoint, entry)]
-    if not all(isinstance(part, dict) for part in states):
-        raise invalid("path", "be a checkpoint whose `callbacks` are a dict", str(path))
+    states = saved_states(checkpoint) | saved_states(entry)
     if ENTRY not in checkpoint:  # one of ours says what was done
         inferred = {change.key: change.infer(model, checkpoint["state_dict"]) for change in changes()}
         entry |= {key: record for key, record in inferred.items() if record is not None}
@@ -107,7 +113,7 @@ def load_compressed(path: str, model: Model) -> Model:
         change.forget_(model)
         if hasattr(model, "on_save_checkpoint"):
             attach(model)
-    model.__dict__[_RESTORED] = {**states[0], **states[1]}
+    model.__dict__[_RESTORED] = states
     return model
 
 

@@ -30,6 +30,9 @@ class CheckpointListener:
     def check_entry(self, entry: Mapping[str, Any], stage: str) -> None:
         """Raise if a checkpoint with our ``entry`` can't be loaded for this stage; nothing is changed yet."""
 
+    def check_state(self, state: Any) -> None:
+        """Raise if what a checkpoint holds of the callback can't be taken; nothing is changed yet."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return the callback's state as plain data."""
         return {}

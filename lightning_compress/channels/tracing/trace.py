@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -52,7 +53,21 @@ def _following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     def leave(*_: Any) -> None:
         tracer.stack.pop()
 
+    own, held = set(model.modules()), set(model.parameters())
+
+    def is_stranger(module: nn.Module) -> bool:
+        """Tell whether a module isn't the model's, such as a teacher in a plain list."""
+        return module not in own and any(True for _ in module.parameters()) and held.isdisjoint(module.parameters())
+
+    def enter_any(module: nn.Module, *_: Any) -> None:
+        tracer.strangers += is_stranger(module)
+
+    def leave_any(module: nn.Module, *_: Any) -> None:
+        tracer.strangers -= is_stranger(module)
+
     with ExitStack() as hooks:
+        hooks.enter_context(register_module_forward_pre_hook(enter_any))
+        hooks.enter_context(register_module_forward_hook(leave_any, always_call=True))
         for path, module in model.named_modules():
             hooks.enter_context(module.register_forward_pre_hook(enter(clean_name(path))))
             hooks.enter_context(module.register_forward_hook(leave, always_call=True))

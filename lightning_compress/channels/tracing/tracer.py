@@ -97,6 +97,7 @@ class Tracer(TorchDispatchMode):
         sets: all labels, and which of them go together.
         labels_of: name of each tensor that was seen to its labels.
         counting: whether what runs now costs something.
+        strangers: how many modules that aren't the model's are running: what they cost doesn't count.
         products: multiply-accumulates, the labels of widths that they are proportional to, and the modules that run.
         macs: what all of it costs, also where no channel has a say.
         sizes: sizes that were written into views.
@@ -120,6 +121,7 @@ class Tracer(TorchDispatchMode):
         self.labels_of: dict[str, Factors] = {}
         self.products: list[tuple[int, Factors, tuple[str, ...]]] = []
         self.counting = True
+        self.strangers = 0
         self.macs = 0
         self.sizes: list[Size] = []
         self.outer: list[Tensor] = []
@@ -206,7 +208,7 @@ class Tracer(TorchDispatchMode):
 
     def costs(self, macs: int, *widths: Tensor | None) -> None:
         """Note what an operator costs, and the widths that it is proportional to."""
-        if self.counting:
+        if self.counting and not self.strangers:
             self.macs += macs
             known = tuple(labels for labels in widths if labels is not None)
             self.products.append((macs, known, tuple(self.stack)))
