@@ -72,7 +72,7 @@ def measure_all(path: Path, tables: list[str], networks: list[str] | None, seeds
         for row in TABLES[table].rows:
             if absent := peers_units.missing(row):
                 print(f"{row.name} is left out: {', '.join(absent)} isn't installed", file=sys.stderr)
-        for name in networks or TABLES[table].networks:
+        for name in (name for name in TABLES[table].networks if not networks or name in networks):
             if TASKS[name].missing:
                 print(f"{name} is left out: {TASKS[name].package} isn't installed", file=sys.stderr)
             else:
