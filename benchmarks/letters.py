@@ -3,7 +3,7 @@
 The pictures are those of the demo. A seed decides the weights that a student begins with; steps are compared within a
 seed, with the 95 % t-interval of their mean.
 
-Run it with `python benchmarks/letters.py` (six minutes of CPU time; `--epochs 1 --seeds 2` for a quick look).
+Run it with `python benchmarks/letters.py` (twelve minutes of CPU time; `--epochs 1 --seeds 2` for a quick look).
 """
 
 from __future__ import annotations

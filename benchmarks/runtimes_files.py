@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import export, quantize
+from lightning_compress.quantization.numerics.int8 import has_vnni
 from lightning_compress.quantization.schemes import Scheme
 
 Call = Callable[[], Tensor]
@@ -122,7 +123,8 @@ def _session(path: Path, threads: int, optimized: Path | None = None) -> Any:
     runtime = importlib.import_module("onnxruntime")
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads, settings.log_severity_level = threads, 3
-    settings.add_session_config_entry("session.x64quantprecision", "1")  # for CPUs without VNNI
+    if not has_vnni():
+        settings.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         settings.optimized_model_filepath = str(optimized)
