@@ -36,7 +36,7 @@ class ProgressState(TypedDict):
     macs: float
     channels: float
     widths: dict[str, int]
-    blocks: dict[str, str]
+    blocks: NotRequired[dict[str, str]]
 
 
 class RoundsState(TypedDict):

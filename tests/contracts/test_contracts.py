@@ -222,6 +222,7 @@ ordered = [
 
 
 @pytest.mark.filterwarnings("ignore:AccuracyGuard. what ChannelPruning takes at once can't be held")
+@pytest.mark.filterwarnings("ignore:QuantizationAwareTraining. these weights were saved before quantization began")
 @pytest.mark.parametrize("pair", ordered, ids=lambda pair: " then ".join(map(str, pair)))
 def test_pairs_compose_in_any_order(pair: tuple[Row, Row], tmp_path: Path) -> None:
     trainer, module = fit(*(row.make() for row in pair), folder=tmp_path)

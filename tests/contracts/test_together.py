@@ -67,9 +67,10 @@ def run(averaged: bool, folder: Path, ckpt_path: Path | None = None) -> tuple[An
 
 @pytest.mark.parametrize("averaged", [False, True], ids=["alone", "with EMA"])
 def test_interrupted_and_resumed_equals_uninterrupted(averaged: bool, tmp_path: Path) -> None:
-    (_, whole), (trainer, resumed) = resume(partial(run, averaged), tmp_path, *((0, 1, 2) if averaged else (1,)))
+    epochs = (0, 1, 2) if averaged else (1,)
+    (_, whole), (trainer, resumed) = resume(partial(run, averaged), tmp_path, *epochs)
     assert_same_state(whole.student, resumed.student)
-    for epoch in (0, 1, 2):
+    for epoch in epochs:
         content = read_checkpoint(tmp_path / f"from {epoch}" / f"epoch={EPOCHS - 1}.ckpt")
         assert_float_keys(content, trained_keys(content))
     trainer.test(resumed, TinyData(), verbose=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -65,7 +66,9 @@ def _following(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     def leave_any(module: nn.Module, *_: Any) -> None:
         tracer.strangers -= is_stranger(module)
 
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, warnings.catch_warnings():
+        # Fired for what `torch.compile` wraps too, they come in pairs.
+        warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks on modules")
         hooks.enter_context(register_module_forward_pre_hook(enter_any))
         hooks.enter_context(register_module_forward_hook(leave_any, always_call=True))
         for path, module in model.named_modules():
